@@ -1,0 +1,6 @@
+"""Units: inside the package energies are eV, lengths Å, forces eV/Å; reports are in kcal/mol and kcal/mol/Å."""
+
+from ase import units as _ase
+
+KCAL_PER_MOL = _ase.mol / _ase.kcal
+"""kcal/mol in one eV (23.060548012069493, ASE's CODATA 2014 value)."""
