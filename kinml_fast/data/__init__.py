@@ -1,0 +1,1 @@
+"""Data: reading, splitting, single-atom energies, the prepared data set."""

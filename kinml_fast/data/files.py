@@ -1,0 +1,124 @@
+"""Files: patterns and shipped data sets to paths, file types, writing without half-written results."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+from kinml_fast.errors import InputError
+
+SHIPPED = "shipped:"
+_SQLITE_MAGIC = b"SQLite format 3\0"
+
+
+def expand(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+    """Paths of the files that paths, glob patterns (`**` included) and `shipped:NAME` stand for.
+
+    The order of the list is kept, the matches of one pattern are sorted, and a file that is named twice counts once.
+
+    Raises
+    ------
+    InputError
+        A pattern that matches nothing, a missing file, a directory, an unreadable file, or an empty list.
+    """
+    if isinstance(files, str | os.PathLike):
+        files = [files]
+    paths: dict[Path, Path] = {}
+    for entry in files:
+        for path in _expand_one(os.fspath(entry)):
+            paths.setdefault(path.resolve(), path)
+    if not paths:
+        raise InputError("no data files are given: name at least one")
+    return [_checked(path) for path in paths.values()]
+
+
+def is_sqlite(path: Path) -> bool:
+    """Whether the file is an SQLite database: by its first bytes, or by its suffix if it has none of its own."""
+    with path.open("rb") as file:
+        head = file.read(len(_SQLITE_MAGIC))
+    return head == _SQLITE_MAGIC or path.suffix in (".db", ".sqlite", ".sqlite3")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file so that it is there as a whole or not at all.
+
+    Yields the path of a temporary file in the same folder, which takes the place of `path` when the block ends well
+    and is removed when it does not.
+
+    Raises
+    ------
+    InputError
+        The folder does not exist or cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}): choose a folder that can") from error
+    temporary = Path(name)
+    try:
+        # mkstemp makes private files; a result gets the usual rights.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(descriptor, 0o666 & ~umask)
+        os.close(descriptor)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror or error}): nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _expand_one(entry: str) -> list[Path]:
+    if entry.startswith(SHIPPED):
+        return [_shipped(entry[len(SHIPPED) :])]
+    path = Path(entry).expanduser()
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    if not matches:
+        raise InputError(f"{entry}: the pattern matches no file: correct it")
+    return matches
+
+
+def _shipped(name: str) -> Path:
+    folder = Path(str(resources.files("kinml_fast"))) / "datasets"
+    there = sorted(entry.name for entry in folder.glob("*.*") if entry.suffix not in (".py", ".md", ".txt"))
+    if name not in there:
+        raise InputError(
+            f"{SHIPPED}{name}: no such data set comes with the package; there are: {', '.join(there) or 'none'}"
+        )
+    return folder / name
+
+
+def _checked(path: Path) -> Path:
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder: name the files in it, for instance {path}/*.db")
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
+    if empty:
+        raise InputError(f"{path}: is empty: take a file with structures")
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes the new name itself survive a power cut; some systems do not let a folder be opened.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

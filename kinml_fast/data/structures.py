@@ -1,0 +1,344 @@
+"""Structures: molecules of any size in flat arrays, checked once when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from ase.data import chemical_symbols
+
+from kinml_fast.errors import InputError
+
+CLOSEST_ALLOWED = 0.1
+"""Two atoms nearer to each other than this (Å) are a mistake in the data, not chemistry."""
+
+_SYMBOLS = frozenset(chemical_symbols[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Structures:
+    """Molecules, one after another.
+
+    Parameters
+    ----------
+    elements
+        Chemical symbols; `species` counts in this order.
+    species
+        int64 [n_atoms], index into `elements`.
+    coordinates
+        float64 [n_atoms, 3], Å.
+    offsets
+        int64 [n_structures + 1]; structure i owns the atoms offsets[i] to offsets[i + 1].
+    energies
+        float64 [n_structures], eV; None for geometries without energies (input of a prediction).
+    forces
+        float64 [n_atoms, 3], eV/Å; the rows of a structure without forces are NaN; None if no structure has any.
+    labels
+        What each structure is called in messages and split files: "C5H5/17", "file.xyz/3".
+
+    Raises
+    ------
+    InputError
+        Shapes that do not fit together, an unknown element, an empty structure, NaN or infinite numbers, two atoms
+        closer than 0.1 Å. The message names the first structure concerned.
+    """
+
+    elements: tuple[str, ...]
+    species: np.ndarray
+    coordinates: np.ndarray
+    offsets: np.ndarray
+    energies: np.ndarray | None
+    forces: np.ndarray | None
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        def array(name: str, dtype: type) -> None:
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else np.ascontiguousarray(value, dtype=dtype))
+
+        object.__setattr__(self, "elements", tuple(self.elements))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        for name in ("species", "offsets"):
+            array(name, np.int64)
+        for name in ("coordinates", "energies", "forces"):
+            array(name, np.float64)
+        self._check_shapes()
+        self._check_numbers()
+        self._check_distances()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of_one_formula(
+        cls,
+        symbols: Sequence[str],
+        coordinates: np.ndarray,
+        energies: np.ndarray | None,
+        forces: np.ndarray | None = None,
+        labels: Iterable[str] | None = None,
+        elements: Sequence[str] | None = None,
+    ) -> Structures:
+        """Structures that all have the same atoms in the same order.
+
+        Parameters
+        ----------
+        symbols
+            Chemical symbols of the n atoms.
+        coordinates
+            [n_structures, n, 3], Å.
+        energies
+            [n_structures], eV, or None.
+        forces
+            [n_structures, n, 3], eV/Å, or None.
+        labels
+            Default: formula in atom order and 1-based number, "C5H5/17".
+        elements
+            Default: those of `symbols`, alphabetically.
+        """
+        coordinates = np.asarray(coordinates, dtype=np.float64)
+        if coordinates.ndim != 3 or coordinates.shape[1:] != (len(symbols), 3):
+            raise InputError(f"coordinates of shape {coordinates.shape} given, expected [n, {len(symbols)}, 3]")
+        count, n_atoms = coordinates.shape[:2]
+        elements = element_order(symbols, elements, "these structures")
+        species = np.array([elements.index(symbol) for symbol in symbols], dtype=np.int64)
+        if forces is not None:
+            forces = np.asarray(forces, dtype=np.float64)
+            if forces.shape != coordinates.shape:
+                raise InputError(f"forces of shape {forces.shape} given for coordinates of {coordinates.shape}")
+            forces = forces.reshape(-1, 3)
+        if labels is None:
+            stem = formula_in_order(symbols)
+            labels = [f"{stem}/{i}" for i in range(1, count + 1)]
+        return cls(
+            elements=elements,
+            species=np.tile(species, count),
+            coordinates=coordinates.reshape(-1, 3),
+            offsets=np.arange(count + 1, dtype=np.int64) * n_atoms,
+            energies=energies,
+            forces=forces,
+            labels=tuple(labels),
+        )
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Atoms per structure, int64 [n_structures]."""
+        return np.diff(self.offsets)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The structure that each atom belongs to, int64 [n_atoms]."""
+        return np.repeat(np.arange(len(self), dtype=np.int64), self.sizes)
+
+    def symbols(self, structure: int) -> tuple[str, ...]:
+        """Chemical symbols of one structure in atom order."""
+        return tuple(self.elements[s] for s in self.species[self.offsets[structure] : self.offsets[structure + 1]])
+
+    def counts(self) -> np.ndarray:
+        """Atoms of each element, int64 [n_structures, n_elements]."""
+        n_elements = len(self.elements)
+        flat = np.bincount(self.owners * n_elements + self.species, minlength=len(self) * n_elements)
+        return flat.astype(np.int64).reshape(len(self), n_elements)
+
+    def formulas(self) -> list[str]:
+        """Hill formula of each structure (C, H, then alphabetical; without C all alphabetical)."""
+        rows, inverse = np.unique(self.counts(), axis=0, return_inverse=True)
+        names = [_hill(dict(zip(self.elements, row.tolist(), strict=True))) for row in rows]
+        return [names[i] for i in inverse.ravel()]
+
+    def select(self, indices: np.ndarray | Sequence[int]) -> Structures:
+        """The structures `indices` (int [n], any order), as new arrays."""
+        indices = np.asarray(indices, dtype=np.int64)
+        sizes = self.sizes[indices]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        atoms = np.arange(offsets[-1]) + np.repeat(self.offsets[indices] - offsets[:-1], sizes)
+        return replace(
+            self,
+            species=self.species[atoms],
+            coordinates=self.coordinates[atoms],
+            offsets=offsets,
+            energies=None if self.energies is None else self.energies[indices],
+            forces=None if self.forces is None else self.forces[atoms],
+            labels=tuple(self.labels[i] for i in indices),
+        )
+
+    def with_elements(self, elements: Sequence[str]) -> Structures:
+        """The same structures with `species` counted in another order.
+
+        Raises
+        ------
+        InputError
+            A structure contains an element that is not in `elements`.
+        """
+        elements = _checked_elements(elements)
+        if elements == self.elements:
+            return self
+        table = np.array([elements.index(e) if e in elements else -1 for e in self.elements], dtype=np.int64)
+        species = table[self.species]
+        if species.size and species.min() < 0:
+            atom = int(np.argmax(species < 0))
+            label = self.labels[np.searchsorted(self.offsets, atom, side="right") - 1]
+            raise InputError(
+                f"{label} contains {self.elements[self.species[atom]]}, which is not among the elements "
+                f"{' '.join(elements)}: add it to the list or leave the structure out"
+            )
+        return replace(self, elements=elements, species=species)
+
+    # Checks
+
+    def _check_shapes(self) -> None:
+        _checked_elements(self.elements)
+        n_structures, n_atoms = len(self.labels), len(self.species)
+        expected = {
+            "species": (n_atoms,),
+            "coordinates": (n_atoms, 3),
+            "offsets": (n_structures + 1,),
+            "energies": (n_structures,),
+            "forces": (n_atoms, 3),
+        }
+        for name, shape in expected.items():
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise InputError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+        if self.offsets[0] != 0 or self.offsets[-1] != n_atoms or np.any(self.sizes < 0):
+            raise InputError(f"offsets must rise from 0 to the number of atoms, {n_atoms}")
+        if n_structures and self.sizes.min() == 0:
+            raise InputError(f"{self.labels[int(np.argmin(self.sizes))]} has no atoms: leave it out")
+        if n_atoms and (self.species.min() < 0 or self.species.max() >= len(self.elements)):
+            raise InputError(f"species must lie between 0 and {len(self.elements) - 1}, the indices of `elements`")
+
+    def _check_numbers(self) -> None:
+        self._require_finite(np.isfinite(self.coordinates).all(axis=1), "coordinate")
+        if self.energies is not None and not np.isfinite(self.energies).all():
+            bad = int(np.argmin(np.isfinite(self.energies)))
+            raise InputError(
+                f"{self.labels[bad]} has the energy {self.energies[bad]}: correct it or leave the structure out"
+            )
+        if self.forces is not None and len(self):
+            # Absent means NaN in all rows of a structure; anything between that and finite is a mistake.
+            absent = np.logical_and.reduceat(np.isnan(self.forces).all(axis=1), self.offsets[:-1])
+            finite = np.isfinite(self.forces).all(axis=1)
+            self._require_finite(finite | np.repeat(absent, self.sizes), "force")
+
+    def _require_finite(self, good: np.ndarray, what: str) -> None:
+        if good.all():
+            return
+        atom = int(np.argmin(good))
+        structure = int(np.searchsorted(self.offsets, atom, side="right")) - 1
+        raise InputError(
+            f"{self.labels[structure]} has a NaN or infinite {what} at atom {atom - self.offsets[structure] + 1}: "
+            "correct it or leave the structure out"
+        )
+
+    def _check_distances(self) -> None:
+        # A sweep: in the order of a projection onto one direction, close atoms are close in the order too. The
+        # direction is a general one, so that planar and symmetric molecules do not pile up on one value.
+        projection = self.coordinates @ np.array([0.4743, 0.6021, 0.6423])
+        owners = self.owners
+        order = np.lexsort((projection, owners))
+        projection, owners = projection[order], owners[order]
+        first = np.arange(len(order))
+        for step in range(1, len(order)):
+            first = first[first + step < len(order)]
+            second = first + step
+            near = (owners[first] == owners[second]) & (projection[second] - projection[first] < CLOSEST_ALLOWED)
+            first = first[near]
+            if first.size == 0:
+                return
+            a, b = order[first], order[first + step]
+            squared = np.square(self.coordinates[a] - self.coordinates[b]).sum(axis=1)
+            if squared.min() < CLOSEST_ALLOWED**2:
+                pair = int(np.argmin(squared))
+                structure = int(owners[first[pair]])
+                atoms = sorted(int(i[pair] - self.offsets[structure] + 1) for i in (a, b))
+                raise InputError(
+                    f"{self.labels[structure]} has atoms {atoms[0]} and {atoms[1]} only {squared[pair] ** 0.5:.3g} Å "
+                    f"apart (less than {CLOSEST_ALLOWED} Å): correct it or leave the structure out"
+                )
+
+
+def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = None) -> Structures:
+    """Join sets of structures, in order.
+
+    Parameters
+    ----------
+    parts
+        At least one set. Either all have energies or none.
+    elements
+        Element order of the result; default: all that occur in `parts`, alphabetically.
+    """
+    if not parts:
+        raise InputError("no structures to join")
+    present = [part.elements[s] for part in parts for s in np.unique(part.species)]
+    order = element_order(present, elements, "the structures") if present else tuple(elements or parts[0].elements)
+    parts = [part.with_elements(_extended(order, part)) for part in parts]
+    if len({part.energies is None for part in parts}) > 1:
+        raise InputError("structures with and without energies cannot be joined: take them from separate files")
+    shifts = np.cumsum([0] + [len(part.species) for part in parts])
+    forces = None
+    if any(part.forces is not None for part in parts):
+        forces = np.concatenate(
+            [np.full_like(part.coordinates, np.nan) if part.forces is None else part.forces for part in parts]
+        )
+    return Structures(
+        elements=order,
+        species=np.concatenate([part.species for part in parts]),
+        coordinates=np.concatenate([part.coordinates for part in parts]),
+        offsets=np.concatenate([[0], *(part.offsets[1:] + s for part, s in zip(parts, shifts, strict=False))]),
+        energies=None if parts[0].energies is None else np.concatenate([part.energies for part in parts]),
+        forces=forces,
+        labels=tuple(label for part in parts for label in part.labels),
+    )
+
+
+def element_order(symbols: Iterable[str], elements: Sequence[str] | None, where: str) -> tuple[str, ...]:
+    """The given order of elements, or those present in alphabetical order.
+
+    Raises
+    ------
+    InputError
+        `symbols` contains something that is no element or is not in `elements`; `where` names its place.
+    """
+    present = sorted(set(symbols))
+    order = _checked_elements(present if elements is None else elements)
+    missing = [symbol for symbol in present if symbol not in order]
+    if missing:
+        raise InputError(
+            f"{where}: contains {' '.join(missing)}, not among the elements {' '.join(order)}: "
+            "add to the list of elements or leave the file out"
+        )
+    return order
+
+
+def formula_in_order(symbols: Sequence[str]) -> str:
+    """Formula that keeps the atom order: C, C, H, C → "C2HC"."""
+    runs: list[tuple[str, int]] = []
+    for symbol in symbols:
+        if runs and runs[-1][0] == symbol:
+            runs[-1] = (symbol, runs[-1][1] + 1)
+        else:
+            runs.append((symbol, 1))
+    return "".join(symbol + (str(count) if count > 1 else "") for symbol, count in runs)
+
+
+def _extended(order: tuple[str, ...], part: Structures) -> tuple[str, ...]:
+    # Elements that a part lists but has no atom of may be dropped; with_elements checks those that it has.
+    return order if order else part.elements
+
+
+def _checked_elements(elements: Sequence[str]) -> tuple[str, ...]:
+    elements = tuple(elements)
+    unknown = [element for element in elements if element not in _SYMBOLS]
+    if unknown:
+        raise InputError(f"{', '.join(map(repr, unknown))}: no such chemical element, expected symbols like C, H, Cl")
+    if len(set(elements)) < len(elements):
+        raise InputError(f"the list of elements {' '.join(elements)} names one twice: name each once")
+    return elements
+
+
+def _hill(counts: dict[str, int]) -> str:
+    present = sorted(symbol for symbol, count in counts.items() if count)
+    if "C" in present:
+        present = ["C"] + ["H"] * ("H" in present) + [symbol for symbol in present if symbol not in ("C", "H")]
+    return "".join(symbol + (str(counts[symbol]) if counts[symbol] > 1 else "") for symbol in present)
