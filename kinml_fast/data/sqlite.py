@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from ase.data import chemical_symbols
+from ase.symbols import string2symbols
 
 from kinml_fast.data.files import replacing
 from kinml_fast.data.structures import Structures, formula_in_order
@@ -62,13 +63,13 @@ def formula_symbols(name: str, where: str) -> tuple[str, ...]:
         It is no formula; `where` names the file.
     """
     formula = re.split(r"[-_.]", name, maxsplit=1)[0]
-    parts = re.findall(r"([A-Z][a-z]?)([0-9]*)", formula)
-    if not formula or "".join(symbol + count for symbol, count in parts) != formula:
+    try:
+        symbols = tuple(string2symbols(formula))
+    except (ValueError, KeyError):
+        symbols = ()
+    if not symbols or any(symbol not in chemical_symbols[1:] for symbol in symbols):
         raise InputError(f"{where}: the file name must begin with a formula like C5H5 or CH3OH: rename the file")
-    for symbol, count in parts:
-        if symbol not in chemical_symbols[1:] or count.startswith("0"):
-            raise InputError(f"{where}: {symbol}{count} in the file name is no element and count: rename the file")
-    return tuple(symbol for symbol, count in parts for _ in range(int(count or 1)))
+    return symbols
 
 
 def write(
@@ -99,7 +100,8 @@ def write(
     calc
         The program or method of the energies, one for all or one per fidelity.
     calc_params
-        Per fidelity the settings of that method, stored with each energy as an array of [key, value] strings.
+        Per fidelity the settings of that method. Each energy stores them as an array of [key, value] strings, the
+        first of which is ["label", "C5H5/17"]: PyKinML takes the structure's name from there.
     geometry_calc
         How the geometries were made; default: `calc` of the highest fidelity.
     sample_set
@@ -131,7 +133,11 @@ def write(
     def blobs(values: np.ndarray) -> list[bytes]:
         return [_npy(value) for value in values.reshape(count, len(symbols), 3)]
 
-    tags = [_npy(np.array([["label", f"{path.stem}/{i}"]])) for i in range(1, count + 1)]
+    def parameters(settings: Mapping[str, str]) -> list[bytes]:
+        pairs = [list(map(str, pair)) for pair in settings.items()]
+        return [_npy(np.array([["label", f"{path.stem}/{i}"], *pairs])) for i in range(1, count + 1)]
+
+    plain = parameters({})
     with replacing(path) as temporary:
         try:
             with closing(sqlite3.connect(temporary, isolation_level=None)) as database:
@@ -145,15 +151,13 @@ def write(
                 database.executemany(
                     f"INSERT INTO xyz (id, calc, calc_params, temp, name, geom{columns}) VALUES (?,?,?,?,?,?{more})",
                     [
-                        (i + 1, origin, tags[i], temperatures[i], names[i], geometry, *stamp)
+                        (i + 1, origin, plain[i], temperatures[i], names[i], geometry, *stamp)
                         for i, geometry in enumerate(blobs(geometries.coordinates))
                     ],
                 )
                 for fidelity in sorted(levels, reverse=True):
                     level = levels[fidelity]
-                    settings = None
-                    if calc_params and fidelity in calc_params:
-                        settings = _npy(np.array(list(calc_params[fidelity].items()), dtype=str))
+                    settings = parameters((calc_params or {}).get(fidelity, {}))
                     forces = [None] * count
                     if level.forces is not None:
                         absent = np.isnan(level.forces).reshape(count, -1).all(axis=1)
@@ -162,7 +166,7 @@ def write(
                         "INSERT INTO energy (fidelity, sample_set_id, calc, calc_params, E, force, xyz_id"
                         f"{columns}) VALUES (?,?,?,?,?,?,?{more})",
                         [
-                            (fidelity, sample_set, calcs[fidelity], settings or tags[i], energy, forces[i], i + 1)
+                            (fidelity, sample_set, calcs[fidelity], settings[i], energy, forces[i], i + 1)
                             + tuple(stamp)
                             for i, energy in enumerate(level.energies.tolist())
                         ],
@@ -181,8 +185,9 @@ def _check_levels(path: Path, levels: Mapping[int, Structures], symbols: tuple[s
             raise InputError(
                 f"{path}: fidelities {fidelity} and {max(levels)} have different geometries: give the same ones"
             )
+        expected = [level.elements.index(symbol) if symbol in level.elements else -1 for symbol in symbols]
         for i in range(len(level)):
-            if level.symbols(i) != symbols:
+            if not np.array_equal(level.species[level.offsets[i] : level.offsets[i + 1]], expected):
                 raise InputError(
                     f"{path}: {level.labels[i]} has the atoms {formula_in_order(level.symbols(i))}, which is not "
                     "the formula of the file name: write one file per formula and atom order"
