@@ -38,10 +38,15 @@ def expand(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]
 
 
 def is_sqlite(path: Path) -> bool:
-    """Whether the file is an SQLite database: by its first bytes, or by its suffix if it has none of its own."""
+    """Whether the file is an SQLite database: by its first bytes, or by the suffix `.db` of a damaged one."""
     with path.open("rb") as file:
         head = file.read(len(_SQLITE_MAGIC))
-    return head == _SQLITE_MAGIC or path.suffix in (".db", ".sqlite", ".sqlite3")
+    return head == _SQLITE_MAGIC or path.suffix == ".db"
+
+
+def first_few(items: Sequence[object]) -> str:
+    """The first three for a message, and how many there are: "a, b, c … (17 in all)"."""
+    return ", ".join(map(str, items[:3])) + (f" … ({len(items)} in all)" if len(items) > 3 else "")
 
 
 @contextlib.contextmanager

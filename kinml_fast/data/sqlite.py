@@ -11,17 +11,21 @@ import io
 import os
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from ase.data import chemical_symbols
 from ase.symbols import string2symbols
 
-from kinml_fast.data.files import replacing
-from kinml_fast.data.structures import Structures, formula_in_order
+from kinml_fast.data.files import expand, first_few, is_sqlite, replacing
+from kinml_fast.data.structures import Structures, concatenate, element_order, formula_in_order
 from kinml_fast.errors import InputError
+
+_NEEDED = {"xyz": ("id", "temp", "name", "geom"), "energy": ("fidelity", "E", "force", "xyz_id")}
 
 _SCHEMA = """
 CREATE TABLE meta (
@@ -70,6 +74,59 @@ def formula_symbols(name: str, where: str) -> tuple[str, ...]:
     if not symbols or any(symbol not in chemical_symbols[1:] for symbol in symbols):
         raise InputError(f"{where}: the file name must begin with a formula like C5H5 or CH3OH: rename the file")
     return symbols
+
+
+def read(
+    files: str | os.PathLike | Sequence[str | os.PathLike],
+    fidelity: int = 1,
+    temperature: float | None = None,
+    names: Sequence[str] | None = None,
+    ids: Mapping[str, Collection[int]] | None = None,
+    elements: Sequence[str] | None = None,
+) -> Structures:
+    """Structures of databases at one fidelity, in the order of the files and then of the ids.
+
+    Parameters
+    ----------
+    files
+        Paths, glob patterns or `shipped:NAME`, see `files.expand`.
+    fidelity
+        Which energies and forces.
+    temperature
+        Only geometries sampled at exactly this temperature (K); without it those above 0.
+    names
+        SQL LIKE patterns (`%` any text, `_` any character); a geometry is taken if its name fits any of them.
+    ids
+        For each database, by its file name without `.db`, the only ids to take. Databases not named are left out.
+    elements
+        Order of `species`; default: alphabetical.
+
+    Returns
+    -------
+    Structures
+        Labels are "C5H5/17"; the forces of a structure without any are NaN.
+
+    Raises
+    ------
+    InputError
+        A file that is missing, empty, damaged or lacks a table, column, fidelity or wanted id; a blob that is no
+        plain float array or does not fit the formula of the file name; two energies of one geometry; numbers that
+        `Structures` refuses; nothing selected.
+    """
+    paths = expand(files)
+    _check_stems(paths, ids)
+    parts = [
+        _read_one(path, fidelity, temperature, names, None if ids is None else frozenset(ids[path.stem]), elements)
+        for path in paths
+        if ids is None or ids.get(path.stem)
+    ]
+    parts = [part for part in parts if part is not None]
+    if not parts:
+        raise InputError(
+            f"{', '.join(map(str, paths[:3]))}{' …' if len(paths) > 3 else ''}: no structure fits the selection "
+            f"({_selection(fidelity, temperature, names)}): widen it"
+        )
+    return concatenate(parts, elements)
 
 
 def write(
@@ -174,6 +231,203 @@ def write(
                 database.execute("COMMIT")
         except sqlite3.Error as error:
             raise InputError(f"{path}: could not be written ({error}): nothing was changed") from error
+
+
+def _check_stems(paths: Sequence[Path], ids: Mapping[str, Collection[int]] | None) -> None:
+    stems: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in stems:
+            raise InputError(
+                f"{stems[path.stem]} and {path} would give their structures the same labels: "
+                f"rename one, for instance to {path.stem}_2{path.suffix}"
+            )
+        stems[path.stem] = path
+    unknown = [stem for stem in ids or () if stem not in stems]
+    if unknown:
+        raise InputError(
+            f"structures of {first_few(unknown)} are asked for, but no such database is among the files "
+            f"({first_few(list(stems))}): add it"
+        )
+
+
+def _read_one(
+    path: Path,
+    fidelity: int,
+    temperature: float | None,
+    names: Sequence[str] | None,
+    ids: frozenset[int] | None,
+    elements: Sequence[str] | None,
+) -> Structures | None:
+    symbols = formula_symbols(path.stem, str(path))
+    order = element_order(symbols, elements, str(path))
+    rows = _query(path, symbols, fidelity, temperature, names)
+    if ids is not None:
+        rows = [row for row in rows if row[0] in ids]
+        missing = sorted(ids.difference(row[0] for row in rows))
+        if missing:
+            raise InputError(
+                f"{path}: has no structure {first_few([f'{path.stem}/{i}' for i in missing])} "
+                f"({_selection(fidelity, temperature, names)}): correct the ids or the selection"
+            )
+    if not rows:
+        return None
+    numbers, geometries, energies, forces = zip(*rows, strict=True)
+    if len(set(numbers)) < len(numbers):
+        twice = [f"{path.stem}/{i}" for i, count in Counter(numbers).items() if count > 1]
+        raise InputError(
+            f"{path}: {first_few(twice)} has more than one energy of fidelity {fidelity}: keep one of them"
+        )
+    for number, energy in zip(numbers, energies, strict=True):
+        if type(energy) not in (float, int):
+            raise InputError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
+    stem = path.stem
+    labels = tuple(f"{stem}/{number}" for number in numbers)
+
+    def arrays(blobs: Sequence[object], rows: Sequence[int], what: str) -> np.ndarray:
+        return _float_arrays(blobs, symbols, lambda row: f"{path}: the {what} of {labels[rows[row]]}")
+
+    given = [row for row, force in enumerate(forces) if force is not None]
+    all_forces = None
+    if given:
+        all_forces = np.full((len(rows), len(symbols), 3), np.nan)
+        all_forces[given] = arrays([forces[row] for row in given], given, "force")
+        absent = np.isnan(all_forces[given]).any(axis=(1, 2))
+        if absent.any():
+            raise InputError(f"{path}: the force of {labels[given[int(np.argmax(absent))]]} has a NaN: correct it")
+    try:
+        return Structures.of_one_formula(
+            symbols,
+            arrays(geometries, range(len(rows)), "geometry"),
+            np.array(energies, dtype=np.float64),
+            all_forces,
+            labels,
+            order,
+        )
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
+
+
+def _query(
+    path: Path, symbols: tuple[str, ...], fidelity: int, temperature: float | None, names: Sequence[str] | None
+) -> list[tuple]:
+    # One row (id, geom, E, force) for each energy that the selection takes.
+    if not is_sqlite(path):
+        raise InputError(f"{path}: is not an SQLite database: give one, or name an XYZ file .xyz")
+    conditions, values = ["energy.fidelity = ?"], [fidelity]
+    conditions.append("xyz.temp > 0" if temperature is None else "xyz.temp = ?")
+    values += [] if temperature is None else [temperature]
+    if names is not None:
+        conditions.append("(" + " OR ".join(["xyz.name LIKE ?"] * len(names) or ["0"]) + ")")
+        values += names
+    try:
+        # mode=ro: never create a file or a journal beside somebody's data.
+        with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)) as database:
+            _check_tables(path, database, symbols)
+            rows = database.execute(
+                "SELECT xyz.id, xyz.geom, energy.E, energy.force FROM energy JOIN xyz ON xyz.id = energy.xyz_id "
+                f"WHERE {' AND '.join(conditions)} ORDER BY xyz.id",
+                values,
+            ).fetchall()
+            if not rows:
+                there = sorted(row[0] for row in database.execute("SELECT DISTINCT fidelity FROM energy"))
+                if not there:
+                    raise InputError(f"{path}: contains no energies: take a file with data")
+                if fidelity not in there:
+                    raise InputError(
+                        f"{path}: has no energies of fidelity {fidelity}, only of {' '.join(map(str, there))}: "
+                        "ask for one of these"
+                    )
+    except sqlite3.Error as error:
+        raise InputError(f"{path}: cannot be read as an SQLite database ({error}): get a sound copy") from error
+    return rows
+
+
+def _check_tables(path: Path, database: sqlite3.Connection, symbols: tuple[str, ...]) -> None:
+    for table, needed in _NEEDED.items():
+        columns = {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
+        missing = [column for column in needed if column not in columns]
+        if not columns:
+            raise InputError(f"{path}: has no table {table}: a database with the tables xyz and energy is needed")
+        if missing:
+            raise InputError(f"{path}: table {table} has no column {', '.join(missing)}: take a complete database")
+    if not database.execute("PRAGMA table_info(meta)").fetchall():
+        return
+    # The file may have been renamed: its own record of the formula has to fit the name, atom order included.
+    for (config,) in database.execute("SELECT config FROM meta"):
+        try:
+            recorded = formula_symbols(str(config), str(path))
+        except InputError:
+            continue
+        if recorded != symbols:
+            raise InputError(
+                f"{path}: the file name stands for {formula_in_order(symbols)}, but its table meta says {config}: "
+                "give the file its right name"
+            )
+
+
+def _float_arrays(blobs: Sequence[object], symbols: Sequence[str], where: Callable[[int], str]) -> np.ndarray:
+    # numpy.load costs 50 µs a blob. The headers of one database are nearly all the same, so each different one is
+    # parsed once and the numbers behind it are taken in one piece. `where(row)` names a blob in messages.
+    shape = (len(symbols), 3)
+    groups: dict[bytes, list[int]] = {}
+    header: bytes | None = None
+    for row, blob in enumerate(blobs):
+        if header is None or not isinstance(blob, bytes) or not blob.startswith(header):
+            header = _npy_header(blob) if isinstance(blob, bytes) else None
+            if header is None:
+                raise InputError(f"{where(row)} is not a numpy array: write it with numpy.save")
+        groups.setdefault(header, []).append(row)
+    result = np.empty((len(blobs), *shape))
+    for header, rows in groups.items():
+        found, fortran_order, dtype = _parse_npy_header(header)
+        if dtype is None or dtype.kind != "f":
+            raise InputError(
+                f"{where(rows[0])} is not a plain float array but {'unreadable' if dtype is None else dtype}: "
+                "write it with numpy.save as float64"
+            )
+        if found != shape:
+            raise InputError(
+                f"{where(rows[0])} has the shape {list(found)}, but the file name's {formula_in_order(symbols)} needs "
+                f"{list(shape)}: correct the file name or the row"
+            )
+        length = len(header) + dtype.itemsize * shape[0] * shape[1]
+        for row in rows:
+            if len(blobs[row]) != length:
+                raise InputError(f"{where(row)} is cut short or too long: replace it")
+        numbers = np.frombuffer(b"".join(blobs[row][len(header) :] for row in rows), dtype=dtype)
+        if fortran_order:
+            result[rows] = numbers.reshape(len(rows), *shape[::-1]).transpose(0, 2, 1)
+        else:
+            result[rows] = numbers.reshape(len(rows), *shape)
+    return result
+
+
+def _npy_header(blob: bytes) -> bytes | None:
+    # Magic, version, length of the text, text: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    if blob[:6] != b"\x93NUMPY" or len(blob) < 12:
+        return None
+    width = 2 if blob[6] == 1 else 4
+    end = 8 + width + int.from_bytes(blob[8 : 8 + width], "little")
+    return blob[:end] if len(blob) >= end else None
+
+
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype | None]:
+    file = io.BytesIO(header)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        # Version 3 differs from 2 only in the names of fields, which a plain array has not.
+        return np.lib.format.read_array_header_2_0(file)
+    except ValueError:
+        return (), False, None
+
+
+def _selection(fidelity: int, temperature: float | None, names: Sequence[str] | None) -> str:
+    parts = [f"fidelity {fidelity}", "temperature above 0" if temperature is None else f"temperature {temperature:g} K"]
+    if names is not None:
+        parts.append(f"name like {' or '.join(names)}")
+    return ", ".join(parts)
 
 
 def _check_levels(path: Path, levels: Mapping[int, Structures], symbols: tuple[str, ...]) -> None:

@@ -272,7 +272,9 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
         raise InputError("no structures to join")
     present = [part.elements[s] for part in parts for s in np.unique(part.species)]
     order = element_order(present, elements, "the structures") if present else tuple(elements or parts[0].elements)
-    parts = [part.with_elements(_extended(order, part)) for part in parts]
+    parts = [part.with_elements(order) for part in parts]
+    if len(parts) == 1:
+        return parts[0]
     if len({part.energies is None for part in parts}) > 1:
         raise InputError("structures with and without energies cannot be joined: take them from separate files")
     shifts = np.cumsum([0] + [len(part.species) for part in parts])
@@ -320,11 +322,6 @@ def formula_in_order(symbols: Sequence[str]) -> str:
         else:
             runs.append((symbol, 1))
     return "".join(symbol + (str(count) if count > 1 else "") for symbol, count in runs)
-
-
-def _extended(order: tuple[str, ...], part: Structures) -> tuple[str, ...]:
-    # Elements that a part lists but has no atom of may be dropped; with_elements checks those that it has.
-    return order if order else part.elements
 
 
 def _checked_elements(elements: Sequence[str]) -> tuple[str, ...]:
