@@ -13,6 +13,10 @@
 #define KINML_ISA baseline
 #endif
 
+namespace kinml {
+inline namespace KINML_ISA {}  // declared inline before anything can open it otherwise
+}  // namespace kinml
+
 #if defined(__CUDACC__)
 #define KINML_HD __host__ __device__ __forceinline__
 #else

@@ -6,6 +6,8 @@
 // and calls the best one that this processor runs with KINML_CALL_KERNEL.
 #pragma once
 
+#include "../core/config.h"
+
 namespace kinml::cpu {
 
 enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };

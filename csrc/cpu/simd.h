@@ -31,11 +31,18 @@ struct IntegerOf<float> {
   using type = std::int32_t;
 };
 
+// The compiler's vector type, named through a struct: GCC takes a dependent vector type for its
+// element type when it compares signatures.
+template <class T, int W>
+struct RawVector {
+  typedef T type __attribute__((vector_size(sizeof(T) * W)));
+};
+
 template <class T, int W>
 struct Vec {
   using Int = typename IntegerOf<T>::type;
-  typedef T Raw __attribute__((vector_size(sizeof(T) * W)));
-  typedef Int IntRaw __attribute__((vector_size(sizeof(T) * W)));
+  using Raw = typename RawVector<T, W>::type;
+  using IntRaw = typename RawVector<Int, W>::type;
   Raw raw;
 
   Vec() = default;
@@ -104,8 +111,8 @@ KINML_HD Vec<T, W> sqrt(Vec<T, W> a) {
 // Sum of the lanes, by halves.
 template <class T, int W>
 KINML_HD T reduce_add(Vec<T, W> a) {
-  if constexpr (W == 1) {
-    return a.raw[0];
+  if constexpr (W == 2) {
+    return a.raw[0] + a.raw[1];
   } else {
     Vec<T, W / 2> low, high;
     std::memcpy(&low.raw, &a.raw, sizeof(low.raw));
@@ -201,26 +208,6 @@ KINML_HD Vec<T, W> log(Vec<T, W> x) {
   constexpr int terms = is_double ? 11 : 5;
   for (int i = terms; i >= 1; --i) p = p * z + V(T(2.0 / (2 * i + 1)));
   return k * V(T(0.693147180559945309417)) + (s * V(T(2)) + s * z * p);
-}
-
-// sin and cos for |x| <= pi/2, by Taylor polynomials; absolute error of one ulp of 1.
-template <class T, int W>
-KINML_HD Vec<T, W> sin_half_turn(Vec<T, W> x) {
-  using V = Vec<T, W>;
-  constexpr int terms = sizeof(T) == 8 ? 11 : 6;
-  const V z = x * x;
-  V p(T(1));
-  for (int i = terms; i >= 1; --i) p = V(T(1)) - z * V(T(1.0 / ((2.0 * i) * (2.0 * i + 1.0)))) * p;
-  return x * p;
-}
-template <class T, int W>
-KINML_HD Vec<T, W> cos_half_turn(Vec<T, W> x) {
-  using V = Vec<T, W>;
-  constexpr int terms = sizeof(T) == 8 ? 11 : 6;
-  const V z = x * x;
-  V p(T(1));
-  for (int i = terms; i >= 1; --i) p = V(T(1)) - z * V(T(1.0 / ((2.0 * i - 1.0) * (2.0 * i)))) * p;
-  return p;
 }
 
 }  // namespace KINML_ISA

@@ -1,0 +1,66 @@
+// Atomic environment vectors of ragged batches of molecules on the CPU; formulas in
+// core/aev_terms.h, order of the vector in core/aev_layout.h.
+//
+//   a_i        vector of atom i, [D]            aev_forward   coordinates -> a
+//   J_i        da_i/dx, [D, 3 n]                aev_vjp       g -> sum_i J_i^T g_i
+//   v          direction in coordinate space    aev_jvp       v -> J_i v
+//                                               aev_hvp       g, v -> d/dx sum_i g_i . J_i v
+//                                               aev_jacobian  J itself, for checks and storage
+//
+// First derivatives of both products are again among these, so a is differentiable twice:
+//   d(J^T g) = hvp(g, dx) + J^T dg;   (d/dg)^T u = J u;   (d/dx)^T u = hvp(g, u)
+//   d(J v) . w:  (d/dv)^T w = J^T w;  (d/dx)^T w = hvp(w, v)
+//
+// Results have the same bits for any n_threads. Throws std::bad_alloc only.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace kinml::cpu {
+
+struct AevParameters {
+  std::int64_t n_species;
+  std::vector<double> radial_shifts;  // rho_l, angstrom
+  double radial_eta;                  // 1/angstrom^2
+  double radial_cutoff;               // angstrom
+  double radial_factor;
+  std::vector<double> angular_shifts;  // rho_l, angstrom
+  double angular_eta;
+  double angular_cutoff;
+  double angular_factor;
+  std::vector<double> sections;  // alpha_m, rad
+  double zeta;
+  double beta;  // theta = arccos(beta cos(angle))
+
+  std::int64_t length() const;  // D
+};
+
+template <class T>
+struct AevBatch {
+  std::int64_t n_structures;
+  const T* coordinates;          // [n_atoms, 3], angstrom
+  const std::int64_t* species;   // [n_atoms], 0 <= species < n_species
+  const std::int64_t* offsets;   // [n_structures + 1], offsets[0] = 0, last = n_atoms
+};
+
+template <class T>
+void aev_forward(const AevParameters& parameters, const AevBatch<T>& batch, T* aev /*[n_atoms, D]*/,
+                 int n_threads);
+template <class T>
+void aev_jvp(const AevParameters& parameters, const AevBatch<T>& batch,
+             const T* tangent /*[n_atoms, 3]*/, T* out /*[n_atoms, D]*/, int n_threads);
+template <class T>
+void aev_vjp(const AevParameters& parameters, const AevBatch<T>& batch,
+             const T* gradient /*[n_atoms, D]*/, T* out /*[n_atoms, 3]*/, int n_threads);
+template <class T>
+void aev_hvp(const AevParameters& parameters, const AevBatch<T>& batch,
+             const T* gradient /*[n_atoms, D]*/, const T* tangent /*[n_atoms, 3]*/,
+             T* out /*[n_atoms, 3]*/, int n_threads);
+// Column 3 q + d of an atom's block is the derivative with respect to coordinate d of the q-th atom
+// of its structure; columns >= 3 times the largest structure, the rest is zero.
+template <class T>
+void aev_jacobian(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t columns,
+                  T* out /*[n_atoms, D, columns]*/, int n_threads);
+
+}  // namespace kinml::cpu
