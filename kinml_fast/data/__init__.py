@@ -1,1 +1,8 @@
 """Data: reading, splitting, single-atom energies, the prepared data set."""
+
+from kinml_fast.data.prepared import Prepared, prepare
+from kinml_fast.data.sources import read
+from kinml_fast.data.splits import Split, make_split, write_tvtmsk
+from kinml_fast.data.structures import Structures, concatenate
+
+__all__ = ["Prepared", "Split", "Structures", "concatenate", "make_split", "prepare", "read", "write_tvtmsk"]

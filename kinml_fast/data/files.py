@@ -6,7 +6,7 @@ import contextlib
 import glob
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -47,6 +47,18 @@ def is_sqlite(path: Path) -> bool:
 def first_few(items: Sequence[object]) -> str:
     """The first three for a message, and how many there are: "a, b, c … (17 in all)"."""
     return ", ".join(map(str, items[:3])) + (f" … ({len(items)} in all)" if len(items) > 3 else "")
+
+
+def check_distinct(paths: Sequence[Path], label: Callable[[Path], str]) -> None:
+    """Refuse two files whose structures would get the same labels, since split files name structures by label."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        other = seen.setdefault(label(path), path)
+        if other is not path:
+            raise InputError(
+                f"{other} and {path} would give their structures the same labels: "
+                f"rename one, for instance to {path.stem}_2{path.suffix}"
+            )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from ase.symbols import string2symbols
 
-from kinml_fast.data.files import expand, first_few, is_sqlite, replacing
+from kinml_fast.data.files import check_distinct, expand, first_few, is_sqlite, replacing
 from kinml_fast.data.structures import Structures, concatenate, element_order, formula_in_order
 from kinml_fast.errors import InputError
 
@@ -56,6 +56,10 @@ CREATE TABLE energy (
     FOREIGN KEY (xyz_id) REFERENCES xyz (id)
 );
 """
+
+
+class MissingIdsError(InputError):
+    """Structures are asked for by id that are not there."""
 
 
 def formula_symbols(name: str, where: str) -> tuple[str, ...]:
@@ -234,19 +238,13 @@ def write(
 
 
 def _check_stems(paths: Sequence[Path], ids: Mapping[str, Collection[int]] | None) -> None:
-    stems: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in stems:
-            raise InputError(
-                f"{stems[path.stem]} and {path} would give their structures the same labels: "
-                f"rename one, for instance to {path.stem}_2{path.suffix}"
-            )
-        stems[path.stem] = path
+    check_distinct(paths, lambda path: path.stem)
+    stems = [path.stem for path in paths]
     unknown = [stem for stem in ids or () if stem not in stems]
     if unknown:
-        raise InputError(
+        raise MissingIdsError(
             f"structures of {first_few(unknown)} are asked for, but no such database is among the files "
-            f"({first_few(list(stems))}): add it"
+            f"({first_few(stems)}): add it"
         )
 
 
@@ -265,7 +263,7 @@ def _read_one(
         rows = [row for row in rows if row[0] in ids]
         missing = sorted(ids.difference(row[0] for row in rows))
         if missing:
-            raise InputError(
+            raise MissingIdsError(
                 f"{path}: has no structure {first_few([f'{path.stem}/{i}' for i in missing])} "
                 f"({_selection(fidelity, temperature, names)}): correct the ids or the selection"
             )

@@ -1,0 +1,254 @@
+"""The prepared data set: everything a training run takes from its files, saved once and recognised on the next run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from kinml_fast.data import sae as sae_module
+from kinml_fast.data import sources, splits
+from kinml_fast.data.files import expand, is_sqlite, replacing
+from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.sqlite import MissingIdsError
+from kinml_fast.data.structures import Structures
+from kinml_fast.errors import InputError
+
+_log = logging.getLogger(__name__)
+_FORMAT = "kinml_fast prepared data"
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Structures, their split and single-atom energies.
+
+    Parameters
+    ----------
+    structures
+        Those that are in a part of the split, in the order of the files.
+    split
+        Indices into `structures`.
+    sae
+        float64 [n_elements], eV, in the order of `structures.elements`.
+    descriptor
+        Settings of the descriptor, carried along unread.
+    hash
+        sha256 (hexadecimal) of the contents of all files and of all settings.
+    """
+
+    structures: Structures
+    split: Split
+    sae: np.ndarray
+    descriptor: dict = field(default_factory=dict)
+    hash: str = ""
+
+
+def prepare(
+    files: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    fidelity: int = 1,
+    temperature: float | None = None,
+    names: Sequence[str] | None = None,
+    energy_key: str | None = None,
+    forces_key: str | None = None,
+    split: Sequence[float] = (0.8, 0.1, 0.1),
+    split_file: str | os.PathLike | None = None,
+    split_seed: int = 0,
+    sae: str | Mapping[str, float] = "fit",
+    elements: Sequence[str] | None = None,
+    descriptor: Mapping[str, object] | None = None,
+    path: str | os.PathLike | None = None,
+) -> Prepared:
+    """Read, check and split data, and fit its single-atom energies; or take all that from the last time.
+
+    Parameters
+    ----------
+    files
+        Databases and files that ASE reads: paths, glob patterns, `shipped:NAME`.
+    fidelity, temperature, names, energy_key, forces_key, elements
+        See `sources.read`.
+    split, split_seed, split_file
+        See `splits.make_split`. With a split file only the ids that it lists are read from databases.
+    sae
+        "fit" (to training and validation structures), "none", or energies by element (eV).
+    descriptor
+        Plain settings of the descriptor, kept with the data.
+    path
+        HDF5 file of the prepared data. If it holds the result of the same contents and settings it is taken as it is,
+        otherwise it is written; None: nothing is saved.
+
+    Raises
+    ------
+    InputError
+        As the functions named; `path` is one of the data files; the file cannot be written (nothing is changed then).
+    """
+    paths = expand(files)
+    settings = {
+        "fidelity": int(fidelity),
+        "temperature": None if temperature is None else float(temperature),
+        "names": None if names is None else list(names),
+        "energy_key": energy_key,
+        "forces_key": forces_key,
+        "split": [float(amount) for amount in split],
+        "split_seed": int(split_seed),
+        "sae": dict(sae) if isinstance(sae, Mapping) else sae,
+        "elements": None if elements is None else list(elements),
+        "descriptor": json.loads(json.dumps(dict(descriptor or {}))),  # as it will be read back: lists, not tuples
+    }
+    digest = _digest(paths, split_file, settings)
+    if path is not None:
+        path = Path(path)
+        if path.resolve() in [p.resolve() for p in paths]:
+            raise InputError(f"{path}: is one of the data files and would be overwritten: name another file")
+        ready = _up_to_date(path, digest)
+        if ready is not None:
+            return ready
+
+    ids = None if split_file is None else splits.read_tvtmsk(split_file).ids()
+    try:
+        structures = sources.read(
+            paths,
+            fidelity=fidelity,
+            temperature=temperature,
+            names=names,
+            ids=ids,
+            energy_key=energy_key,
+            forces_key=forces_key,
+            elements=elements,
+        )
+    except MissingIdsError as error:
+        raise InputError(f"{split_file}: {error}") from error
+    chosen = splits.make_split(structures, split, split_seed, split_file)
+    used = np.sort(chosen.used)
+    if len(used) < len(structures):
+        structures = structures.select(used)
+        chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
+    fitted = np.concatenate([chosen.train, chosen.validation])
+    energies = sae_module.resolve(sae, structures.counts()[fitted], structures.energies[fitted], structures.elements)
+    result = Prepared(structures, chosen, energies, settings["descriptor"], digest)
+    if path is not None:
+        save(path, result)
+    return result
+
+
+def save(path: str | os.PathLike, prepared: Prepared) -> None:
+    """Write prepared data as HDF5, in one step. Every array carries a checksum.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written; an older one is left as it was.
+    """
+    path = Path(path)
+    structures = prepared.structures
+    arrays = {
+        "species": structures.species,
+        "coordinates": structures.coordinates,
+        "offsets": structures.offsets,
+        "energies": structures.energies,
+        "forces": structures.forces,
+        "labels": np.array([label.encode() for label in structures.labels]),
+        "sae": prepared.sae,
+        **{f"split/{part}": getattr(prepared.split, part) for part in PARTS},
+    }
+    # HDF5 does not recover from a full disk, so the file is built in memory and written like any other.
+    with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest") as file:
+        file.attrs.update(
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "hash": prepared.hash,
+                "elements": json.dumps(structures.elements),
+                "descriptor": json.dumps(prepared.descriptor),
+                "units": "eV, angstrom, eV/angstrom",
+            }
+        )
+        for name, array in arrays.items():
+            if array is not None:
+                file.create_dataset(name, data=array, **({"fletcher32": True} if array.size else {}))
+        file.flush()
+        image = file.id.get_file_image()
+    with replacing(path) as temporary:
+        temporary.write_bytes(image)
+
+
+def load(path: str | os.PathLike) -> Prepared:
+    """Read prepared data.
+
+    Raises
+    ------
+    InputError
+        The file is missing, damaged, or of another kind or version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file: run kinml-fast prepare first")
+    try:
+        with h5py.File(path, "r") as file:
+            attributes = dict(file.attrs)
+            if attributes.get("format") != _FORMAT or attributes.get("version") != _VERSION:
+                raise InputError(f"{path}: is not prepared data of this version: run kinml-fast prepare again")
+            arrays: dict[str, np.ndarray] = {}
+            file.visititems(
+                lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        structures = Structures(
+            elements=tuple(json.loads(attributes["elements"])),
+            labels=tuple(label.decode() for label in arrays["labels"].tolist()),
+            forces=arrays.get("forces"),
+            **{name: arrays[name] for name in ("species", "coordinates", "offsets", "energies")},
+        )
+        split = Split(*(arrays[f"split/{part}"] for part in PARTS))
+        return Prepared(structures, split, arrays["sae"], json.loads(attributes["descriptor"]), str(attributes["hash"]))
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, InputError) and str(error).startswith(str(path)):
+            raise
+        raise InputError(f"{path}: is damaged ({error}): run kinml-fast prepare again") from error
+
+
+def _up_to_date(path: Path, digest: str) -> Prepared | None:
+    if not path.exists():
+        return None
+    try:
+        ready = load(path)
+    except InputError as error:
+        _log.warning("%s; preparing the data anew", error)
+        return None
+    if ready.hash != digest:
+        _log.info("%s: data or settings have changed; preparing the data anew", path)
+        return None
+    _log.info("%s: up to date, %d structures", path, len(ready.structures))
+    return ready
+
+
+def _digest(paths: Sequence[Path], split_file: str | os.PathLike | None, settings: Mapping[str, object]) -> str:
+    # Folders do not matter, names do: labels and formulas come from them.
+    total = hashlib.sha256(json.dumps([_FORMAT, _VERSION, settings], sort_keys=True).encode())
+    for path in paths:
+        total.update(f"\n{path.name} {_file_digest(path)}".encode())
+        # What a running writer has not yet moved into the database itself.
+        journal = path.with_name(path.name + "-wal")
+        if is_sqlite(path) and journal.exists():
+            total.update(f" {_file_digest(journal)}".encode())
+    if split_file is not None:
+        total.update(f"\nsplit {_file_digest(Path(split_file))}".encode())
+    return total.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""Single-atom energies (SAEs): what of an energy each element accounts for, so that networks learn the rest."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ase.data import chemical_symbols
+from scipy.optimize import lsq_linear
+
+from kinml_fast.errors import InputError
+
+GUESSES = {
+    "C": -1035.30436565,
+    "H": -16.8356588,
+    "O": -2043.89908480,
+    "N": -1486.3292980,
+    "F": -2715.285898636,
+    "S": -10834.4396698,
+    "Cl": -12522.6292598,
+}
+"""Where the fit starts (eV): PyKinML's values, near those of B3LYP; other elements start at 0."""
+
+BOUND = 8.0
+"""An SAE with a guess stays within this distance (eV) of it; one without is free."""
+
+_FREE_SCALE = 1e4  # eV, the magnitude of an energy of which nothing is known
+
+_log = logging.getLogger(__name__)
+
+
+def fit(counts: np.ndarray, energies: np.ndarray, elements: Sequence[str]) -> np.ndarray:
+    """Least squares of energies on numbers of atoms, within bounds around a guess.
+
+    Where the counts do not settle the answer (in C5H5 only the sum of one C and one H matters), it is the one nearest
+    to the guess. That is what a bounded solver started at the guess finds. "Near" is measured in units of 8 eV for
+    elements with a guess and of 10⁴ eV for others, so that an unknown element takes up what a known one cannot. The
+    SAE of an element that does not occur is its guess.
+
+    The guesses are those of all-electron energies. Where they miss by more than 8 eV a structure what a free fit
+    reaches, the energies are of another kind (semiempirical, pseudopotentials, already shifted); then the fit is free
+    and starts at 0, and the log says so.
+
+    Parameters
+    ----------
+    counts
+        [n_structures, n_elements], atoms of each element.
+    energies
+        [n_structures], eV.
+    elements
+        Chemical symbols of the columns.
+
+    Returns
+    -------
+    float64 [n_elements]
+        eV.
+
+    References
+    ----------
+    The guesses and bounds: PyKinML; https://doi.org/10.1021/acs.jpca.3c07872
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    energies = np.asarray(energies, dtype=np.float64)
+    if len(counts) == 0:
+        raise InputError("no structures to fit single-atom energies to: enlarge the training part")
+    # Structures with the same counts only enter through their mean: as many equations as formulas.
+    rows, inverse, multiplicity = np.unique(counts, axis=0, return_inverse=True, return_counts=True)
+    inverse = inverse.ravel()
+
+    def misfit(sae: np.ndarray) -> tuple[np.ndarray, float]:
+        # What is left of each formula's mean energy, and its root mean square over the structures, eV.
+        left = np.bincount(inverse, weights=energies - counts @ sae) / multiplicity
+        return left, float(np.sqrt(np.average(left**2, weights=multiplicity)))
+
+    known = np.array([element in GUESSES for element in elements])
+    guess = np.array([GUESSES.get(element, 0.0) for element in elements])
+    weights = np.sqrt(multiplicity)[:, None]
+    sae = guess + _nearest(rows * weights, misfit(guess)[0] * weights[:, 0], known)
+    if np.any(known & (np.abs(sae - guess) > BOUND * (1 - 1e-9))):
+        zero = np.zeros(len(guess))
+        free = _nearest(rows * weights, misfit(zero)[0] * weights[:, 0], np.zeros(len(guess), dtype=bool))
+        if misfit(sae)[1] > misfit(free)[1] + BOUND:
+            _log.info("single-atom energies: the all-electron guesses do not fit these energies, fitting freely")
+            return free
+    return sae
+
+
+def _nearest(matrix: np.ndarray, target: np.ndarray, bounded: np.ndarray) -> np.ndarray:
+    # Least squares for a change of the SAEs (eV): the smallest of the best ones, bounded elements within ±BOUND.
+    scale = np.where(bounded, BOUND, _FREE_SCALE)
+    limit = np.where(bounded, 1.0, np.inf)
+    scaled = matrix * scale
+    change = np.linalg.lstsq(scaled, target, rcond=None)[0]
+    if np.any(np.abs(change) > limit):
+        # A slight pull to 0 (1e-6 of the largest singular value) makes the bounded optimum unique as well.
+        pull = 1e-6 * np.linalg.norm(scaled, 2)
+        change = lsq_linear(
+            np.vstack([scaled, pull * np.eye(len(scale))]),
+            np.concatenate([target, np.zeros(len(scale))]),
+            bounds=(-limit, limit),
+            method="bvls",
+        ).x
+    return scale * change
+
+
+def resolve(
+    setting: str | Mapping[str, float], counts: np.ndarray, energies: np.ndarray, elements: Sequence[str]
+) -> np.ndarray:
+    """SAEs by a setting: "fit", "none" (all 0), or energies by element (eV).
+
+    Parameters
+    ----------
+    counts, energies, elements
+        As for `fit`; used by "fit" only.
+
+    Returns
+    -------
+    float64 [n_elements]
+        eV.
+
+    Raises
+    ------
+    InputError
+        Another word, an element of the data without an energy, something that is no element or no number.
+    """
+    if setting == "fit":
+        return fit(counts, energies, elements)
+    if setting == "none":
+        return np.zeros(len(elements))
+    if not isinstance(setting, Mapping):
+        raise InputError(f"single-atom energies are {setting!r}: expected fit, none or an energy for each element")
+    for element, value in setting.items():
+        if element not in chemical_symbols[1:]:
+            raise InputError(f"single-atom energies name {element!r}, which is no element: correct it")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise InputError(f"the single-atom energy of {element} is {value!r}, not a number in eV: correct it")
+    missing = [element for element in elements if element not in setting]
+    if missing:
+        raise InputError(f"single-atom energies lack {', '.join(missing)}: add them or write fit")
+    return np.array([float(setting[element]) for element in elements])

@@ -1,0 +1,292 @@
+"""Which structures train, validate and test: by counts, fractions or a file; never overlapping.
+
+A split file has one line per structure, words separated by white space:
+
+    C5H5/17 2 -5261.429334316677 train
+
+the label, 2 (training or validation) or -1 (test), the energy in eV (a note only), and the part. PyKinML writes and
+reads the first two words; `write_tvtmsk` writes all four, and then the split and its order are restored exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kinml_fast.data.files import first_few, replacing
+from kinml_fast.data.structures import Structures
+from kinml_fast.errors import InputError
+
+PARTS = ("train", "validation", "test")
+_MASKS = {"train": 2, "validation": 2, "test": -1}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Indices of structures, int64, each at most once. The order of `train` is that of an epoch without shuffling."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            object.__setattr__(self, part, np.ascontiguousarray(getattr(self, part), dtype=np.int64))
+        everything = self.used
+        if len(np.unique(everything)) < len(everything):
+            raise InputError("the parts of a split overlap: each structure may be in one part only, and once")
+
+    @property
+    def used(self) -> np.ndarray:
+        """All indices: training, validation, test."""
+        return np.concatenate([self.train, self.validation, self.test])
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """The lines of a split file, in order: labels, masks (2 or −1), and parts if the file has them."""
+
+    path: Path
+    labels: tuple[str, ...]
+    masks: np.ndarray
+    parts: tuple[str, ...] | None
+
+    def ids(self) -> dict[str, set[int]]:
+        """For each database or file named, the ids listed."""
+        result: dict[str, set[int]] = {}
+        for label in self.labels:
+            stem, number = label.rsplit("/", 1)
+            result.setdefault(stem, set()).add(int(number))
+        return result
+
+
+def make_split(
+    structures: Structures, amounts: Sequence[float], seed: int = 0, split_file: str | os.PathLike | None = None
+) -> Split:
+    """Choose training, validation and test structures.
+
+    Parameters
+    ----------
+    structures
+        What to choose from.
+    amounts
+        Training, validation, test. Three whole numbers with a sum above 1 are counts. Otherwise they are fractions
+        of all structures with a sum of at most 1. Either is spread over the formulas in proportion to what there is
+        of each (largest remainders, ties by lot), so the totals are exact.
+    seed
+        Of the choice and of the order of the training part.
+    split_file
+        Its test structures are the test part (`amounts[2]` has to be 0 or their number if the amounts are counts).
+        Training and validation are chosen among the others: by counts, or all of them in the ratio of the first two
+        fractions. A file that says the part of each structure is followed exactly, and `amounts` is not used.
+
+    Raises
+    ------
+    InputError
+        More is asked for than there is, a part comes out empty (test may be 0 if that is what `amounts` say), a
+        malformed line, a label that is not among the structures.
+    """
+    amounts = _checked_amounts(amounts)
+    rng = np.random.default_rng(seed)
+    if split_file is None:
+        totals = _totals(amounts, len(structures), "the data")
+        split = Split(*_stratified(structures, np.arange(len(structures)), totals, rng))
+        return _without_empty(split, f"the split {list(amounts)} of {len(structures)} structures", amounts[2] > 0)
+    file = read_tvtmsk(split_file)
+    indices = _indices(structures, file)
+    if file.parts is not None:
+        parts = np.array(file.parts)
+        split = Split(*(indices[parts == part] for part in PARTS))
+        return _without_empty(split, str(file.path), False)
+    test = indices[file.masks == -1]
+    rest = np.sort(indices[file.masks == 2])
+    if _are_counts(amounts):
+        if amounts[2] not in (0, len(test)):
+            raise InputError(
+                f"{file.path}: has {len(test)} test structures, but the split asks for {amounts[2]}: write 0 there"
+            )
+        wanted = (amounts[0], amounts[1], 0)
+    else:
+        share = amounts[0] + amounts[1]
+        wanted = (amounts[0] / share, amounts[1] / share, 0.0) if share > 0 else (0.0, 0.0, 0.0)
+    totals = _totals(wanted, len(rest), f"the training and validation lines of {file.path}")
+    train, validation, _ = _stratified(structures, rest, totals, rng)
+    return _without_empty(Split(train, validation, test), str(file.path), False)
+
+
+def read_tvtmsk(path: str | os.PathLike) -> SplitFile:
+    """Read a split file (see the head of this module); empty lines and lines that begin with # are skipped.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, has no lines, a malformed line, or a label twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise InputError(f"{path}: cannot be read as a split file ({reason}): correct the path") from error
+    seen: dict[str, int] = {}
+    masks: list[int] = []
+    parts: list[str | None] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        _check_line(f"{path}:{number}", words)
+        if words[0] in seen:
+            raise InputError(f"{path}:{number}: {words[0]} is already in line {seen[words[0]]}: keep one of the two")
+        seen[words[0]] = number
+        masks.append(int(words[1]))
+        parts.append(words[3] if len(words) == 4 else None)
+        if (parts[-1] is None) != (parts[0] is None):
+            raise InputError(
+                f"{path}:{number}: some lines say train, validation or test and some do not: write it in all or none"
+            )
+    if not seen:
+        raise InputError(f"{path}: names no structures: it needs lines like 'C5H5/17 2'")
+    return SplitFile(path, tuple(seen), np.array(masks), None if parts[0] is None else tuple(parts))
+
+
+def write_tvtmsk(path: str | os.PathLike, structures: Structures, split: Split) -> None:
+    """Save a split, its order included, so that `make_split` restores it exactly and PyKinML can read it.
+
+    Raises
+    ------
+    InputError
+        Two structures have the same label, or the file cannot be written.
+    """
+    _index_of_labels(structures)
+    lines = []
+    for part in PARTS:
+        for i in getattr(split, part).tolist():
+            energy = "nan" if structures.energies is None else repr(float(structures.energies[i]))
+            lines.append(f"{structures.labels[i]} {_MASKS[part]} {energy} {part}\n")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def table(structures: Structures, split: Split, limit: int = 20) -> str:
+    """How many structures of each formula are in each part, as lines of text with a total; at most `limit` formulas."""
+    formulas, group = np.unique(structures.formulas(), return_inverse=True)
+    columns = [np.bincount(group[getattr(split, part)], minlength=len(formulas)) for part in PARTS]
+    columns.append(np.bincount(group, minlength=len(formulas)) - sum(columns))
+    rows = [(str(name), *(int(column[i]) for column in columns)) for i, name in enumerate(formulas)]
+    shown = rows[:limit]
+    if len(rows) > limit:
+        rest = np.array([row[1:] for row in rows[limit:]]).sum(axis=0).tolist()
+        shown.append((f"{len(rows) - limit} more", *rest))
+    shown.append(("all", *(int(column.sum()) for column in columns)))
+    header = ("formula", *PARTS, "unused")
+    widths = [max(len(str(row[i])) for row in [header, *shown]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join([f"{row[0]:<{widths[0]}}"] + [f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True)])
+        for row in [header, *shown]
+    )
+
+
+def _checked_amounts(amounts: Sequence[float]) -> tuple[float, float, float]:
+    amounts = tuple(amounts)
+    if len(amounts) != 3 or any(not math.isfinite(a) or a < 0 for a in amounts):
+        raise InputError(f"the split is {list(amounts)}: give three numbers for training, validation and test")
+    if not _are_counts(amounts):
+        return amounts
+    if any(a != int(a) for a in amounts):
+        raise InputError(
+            f"the split {list(amounts)} is neither three counts nor three fractions with a sum of at most 1: correct it"
+        )
+    return tuple(int(a) for a in amounts)
+
+
+def _are_counts(amounts: tuple[float, float, float]) -> bool:
+    # Fractions like 0.7, 0.2, 0.1 may add up to a little more than 1.
+    return sum(amounts) > 1 + 1e-9
+
+
+def _totals(amounts: tuple[float, float, float], available: int, source: str) -> tuple[int, int, int]:
+    total = sum(amounts)
+    if _are_counts(amounts):
+        if total > available:
+            raise InputError(
+                f"the split {list(amounts)} asks for {total} structures, but there are only {available} in {source}: "
+                "ask for fewer"
+            )
+        return amounts
+    quotas = np.array([*amounts, max(0.0, 1 - total)]) * available
+    return tuple(_largest_remainder(quotas, available, np.arange(4)).tolist()[:3])
+
+
+def _stratified(
+    structures: Structures, candidates: np.ndarray, totals: tuple[int, int, int], rng: np.random.Generator
+) -> list[np.ndarray]:
+    # Part after part takes its share of what is left of each formula; so no formula can give more than it has.
+    _, formula = np.unique(np.array(structures.formulas())[candidates], return_inverse=True)
+    pools = [rng.permutation(candidates[formula == i]) for i in range(formula.max(initial=-1) + 1)]
+    chosen = []
+    for total in totals:
+        left = np.array([len(pool) for pool in pools], dtype=np.float64)
+        shares = _largest_remainder(left * (total / max(left.sum(), 1)), total, rng.permutation(len(pools)))
+        chosen.append(np.concatenate([pool[:n] for pool, n in zip(pools, shares, strict=True)] or [candidates[:0]]))
+        pools = [pool[n:] for pool, n in zip(pools, shares, strict=True)]
+    train, validation, test = chosen
+    return [rng.permutation(train), np.sort(validation), np.sort(test)]
+
+
+def _largest_remainder(quotas: np.ndarray, total: int, order: np.ndarray) -> np.ndarray:
+    # Whole numbers next to the quotas with the sum `total`; `order` decides between equal remainders. The rounding
+    # keeps 0.1 * 30 = 3.0000000000000004 from counting as a remainder.
+    quotas = np.round(quotas, 9)
+    shares = np.floor(quotas).astype(np.int64)
+    ranking = np.lexsort((order, -(quotas - shares)))
+    shares[ranking[: total - shares.sum()]] += 1
+    return shares
+
+
+def _without_empty(split: Split, source: str, test_wanted: bool) -> Split:
+    for part in PARTS:
+        if len(getattr(split, part)) == 0 and (part != "test" or test_wanted):
+            raise InputError(f"{source} leaves no {part} structures: enlarge its {part} part or take more data")
+    return split
+
+
+def _index_of_labels(structures: Structures) -> dict[str, int]:
+    index = {label: i for i, label in enumerate(structures.labels)}
+    if len(index) < len(structures):
+        twice = next(label for i, label in enumerate(structures.labels) if index[label] != i)
+        raise InputError(f"two structures have the label {twice}: a split file needs different ones, rename a file")
+    return index
+
+
+def _indices(structures: Structures, file: SplitFile) -> np.ndarray:
+    index = _index_of_labels(structures)
+    unknown = [label for label in file.labels if label not in index]
+    if unknown:
+        raise InputError(
+            f"{file.path}: names structures that are not in the data: {first_few(unknown)}: "
+            "add their files or remove the lines"
+        )
+    return np.array([index[label] for label in file.labels], dtype=np.int64)
+
+
+def _check_line(where: str, words: list[str]) -> None:
+    stem, _, number = words[0].rpartition("/")
+    good = stem and number.isdecimal() and len(words) in (2, 3, 4) and words[1] in ("2", "-1")
+    if good and len(words) > 2:
+        try:
+            float(words[2])
+        except ValueError:
+            good = False
+    if good and len(words) == 4:
+        good = words[3] in PARTS and str(_MASKS[words[3]]) == words[1]
+    if not good:
+        raise InputError(
+            f"{where}: '{' '.join(words)[:60]}' is not a line of a split file: expected a label, 2 or -1, and at most "
+            "an energy and train, validation (with 2) or test (with -1)"
+        )
