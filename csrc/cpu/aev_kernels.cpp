@@ -21,18 +21,8 @@
 
 namespace kinml {
 inline namespace KINML_ISA {
-namespace {
 
-using cpu::AevMode;
-using cpu::AevTables;
-using cpu::AevTask;
-using cpu::kChunk;
-using cpu::kMaxLanes;
-using cpu::padded;
-using cpu::StructureView;
-
-constexpr int kChunkRoom = kChunk + kMaxLanes;  // registers are stored whole
-
+// Found by argument-dependent lookup from the formulas of core.
 template <class T, int W>
 KINML_HD Vec<T, W> square_root(Vec<T, W> x) {
   return sqrt(x);
@@ -46,11 +36,17 @@ template <class T, int W>
 KINML_HD SineCosine<Vec<T, W>> sine_cosine(Vec<T, W> x) {
   return sine_cosine_series<T>(x);
 }
-template <class T>
-KINML_HD SineCosine<Dual<T>> sine_cosine(Dual<T> x) {
-  const SineCosine<T> r = sine_cosine(x.value);
-  return {{r.sine, r.cosine * x.tangent}, {r.cosine, -(r.sine * x.tangent)}};
-}
+namespace {
+
+using cpu::AevMode;
+using cpu::AevTables;
+using cpu::AevTask;
+using cpu::kChunk;
+using cpu::kMaxLanes;
+using cpu::padded;
+using cpu::StructureView;
+
+constexpr int kChunkRoom = kChunk + kMaxLanes;  // registers are stored whole
 
 // Numbers in memory: a plane of values and, for dual numbers, a plane of tangents.
 template <class T>
