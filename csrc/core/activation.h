@@ -26,18 +26,6 @@ inline constexpr int kActivations = 7;
 inline constexpr double kCeluAlpha = 0.1;
 
 // What Vec offers and plain numbers do not.
-template <class V>
-struct ScalarOf {
-  using type = typename V::Scalar;
-};
-template <>
-struct ScalarOf<double> {
-  using type = double;
-};
-template <>
-struct ScalarOf<float> {
-  using type = float;
-};
 KINML_HD double select_ge(double a, double b, double if_true, double if_false) {
   return a >= b ? if_true : if_false;
 }
@@ -53,7 +41,7 @@ using std::tanh;
 
 template <class V>
 KINML_HD V number(double value) {
-  return V(static_cast<typename ScalarOf<V>::type>(value));
+  return V(value);
 }
 
 template <class V>
@@ -79,7 +67,8 @@ KINML_HD V value(V z) {
   if constexpr (A == Activation::celu) {
     // The exponential of a positive number is not needed and might be infinite.
     const V negative = select_ge(z, number<V>(0), number<V>(0), z);
-    const V below = number<V>(kCeluAlpha) * (exp(negative * number<V>(1 / kCeluAlpha)) - number<V>(1));
+    const V below =
+        number<V>(kCeluAlpha) * (exp(negative * number<V>(1 / kCeluAlpha)) - number<V>(1));
     return select_ge(number<V>(0), z, below, z);
   }
   if constexpr (A == Activation::gelu) return z * normal_cdf(z);
@@ -104,8 +93,7 @@ KINML_HD V slope(V z, V h) {
 
 template <Activation A, class V>
 KINML_HD V curvature(V z, V h) {
-  if constexpr (A == Activation::gaussian)
-    return (number<V>(4) * z * z - number<V>(2)) * h;
+  if constexpr (A == Activation::gaussian) return (number<V>(4) * z * z - number<V>(2)) * h;
   if constexpr (A == Activation::tanh) return number<V>(-2) * h * (number<V>(1) - h * h);
   if constexpr (A == Activation::silu) {
     const V s = sigmoid(z);

@@ -30,16 +30,24 @@ struct NetworkShape {
       total += size(species, l + 1) * (size(species, l) + (biases ? 1 : 0));
     return total;
   }
-  // Numbers that the forward pass keeps per atom for the backward pass: z and h of every layer;
-  // the widest species decides, so that all atoms have one stride.
+  // Numbers between the rows of a layer's z, h and dL/dz in scratch memory and in `saved`: the size
+  // rounded up to whole registers of any instruction set, except for the last layer (one number).
+  std::int64_t stride(std::int64_t species, std::int64_t layer) const {
+    return layer == n_layers ? size(species, layer) : (size(species, layer) + 15) / 16 * 16;
+  }
+  // Numbers that the forward pass keeps per atom for the backward pass: z and h of every layer.
+  // The widest species decides, so that the atoms of species s begin at
+  // saved + starts[s] * saved_per_atom(). There, with n = starts[s+1] - starts[s], stand the
+  // matrices z_1, h_1, z_2, h_2, ... one after the other, z_l and h_l each [n, stride(s, l)].
+  // Columns beyond size(s, l) are padding and may hold anything finite or not.
   std::int64_t saved_per_atom() const {
     std::int64_t widest = 0;
     for (std::int64_t s = 0; s < n_species; ++s) {
       std::int64_t total = 0;
-      for (std::int64_t l = 1; l <= n_layers; ++l) total += 2 * size(s, l);
+      for (std::int64_t l = 1; l <= n_layers; ++l) total += 2 * stride(s, l);
       widest = total > widest ? total : widest;
     }
-    return widest;
+    return (widest + 15) / 16 * 16;
   }
 };
 

@@ -1,0 +1,51 @@
+// What networks_cpu.cpp hands to the kernels of one instruction set: where everything stands.
+#pragma once
+
+#include <cstdint>
+
+namespace kinml::cpu {
+
+// One layer of one species.
+struct NetworkLayer {
+  std::int64_t in, out;
+  std::int64_t stride;      // numbers between rows of z, h and delta of this layer
+  std::int64_t column;      // sum of the strides of the layers before
+  std::int64_t weights;     // offset in the parameters of W [out, in]
+  std::int64_t biases;      // offset in the parameters of b [out], or -1
+  std::int64_t packed;      // offset in the packed parameters, for the forward pass
+  std::int64_t transposed;  // the same for the backward pass, or -1: not needed
+};
+
+struct NetworkPlan {
+  std::int64_t n_species;
+  std::int64_t n_layers;
+  const NetworkLayer* layers;       // [n_species, n_layers]
+  const std::int64_t* activations;  // [n_layers]
+  const std::int64_t* starts;       // [n_species + 1]
+  std::int64_t saved_per_atom;
+  std::int64_t scratch_per_atom;  // for one of z, h, delta of all layers
+
+  const NetworkLayer* of(std::int64_t species) const { return layers + species * n_layers; }
+};
+
+// Consecutive atoms of one species. Their delta_l stand at
+// deltas + offset * scratch_per_atom + count * column, as [count, stride] matrices.
+struct NetworkSegment {
+  std::int64_t species, first, count;
+  std::int64_t offset;
+};
+
+// The piece of a segment that one thread takes at a time.
+struct NetworkTile {
+  const NetworkSegment* segment;
+  std::int64_t first, count;  // first counts from the beginning of the segment
+};
+
+// Atoms of one tile at most, a multiple of the rows of every register block.
+inline constexpr std::int64_t kTileAtoms = 48;
+// Atoms over which weight gradients are summed in registers before they are added to memory.
+inline constexpr std::int64_t kSumAtoms = 64;
+// Numbers that may be read behind scratch matrices.
+inline constexpr std::int64_t kSlack = 64;
+
+}  // namespace kinml::cpu
