@@ -1,0 +1,206 @@
+"""The house rules that a reader cannot see in one file: which layer may use which."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "kinml_fast"
+CSRC = ROOT / "csrc"
+
+LAYERS = [
+    {"errors", "units"},
+    {"_library"},
+    {"ops"},
+    {"nn"},
+    {"data", "datasets"},
+    {"train", "deploy"},
+    {"cli", "__main__"},
+    {"pykinml"},
+]
+"""Parts of kinml_fast, lowest first. A module imports from its own layer and from those below."""
+
+REFERENCE_IMPORTS = {"torch", "math", "typing", "collections", "dataclasses", "__future__"}
+
+INCLUDES = {
+    "core": {"core"},
+    "cpu": {"core", "cpu"},
+    "cuda": {"core", "cuda"},
+    "torch": {"core", "cpu", "cuda", "torch"},
+}
+"""Folders of csrc from which a folder may include headers."""
+
+SYSTEM_HEADERS = {
+    "core": set(),
+    "cpu": {"immintrin.h", "omp.h"},
+    "cuda": {"cuda_runtime.h", "cuda_runtime_api.h"},
+}
+"""Headers besides the standard library's that a torch-free folder may include."""
+
+ONLY_IN = {"immintrin.h": "cpu/simd.h", "omp.h": "cpu/parallel.h", "thread": "cpu/parallel.h"}
+"""One file owns the intrinsics, one the threads."""
+
+
+def imports(tree: ast.AST, package: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Return (line, dotted name) of all that a module of ``package`` imports, at its top or inside functions."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = [*base, *([node.module] if node.module else [])]
+            found += [(node.lineno, ".".join([*stem, alias.name])) for alias in node.names]
+    return found
+
+
+def level(part: str) -> int | None:
+    """Return the layer of a part of kinml_fast ("nn", "errors"), None where it has none."""
+    return next((n for n, parts in enumerate(LAYERS) if part in parts), None)
+
+
+def python_faults(path: Path, source: str) -> list[str]:
+    """Return what is wrong with a module of kinml_fast; ``path`` is relative to the package."""
+    part = path.parts[0].removesuffix(".py")
+    tree = ast.parse(source)
+    faults = []
+    if part not in {"__init__", "reference"} and level(part) is None:
+        faults.append(f"{path}: {part} has no layer: give it one in tests/test_layers.py")
+    for line, name in imports(tree, ("kinml_fast", *path.parent.parts)):
+        top, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if part == "reference":
+            if top not in REFERENCE_IMPORTS:
+                faults.append(f"{path}:{line}: imports {name}, but reference.py imports only torch")
+        elif top == "kinml_fast" and other == "pykinml" and part != "pykinml":
+            faults.append(f"{path}:{line}: imports {name}, which only kinml_fast.pykinml may")
+        elif top == "kinml_fast" and None not in (level(part), level(other)) and level(other) > level(part):
+            faults.append(f"{path}:{line}: imports {name}, but {other} is above {part}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            faults.append(f"{path}:{node.lineno}: calls print, use logging")
+    return faults
+
+
+def without_comments(source: str) -> str:
+    """Return C++ source with its comments blanked and its lines kept."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), source, flags=re.DOTALL)
+
+
+def csrc_faults(path: Path, source: str) -> list[str]:
+    """Return what is wrong with a file of csrc; ``path`` is relative to csrc."""
+    folder = path.parts[0]
+    faults = []
+    for number, line in enumerate(without_comments(source).splitlines(), start=1):
+        if re.search(r"\bTORCH_LIBRARY(_FRAGMENT)?\s*\(", line) and path.as_posix() != "torch/schema.cpp":
+            faults.append(f"{path}:{number}: declares ops, which only torch/schema.cpp may")
+        include = re.match(r'\s*#\s*include\s*([<"])([^>"]+)[>"]', line)
+        if not include or folder not in INCLUDES:
+            continue
+        quote, name = include.groups()
+        if name in ONLY_IN and path.as_posix() != ONLY_IN[name] and folder in {"core", "cpu"}:
+            faults.append(f"{path}:{number}: includes {name}, which only {ONLY_IN[name]} may")
+        if quote == '"':
+            # Paths are relative to the including file or to csrc itself.
+            local = (CSRC / path.parent / name).resolve()
+            other = local.relative_to(CSRC).parts[0] if local.is_file() else name.split("/")[0]
+            if other not in INCLUDES[folder]:
+                faults.append(f"{path}:{number}: includes {name}, but {folder} sees only {sorted(INCLUDES[folder])}")
+        elif folder in SYSTEM_HEADERS and re.search(r"[./]", name) and name not in SYSTEM_HEADERS[folder]:
+            faults.append(f"{path}:{number}: includes {name}, but {folder} sees only the standard library")
+    return faults
+
+
+def relative_files(root: Path, *suffixes: str) -> list[Path]:
+    """Return the files below ``root`` with one of ``suffixes``, relative to it."""
+    return sorted(path.relative_to(root) for path in root.rglob("*") if path.suffix in suffixes)
+
+
+@pytest.mark.parametrize("path", relative_files(PACKAGE, ".py"), ids=str)
+def test_python_module_keeps_the_rules(path):
+    assert python_faults(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", relative_files(CSRC, ".h", ".cpp", ".cu", ".cuh"), ids=str)
+def test_csrc_file_keeps_the_rules(path):
+    assert csrc_faults(path, (CSRC / path).read_text(encoding="utf-8")) == []
+
+
+def test_the_files_were_found():
+    assert len(relative_files(PACKAGE, ".py")) > 5
+    assert len(relative_files(CSRC, ".h", ".cpp", ".cu", ".cuh")) > 5
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "fault"),
+    [
+        ("nn/aev.py", "import kinml_fast.train.trainer", "train is above nn"),
+        ("nn/aev.py", "from kinml_fast import data", "data is above nn"),
+        ("nn/aev.py", "def f():\n    from ..train import trainer", "aev.py:2: imports kinml_fast.train.trainer"),
+        ("errors.py", "from kinml_fast.ops import aev", "ops is above errors"),
+        ("train/trainer.py", "from kinml_fast.cli import main", "cli is above train"),
+        ("__init__.py", "from kinml_fast.pykinml import prepper", "only kinml_fast.pykinml may"),
+        ("cli.py", "import kinml_fast.pykinml", "only kinml_fast.pykinml may"),
+        ("reference.py", "import numpy as np", "reference.py imports only torch"),
+        ("reference.py", "from .ops import aev", "reference.py imports only torch"),
+        ("data/xyz.py", "def f():\n    print(1)", "xyz.py:2: calls print"),
+        ("newcomer.py", "", "has no layer"),
+    ],
+)
+def test_python_faults_are_seen(path, source, fault):
+    (found,) = python_faults(Path(path), source)
+    assert fault in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("train/trainer.py", "from kinml_fast import nn\nfrom ..data import sqlite\nfrom . import config"),
+        ("pykinml/prepper.py", "from kinml_fast.pykinml import trpes\nfrom kinml_fast.train import trainer"),
+        ("reference.py", "import math\nimport torch.nn.functional as F\nfrom torch import Tensor"),
+        ("data/xyz.py", '"""Never print("this")."""\nlog.info("print(1)")'),
+    ],
+)
+def test_python_rules_allow(path, source):
+    assert python_faults(Path(path), source) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "fault"),
+    [
+        ("core/mlp.h", "#include <torch/torch.h>", "core sees only the standard library"),
+        ("core/mlp.h", '\n#include "../cpu/simd.h"', "mlp.h:2: includes ../cpu/simd.h"),
+        ("core/mlp.h", "#include <cuda_runtime.h>", "core sees only the standard library"),
+        ("cpu/aev_cpu.cpp", '#include "torch/checks.h"', "cpu sees only"),
+        ("cpu/aev_cpu.cpp", '#include "../cuda/launch.h"', "cpu sees only"),
+        ("cpu/aev_cpu.cpp", "#include <immintrin.h>", "only cpu/simd.h may"),
+        ("cpu/aev_cpu.cpp", "#include <thread>", "only cpu/parallel.h may"),
+        ("cuda/aev_cuda.cu", '#include "cpu/parallel.h"', "cuda sees only"),
+        ("cuda/aev_cuda.cu", "#include <ATen/ATen.h>", "cuda sees only the standard library"),
+        ("torch/ops_cpu.cpp", "TORCH_LIBRARY(kinml, m) {}", "only torch/schema.cpp may"),
+    ],
+)
+def test_csrc_faults_are_seen(path, source, fault):
+    (found,) = csrc_faults(Path(path), source)
+    assert fault in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/mlp.h", '#include <cmath>\n// #include <torch/torch.h>\n/*\n#include "cpu/simd.h"\n*/'),
+        ("cpu/aev_cpu.cpp", '#include "core/config.h"\n#include "../core/config.h"\n#include "simd.h"'),
+        ("cuda/aev_cuda.cu", "#include <cuda_runtime.h>\n#include <cstdint>"),
+        (
+            "torch/ops_cpu.cpp",
+            '#include <ATen/ATen.h>\n#include "cpu/simd.h"\nTORCH_LIBRARY_IMPL(kinml, CPU, m) {}',
+        ),
+        ("torch/schema.cpp", "TORCH_LIBRARY(kinml, m) {}"),
+    ],
+)
+def test_csrc_rules_allow(path, source):
+    assert csrc_faults(Path(path), source) == []
