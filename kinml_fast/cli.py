@@ -1,0 +1,137 @@
+"""The command line: kinml-fast info, prepare, train, evaluate, predict."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kinml_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from kinml_fast.train.progress import Progress
+
+# What takes long to import (torch, tensorboard, matplotlib) is imported by the command that needs it.
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "arguments")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        # argparse gives up positional arguments behind an option.
+        options.arguments += rest
+    try:
+        options.command(options)
+    except InputError as error:
+        return _complain(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _complain(f"{error.filename or 'output'}: the disk is full: free some space and try again")
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"\ninterrupted{interrupt}\n")
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kinml-fast", description="ANI-type neural network potentials, fast.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, compiled features, threads, GPU")
+    info.set_defaults(command=_info)
+
+    prepare = commands.add_parser("prepare", help="read, check and divide the data of a configuration")
+    prepare.add_argument("config", metavar="CONFIG", help="YAML file, or `example`")
+    prepare.add_argument("arguments", metavar="key=value", nargs="*", help="change a key of the configuration")
+    prepare.set_defaults(command=_prepare)
+
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        usage="kinml-fast train CONFIG [key=value …] [--overwrite]\n       kinml-fast train --resume RUN [key=value …]",
+    )
+    train.add_argument(
+        "arguments", metavar="CONFIG key=value", nargs="*", help="YAML file or `example`, and changes of its keys"
+    )
+    train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    train.add_argument("--overwrite", action="store_true", help="replace the run in the configuration's folder")
+    train.set_defaults(command=_train)
+    return parser
+
+
+def _info(options: argparse.Namespace) -> None:
+    from kinml_fast._library import build_info
+
+    info = build_info()
+    width = max(map(len, info))
+    sys.stdout.writelines(f"{name:<{width}}  {value}\n" for name, value in info.items())
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from kinml_fast.train import config, runs
+
+    _show_log()
+    runs.prepare(config.load(options.config, options.arguments))
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.resume is None and not options.arguments:
+        raise InputError("kinml-fast train: give a configuration file, `example`, or --resume RUN")
+    if options.resume is not None and options.overwrite:
+        raise InputError("kinml-fast train: --resume continues a run and --overwrite replaces one: give one of them")
+    from kinml_fast.train import config, runs
+
+    progress = _show_log()
+    if options.resume is None:
+        path, *overrides = options.arguments
+        settings = config.load(path, overrides)
+        folder = settings.run
+    else:
+        folder = options.resume
+    try:
+        if options.resume is None:
+            runs.start(settings, overwrite=options.overwrite, progress=progress)
+        else:
+            runs.resume(folder, options.arguments, progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; continue with: kinml-fast train --resume {folder}") from None
+
+
+def _show_log() -> Progress:
+    """Show what the package logs on standard output; how progress is shown depends on whether that is a terminal."""
+    from kinml_fast.train import progress
+
+    logger = logging.getLogger("kinml_fast")
+    logger.setLevel(logging.INFO)
+    if not sys.stdout.isatty():
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        return progress.Progress()
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console()
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
+    # The live line says what the lines of the log say.
+    handler.addFilter(lambda record: record.name != progress.__name__)
+    logger.addHandler(handler)
+    return progress.LiveProgress(console)
+
+
+def _complain(sentence: str) -> int:
+    sys.stderr.write(f"kinml-fast: {sentence}\n")
+    return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

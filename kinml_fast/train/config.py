@@ -1,0 +1,476 @@
+"""The configuration of a run: typed sections, YAML in and out, overrides from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kinml_fast import datasets
+from kinml_fast.data.files import replacing
+from kinml_fast.errors import InputError
+from kinml_fast.nn import ACTIVATIONS
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = "example"
+"""The name that stands for the configuration that comes with the package."""
+
+Count = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration. The text below each key is its documentation (pydantic's `description`)."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(Section):
+    """Which structures to take, and how to divide them."""
+
+    files: Annotated[list[str], Field(min_length=1)]
+    """SQLite databases or extended XYZ files: paths, glob patterns, or `shipped:NAME` for data of the package."""
+    fidelity: int = 1
+    """Level of theory to take from SQLite files."""
+    temperature: float | None = None
+    """SQLite: only structures sampled at this temperature; null: every temperature above 0."""
+    names: list[str] | None = None
+    """SQLite: only structures whose name is like one of these SQL patterns; null: all."""
+    energy_key: str | None = None
+    """XYZ: key of the energy (eV); null: energy or REF_energy."""
+    forces_key: str | None = None
+    """XYZ: key of the forces (eV/Å); null: forces or REF_forces."""
+    split: list[int | float] = [0.8, 0.1, 0.1]
+    """Training, validation, test: numbers of structures, or fractions that sum to at most 1."""
+    split_file: str | None = None
+    """File of lines `C5H5/17 2` (2: training or validation, -1: test) that says which structures are for testing."""
+    split_seed: Seed = 0
+    """Seed of the random division."""
+    sae: str | dict[str, float] = "fit"
+    """Single-atom energies: `fit` to the training energies, `none`, or an energy (eV) for each element."""
+    elements: list[str] | None = None
+    """Order of the elements in the descriptor; null: those present, alphabetically."""
+    prepared: str | None = None
+    """HDF5 file that keeps the prepared data set; null: prepared.h5 in the run folder."""
+
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: list[int | float]) -> list[int | float]:
+        if len(split) != 3 or min(split) < 0:
+            raise ValueError("it must be three numbers that are not negative: training, validation, test")
+        return split
+
+    @field_validator("sae", mode="before")
+    @classmethod
+    def _check_sae(cls, sae: Any) -> Any:
+        numbers = isinstance(sae, dict) and all(
+            isinstance(k, str) and isinstance(v, int | float) and not isinstance(v, bool) for k, v in sae.items()
+        )
+        if not numbers and sae not in ("fit", "none"):
+            raise ValueError("it must be fit, none, or an energy in eV for each element, like {C: -1035.4, H: -17.0}")
+        return sae
+
+
+class DescriptorConfig(Section):
+    """The atomic environment vector."""
+
+    n_radial: Count = 16
+    """Radial shifts."""
+    n_angular: Count = 8
+    """Distance shifts of the angular part."""
+    n_sections: Annotated[int, Field(ge=2)] = 8
+    """Angles of the angular part, evenly from 0 to π."""
+    cutoffs: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [5.2, 3.8]
+    """Radial and angular cutoff, Å."""
+    beta: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Factor of the cosine of the angle, which keeps the derivative finite at 0 and π."""
+
+
+class NetworkConfig(Section):
+    """The networks, one for each element."""
+
+    layers: list[Count] = [48, 24, 12, 1]
+    """Nodes of each layer; the last is the atomic energy, 1."""
+    activations: list[str] | None = None
+    """Activation of each layer; null: gaussian, and identity for the last."""
+    biases: bool = True
+    """Whether the layers have biases."""
+    seed: Seed = 0
+    """Seed of the initial weights."""
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: list[int]) -> list[int]:
+        if not layers or layers[-1] != 1:
+            raise ValueError("the last layer must be 1, the energy of the atom")
+        return layers
+
+    @field_validator("activations")
+    @classmethod
+    def _check_activations(cls, activations: list[str] | None) -> list[str] | None:
+        for name in activations or ():
+            if name not in ACTIVATIONS:
+                raise ValueError(f"{name!r} is no activation: take {_either(ACTIVATIONS)}")
+        return activations
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> NetworkConfig:
+        if self.activations is not None and len(self.activations) != len(self.layers):
+            raise ValueError(
+                f"layers has {len(self.layers)} entries and activations has {len(self.activations)}: "
+                "give one activation for each layer"
+            )
+        return self
+
+    @property
+    def layer_activations(self) -> list[str]:
+        """The activation of each layer, written out."""
+        return self.activations or ["gaussian"] * (len(self.layers) - 1) + ["identity"]
+
+
+class OptimizerConfig(Section):
+    """The optimizer (torch's fused implementations)."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """adam (weight decay as L2 penalty), adamw (decoupled weight decay), or sgd."""
+    learning_rate: Positive = 1e-3
+    """Initial learning rate."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay."""
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """adam, adamw: decay of the running means of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """adam, adamw: added to the denominator."""
+    amsgrad: bool = False
+    """adam, adamw: the AMSGrad variant."""
+    momentum: NotNegative = 0.0
+    """sgd: momentum."""
+    dampening: NotNegative = 0.0
+    """sgd: dampening of the momentum."""
+    nesterov: bool = False
+    """sgd: Nesterov momentum."""
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> OptimizerConfig:
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("nesterov needs a momentum above 0 and a dampening of 0")
+        return self
+
+    def ignored(self) -> list[str]:
+        """Keys that were changed but that this optimizer does not have."""
+        adam, sgd = {"betas", "eps", "amsgrad"}, {"momentum", "dampening", "nesterov"}
+        return _changed(self, adam if self.name == "sgd" else sgd)
+
+
+class SchedulerConfig(Section):
+    """The learning rate's schedule."""
+
+    name: Literal["rop", "exp", "step", "none"] = "rop"
+    """rop (reduce on plateau of the validation RMSE), exp (every epoch), step (every step_size epochs), or none."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """rop: factor of the learning rate."""
+    patience: Annotated[int, Field(ge=0)] = 25
+    """rop: epochs without improvement that are waited for."""
+    threshold: NotNegative = 0.05
+    """rop: how much better the validation RMSE must be to count as improved."""
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    """rop: whether the threshold is a fraction of the best RMSE (rel) or in kcal/mol (abs)."""
+    cooldown: Annotated[int, Field(ge=0)] = 0
+    """rop: epochs after a reduction during which none are counted."""
+    min_lr: NotNegative = 0.0
+    """rop: the learning rate is not reduced below this."""
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = None
+    """exp, step: factor of the learning rate; null: 0.99 for exp, 0.5 for step."""
+    step_size: Count = 30
+    """step: epochs between two reductions."""
+
+    def ignored(self) -> list[str]:
+        """Keys that were changed but that this schedule does not have."""
+        own = {
+            "rop": {"factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr"},
+            "exp": {"gamma"},
+            "step": {"gamma", "step_size"},
+            "none": set(),
+        }
+        return _changed(self, set(type(self).model_fields) - {"name"} - own[self.name])
+
+
+class EarlyStoppingConfig(Section):
+    """When to stop before the last epoch."""
+
+    patience: Count | None = None
+    """Stop after this many epochs without a better validation RMSE; null: never."""
+    min_delta: NotNegative = 0.0
+    """Improvement (kcal/mol) that counts as better."""
+
+
+class TrainingConfig(Section):
+    """How to train."""
+
+    epochs: Annotated[int, Field(ge=0)] = 100
+    """Passes over the training structures."""
+    batch_size: Count = 50
+    """Structures in a training batch."""
+    validation_batch_size: Count = 1000
+    """Structures in a validation batch; changes memory and speed only."""
+    test_batch_size: Count = 1000
+    """Structures in a test batch; changes memory and speed only."""
+    shuffle: bool = True
+    """Whether each epoch has its own order; false: always the order of the split."""
+    seed: Seed = 0
+    """Seed of the orders."""
+    dtype: Literal["float64", "float32"] = "float64"
+    """Precision of descriptor and networks; energies are summed in float64 in any case."""
+    threads: Count | None = None
+    """CPU threads; null: PyTorch's choice. The results do not depend on it."""
+    gradient_clip: Positive | None = None
+    """Longest gradient (Euclidean norm); longer ones are shortened to it. null: off."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """See the section."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """See the section."""
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    """See the section."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an exponential moving average of the weights, which is then what is validated and saved."""
+    save_every: Count | None = None
+    """Keep a checkpoint every so many epochs; null: only the last and the best."""
+    test_every: Count | None = None
+    """Test every so many epochs; null: with each checkpoint that is kept, and at the end."""
+    checkpoint_seconds: NotNegative = 30.0
+    """Seconds between two writings of checkpoints/last.pt, from which a run resumes."""
+
+    def ignored(self) -> list[str]:
+        """Sentences about keys that were changed but have no effect."""
+        sections = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        return [
+            f"training.{name}.{key} has no effect with training.{name}.name = {section.name}"
+            for name, section in sections.items()
+            for key in section.ignored()
+        ]
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: str = "runs/example"
+    """The run folder; by default runs/ and the name of the configuration file."""
+    data: DataConfig
+    """See the section."""
+    descriptor: DescriptorConfig = DescriptorConfig()
+    """See the section."""
+    network: NetworkConfig = NetworkConfig()
+    """See the section."""
+    training: TrainingConfig = TrainingConfig()
+    """See the section."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Parameters
+    ----------
+    path
+        YAML file, or `example` for the one that comes with the package.
+    overrides
+        `key=value` with a dotted key and a value in YAML, as in `training.optimizer.learning_rate=1e-4`.
+
+    Raises
+    ------
+    InputError
+        No such file, no YAML, an unknown key, a value that is not allowed.
+    """
+    path = datasets.path("example.yaml") if str(path) == EXAMPLE else Path(path)
+    return with_overrides({"run": f"runs/{path.stem}"} | read_yaml(path), overrides, str(path))
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """The configuration of plain values after `key=value` changes; see `load` and `from_dict`."""
+    changes = parse_overrides(overrides)
+    for key, value in changes.items():
+        _set(values, key, value)
+    return from_dict(values, source, changes)
+
+
+def from_dict(values: Mapping[str, Any], source: str = "configuration", overridden: Iterable[str] = ()) -> Config:
+    """The configuration of plain values.
+
+    Parameters
+    ----------
+    values
+        Nested, as in the YAML file.
+    source
+        What messages call the place where the values come from.
+    overridden
+        Dotted keys that came from the command line.
+
+    Raises
+    ------
+    InputError
+        An unknown key or a value that is not allowed: one sentence about the first.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_sentence(error.errors()[0], source, overridden)) from None
+
+
+def save(config: Config, path: Path) -> None:
+    """Write a configuration as YAML, every key written out."""
+    save_yaml(path, config.model_dump())
+
+
+def save_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values as YAML."""
+    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file; give a configuration file, or `{EXAMPLE}` for the one of the package"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a configuration ({error}): give a YAML file") from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold sections with keys, like `data:` and `training:`")
+    return values
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted keys and values of `key=value` arguments."""
+    changes = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"{override!r} on the command line: expected key=value, like training.epochs=50")
+        changes[key] = _parse(text, f"{key} on the command line")
+    return changes
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key of the configuration and its description."""
+    found = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        # list[int] passes for a type in Python 3.10, but not as an argument of issubclass.
+        if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, Section):
+            found |= keys(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field.description or ""
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars (1e-3 is a number, `No` is nobelium and no truth value), and no key twice."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+# SafeLoader reads 010 as an octal number and 1:30 as sixty-based; here digits are decimal.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise InputError(f"{source}{where}: cannot be understood as YAML ({problem}): correct it") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(values.get(parent), dict):
+            values[parent] = {}
+        values = values[parent]
+    values[last] = value
+
+
+def _sentence(error: Mapping[str, Any], source: str, overridden: Iterable[str]) -> str:
+    # Parts of `loc` behind the key are indices of lists or the members of a union.
+    known, parts = keys(), []
+    for part in error["loc"]:
+        if ".".join(parts) in known:
+            break
+        parts.append(str(part))
+    key = ".".join(parts)
+    if any(key == changed or changed.startswith(key + ".") or key.startswith(changed + ".") for changed in overridden):
+        source = "command line"
+    if error["type"] == "extra_forbidden":
+        return f"{source}: unknown key {key}{_nearest(key)}"
+    if error["type"] == "missing":
+        return f"{source}: {key} is missing: {known.get(key) or 'give this section'}"
+    if error["type"] == "value_error":
+        remedy = str(error["ctx"]["error"])
+    elif error["type"] == "model_type":
+        inside = ", ".join(k.rsplit(".", 1)[-1] for k in known if k.startswith(key + "."))
+        remedy = f"it must be a section with keys ({inside})"
+    else:
+        remedy = error["msg"].replace("Input should be", "it must be").replace("List should", "the list must")
+    value = error["input"]
+    shown = "" if isinstance(value, dict | Section) and error["type"] == "value_error" else f" = {value!r}"
+    return f"{source}: {key}{shown} is not allowed: {remedy}"
+
+
+def _nearest(key: str) -> str:
+    known = list(keys())
+    parent, _, name = key.rpartition(".")
+    prefix = parent + "." if parent else ""
+    beside = sorted({k[len(prefix) :].split(".")[0] for k in known if k.startswith(prefix)})
+    if close := difflib.get_close_matches(name, beside, 1):
+        return f": did you mean {prefix}{close[0]}?"
+    last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+    if close := difflib.get_close_matches(name, last, 1):
+        return f": did you mean {last[close[0]]}?"
+    return f": the keys there are {', '.join(beside)}"
+
+
+def _changed(section: Section, names: set[str]) -> list[str]:
+    fields = type(section).model_fields
+    return sorted(name for name in names if getattr(section, name) != fields[name].default)
+
+
+def _either(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}"

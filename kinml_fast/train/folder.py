@@ -1,0 +1,85 @@
+"""The run folder: what a run keeps on disk, and under which names."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from kinml_fast.errors import InputError
+
+LOGGER = logging.getLogger("kinml_fast")
+
+
+class RunFolder:
+    """Names of what a run keeps on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.csv"
+        self.log = self.path / "train.log"
+        self.prepared = self.path / "prepared.h5"
+        self.model = self.path / "model.pt"
+        self.report = self.path / "report"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.best = self.checkpoints / "best.pt"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def epoch(self, epoch: int) -> Path:
+        """The checkpoint that is kept after an epoch (counted from 0, as in metrics.csv)."""
+        return self.checkpoints / f"epoch-{epoch:04}.pt"
+
+    def create(self, overwrite: bool = False) -> None:
+        """Make the folder for a new run.
+
+        Parameters
+        ----------
+        overwrite
+            Remove an earlier run's files (not its prepared data, and no file that no run writes).
+
+        Raises
+        ------
+        InputError
+            An earlier run is there, or the folder cannot be made.
+        """
+        if self.metrics.exists() or self.last.exists():
+            if not overwrite:
+                raise InputError(
+                    f"{self}: holds a run already: continue it with `kinml-fast train --resume {self}`, "
+                    "choose another folder with run=NAME, or replace it with --overwrite"
+                )
+            for path in (self.config, self.metrics, self.log, self.model, *self.path.glob("events.out.tfevents.*")):
+                path.unlink(missing_ok=True)
+            for path in (self.checkpoints, self.report):
+                shutil.rmtree(path, ignore_errors=True)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self}: cannot be made a run folder ({error.strerror}): choose another") from error
+
+    def sweep(self) -> None:
+        """Remove the temporary files of a writer that was killed."""
+        for folder in (self.path, self.checkpoints, self.report):
+            for path in folder.glob(".*.part"):
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[None]:
+        """Append what the package logs to train.log while the block runs."""
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        level = LOGGER.level
+        LOGGER.addHandler(handler)
+        LOGGER.setLevel(min(level or logging.INFO, logging.INFO))
+        try:
+            yield
+        finally:
+            LOGGER.setLevel(level)
+            LOGGER.removeHandler(handler)
+            handler.close()

@@ -1,0 +1,112 @@
+"""What a user sees of a run while it goes: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from kinml_fast.train.metrics import Errors, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 1.0
+"""Plain lines come at least this far apart; short epochs in between have none (metrics.csv has them all)."""
+
+
+class Progress:
+    """Reports by log lines.
+
+    The trainer calls `begin`, then `batch` a few times a second and `epoch` after each epoch, then `end`.
+    """
+
+    def begin(self, epochs: int, first: int) -> None:
+        """A run from epoch `first` to `epochs` starts."""
+        self.epochs, self.first = epochs, first
+        self.started = time.monotonic()
+        self.next_line = 0.0
+
+    def batch(self, epoch: int, fraction: float) -> None:
+        """The given fraction of an epoch's batches is done."""
+
+    def epoch(self, train: Row, validation: Row) -> None:
+        """An epoch is done."""
+        now = time.monotonic()
+        if now >= self.next_line or train.epoch + 1 == self.epochs:
+            self.next_line = now + SECONDS_BETWEEN_LINES
+            log.info("%s", self.line(train, validation))
+
+    def end(self) -> None:
+        """The run has ended, for whatever reason."""
+
+    def seconds_left(self, done: float) -> float:
+        """Expected seconds until the last epoch, when `done` epochs are done."""
+        passed = time.monotonic() - self.started
+        return passed / max(done - self.first, 1e-9) * (self.epochs - done)
+
+    def line(self, train: Row, validation: Row) -> str:
+        """An epoch in words."""
+        return (
+            f"epoch {train.epoch}/{self.epochs - 1}: {_losses(train, validation)} kcal/mol, lr {train.lr:.3g}, "
+            f"{train.structures_per_second:,.0f} structures/s, {_clock(self.seconds_left(train.epoch + 1))} left"
+        )
+
+
+class LiveProgress(Progress):
+    """Reports by a line that changes in place, and by log lines for files."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("{task.description}"))
+        # The trainer's own rhythm draws it: no thread that takes the interpreter away from short batches.
+        self.bar = Bar(*columns, console=console, auto_refresh=False, transient=True)
+        self.text = "waiting for the first epoch"
+
+    def begin(self, epochs: int, first: int) -> None:
+        """A run from epoch `first` to `epochs` starts."""
+        super().begin(epochs, first)
+        self.task = self.bar.add_task(self.text, total=epochs, completed=first, epoch=f"{first}/{epochs - 1}")
+        self.bar.start()
+
+    def batch(self, epoch: int, fraction: float) -> None:
+        """The given fraction of an epoch's batches is done."""
+        done = epoch + fraction
+        left = f"{_clock(self.seconds_left(done))} left"
+        self.bar.update(
+            self.task,
+            completed=done,
+            description=f"{self.text}  {left}",
+            epoch=f"{epoch}/{self.epochs - 1}",
+            refresh=True,
+        )
+
+    def epoch(self, train: Row, validation: Row) -> None:
+        """An epoch is done."""
+        super().epoch(train, validation)
+        self.text = f"{_losses(train, validation)} kcal/mol  {train.structures_per_second:,.0f} structures/s"
+
+    def end(self) -> None:
+        """The run has ended, for whatever reason."""
+        self.bar.stop()
+
+
+def error_table(errors: dict[str, Errors]) -> str:
+    """The errors of each split as a table for people, energies in kcal/mol."""
+    lines = [f"{'energy, kcal/mol':<18}{'MAE':>10}{'RMSE':>10}{'largest':>10}"]
+    lines += [f"{name:<18}{e.mae:>10.4f}{e.rmse:>10.4f}{e.max:>10.4f}" for name, e in errors.items()]
+    return "\n".join(lines)
+
+
+def _losses(train: Row, validation: Row) -> str:
+    return f"train RMSE {train.energy.rmse:.4f}, validation RMSE {validation.energy.rmse:.4f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,118 @@
+"""Whole runs from a configuration: what the command line does, for Python too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kinml_fast.data import prepared, splits
+from kinml_fast.data.prepared import Prepared
+from kinml_fast.errors import InputError
+from kinml_fast.nn import AEVParameters, EnergyModel
+from kinml_fast.train import config as configuration
+from kinml_fast.train.config import Config
+from kinml_fast.train.folder import RunFolder
+from kinml_fast.train.progress import Progress
+from kinml_fast.train.trainer import Summary, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def start(config: Config, *, overwrite: bool = False, progress: Progress | None = None) -> Summary:
+    """Prepare the data, initialise the model and train it, in a new run folder.
+
+    Parameters
+    ----------
+    config
+        The run.
+    overwrite
+        Replace an earlier run in the folder.
+    progress
+        What shows the progress; by default log lines.
+
+    Raises
+    ------
+    InputError
+        Whatever is wrong with the folder, the data or the configuration.
+    """
+    folder = RunFolder(config.run)
+    folder.create(overwrite)
+    configuration.save(config, folder.config)
+    with folder.logged():
+        for sentence in config.training.ignored():
+            log.warning("%s", sentence)
+        data = prepare(config)
+        model = make_model(config, data.structures.elements)
+        log.info("%s", model)
+    return Trainer(model, data, config.training, folder.path, progress=progress).fit()
+
+
+def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> Summary:
+    """Continue a run from its last checkpoint.
+
+    Parameters
+    ----------
+    path
+        The run folder.
+    overrides
+        `key=value`; see `trainer.CHANGEABLE` for what may change.
+
+    Raises
+    ------
+    InputError
+        No run is there, or its checkpoint is damaged or does not fit its configuration and data.
+    """
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        raise InputError(f"{folder}: holds no run ({folder.config.name} is missing): start one with a configuration")
+    values = configuration.read_yaml(folder.config)
+    if "data" not in values:
+        raise InputError(f"{folder}: was started from Python: resume it there, with Trainer(…, resume=True)")
+    config = configuration.with_overrides(values, overrides, str(folder.config))
+    folder.checkpoints.mkdir(exist_ok=True)
+    folder.sweep()
+    with folder.logged():
+        # The run's own copy of the data, so that it goes on from any working folder.
+        copy = _prepared_path(config, folder)
+        data = prepared.load(copy) if folder.last.exists() and copy.exists() else prepare(config)
+        model = make_model(config, data.structures.elements)
+    trainer = Trainer(model, data, config.training, folder.path, resume=True, progress=progress)
+    configuration.save(config, folder.config)
+    return trainer.fit()
+
+
+def prepare(config: Config) -> Prepared:
+    """The prepared data of a configuration: read, checked, divided and saved, or taken from the last time."""
+    folder = RunFolder(config.run)
+    settings = config.data.model_dump()
+    path = _prepared_path(config, folder)
+    settings.pop("prepared")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be made ({error.strerror}): choose another folder") from error
+    data = prepared.prepare(**settings, descriptor=config.descriptor.model_dump(), path=path)
+    log.info("%s", splits.table(data.structures, data.split))
+    energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, data.sae, strict=True))
+    log.info("single-atom energies, eV: %s", energies)
+    return data
+
+
+def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
+    """The model of a configuration with its initial weights, which the seed decides."""
+    network = config.network
+    torch.manual_seed(network.seed)
+    return EnergyModel(
+        AEVParameters.aevmod(tuple(elements), **config.descriptor.model_dump()),
+        layers=network.layers,
+        activations=network.layer_activations,
+        biases=network.biases,
+        dtype=getattr(torch, config.training.dtype),
+    )
+
+
+def _prepared_path(config: Config, folder: RunFolder) -> Path:
+    return folder.prepared if config.data.prepared is None else Path(config.data.prepared)
