@@ -161,16 +161,16 @@ def save(path: str | os.PathLike, prepared: Prepared) -> None:
     }
     # HDF5 does not recover from a full disk, so the file is built in memory and written like any other.
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest") as file:
-        file.attrs.update(
-            {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "hash": prepared.hash,
-                "elements": json.dumps(structures.elements),
-                "descriptor": json.dumps(prepared.descriptor),
-                "units": "eV, angstrom, eV/angstrom",
-            }
-        )
+        # Strings of fixed length, because those of variable length lie where HDF5 has no checksums.
+        attributes = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "hash": prepared.hash,
+            "elements": json.dumps(structures.elements),
+            "descriptor": json.dumps(prepared.descriptor),
+            "units": "eV, angstrom, eV/angstrom",
+        }
+        file.attrs.update({name: np.bytes_(value.encode()) for name, value in attributes.items()})
         for name, array in arrays.items():
             if array is not None:
                 file.create_dataset(name, data=array, **({"fletcher32": True} if array.size else {}))
@@ -193,8 +193,8 @@ def load(path: str | os.PathLike) -> Prepared:
         raise InputError(f"{path}: there is no such file: run kinml-fast prepare first")
     try:
         with h5py.File(path, "r") as file:
-            attributes = dict(file.attrs)
-            if attributes.get("format") != _FORMAT or attributes.get("version") != _VERSION:
+            attributes = {name: bytes(value).decode() for name, value in file.attrs.items()}
+            if attributes.get("format") != _FORMAT or attributes.get("version") != str(_VERSION):
                 raise InputError(f"{path}: is not prepared data of this version: run kinml-fast prepare again")
             arrays: dict[str, np.ndarray] = {}
             file.visititems(
@@ -207,7 +207,7 @@ def load(path: str | os.PathLike) -> Prepared:
             **{name: arrays[name] for name in ("species", "coordinates", "offsets", "energies")},
         )
         split = Split(*(arrays[f"split/{part}"] for part in PARTS))
-        return Prepared(structures, split, arrays["sae"], json.loads(attributes["descriptor"]), str(attributes["hash"]))
+        return Prepared(structures, split, arrays["sae"], json.loads(attributes["descriptor"]), attributes["hash"])
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, InputError) and str(error).startswith(str(path)):
             raise

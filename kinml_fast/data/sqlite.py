@@ -284,6 +284,7 @@ def _read_one(
     def arrays(blobs: Sequence[object], rows: Sequence[int], what: str) -> np.ndarray:
         return _float_arrays(blobs, symbols, lambda row: f"{path}: the {what} of {labels[rows[row]]}")
 
+    coordinates = arrays(geometries, range(len(rows)), "geometry")
     given = [row for row, force in enumerate(forces) if force is not None]
     all_forces = None
     if given:
@@ -295,7 +296,7 @@ def _read_one(
     try:
         return Structures.of_one_formula(
             symbols,
-            arrays(geometries, range(len(rows)), "geometry"),
+            coordinates,
             np.array(energies, dtype=np.float64),
             all_forces,
             labels,

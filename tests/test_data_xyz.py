@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from kinml_fast.data import sources, sqlite, xyz
+from kinml_fast.errors import InputError
+
+WATER = np.array([[0.0, 0.0, 0.12], [0.0, 0.76, -0.48], [0.0, -0.76, -0.48]])
+METHANOL = np.array([[0, 0, 0], [1, 0, 0], [-0.4, 0.9, 0], [-0.4, -0.5, 0.9], [-0.5, -0.6, -1.2], [-1.4, -0.5, -1.2]])
+
+
+def frames(energy: str = "REF_energy", forces: str | None = "REF_forces") -> list[Atoms]:
+    result = []
+    for i, (symbols, positions) in enumerate([("OH2", WATER), ("CH3OH", METHANOL), ("OH2", WATER + 0.1)]):
+        atoms = Atoms(symbols, positions)
+        atoms.info[energy] = -10.0 - i
+        if forces is not None:
+            atoms.arrays[forces] = np.arange(3.0 * len(atoms)).reshape(-1, 3) + i
+        result.append(atoms)
+    return result
+
+
+def write(path: Path, atoms: list[Atoms], **options) -> Path:
+    ase.io.write(path, atoms, format="extxyz", **options)
+    return path
+
+
+def check(structures) -> None:
+    assert len(structures) == 3
+    assert structures.elements == ("C", "H", "O")
+    assert structures.formulas() == ["H2O", "CH4O", "H2O"]
+    assert structures.symbols(1) == ("C", "H", "H", "H", "O", "H")
+    assert structures.energies.tolist() == [-10, -11, -12]
+    assert np.allclose(structures.coordinates[:3], WATER, atol=1e-7)
+    assert structures.forces[3:9].tolist() == (np.arange(18.0).reshape(6, 3) + 1).tolist()
+
+
+def test_reference_keys(tmp_path):
+    structures = xyz.read(write(tmp_path / "a b.xyz", frames()))
+    check(structures)
+    assert structures.labels == ("a_b.xyz/1", "a_b.xyz/2", "a_b.xyz/3")
+
+
+def calculated() -> list[Atoms]:
+    result = frames()
+    for atoms in result:
+        energy, forces = atoms.info.pop("REF_energy"), atoms.arrays.pop("REF_forces")
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+    return result
+
+
+def test_plain_keys_end_up_in_a_calculator(tmp_path):
+    path = write(tmp_path / "a.xyz", calculated())
+    assert " energy=" in path.read_text() and "REF" not in path.read_text()
+    check(xyz.read(path))
+
+
+def test_named_keys_and_their_partner(tmp_path):
+    path = write(tmp_path / "a.xyz", frames("dft_energy", "dft_forces"))
+    check(xyz.read(path, energy_key="dft_energy"))
+    check(xyz.read(path, energy_key="dft_energy", forces_key="dft_forces"))
+    with pytest.raises(InputError, match=r"frame 1 has no energy under the key energy or REF_energy, only dft_energy"):
+        xyz.read(path)
+
+
+def test_forces_of_another_method_are_not_taken(tmp_path):
+    atoms = frames("dft_energy", "xtb_forces")
+    assert xyz.read(write(tmp_path / "a.xyz", atoms), energy_key="dft_energy").forces is None
+
+
+def test_frames_without_forces_get_nan(tmp_path):
+    atoms = frames()
+    del atoms[1].arrays["REF_forces"]
+    forces = xyz.read(write(tmp_path / "a.xyz", atoms)).forces
+    assert np.isnan(forces).all(axis=1).tolist() == [False] * 3 + [True] * 6 + [False] * 3
+
+
+def test_two_energies_that_differ_are_ambiguous(tmp_path):
+    atoms = frames()
+    atoms[2].calc = SinglePointCalculator(atoms[2], energy=-99.0)
+    path = write(tmp_path / "a.xyz", atoms)
+    with pytest.raises(InputError, match="frame 3 has different numbers under energy and REF_energy: name the key"):
+        xyz.read(path)
+    check(xyz.read(path, energy_key="REF_energy"))
+
+
+def test_geometries_only(tmp_path):
+    bare = [Atoms("OH2", WATER)]
+    structures = xyz.read(write(tmp_path / "a.xyz", bare), labelled=False)
+    assert structures.energies is None and structures.forces is None and len(structures) == 1
+
+
+def test_other_formats_through_ase(tmp_path):
+    ase.io.write(tmp_path / "a.traj", calculated())
+    check(xyz.read(tmp_path / "a.traj"))
+
+
+def test_file_name_with_at_sign(tmp_path):
+    check(xyz.read(write(tmp_path / "a@1.xyz", frames())))
+
+
+def test_elements_in_a_given_order(tmp_path):
+    path = write(tmp_path / "a.xyz", frames())
+    assert xyz.read(path, elements=["O", "H", "C"]).symbols(0) == ("O", "H", "H")
+    with pytest.raises(InputError, match=r"a\.xyz: contains O, not among the elements C H"):
+        xyz.read(path, elements=["C", "H"])
+
+
+def test_databases_and_xyz_together(tmp_path):
+    first, last = write(tmp_path / "a.xyz", frames()), write(tmp_path / "z.xyz", frames())
+    water = xyz.read(first).select([0, 2])
+    sqlite.write(tmp_path / "OH2.db", {1: water}, temperatures=300)
+    joined = sources.read([first, tmp_path / "OH2.db", last])
+    assert joined.labels[2:6] == ("a.xyz/3", "OH2/1", "OH2/2", "z.xyz/1")
+    assert joined.energies.tolist() == [-10, -11, -12, -10, -12, -10, -11, -12]
+
+
+# Bad input
+
+
+def spoil(change) -> list[Atoms]:
+    atoms = frames()
+    change(atoms[1])
+    return atoms
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.set_cell([9, 9, 9]) or a.set_pbc(True), r"frame 2 is periodic, only molecules"),
+        (lambda a: a.info.pop("REF_energy"), r"frame 2 has no energy under the key energy or REF_energy: add it"),
+        (lambda a: a.info.update(REF_energy="high"), r"frame 2: REF_energy is 'high', not one number"),
+        (lambda a: a.info.update(REF_energy=[1.0, 2.0]), r"frame 2: REF_energy is .*, not one number"),
+        (lambda a: a.info.update(REF_energy=np.nan), r"a\.xyz/2 has the energy nan"),
+        (lambda a: a.info.update(REF_energy=np.inf), r"a\.xyz/2 has the energy inf"),
+        (lambda a: a.positions.__setitem__((2, 0), np.nan), r"a\.xyz/2 has a NaN or infinite coordinate at atom 3"),
+        (lambda a: a.arrays["REF_forces"].__setitem__((2, 0), np.nan), r"frame 2: REF_forces has a NaN"),
+        (lambda a: a.arrays["REF_forces"].__setitem__((2, 0), np.inf), r"a\.xyz/2 has a NaN or infinite force at ato"),
+        (lambda a: a.arrays.update(REF_forces=np.zeros((6, 2))), r"REF_forces is not three numbers for each of the 6"),
+        (lambda a: a.positions.__setitem__(2, a.positions[3]), r"a\.xyz/2 has atoms 3 and 4 only 0 Å apart"),
+        (lambda a: a.symbols.__setitem__(0, "X"), r"'X': no such chemical element"),
+    ],
+)
+def test_bad_frames(tmp_path, change, message):
+    path = write(tmp_path / "a.xyz", spoil(change))
+    with pytest.raises(InputError, match=message):
+        xyz.read(path)
+
+
+@pytest.mark.parametrize("text", ["3\n\nO 0 0\n", "three atoms\n\nO 0 0 0\n", "2\n\nO 0 0 0\n"])
+def test_files_that_ase_cannot_read(tmp_path, text):
+    (tmp_path / "a.xyz").write_text(text)
+    with pytest.raises(InputError, match=r"a\.xyz: (ASE cannot read it \(.+\): correct|contains no structures)"):
+        xyz.read(tmp_path / "a.xyz")
+
+
+def test_unknown_kind_of_file(tmp_path):
+    (tmp_path / "a.words").write_text("nothing that ASE knows")
+    with pytest.raises(InputError, match=r"a\.words: ASE cannot read it"):
+        xyz.read(tmp_path / "a.words")
+
+
+def test_empty_missing_and_folder(tmp_path):
+    (tmp_path / "a.xyz").touch()
+    with pytest.raises(InputError, match=r"a\.xyz: is empty"):
+        xyz.read(tmp_path / "a.xyz")
+    with pytest.raises(InputError, match=r"b\.xyz: cannot be read \(No such file"):
+        xyz.read(tmp_path / "b.xyz")
+    with pytest.raises(InputError, match=r"is a folder"):
+        xyz.read(tmp_path)
