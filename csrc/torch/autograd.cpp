@@ -1,0 +1,219 @@
+// Derivatives of the ops, in C++, so that a scripted module differentiates in any process.
+//
+// Each backward calls ops, not kernels, and so can be differentiated itself as far as the graph in
+// schema.cpp goes; where it ends, an error says so.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+namespace kinml::ops {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// Typed handles of the ops, looked up once.
+template <class Signature>
+struct Op;
+template <class R, class... Args>
+struct Op<R(Args...)> {
+  c10::TypedOperatorHandle<R(Args...)> handle;
+  explicit Op(const char* name)
+      : handle(c10::Dispatcher::singleton()
+                   .findSchemaOrThrow(name, "")
+                   .template typed<R(Args...)>()) {}
+  R operator()(Args... args) const { return handle.call(std::forward<Args>(args)...); }
+};
+
+using T = const Tensor&;
+using Doubles = at::ArrayRef<double>;
+using Ints = at::IntArrayRef;
+
+Tensor call_aev(T x, T z, T o, Doubles d) {
+  static const Op<Tensor(T, T, T, Doubles)> op("kinml_fast::aev");
+  return op(x, z, o, d);
+}
+Tensor call_vjp(T x, T z, T o, T g, Doubles d) {
+  static const Op<Tensor(T, T, T, T, Doubles)> op("kinml_fast::aev_vjp");
+  return op(x, z, o, g, d);
+}
+Tensor call_jvp(T x, T z, T o, T v, Doubles d) {
+  static const Op<Tensor(T, T, T, T, Doubles)> op("kinml_fast::aev_jvp");
+  return op(x, z, o, v, d);
+}
+Tensor call_hvp(T x, T z, T o, T g, T v, Doubles d) {
+  static const Op<Tensor(T, T, T, T, T, Doubles)> op("kinml_fast::aev_hvp");
+  return op(x, z, o, g, v, d);
+}
+
+std::vector<double> descriptor_of(AutogradContext* ctx) {
+  return ctx->saved_data["descriptor"].toDoubleVector();
+}
+
+struct Aev : Function<Aev> {
+  static Tensor forward(AutogradContext* ctx, T x, T z, T o, Doubles d) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({x, z, o});
+    ctx->saved_data["descriptor"] = d.vec();
+    return call_aev(x, z, o, d);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    const variable_list s = ctx->get_saved_variables();
+    return {call_vjp(s[0], s[1], s[2], grad[0], descriptor_of(ctx)), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct AevVjp : Function<AevVjp> {
+  static Tensor forward(AutogradContext* ctx, T x, T z, T o, T g, Doubles d) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({x, z, o, g});
+    ctx->saved_data["descriptor"] = d.vec();
+    return call_vjp(x, z, o, g, d);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    const variable_list s = ctx->get_saved_variables();
+    const std::vector<double> d = descriptor_of(ctx);
+    Tensor of_x, of_g;
+    if (ctx->needs_input_grad(0)) of_x = call_hvp(s[0], s[1], s[2], s[3], grad[0], d);
+    if (ctx->needs_input_grad(3)) of_g = call_jvp(s[0], s[1], s[2], grad[0], d);
+    return {of_x, Tensor(), Tensor(), of_g, Tensor()};
+  }
+};
+
+struct AevJvp : Function<AevJvp> {
+  static Tensor forward(AutogradContext* ctx, T x, T z, T o, T v, Doubles d) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({x, z, o, v});
+    ctx->saved_data["descriptor"] = d.vec();
+    return call_jvp(x, z, o, v, d);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    const variable_list s = ctx->get_saved_variables();
+    const std::vector<double> d = descriptor_of(ctx);
+    Tensor of_x, of_v;
+    if (ctx->needs_input_grad(0)) of_x = call_hvp(s[0], s[1], s[2], grad[0], s[3], d);
+    if (ctx->needs_input_grad(3)) of_v = call_vjp(s[0], s[1], s[2], grad[0], d);
+    return {of_x, Tensor(), Tensor(), of_v, Tensor()};
+  }
+};
+
+struct AevHvp : Function<AevHvp> {
+  static Tensor forward(AutogradContext*, T x, T z, T o, T g, T v, Doubles d) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_hvp(x, z, o, g, v, d);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "kinml_fast: atomic environment vectors can be differentiated twice with respect to "
+                "coordinates, not a third time");
+  }
+};
+
+struct AevJacobian : Function<AevJacobian> {
+  static Tensor forward(AutogradContext*, T x, T z, T o, int64_t max_atoms, Doubles d) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<Tensor(T, T, T, int64_t, Doubles)> op("kinml_fast::aev_jacobian");
+    return op(x, z, o, max_atoms, d);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "kinml_fast: aev_jacobian has no derivative; differentiate aev_vjp or aev_jvp");
+  }
+};
+
+using ForwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, const std::optional<Tensor>&, Ints, Ints,
+                                             bool, c10::SymInt, bool);
+using BackwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, bool, bool, bool);
+
+struct Networks : Function<Networks> {
+  static Tensor forward(AutogradContext* ctx, T features, T rows, T owners, T starts, T parameters,
+                        const std::optional<Tensor>& sae, Ints sizes, Ints activations, bool biases,
+                        const c10::SymInt& n_structures) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<ForwardOp> op("kinml_fast::networks_forward");
+    auto [energies, saved] = op(features, rows, owners, starts, parameters, sae, sizes, activations,
+                                biases, n_structures, true);
+    ctx->save_for_backward({features, rows, owners, starts, parameters, saved});
+    ctx->saved_data["sizes"] = sizes.vec();
+    ctx->saved_data["activations"] = activations.vec();
+    ctx->saved_data["biases"] = biases;
+    return energies;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    static const Op<BackwardOp> op("kinml_fast::networks_backward");
+    const variable_list s = ctx->get_saved_variables();
+    const bool of_features = ctx->needs_input_grad(0), of_parameters = ctx->needs_input_grad(4);
+    auto [grad_features, grad_parameters] =
+        op(grad[0], s[0], s[1], s[2], s[3], s[4], s[5], ctx->saved_data["sizes"].toIntVector(),
+           ctx->saved_data["activations"].toIntVector(), ctx->saved_data["biases"].toBool(),
+           of_features, of_parameters);
+    return {of_features ? grad_features : Tensor(), Tensor(), Tensor(), Tensor(),
+            of_parameters ? grad_parameters : Tensor(), Tensor(), Tensor(), Tensor(), Tensor(),
+            Tensor()};
+  }
+};
+
+struct NetworksBackward : Function<NetworksBackward> {
+  static variable_list forward(AutogradContext*, T g, T features, T rows, T owners, T starts,
+                               T parameters, T saved, Ints sizes, Ints activations, bool biases,
+                               bool of_features, bool of_parameters) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<BackwardOp> op("kinml_fast::networks_backward");
+    auto [a, b] = op(g, features, rows, owners, starts, parameters, saved, sizes, activations,
+                     biases, of_features, of_parameters);
+    return {a, b};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "kinml_fast: the networks can be differentiated once; their gradient has no "
+                "derivative");
+  }
+};
+
+Tensor aev(T x, T z, T o, Doubles d) { return Aev::apply(x, z, o, d); }
+Tensor aev_vjp(T x, T z, T o, T g, Doubles d) { return AevVjp::apply(x, z, o, g, d); }
+Tensor aev_jvp(T x, T z, T o, T v, Doubles d) { return AevJvp::apply(x, z, o, v, d); }
+Tensor aev_hvp(T x, T z, T o, T g, T v, Doubles d) { return AevHvp::apply(x, z, o, g, v, d); }
+Tensor aev_jacobian(T x, T z, T o, int64_t n, Doubles d) {
+  return AevJacobian::apply(x, z, o, n, d);
+}
+
+Tensor networks(T features, T rows, T owners, T starts, T parameters,
+                const std::optional<Tensor>& sae, Ints sizes, Ints activations, bool biases,
+                c10::SymInt n_structures) {
+  TORCH_CHECK(!sae.has_value() || !sae->requires_grad(), "kinml_fast: sae has no gradient");
+  if (!at::GradMode::is_enabled() || !(features.requires_grad() || parameters.requires_grad())) {
+    at::AutoDispatchBelowADInplaceOrView guard;  // nothing to keep
+    static const Op<ForwardOp> op("kinml_fast::networks_forward");
+    return std::get<0>(op(features, rows, owners, starts, parameters, sae, sizes, activations,
+                          biases, std::move(n_structures), false));
+  }
+  return Networks::apply(features, rows, owners, starts, parameters, sae, sizes, activations, biases,
+                         n_structures);
+}
+
+std::tuple<Tensor, Tensor> networks_backward(T g, T features, T rows, T owners, T starts,
+                                             T parameters, T saved, Ints sizes, Ints activations,
+                                             bool biases, bool of_features, bool of_parameters) {
+  variable_list r = NetworksBackward::apply(g, features, rows, owners, starts, parameters, saved,
+                                            sizes, activations, biases, of_features, of_parameters);
+  return {r[0], r[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
+  m.impl("aev", aev);
+  m.impl("aev_vjp", aev_vjp);
+  m.impl("aev_jvp", aev_jvp);
+  m.impl("aev_hvp", aev_hvp);
+  m.impl("aev_jacobian", aev_jacobian);
+  m.impl("networks", networks);
+  m.impl("networks_backward", networks_backward);
+}
+
+}  // namespace kinml::ops

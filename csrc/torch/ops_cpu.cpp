@@ -1,0 +1,432 @@
+// The ops on the CPU, and their shapes (Meta).
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <numeric>
+#include <tuple>
+
+#include "../cpu/aev_cpu.h"
+#include "../cpu/networks_cpu.h"
+#include "checks.h"
+
+namespace kinml::ops {
+namespace {
+
+using at::Tensor;
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// Calls function with a value of the tensor's C++ type.
+template <class Function>
+void with_type(const Tensor& t, const Function& function) {
+  if (t.scalar_type() == at::kDouble)
+    function(double());
+  else
+    function(float());
+}
+
+// A checked ragged batch in contiguous memory.
+struct Batch {
+  Tensor coordinates, species, offsets;
+
+  Batch(const Tensor& x, const Tensor& z, const Tensor& o, int64_t n_species)
+      : coordinates(x.contiguous()), species(z.contiguous()), offsets(o.contiguous()) {
+    check_batch_values(species.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(),
+                       species.size(0), offsets.size(0) - 1, n_species);
+  }
+  template <class T>
+  cpu::AevBatch<T> as() const {
+    return {offsets.size(0) - 1, coordinates.const_data_ptr<T>(),
+            species.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>()};
+  }
+};
+
+Tensor aev(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
+           at::ArrayRef<double> descriptor) {
+  check_batch_shapes(coordinates, species, offsets);
+  const cpu::AevParameters p = unpack_descriptor(descriptor);
+  const Batch batch(coordinates, species, offsets, p.n_species);
+  Tensor out = at::empty({coordinates.size(0), p.length()}, coordinates.options());
+  with_type(coordinates, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::aev_forward<T>(p, batch.as<T>(), out.mutable_data_ptr<T>(), threads());
+  });
+  return out;
+}
+
+Tensor aev_vjp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
+               const Tensor& gradient, at::ArrayRef<double> descriptor) {
+  check_batch_shapes(coordinates, species, offsets);
+  const cpu::AevParameters p = unpack_descriptor(descriptor);
+  check_same_type(gradient, "gradient", coordinates, "coordinates");
+  check_matrix(gradient, "gradient", coordinates.size(0), p.length());
+  const Batch batch(coordinates, species, offsets, p.n_species);
+  const Tensor g = gradient.contiguous();
+  Tensor out = at::empty({coordinates.size(0), 3}, coordinates.options());
+  with_type(coordinates, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::aev_vjp<T>(p, batch.as<T>(), g.const_data_ptr<T>(), out.mutable_data_ptr<T>(), threads());
+  });
+  return out;
+}
+
+Tensor aev_jvp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
+               const Tensor& tangent, at::ArrayRef<double> descriptor) {
+  check_batch_shapes(coordinates, species, offsets);
+  const cpu::AevParameters p = unpack_descriptor(descriptor);
+  check_same_type(tangent, "tangent", coordinates, "coordinates");
+  check_matrix(tangent, "tangent", coordinates.size(0), 3);
+  const Batch batch(coordinates, species, offsets, p.n_species);
+  const Tensor v = tangent.contiguous();
+  Tensor out = at::empty({coordinates.size(0), p.length()}, coordinates.options());
+  with_type(coordinates, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::aev_jvp<T>(p, batch.as<T>(), v.const_data_ptr<T>(), out.mutable_data_ptr<T>(), threads());
+  });
+  return out;
+}
+
+Tensor aev_hvp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
+               const Tensor& gradient, const Tensor& tangent, at::ArrayRef<double> descriptor) {
+  check_batch_shapes(coordinates, species, offsets);
+  const cpu::AevParameters p = unpack_descriptor(descriptor);
+  check_same_type(gradient, "gradient", coordinates, "coordinates");
+  check_same_type(tangent, "tangent", coordinates, "coordinates");
+  check_matrix(gradient, "gradient", coordinates.size(0), p.length());
+  check_matrix(tangent, "tangent", coordinates.size(0), 3);
+  const Batch batch(coordinates, species, offsets, p.n_species);
+  const Tensor g = gradient.contiguous(), v = tangent.contiguous();
+  Tensor out = at::empty({coordinates.size(0), 3}, coordinates.options());
+  with_type(coordinates, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::aev_hvp<T>(p, batch.as<T>(), g.const_data_ptr<T>(), v.const_data_ptr<T>(),
+                    out.mutable_data_ptr<T>(), threads());
+  });
+  return out;
+}
+
+Tensor aev_jacobian(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
+                    int64_t max_atoms, at::ArrayRef<double> descriptor) {
+  check_batch_shapes(coordinates, species, offsets);
+  const cpu::AevParameters p = unpack_descriptor(descriptor);
+  const Batch batch(coordinates, species, offsets, p.n_species);
+  const int64_t* o = batch.offsets.const_data_ptr<int64_t>();
+  for (int64_t s = 0; s + 1 < offsets.size(0); ++s)
+    TORCH_CHECK(o[s + 1] - o[s] <= max_atoms, "kinml_fast: structure ", s, " has ", o[s + 1] - o[s],
+                " atoms, more than max_atoms = ", max_atoms);
+  Tensor out = at::empty({coordinates.size(0), p.length(), 3 * max_atoms}, coordinates.options());
+  with_type(coordinates, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::aev_jacobian<T>(p, batch.as<T>(), 3 * max_atoms, out.mutable_data_ptr<T>(), threads());
+  });
+  return out;
+}
+
+// Counting sort by species of the atoms of structures[begin..end) (all when null): stable.
+void sort_atoms(const int64_t* species, const int64_t* offsets, const int64_t* structures,
+                int64_t begin, int64_t end, int64_t n_species, int64_t* rows, int64_t* owners,
+                int64_t* starts) {
+  std::fill(starts, starts + n_species + 1, 0);
+  const auto structure = [&](int64_t i) { return structures == nullptr ? i : structures[i]; };
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t a = offsets[structure(i)]; a < offsets[structure(i) + 1]; ++a)
+      ++starts[species[a] + 1];
+  for (int64_t s = 0; s < n_species; ++s) starts[s + 1] += starts[s];
+  std::vector<int64_t> next(starts, starts + n_species);
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t a = offsets[structure(i)]; a < offsets[structure(i) + 1]; ++a) {
+      const int64_t place = next[species[a]]++;
+      rows[place] = a;
+      owners[place] = i - begin;
+    }
+}
+
+void check_order_arguments(const Tensor& species, const Tensor& offsets, int64_t n_species) {
+  check_index(species, "species");
+  check_index(offsets, "offsets");
+  TORCH_CHECK(offsets.size(0) >= 1,
+              "kinml_fast: offsets must have n_structures + 1 entries, got none");
+  TORCH_CHECK(n_species >= 1, "kinml_fast: n_species must be at least 1, got ", n_species);
+}
+
+std::tuple<Tensor, Tensor, Tensor> species_order(const Tensor& species_, const Tensor& offsets_,
+                                                 int64_t n_species) {
+  check_order_arguments(species_, offsets_, n_species);
+  const Tensor species = species_.contiguous(), offsets = offsets_.contiguous();
+  const int64_t* z = species.const_data_ptr<int64_t>();
+  const int64_t* o = offsets.const_data_ptr<int64_t>();
+  check_batch_values(z, o, species.size(0), offsets.size(0) - 1, n_species);
+  Tensor rows = at::empty_like(species), owners = at::empty_like(species);
+  Tensor starts = at::empty({n_species + 1}, species.options());
+  sort_atoms(z, o, nullptr, 0, offsets.size(0) - 1, n_species, rows.mutable_data_ptr<int64_t>(),
+             owners.mutable_data_ptr<int64_t>(), starts.mutable_data_ptr<int64_t>());
+  return {rows, owners, starts};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species_,
+                                                        const Tensor& offsets_,
+                                                        const Tensor& structures_,
+                                                        int64_t batch_size, int64_t n_species) {
+  check_order_arguments(species_, offsets_, n_species);
+  check_index(structures_, "structures");
+  TORCH_CHECK(batch_size >= 1, "kinml_fast: batch_size must be at least 1, got ", batch_size);
+  const Tensor species = species_.contiguous(), offsets = offsets_.contiguous(),
+               structures = structures_.contiguous();
+  const int64_t* z = species.const_data_ptr<int64_t>();
+  const int64_t* o = offsets.const_data_ptr<int64_t>();
+  const int64_t* chosen = structures.const_data_ptr<int64_t>();
+  check_batch_values(z, o, species.size(0), offsets.size(0) - 1, n_species);
+  const int64_t n = structures.size(0), n_structures = offsets.size(0) - 1;
+  int64_t n_atoms = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    TORCH_CHECK(chosen[i] >= 0 && chosen[i] < n_structures, "kinml_fast: structures[", i, "] = ",
+                chosen[i], " is not in [0, ", n_structures, ")");
+    n_atoms += o[chosen[i] + 1] - o[chosen[i]];
+  }
+  const int64_t n_batches = (n + batch_size - 1) / batch_size;
+  Tensor rows = at::empty({n_atoms}, species.options());
+  Tensor owners = at::empty({n_atoms}, species.options());
+  Tensor starts = at::empty({n_batches, n_species + 1}, species.options());
+  Tensor firsts = at::empty({n_batches + 1}, species.options());
+  int64_t* first = firsts.mutable_data_ptr<int64_t>();
+  first[0] = 0;
+  for (int64_t b = 0; b < n_batches; ++b) {
+    int64_t* start = starts.mutable_data_ptr<int64_t>() + b * (n_species + 1);
+    sort_atoms(z, o, chosen, b * batch_size, std::min(n, (b + 1) * batch_size), n_species,
+               rows.mutable_data_ptr<int64_t>() + first[b],
+               owners.mutable_data_ptr<int64_t>() + first[b], start);
+    first[b + 1] = first[b] + start[n_species];
+  }
+  return {rows, owners, starts, firsts};
+}
+
+// The networks' description, and checks of all that goes with it.
+struct Networks {
+  cpu::NetworkShape shape;
+  Tensor features, rows, owners, starts, parameters;
+
+  Networks(const Tensor& features_, const Tensor& rows_, const Tensor& owners_,
+           const Tensor& starts_, const Tensor& parameters_, at::IntArrayRef sizes,
+           at::IntArrayRef activations, bool biases, int64_t n_structures)
+      : features(features_.dim() == 2 && features_.stride(1) == 1 ? features_
+                                                                   : features_.contiguous()),
+        rows(rows_.contiguous()),
+        owners(owners_.contiguous()),
+        starts(starts_.contiguous()),
+        parameters(parameters_.contiguous()) {
+    check_floating(features, "features");
+    check_same_type(parameters, "parameters", features, "features");
+    TORCH_CHECK(features.dim() == 2, "kinml_fast: features must have shape [n, D], got ",
+                features.sizes());
+    TORCH_CHECK(parameters.dim() == 1, "kinml_fast: parameters must be one flat tensor, got shape ",
+                parameters.sizes());
+    check_index(rows, "rows");
+    check_index(owners, "owners");
+    check_index(starts, "starts");
+    const int64_t n_layers = static_cast<int64_t>(activations.size());
+    const int64_t n_species = starts.size(0) - 1;
+    TORCH_CHECK(n_layers >= 1 && n_species >= 1 &&
+                    static_cast<int64_t>(sizes.size()) == n_species * (n_layers + 1),
+                "kinml_fast: ", n_layers, " layers and ", n_species, " species need ",
+                n_species * (n_layers + 1), " sizes, got ", sizes.size());
+    shape = {n_species, n_layers, sizes.data(), activations.data(), biases};
+    int64_t n_parameters = 0;
+    for (int64_t s = 0; s < n_species; ++s) {
+      n_parameters += shape.parameters_of(s);
+      TORCH_CHECK(shape.size(s, 0) == features.size(1), "kinml_fast: the network of species ", s,
+                  " takes ", shape.size(s, 0), " inputs, the features have ", features.size(1));
+      TORCH_CHECK(shape.size(s, n_layers) == 1, "kinml_fast: the last layer must have one output, ",
+                  "that of species ", s, " has ", shape.size(s, n_layers));
+    }
+    for (const int64_t a : activations)
+      TORCH_CHECK(a >= 0 && a <= 6, "kinml_fast: unknown activation code ", a);
+    TORCH_CHECK(parameters.size(0) == n_parameters, "kinml_fast: the networks have ", n_parameters,
+                " parameters, got ", parameters.size(0));
+    const int64_t n = rows.size(0);
+    TORCH_CHECK(owners.size(0) == n, "kinml_fast: rows has ", n, " atoms, owners has ",
+                owners.size(0));
+    const int64_t* start = starts.const_data_ptr<int64_t>();
+    TORCH_CHECK(start[0] == 0 && start[n_species] == n,
+                "kinml_fast: starts must begin with 0 and end with the number of rows, ", n);
+    for (int64_t s = 0; s < n_species; ++s)
+      TORCH_CHECK(start[s] <= start[s + 1], "kinml_fast: starts must not decrease");
+    const int64_t* row = rows.const_data_ptr<int64_t>();
+    const int64_t* owner = owners.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < n; ++i) {
+      TORCH_CHECK(row[i] >= 0 && row[i] < features.size(0), "kinml_fast: rows[", i, "] = ", row[i],
+                  " is not a row of the features, which have ", features.size(0));
+      TORCH_CHECK(owner[i] >= 0 && owner[i] < n_structures, "kinml_fast: owners[", i, "] = ",
+                  owner[i], " is not in [0, ", n_structures, ")");
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor& rows,
+                                            const Tensor& owners, const Tensor& starts,
+                                            const Tensor& parameters,
+                                            const std::optional<Tensor>& sae, at::IntArrayRef sizes,
+                                            at::IntArrayRef activations, bool biases,
+                                            int64_t n_structures, bool save) {
+  const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
+                     n_structures);
+  const int64_t n = net.rows.size(0);
+  Tensor energies = at::zeros({n_structures}, features.options().dtype(at::kDouble));
+  Tensor saved = at::empty({save ? n : 0, net.shape.saved_per_atom()}, features.options());
+  Tensor atomic = at::empty({n}, features.options());
+  Tensor shift;
+  if (sae.has_value()) {
+    TORCH_CHECK(sae->scalar_type() == at::kDouble && sae->dim() == 1 &&
+                    sae->size(0) == net.shape.n_species,
+                "kinml_fast: sae must be float64 of shape [", net.shape.n_species, "], got ",
+                sae->scalar_type(), " of shape ", sae->sizes());
+    shift = sae->contiguous();
+  }
+  with_type(features, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::networks_forward<T>(net.shape, net.parameters.const_data_ptr<T>(),
+                             net.features.const_data_ptr<T>(), net.features.stride(0),
+                             net.rows.const_data_ptr<int64_t>(),
+                             net.starts.const_data_ptr<int64_t>(),
+                             save ? saved.mutable_data_ptr<T>() : nullptr,
+                             atomic.mutable_data_ptr<T>(), threads());
+    const T* e = atomic.const_data_ptr<T>();
+    const int64_t* owner = net.owners.const_data_ptr<int64_t>();
+    const int64_t* start = net.starts.const_data_ptr<int64_t>();
+    double* sum = energies.mutable_data_ptr<double>();
+    for (int64_t s = 0; s < net.shape.n_species; ++s) {
+      const double offset = shift.defined() ? shift.const_data_ptr<double>()[s] : 0.0;
+      for (int64_t i = start[s]; i < start[s + 1]; ++i)
+        sum[owner[i]] += static_cast<double>(e[i]) + offset;
+    }
+  });
+  return {energies, saved};
+}
+
+Tensor networks(const Tensor& features, const Tensor& rows, const Tensor& owners,
+                const Tensor& starts, const Tensor& parameters, const std::optional<Tensor>& sae,
+                at::IntArrayRef sizes, at::IntArrayRef activations, bool biases,
+                int64_t n_structures) {
+  return std::get<0>(networks_forward(features, rows, owners, starts, parameters, sae, sizes,
+                                      activations, biases, n_structures, false));
+}
+
+std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const Tensor& features,
+                                             const Tensor& rows, const Tensor& owners,
+                                             const Tensor& starts, const Tensor& parameters,
+                                             const Tensor& saved, at::IntArrayRef sizes,
+                                             at::IntArrayRef activations, bool biases,
+                                             bool of_features, bool of_parameters) {
+  const int64_t n_structures = grad_energies.size(0);
+  const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
+                     n_structures);
+  const int64_t n = net.rows.size(0);
+  TORCH_CHECK(grad_energies.scalar_type() == at::kDouble && grad_energies.dim() == 1,
+              "kinml_fast: grad_energies must be float64 of shape [n_structures]");
+  check_same_type(saved, "saved", features, "features");
+  check_matrix(saved, "saved", n, net.shape.saved_per_atom());
+  const Tensor kept = saved.contiguous(), grad = grad_energies.contiguous();
+  Tensor grad_features = of_features ? at::zeros(features.sizes(), features.options())
+                                     : at::empty({0}, features.options());
+  Tensor grad_parameters = of_parameters ? at::empty_like(net.parameters)
+                                         : at::empty({0}, features.options());
+  Tensor grad_atomic = at::empty({n}, features.options());
+  with_type(features, [&](auto zero) {
+    using T = decltype(zero);
+    const double* g = grad.const_data_ptr<double>();
+    const int64_t* owner = net.owners.const_data_ptr<int64_t>();
+    T* ga = grad_atomic.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < n; ++i) ga[i] = static_cast<T>(g[owner[i]]);
+    cpu::networks_backward<T>(
+        net.shape, net.parameters.const_data_ptr<T>(), net.features.const_data_ptr<T>(),
+        net.features.stride(0), net.rows.const_data_ptr<int64_t>(),
+        net.starts.const_data_ptr<int64_t>(), kept.const_data_ptr<T>(), ga,
+        of_features ? grad_features.mutable_data_ptr<T>() : nullptr,
+        of_parameters ? grad_parameters.mutable_data_ptr<T>() : nullptr, threads());
+  });
+  return {grad_features, grad_parameters};
+}
+
+// ---- Shapes ------------------------------------------------------------------------------------
+
+Tensor aev_meta(const Tensor& coordinates, const Tensor&, const Tensor&,
+                at::ArrayRef<double> descriptor) {
+  return at::empty_symint({coordinates.sym_size(0), unpack_descriptor(descriptor).length()},
+                          coordinates.options());
+}
+Tensor aev_vjp_meta(const Tensor& coordinates, const Tensor&, const Tensor&, const Tensor&,
+                    at::ArrayRef<double>) {
+  return at::empty_symint({coordinates.sym_size(0), 3}, coordinates.options());
+}
+Tensor aev_jvp_meta(const Tensor& coordinates, const Tensor&, const Tensor&, const Tensor&,
+                    at::ArrayRef<double> descriptor) {
+  return at::empty_symint({coordinates.sym_size(0), unpack_descriptor(descriptor).length()},
+                          coordinates.options());
+}
+Tensor aev_hvp_meta(const Tensor& coordinates, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, at::ArrayRef<double>) {
+  return at::empty_symint({coordinates.sym_size(0), 3}, coordinates.options());
+}
+Tensor aev_jacobian_meta(const Tensor& coordinates, const Tensor&, const Tensor&, int64_t max_atoms,
+                         at::ArrayRef<double> descriptor) {
+  return at::empty_symint(
+      {coordinates.sym_size(0), unpack_descriptor(descriptor).length(), 3 * max_atoms},
+      coordinates.options());
+}
+std::tuple<Tensor, Tensor, Tensor> species_order_meta(const Tensor& species, const Tensor&,
+                                                      int64_t n_species) {
+  return {at::empty_like(species), at::empty_like(species),
+          at::empty({n_species + 1}, species.options())};
+}
+std::tuple<Tensor, Tensor> networks_forward_meta(const Tensor& features, const Tensor& rows,
+                                                 const Tensor&, const Tensor& starts, const Tensor&,
+                                                 const std::optional<Tensor>&,
+                                                 at::IntArrayRef sizes, at::IntArrayRef activations,
+                                                 bool biases, c10::SymInt n_structures, bool save) {
+  const cpu::NetworkShape shape{starts.size(0) - 1, static_cast<int64_t>(activations.size()),
+                                sizes.data(), activations.data(), biases};
+  return {at::empty_symint({n_structures}, features.options().dtype(at::kDouble)),
+          at::empty_symint({save ? rows.sym_size(0) : c10::SymInt(0), shape.saved_per_atom()},
+                           features.options())};
+}
+Tensor networks_meta(const Tensor& features, const Tensor&, const Tensor&, const Tensor&,
+                     const Tensor&, const std::optional<Tensor>&, at::IntArrayRef, at::IntArrayRef,
+                     bool, c10::SymInt n_structures) {
+  return at::empty_symint({n_structures}, features.options().dtype(at::kDouble));
+}
+std::tuple<Tensor, Tensor> networks_backward_meta(const Tensor&, const Tensor& features,
+                                                  const Tensor&, const Tensor&, const Tensor&,
+                                                  const Tensor& parameters, const Tensor&,
+                                                  at::IntArrayRef, at::IntArrayRef, bool,
+                                                  bool of_features, bool of_parameters) {
+  return {of_features ? at::empty_like(features) : at::empty({0}, features.options()),
+          of_parameters ? at::empty_like(parameters) : at::empty({0}, features.options())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
+  m.impl("aev", aev);
+  m.impl("aev_vjp", aev_vjp);
+  m.impl("aev_jvp", aev_jvp);
+  m.impl("aev_hvp", aev_hvp);
+  m.impl("aev_jacobian", aev_jacobian);
+  m.impl("species_order", species_order);
+  m.impl("plan_batches", plan_batches);
+  m.impl("networks", networks);
+  m.impl("networks_forward", networks_forward);
+  m.impl("networks_backward", networks_backward);
+}
+
+TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
+  m.impl("aev", aev_meta);
+  m.impl("aev_vjp", aev_vjp_meta);
+  m.impl("aev_jvp", aev_jvp_meta);
+  m.impl("aev_hvp", aev_hvp_meta);
+  m.impl("aev_jacobian", aev_jacobian_meta);
+  m.impl("species_order", species_order_meta);
+  m.impl("networks", networks_meta);
+  m.impl("networks_forward", networks_forward_meta);
+  m.impl("networks_backward", networks_backward_meta);
+}
+
+}  // namespace kinml::ops

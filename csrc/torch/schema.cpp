@@ -1,0 +1,62 @@
+// All ops of kinml_fast: their only definition.
+//
+// coordinates [n_atoms, 3], species [n_atoms] int64, offsets [n_structures + 1] int64: a ragged
+// batch of molecules. descriptor: AEVParameters.packed(). D: length of the AEV.
+//
+// Differentiation (autograd.cpp), C++ only, so that scripted modules keep it without Python:
+//   aev -> aev_vjp -> aev_jvp, aev_hvp; aev_jvp -> aev_vjp, aev_hvp; aev_hvp -> error
+//   networks -> networks_backward -> error
+#include <torch/library.h>
+
+TORCH_LIBRARY(kinml_fast, m) {
+  // a [n_atoms, D]
+  m.def("aev(Tensor coordinates, Tensor species, Tensor offsets, float[] descriptor) -> Tensor");
+  // gradient g [n_atoms, D] -> J^T g [n_atoms, 3]
+  m.def(
+      "aev_vjp(Tensor coordinates, Tensor species, Tensor offsets, Tensor gradient, "
+      "float[] descriptor) -> Tensor");
+  // tangent v [n_atoms, 3] -> J v [n_atoms, D]
+  m.def(
+      "aev_jvp(Tensor coordinates, Tensor species, Tensor offsets, Tensor tangent, "
+      "float[] descriptor) -> Tensor");
+  // d/dx (g . J v) [n_atoms, 3]
+  m.def(
+      "aev_hvp(Tensor coordinates, Tensor species, Tensor offsets, Tensor gradient, "
+      "Tensor tangent, float[] descriptor) -> Tensor");
+  // J [n_atoms, D, 3 max_atoms], zero-padded; no autograd
+  m.def(
+      "aev_jacobian(Tensor coordinates, Tensor species, Tensor offsets, int max_atoms, "
+      "float[] descriptor) -> Tensor");
+
+  // Atoms sorted by species (stable): rows [n_atoms] atom index, owners [n_atoms] structure index,
+  // starts [n_species + 1].
+  m.def(
+      "species_order(Tensor species, Tensor offsets, int n_species) -> "
+      "(Tensor rows, Tensor owners, Tensor starts)");
+  // The same for each batch of `structures` in turn: rows and owners (index within the batch) of
+  // all batches behind each other, starts [n_batches, n_species + 1] within the batch,
+  // firsts [n_batches + 1] where each batch begins in rows.
+  m.def(
+      "plan_batches(Tensor species, Tensor offsets, Tensor structures, int batch_size, "
+      "int n_species) -> (Tensor rows, Tensor owners, Tensor starts, Tensor firsts)");
+
+  // Energies [n_structures] float64: sum over atoms of network output + sae[species].
+  // features [*, D]; rows, owners, starts as above; parameters: one flat tensor, species after
+  // species, layer after layer, W [out, in] then b [out]; sizes [n_species * (n_layers + 1)];
+  // activations [n_layers], codes of kinml_fast.nn.networks.ACTIVATIONS; sae [n_species] float64.
+  m.def(
+      "networks(Tensor features, Tensor rows, Tensor owners, Tensor starts, Tensor parameters, "
+      "Tensor? sae, int[] sizes, int[] activations, bool biases, SymInt n_structures) -> Tensor");
+  // The same, and what the backward pass needs (empty unless save).
+  m.def(
+      "networks_forward(Tensor features, Tensor rows, Tensor owners, Tensor starts, "
+      "Tensor parameters, Tensor? sae, int[] sizes, int[] activations, bool biases, "
+      "SymInt n_structures, bool save) -> (Tensor energies, Tensor saved)");
+  // Gradients of features (zero rows for atoms outside of the batch) and parameters; each empty
+  // unless asked for.
+  m.def(
+      "networks_backward(Tensor grad_energies, Tensor features, Tensor rows, Tensor owners, "
+      "Tensor starts, Tensor parameters, Tensor saved, int[] sizes, int[] activations, "
+      "bool biases, bool of_features, bool of_parameters) -> "
+      "(Tensor grad_features, Tensor grad_parameters)");
+}

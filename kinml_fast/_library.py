@@ -1,0 +1,45 @@
+"""Loads the compiled ops, once, and says clearly why when that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_REMEDY = "Reinstall it against this torch: pip install --no-build-isolation --force-reinstall --no-deps <kinml_fast folder>"
+
+
+def _load() -> None:
+    try:
+        from kinml_fast import _C
+    except ImportError as error:
+        raise ImportError(
+            f"kinml_fast is not compiled for this Python ({error}). Install it with: pip install --no-build-isolation . "
+            "(or, in a clone: python setup.py build_ext --inplace)"
+        ) from error
+    built_for = _C.build_info()["torch"]
+    if built_for.split("+")[0] != torch.__version__.split("+")[0]:
+        raise ImportError(f"kinml_fast was compiled for torch {built_for}, but this is {torch.__version__}. {_REMEDY}")
+    library = _FOLDER / "libkinml_ops.so"
+    if not library.exists():
+        raise ImportError(f"kinml_fast's ops library is missing: {library}. {_REMEDY}")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(f"kinml_fast's ops library does not load ({str(error).splitlines()[0]}). {_REMEDY}") from error
+
+
+def library_path() -> Path:
+    """The ops library: C++ programs load it (dlopen) before they load a scripted model."""
+    return _FOLDER / "libkinml_ops.so"
+
+
+def build_info() -> dict[str, str]:
+    """What this installation was built with and what it uses here: versions, compiler, instruction sets, CUDA."""
+    from kinml_fast import _C
+
+    return {**_C.build_info(), "instruction set in use": _C.cpu_isa()}
+
+
+_load()

@@ -1,0 +1,160 @@
+"""One multilayer perceptron per element, all in one flat parameter tensor and one fused op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kinml_fast import ops  # noqa: F401  (registers the ops that the scripted code names)
+from kinml_fast.errors import InputError
+
+ACTIVATIONS = ("identity", "gaussian", "tanh", "relu", "silu", "celu", "gelu")
+"""Activation functions; the place in the list is the code that the ops take.
+
+gaussian is exp(-x²), celu has alpha 0.1 (the ANI models'), gelu is the exact one (erf).
+"""
+
+
+class SpeciesNetworks(torch.nn.Module):
+    """Networks features -> energy, one for each element.
+
+    Parameters
+    ----------
+    elements
+        Names of the species, for printing.
+    n_inputs
+        D, the length of an atom's feature vector.
+    layers
+        Outputs of each layer; the last must be 1. Either one list for all elements or one list per element (all of
+        the same length).
+    activations
+        Name of each layer's activation, see :data:`ACTIVATIONS`.
+    biases
+        Whether the layers have biases.
+    dtype
+        float64 or float32.
+
+    Notes
+    -----
+    All weights are one parameter, ``weights``: element after element, layer after layer, W [out, in], then b [out].
+    They start as ``torch.nn.Linear`` starts, drawn from torch's global generator in that order.
+    """
+
+    sizes: list[int]
+    activation_codes: list[int]
+
+    def __init__(
+        self,
+        elements: Sequence[str],
+        n_inputs: int,
+        layers: Sequence[int] | Sequence[Sequence[int]],
+        activations: Sequence[str],
+        biases: bool = True,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__()
+        per_element = [list(x) for x in layers] if layers and not isinstance(layers[0], int) else None
+        self.layers = per_element or [list(layers) for _ in elements]
+        self.elements = tuple(elements)
+        self.activations = tuple(activations)
+        self._check(n_inputs, dtype)
+        self.biases = bool(biases)
+        self.activation_codes = [ACTIVATIONS.index(name) for name in self.activations]
+        self.sizes = [size for widths in self.layers for size in (n_inputs, *widths)]
+        self.n_species = len(self.elements)
+        # Where each layer's W and b lie: (species, layer) -> (start, outputs, inputs).
+        self._places: dict[tuple[int, int], tuple[int, int, int]] = {}
+        start = 0
+        for s, widths in enumerate(self.layers):
+            for k, (inputs, outputs) in enumerate(zip([n_inputs, *widths[:-1]], widths, strict=True)):
+                self._places[s, k] = (start, outputs, inputs)
+                start += outputs * (inputs + (1 if self.biases else 0))
+        self.weights = torch.nn.Parameter(torch.empty(start, dtype=dtype))
+        self.reset_parameters()
+
+    def _check(self, n_inputs: int, dtype: torch.dtype) -> None:
+        if dtype not in (torch.float64, torch.float32):
+            raise InputError(f"Networks are float64 or float32, not {dtype}.")
+        if n_inputs < 1:
+            raise InputError(f"Networks need at least one input, not {n_inputs}.")
+        if len(self.layers) != len(self.elements):
+            raise InputError(f"There are {len(self.elements)} elements but layers for {len(self.layers)} of them.")
+        for widths in self.layers:
+            if len(widths) != len(self.activations):
+                raise InputError(
+                    f"Layers {widths} need {len(widths)} activations, one for each layer, got {list(self.activations)}."
+                )
+            if not widths or min(widths) < 1:
+                raise InputError(f"Every layer needs at least one output, got layers {widths}.")
+            if widths[-1] != 1:
+                raise InputError(f"The last layer gives the energy and must have 1 output, got layers {widths}.")
+        for name in self.activations:
+            if name not in ACTIVATIONS:
+                raise InputError(f"Unknown activation '{name}': choose among {', '.join(ACTIVATIONS)}.")
+
+    @torch.jit.unused
+    def reset_parameters(self) -> None:
+        """Draw new weights, as ``torch.nn.Linear`` does."""
+        for s, k in self._places:
+            weight, bias = self.layer(s, k)
+            torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            if bias is not None:
+                bound = 1 / math.sqrt(weight.shape[1])
+                torch.nn.init.uniform_(bias, -bound, bound)
+
+    @torch.jit.unused
+    def layer(self, species: int, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Views of W [out, in] and b [out] (None without biases) of one layer of one element's network."""
+        start, outputs, inputs = self._places[species, layer]
+        flat = self.weights.detach()
+        end = start + outputs * inputs
+        weight = flat[start:end].view(outputs, inputs)
+        return weight, flat[end : end + outputs] if self.biases else None
+
+    @torch.jit.export
+    def energies(
+        self, features: Tensor, rows: Tensor, owners: Tensor, starts: Tensor, n_structures: int
+    ) -> Tensor:
+        """Energies [n_structures] in eV (float64) of a planned batch, without single-atom energies."""
+        return torch.ops.kinml_fast.networks(
+            features,
+            rows,
+            owners,
+            starts,
+            self.weights,
+            None,
+            self.sizes,
+            self.activation_codes,
+            self.biases,
+            n_structures,
+        )
+
+    def forward(self, features: Tensor, species: Tensor, offsets: Tensor, sae: Tensor) -> Tensor:
+        """Energies [n_structures] in eV (float64), with single-atom energies ``sae`` [n_species] (float64)."""
+        rows, owners, starts = torch.ops.kinml_fast.species_order(species, offsets, self.n_species)
+        return torch.ops.kinml_fast.networks(
+            features,
+            rows,
+            owners,
+            starts,
+            self.weights,
+            sae,
+            self.sizes,
+            self.activation_codes,
+            self.biases,
+            offsets.size(0) - 1,
+        )
+
+    def extra_repr(self) -> str:
+        lines = []
+        for s, element in enumerate(self.elements):
+            lines.append(f"({element}): Network(")
+            for k, activation in enumerate(self.activations):
+                _, outputs, inputs = self._places[s, k]
+                lines.append(f"  ({k}): Linear({inputs} -> {outputs}, bias={self.biases}), {activation}")
+            lines.append(")")
+        lines.append(f"parameters: {self.weights.numel()}, {str(self.weights.dtype).removeprefix('torch.')}")
+        return "\n".join(lines)

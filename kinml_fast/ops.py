@@ -1,0 +1,111 @@
+"""The compiled ops, with types and units.
+
+A ragged batch of molecules is three tensors: ``coordinates`` [n_atoms, 3] in Å (float64 or float32), ``species``
+[n_atoms] int64, the index of each atom's element in the descriptor's list, and ``offsets`` [n_structures + 1] int64:
+atoms ``offsets[s]`` to ``offsets[s + 1]`` are those of structure s. ``descriptor`` is ``AEVParameters.packed()``.
+
+All functions accept non-contiguous tensors and structures without atoms, give the same bits for any number of threads,
+and raise RuntimeError with what was expected and what came when shapes, types or values do not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kinml_fast import _library  # noqa: F401  (loads the ops)
+
+_OPS = torch.ops.kinml_fast
+
+
+def aev(coordinates: Tensor, species: Tensor, offsets: Tensor, descriptor: list[float]) -> Tensor:
+    """Atomic environment vectors [n_atoms, D]; differentiable twice with respect to coordinates.
+
+    Formula: Smith, Isayev, Roitberg, Chem. Sci. 2017, 8, 3192 (DOI 10.1039/C6SC05720A), in aevmod's form.
+    Coincident atoms have no direction: they count with the unit vector 0. With beta = 1 and collinear atoms the angle
+    has a kink, where its derivative is 0 (the mean over all directions).
+    """
+    return _OPS.aev(coordinates, species, offsets, descriptor)
+
+
+def aev_vjp(coordinates: Tensor, species: Tensor, offsets: Tensor, gradient: Tensor, descriptor: list[float]) -> Tensor:
+    """Vector-Jacobian product [n_atoms, 3]: sum over atoms i of J_i^T g_i, with ``gradient`` g [n_atoms, D]."""
+    return _OPS.aev_vjp(coordinates, species, offsets, gradient, descriptor)
+
+
+def aev_jvp(coordinates: Tensor, species: Tensor, offsets: Tensor, tangent: Tensor, descriptor: list[float]) -> Tensor:
+    """Jacobian-vector product J v [n_atoms, D], with ``tangent`` v [n_atoms, 3]."""
+    return _OPS.aev_jvp(coordinates, species, offsets, tangent, descriptor)
+
+
+def aev_hvp(
+    coordinates: Tensor, species: Tensor, offsets: Tensor, gradient: Tensor, tangent: Tensor, descriptor: list[float]
+) -> Tensor:
+    """Derivative of g . J v with respect to the coordinates, [n_atoms, 3]."""
+    return _OPS.aev_hvp(coordinates, species, offsets, gradient, tangent, descriptor)
+
+
+def aev_jacobian(
+    coordinates: Tensor, species: Tensor, offsets: Tensor, max_atoms: int, descriptor: list[float]
+) -> Tensor:
+    """Dense Jacobian [n_atoms, D, 3 max_atoms] in 1/Å: for storage and checks, not needed to train.
+
+    Column 3 q + d is the derivative with respect to coordinate d of the q-th atom of the same structure; columns of
+    atoms that a structure does not have are zero.
+    """
+    return _OPS.aev_jacobian(coordinates, species, offsets, max_atoms, descriptor)
+
+
+def species_order(species: Tensor, offsets: Tensor, n_species: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Atoms sorted by species: ``rows`` [n_atoms] atom index, ``owners`` [n_atoms] structure, ``starts`` [S + 1]."""
+    return _OPS.species_order(species, offsets, n_species)
+
+
+def networks(
+    features: Tensor,
+    rows: Tensor,
+    owners: Tensor,
+    starts: Tensor,
+    parameters: Tensor,
+    sae: Tensor | None,
+    sizes: list[int],
+    activations: list[int],
+    biases: bool,
+    n_structures: int,
+) -> Tensor:
+    """Energies [n_structures] (float64): sums over atoms of network output and ``sae``; differentiable once.
+
+    ``features`` [*, D] are read through ``rows``, so a batch needs no copy. ``parameters`` is one flat tensor: species
+    after species, layer after layer, W [out, in] row-major, then b [out]. ``sizes`` [S * (n_layers + 1)].
+    """
+    return _OPS.networks(
+        features, rows, owners, starts, parameters, sae, sizes, activations, biases, n_structures
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some structures, their atoms sorted by species."""
+
+    structures: Tensor
+    """[n] indices into the data set"""
+    rows: Tensor
+    """[n_atoms] atom indices into the data set, sorted by species"""
+    owners: Tensor
+    """[n_atoms] position of the atom's structure within the batch"""
+    starts: Tensor
+    """[n_species + 1] where each species begins in rows"""
+
+
+def plan_batches(species: Tensor, offsets: Tensor, structures: Tensor, batch_size: int, n_species: int) -> list[Batch]:
+    """Cut ``structures`` (indices, in the order of an epoch) into batches with their atoms sorted by species."""
+    rows, owners, starts, firsts = _OPS.plan_batches(species, offsets, structures, batch_size, n_species)
+    lengths = firsts.diff().tolist()
+    return [
+        Batch(*parts)
+        for parts in zip(
+            structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True
+        )
+    ] if lengths else []
