@@ -59,9 +59,11 @@ def test_forces_may_be_absent(tmp_path):
     for part, stem in [(structures.select(range(8)), "CH"), (structures.select(range(8, 16)), "OH")]:
         sqlite.write(tmp_path / f"{stem}.db", {1: part}, temperatures=1)
     both = prepare([tmp_path / "CH.db", tmp_path / "OH.db"], split=[8, 4, 4], path=tmp_path / "a.h5")
-    assert equal(load(tmp_path / "a.h5"), both) and np.isnan(both.structures.forces).sum() == 48
+    assert equal(load(tmp_path / "a.h5"), both)
+    assert np.isnan(both.structures.forces).sum() == 48
     none = prepare(tmp_path / "CH.db", split=[4, 2, 2], path=tmp_path / "b.h5")
-    assert equal(load(tmp_path / "b.h5"), none) and none.structures.forces is None
+    assert equal(load(tmp_path / "b.h5"), none)
+    assert none.structures.forces is None
 
 
 @pytest.mark.parametrize(
@@ -111,13 +113,15 @@ def test_a_split_file_counts(files, tmp_path):
 
 def test_structures_outside_the_split_are_left_out(files, tmp_path):
     data = prepare(files, split=[10, 4, 2])
-    assert len(data.structures) == 16 and sorted(data.split.used) == list(range(16))
+    assert len(data.structures) == 16
+    assert sorted(data.split.used) == list(range(16))
     everything = sqlite.read(files)
     for i, label in enumerate(data.structures.labels):
         assert data.structures.energies[i] == everything.energies[everything.labels.index(label)]
     (tmp_path / "s.txt").write_text("".join(f"CH3/{i} {2 if i < 9 else -1}\n" for i in range(1, 12)))
     listed = prepare(files, split=[6, 2, 0], split_file=tmp_path / "s.txt")
-    assert set(listed.structures.formulas()) == {"CH3"} and len(listed.structures) == 11
+    assert set(listed.structures.formulas()) == {"CH3"}
+    assert len(listed.structures) == 11
     assert [listed.structures.labels[i] for i in listed.split.test] == ["CH3/9", "CH3/10", "CH3/11"]
 
 
@@ -163,7 +167,8 @@ def test_half_a_file_is_made_anew(files, tmp_path, caplog, keep):
     with pytest.raises(InputError, match=r"data\.h5: is damaged \(.*\): run kinml-fast prepare again"):
         load(path)
     assert equal(prepare(files, path=path), first)
-    assert "is damaged" in caplog.text and "anew" in caplog.text
+    assert "is damaged" in caplog.text
+    assert "anew" in caplog.text
     assert equal(load(path), first)
 
 
@@ -231,21 +236,27 @@ def test_a_full_disk_leaves_nothing_behind(files, tmp_path):
     )
     first, second = run.stdout.splitlines()
     assert first == f"{tmp_path}/data.h5: could not be written (File too large): nothing was changed", run.stderr
-    assert second.startswith(f"{files[0]}: could not be written (") and second.endswith("nothing was changed")
+    assert second.startswith(f"{files[0]}: could not be written (")
+    assert second.endswith("nothing was changed")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert equal(load(tmp_path / "data.h5"), old)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def write(text: str, interrupted: bool) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+            if interrupted:
+                raise KeyboardInterrupt
+
+    write("old", False)
+    with pytest.raises(KeyboardInterrupt):
+        write("half", True)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    with replacing(path) as temporary:
-        temporary.write_text("new")
+    write("new", False)
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -47,7 +47,7 @@ def test_bounds_hold_where_they_matter():
     elements = ["C", "H"]
     counts = np.array([[2, 2], [2, 3]])
     guess = np.array([sae.GUESSES[element] for element in elements])
-    energies = counts @ (guess + [9.0, -9.0])
+    energies = counts @ (guess + np.array([9.0, -9.0]))
     found = sae.fit(counts, energies, elements)
     assert (np.abs(found - guess) <= 8).all()
     by_grid = least_squares(lambda x: counts @ x - energies, guess, bounds=(guess - 8, guess + 8), xtol=1e-14)
@@ -109,7 +109,7 @@ def test_settings():
 
 
 @pytest.mark.parametrize(
-    "setting, message",
+    ("setting", "message"),
     [
         ("fitted", "expected fit, none or an energy"),
         ({"C": -1035.0}, "lack H: add them or write fit"),

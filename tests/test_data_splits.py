@@ -43,7 +43,8 @@ def test_counts_are_exact_disjoint_and_stratified(sizes, amounts, seed):
     split = make_split(structures, amounts, seed)
     assert numbers(split) == list(amounts)
     assert len(np.unique(split.used)) == sum(amounts)
-    assert split.used.min() >= 0 and split.used.max() < len(structures)
+    assert split.used.min() >= 0
+    assert split.used.max() < len(structures)
     formulas = np.array(structures.formulas())
     for name in set(formulas):
         share = amounts[0] * (formulas == name).sum() / len(formulas)
@@ -87,11 +88,12 @@ def test_a_seed_says_it_all():
 def test_training_is_in_random_order_the_rest_sorted():
     split = make_split(mixture(50, 50), [60, 20, 20])
     assert (np.diff(split.train) < 0).any()
-    assert (np.diff(split.validation) > 0).all() and (np.diff(split.test) > 0).all()
+    assert (np.diff(split.validation) > 0).all()
+    assert (np.diff(split.test) > 0).all()
 
 
 @pytest.mark.parametrize(
-    "amounts, message",
+    ("amounts", "message"),
     [
         ([20, 5, 6], r"asks for 31 structures, but there are only 30 in the data: ask for fewer"),
         ([20, 0, 5], r"leaves no validation structures"),
@@ -168,7 +170,8 @@ def test_plain_split_file(tmp_path):
     path = lines(tmp_path / "s.txt", "# comment", "", *(f"C/{i} 2" for i in range(1, 8)), "C/9 -1", "C/8 -1 -5.0")
     split = make_split(structures, [4, 2, 0], 0, path)
     assert split.test.tolist() == [8, 7]
-    assert set(split.train) | set(split.validation) < set(range(7)) and numbers(split) == [4, 2, 2]
+    assert set(split.train) | set(split.validation) < set(range(7))
+    assert numbers(split) == [4, 2, 2]
     assert numbers(make_split(structures, [0.7, 0.3, 0], 0, path)) == [5, 2, 2]
     assert read_tvtmsk(path).ids() == {"C": {1, 2, 3, 4, 5, 6, 7, 8, 9}}
     with pytest.raises(InputError, match=r"asks for 8 structures, but there are only 7 in the training and validation"):
@@ -205,7 +208,7 @@ def test_malformed_lines(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    "texts, message",
+    ("texts", "message"),
     [
         (["C/1 2", "C/2 2", "C/1 -1"], r"s\.txt:3: C/1 is already in line 1"),
         (["C/1 2 0 train", "C/2 2"], r"s\.txt:2: some lines say train"),
@@ -243,4 +246,6 @@ def test_table():
         "all         20           8     4       8",
     ]
     many = table(mixture(9, 8, 7, 6), make_split(mixture(9, 8, 7, 6), [20, 5, 5]), limit=2).splitlines()
-    assert len(many) == 5 and many[3].startswith("2 more") and many[4].split() == ["all", "20", "5", "5", "0"]
+    assert len(many) == 5
+    assert many[3].startswith("2 more")
+    assert many[4].split() == ["all", "20", "5", "5", "0"]

@@ -12,6 +12,7 @@ from data_helpers import SHARED, molecules, needs_shared, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kinml_fast import datasets
 from kinml_fast.data import sqlite
 from kinml_fast.errors import InputError
 
@@ -50,7 +51,8 @@ def test_example_database():
     structures = sqlite.read(SHARED / "C5H5.db")
     assert len(structures) == 2112
     assert structures.elements == ("C", "H")
-    assert structures.labels[0] == "C5H5/1" and structures.labels[-1] == "C5H5/2112"
+    assert structures.labels[0] == "C5H5/1"
+    assert structures.labels[-1] == "C5H5/2112"
     assert structures.symbols(5) == ("C",) * 5 + ("H",) * 5
     assert structures.energies[0] == -5261.429334316677
     assert structures.coordinates[0].tolist() == [-0.967966, -0.07529, -0.659798]
@@ -149,7 +151,7 @@ def test_a_fixed_time_stamp_makes_the_file_reproducible(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, levels, message",
+    ("name", "levels", "message"),
     [
         ("C2H2.db", {}, "no fidelity"),
         ("C2H2.db", {1: molecules("CHCH", 2)}, r"CHCH/1 has the atoms CHCH, which is not the formula"),
@@ -168,7 +170,7 @@ def test_nothing_is_written_from_levels_that_do_not_fit(tmp_path, name, levels, 
 def test_a_failed_write_leaves_the_old_file(database, monkeypatch):
     before = database.read_bytes()
     monkeypatch.setattr(sqlite, "_SCHEMA", sqlite._SCHEMA.replace("E real NOT NULL", "E real CHECK (E < -1e9)"))
-    with pytest.raises(InputError, match="could not be written .*CHECK constraint.*: nothing was changed"):
+    with pytest.raises(InputError, match=r"could not be written .*CHECK constraint.*: nothing was changed"):
         sqlite.write(database, {1: molecules("CCHH", 2)}, temperatures=1)
     assert database.read_bytes() == before
     assert list(database.parent.iterdir()) == [database]
@@ -178,7 +180,7 @@ def test_a_failed_write_leaves_the_old_file(database, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "selection, expected",
+    ("selection", "expected"),
     [
         ({}, [1, 2, 3, 4, 6]),
         ({"temperature": 300}, [1, 2]),
@@ -198,7 +200,8 @@ def test_selections(database, selection, expected):
 
 def test_fidelities_have_their_own_energies_and_forces(database):
     low = sqlite.read(database, fidelity=0)
-    assert low.energies.tolist() == [0, 1, 2, 3, 5] and low.forces is None
+    assert low.energies.tolist() == [0, 1, 2, 3, 5]
+    assert low.forces is None
 
 
 def test_elements_can_be_ordered(database):
@@ -218,7 +221,8 @@ def test_other_float_types_and_layouts_are_read(database):
     for i, array in enumerate([geometry.astype(">f8"), np.asfortranarray(geometry), geometry.astype(np.float32)], 1):
         change(database, "UPDATE xyz SET geom = ? WHERE id = ?", (npy(array), i))
     found = sqlite.read(database).coordinates.reshape(-1, 4, 3)
-    assert np.array_equal(found[0], geometry) and np.array_equal(found[1], geometry)
+    assert np.array_equal(found[0], geometry)
+    assert np.array_equal(found[1], geometry)
     assert np.array_equal(found[2], geometry.astype(np.float32))
 
 
@@ -241,7 +245,7 @@ def test_names_with_characters_that_mean_something_in_an_address(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "statement, values, message",
+    ("statement", "values", "message"),
     [
         ("DROP TABLE energy", (), r"C2H2\.db: has no table energy"),
         ("DROP TABLE xyz", (), r"C2H2\.db: has no table xyz"),
@@ -373,6 +377,8 @@ def test_two_databases_with_one_name(database):
     assert len(sqlite.read([database, other])) == 10
 
 
-def test_shipped_names_that_exist_are_listed():
-    with pytest.raises(InputError, match=r"shipped:nothing\.db: no such data set comes with the package; there are: "):
+def test_shipped_data(database, monkeypatch):
+    monkeypatch.setattr(datasets, "_FOLDER", database.parent)
+    assert same(sqlite.read("shipped:C2H2.db"), sqlite.read(database))
+    with pytest.raises(InputError, match=r"nothing\.db.*C2H2\.db"):
         sqlite.read("shipped:nothing.db")

@@ -22,9 +22,11 @@ def test_concatenate_keeps_everything_in_order():
     assert joined.elements == ("C", "H", "O")
     assert joined.labels == ("C2H2/1", "C2H2/2", "C2H2/3", "OH/1", "OH/2")
     assert joined.offsets.tolist() == [0, 4, 8, 12, 14, 16]
-    assert joined.symbols(0) == ("C", "C", "H", "H") and joined.symbols(4) == ("O", "H")
+    assert joined.symbols(0) == ("C", "C", "H", "H")
+    assert joined.symbols(4) == ("O", "H")
     assert np.array_equal(joined.coordinates[12:], parts[1].coordinates)
-    assert np.array_equal(joined.forces[:12], parts[0].forces) and np.isnan(joined.forces[12:]).all()
+    assert np.array_equal(joined.forces[:12], parts[0].forces)
+    assert np.isnan(joined.forces[12:]).all()
     assert np.array_equal(joined.energies, np.concatenate([part.energies for part in parts]))
 
 
@@ -65,7 +67,7 @@ def test_formula_in_order():
     assert formula_in_order(["C", "H", "H", "H", "O", "H"]) == "CH3OH"
 
 
-@pytest.mark.parametrize("field, what", [("coordinates", "coordinate"), ("forces", "force")])
+@pytest.mark.parametrize(("field", "what"), [("coordinates", "coordinate"), ("forces", "force")])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_not_finite_numbers_name_structure_and_atom(field, what, value):
     structures = molecules("CCHH", 3)
@@ -117,7 +119,7 @@ def test_atoms_of_different_structures_may_coincide():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"offsets": np.array([0, 4, 8, 11])}, "offsets must rise"),
         ({"offsets": np.array([0, 8, 4, 12])}, "offsets must rise"),

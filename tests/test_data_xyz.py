@@ -57,7 +57,8 @@ def calculated() -> list[Atoms]:
 
 def test_plain_keys_end_up_in_a_calculator(tmp_path):
     path = write(tmp_path / "a.xyz", calculated())
-    assert " energy=" in path.read_text() and "REF" not in path.read_text()
+    assert " energy=" in path.read_text()
+    assert "REF" not in path.read_text()
     check(xyz.read(path))
 
 
@@ -93,7 +94,9 @@ def test_two_energies_that_differ_are_ambiguous(tmp_path):
 def test_geometries_only(tmp_path):
     bare = [Atoms("OH2", WATER)]
     structures = xyz.read(write(tmp_path / "a.xyz", bare), labelled=False)
-    assert structures.energies is None and structures.forces is None and len(structures) == 1
+    assert structures.energies is None
+    assert structures.forces is None
+    assert len(structures) == 1
 
 
 def test_other_formats_through_ase(tmp_path):
@@ -131,7 +134,7 @@ def spoil(change) -> list[Atoms]:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (lambda a: a.set_cell([9, 9, 9]) or a.set_pbc(True), r"frame 2 is periodic, only molecules"),
         (lambda a: a.info.pop("REF_energy"), r"frame 2 has no energy under the key energy or REF_energy: add it"),

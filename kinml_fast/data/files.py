@@ -7,9 +7,9 @@ import glob
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 
+from kinml_fast import datasets
 from kinml_fast.errors import InputError
 
 SHIPPED = "shipped:"
@@ -98,7 +98,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 def _expand_one(entry: str) -> list[Path]:
     if entry.startswith(SHIPPED):
-        return [_shipped(entry[len(SHIPPED) :])]
+        return [datasets.path(entry[len(SHIPPED) :])]
     path = Path(entry).expanduser()
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
@@ -106,16 +106,6 @@ def _expand_one(entry: str) -> list[Path]:
     if not matches:
         raise InputError(f"{entry}: the pattern matches no file: correct it")
     return matches
-
-
-def _shipped(name: str) -> Path:
-    folder = Path(str(resources.files("kinml_fast"))) / "datasets"
-    there = sorted(entry.name for entry in folder.glob("*.*") if entry.suffix not in (".py", ".md", ".txt"))
-    if name not in there:
-        raise InputError(
-            f"{SHIPPED}{name}: no such data set comes with the package; there are: {', '.join(there) or 'none'}"
-        )
-    return folder / name
 
 
 def _checked(path: Path) -> Path:

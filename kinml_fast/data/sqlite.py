@@ -227,8 +227,7 @@ def write(
                         "INSERT INTO energy (fidelity, sample_set_id, calc, calc_params, E, force, xyz_id"
                         f"{columns}) VALUES (?,?,?,?,?,?,?{more})",
                         [
-                            (fidelity, sample_set, calcs[fidelity], settings[i], energy, forces[i], i + 1)
-                            + tuple(stamp)
+                            (fidelity, sample_set, calcs[fidelity], settings[i], energy, forces[i], i + 1, *stamp)
                             for i, energy in enumerate(level.energies.tolist())
                         ],
                     )
