@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ PACKAGE = ROOT / "kinml_fast"
 CSRC = ROOT / "csrc"
 
 LAYERS = [
-    {"errors", "units"},
+    {"errors", "units", "metrics", "_version"},
     {"_library"},
     {"ops"},
     {"nn"},
@@ -24,7 +25,7 @@ LAYERS = [
 ]
 """Parts of kinml_fast, lowest first. A module imports from its own layer and from those below."""
 
-REFERENCE_IMPORTS = {"torch", "math", "typing", "collections", "dataclasses", "__future__"}
+REFERENCE_IMPORTS = {"torch", *sys.stdlib_module_names}
 
 INCLUDES = {
     "core": {"core"},
