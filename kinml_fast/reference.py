@@ -4,14 +4,12 @@ Written to be read next to the formulas, not to be fast. Every function can be d
 times; the type of the coordinates decides the precision. Lengths are in Å, energies in eV, forces in eV/Å.
 
 Parameters of the descriptor: n_species S; radial_shifts [R], radial_eta, radial_cutoff; angular_shifts [A],
-angular_eta, zeta, sections [M], angular_cutoff, beta, factor. A vector has D = S·R + S(S+1)/2·A·M entries: a radial
-block per neighbour species, then an angular block per species pair (0,0), (0,1), …, (1,1), …, in which the shift is the
-slow index and the section the fast one. `factor` multiplies the angular part.
+angular_eta, zeta, sections [M], angular_cutoff, beta; radial_factor and angular_factor, which multiply the two parts. A
+vector has D = S·R + S(S+1)/2·A·M entries: a radial block per neighbour species, then an angular block per species pair
+(0,0), (0,1), …, (1,1), …, in which the shift is the slow index and the section the fast one.
 
-aevmod's vectors have factor = 1 (`aevmod_parameters` gives its shifts and widths). TorchANI's ANI-1x and ANI-2x vectors
-have factor = 2, beta = 0.95 and their published shifts, and 0.25 before their radial part: TorchANI's vector is this
-one with its first S·R entries times 0.25, so a network for TorchANI's vectors becomes one for these when the first S·R
-columns of its first layer are multiplied by 0.25. Everything else, the order included, is the same.
+aevmod's vectors have both factors 1 (`aevmod_parameters` gives its shifts and widths). TorchANI's ANI-1x and ANI-2x
+vectors have radial_factor = 0.25, angular_factor = 2, beta = 0.95 and their published shifts; the order is the same.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "celu": lambda x: torch.where(x > 0, x, 0.1 * torch.expm1(torch.clamp(x, max=0) / 0.1)),
     "identity": lambda x: x,
 }
-"""The activations by name; celu has α = 0.1, as in the ANI models."""
+"""The activations by name; celu has alpha = 0.1, as in the ANI models."""
 
 
 def aevmod_parameters(
@@ -65,7 +63,6 @@ def aevmod_parameters(
         "sections": torch.linspace(0, torch.pi, n_sections, dtype=torch.float64),
         "angular_cutoff": cutoffs[1],
         "beta": beta,
-        "factor": 1.0,
     }
 
 
@@ -84,7 +81,8 @@ def aev(
     sections: Sequence[float] | Tensor,
     angular_cutoff: float,
     beta: float,
-    factor: float = 1.0,
+    radial_factor: float = 1.0,
+    angular_factor: float = 1.0,
 ) -> Tensor:
     """Atomic environment vectors of every atom of a batch of structures.
 
@@ -96,7 +94,7 @@ def aev(
         Species of each atom, 0 … n_species − 1.
     offsets : int64 [n_structures + 1]
         Structure s has the atoms offsets[s] … offsets[s + 1] − 1.
-    n_species, radial_shifts, …, factor
+    n_species, radial_shifts, …, angular_factor
         Parameters of the descriptor (see the module), shifts and cutoffs in Å, etas in Å⁻², sections in radians.
 
     Returns
@@ -120,7 +118,7 @@ def aev(
     i, j = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
     d_ij = (coordinates[j] - coordinates[i]).norm(dim=1)
     terms = torch.exp(-radial_eta * (d_ij[:, None] - radial_shifts) ** 2)  # [pairs, R]
-    terms = terms * cutoff_function(d_ij, radial_cutoff)[:, None]
+    terms = radial_factor * terms * cutoff_function(d_ij, radial_cutoff)[:, None]
     blocks = coordinates.new_zeros(len(species) * n_species, len(radial_shifts))
     radial = blocks.index_add(0, i * n_species + species[j], terms)
 
@@ -130,7 +128,7 @@ def aev(
     theta = angle(beta * (r_ij * r_ik).sum(1) / (d_ij * d_ik))
     terms_m = (0.5 + 0.5 * torch.cos(theta[:, None] - sections)) ** zeta  # [triples, M]
     terms_a = torch.exp(-angular_eta * ((d_ij + d_ik)[:, None] / 2 - angular_shifts) ** 2)  # [triples, A]
-    cut = factor * cutoff_function(d_ij, angular_cutoff) * cutoff_function(d_ik, angular_cutoff)
+    cut = angular_factor * cutoff_function(d_ij, angular_cutoff) * cutoff_function(d_ik, angular_cutoff)
     terms = cut[:, None, None] * terms_a[:, :, None] * terms_m[:, None, :]  # [triples, A, M]
     order = [(s, t) for s in range(n_species) for t in range(s, n_species)]
     block_of = torch.tensor([[order.index((min(s, t), max(s, t))) for t in range(n_species)] for s in range(n_species)])

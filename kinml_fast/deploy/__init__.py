@@ -1,0 +1,1 @@
+"""Trained models: their file, evaluation against data, prediction, and models of PyKinML."""

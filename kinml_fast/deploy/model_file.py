@@ -1,0 +1,130 @@
+"""The model file, model.pt: everything that a prediction needs, and no code.
+
+It is a dictionary of plain values and tensors, written by `torch.save` and read with `weights_only=True`:
+`format`, `format_version`, `model` (`EnergyModel.to_dict()`), `state_dict`, `units`, `elements`, and `training`, plain
+values about the model's origin (settings, epoch, errors).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kinml_fast.data.files import replacing
+from kinml_fast.errors import InputError
+from kinml_fast.nn import EnergyModel
+
+FORMAT = "kinml_fast.model"
+FORMAT_VERSION = 1
+UNITS = {"energy": "eV", "length": "Å", "force": "eV/Å"}
+
+
+def save(path: str | os.PathLike, model: EnergyModel, training: dict[str, Any] | None = None) -> None:
+    """Write a model, as a whole or not at all.
+
+    Parameters
+    ----------
+    path
+        The file to write; one that is there is replaced.
+    model
+        Its tensors are saved as CPU tensors.
+    training
+        What is known about the model's origin: plain values and tensors.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written, or `training` holds something that is no plain value.
+    """
+    contents = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": model.to_dict(),
+        "state_dict": {name: value.detach().cpu() for name, value in model.state_dict().items()},
+        "units": UNITS,
+        "elements": list(model.descriptor.elements),
+        "training": training or {},
+    }
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
+    except Exception as error:  # whatever the reader would say later is said now
+        raise InputError(
+            f"{path}: the notes on the training hold something that is no plain value ({_first_line(error)}): "
+            "give numbers, strings, lists, dictionaries and tensors only"
+        ) from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load(path: str | os.PathLike) -> EnergyModel:
+    """Read a model; its tensors are on the CPU.
+
+    Raises
+    ------
+    InputError
+        The file is missing, damaged, no model file, or of a later version.
+    """
+    contents = _read(Path(path))
+    try:
+        model = EnergyModel.from_dict(contents["model"])
+        model.load_state_dict(contents["state_dict"])
+    except Exception as error:  # contents that do not fit together raise whatever they run into
+        raise InputError(
+            f"{path}: its parts do not fit together ({_first_line(error)}): write the model file again"
+        ) from error
+    return model.eval()
+
+
+def load_training(path: str | os.PathLike) -> dict[str, Any]:
+    """The notes on the model's origin that were given to `save`.
+
+    Raises
+    ------
+    InputError
+        As `load`.
+    """
+    return _read(Path(path))["training"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): name a model file such as model.pt") from error
+    if not raw.startswith(b"PK"):
+        raise InputError(f"{path}: is no model file: name one that was written by training, such as model.pt")
+    try:
+        # torch.load does not look at the checksums of the archive.
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
+    except Exception as error:  # damaged archives raise many kinds
+        raise InputError(f"{path}: is damaged ({_first_line(error)}): copy the model file again") from error
+    try:
+        contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception:  # an archive of something else, perhaps with code in it
+        contents = None
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: is no model file: name one that was written by training, such as model.pt "
+            "(checkpoints of PyKinML are converted first)"
+        )
+    if contents.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: is a model file of version {contents.get('format_version')}, this program reads version "
+            f"{FORMAT_VERSION}: use the program that wrote it"
+        )
+    return contents
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
