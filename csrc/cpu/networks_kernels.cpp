@@ -156,14 +156,17 @@ void multiply_rest(const T* const* a, Index depth, const T* b, const T* start, T
   multiply_block<T, R, NV>(rows, rows, depth, b, start, c, n_rows, last);
 }
 
+// While it works on some rows it fetches the next ones, and in the end the rows `after` (kMaxRows).
 template <class T, int NV>
-void multiply_panel(const T* const* a, bool prefetch, Index n_rows, Index depth, const T* b,
+void multiply_panel(const T* const* a, const T* const* after, Index n_rows, Index depth, const T* b,
                     const T* start, T* const* c, Index last) {
   constexpr int R = kRows<NV>;
   Index i = 0;
-  for (; i + R <= n_rows; i += R)
-    multiply_block<T, R, NV>(a + i, prefetch && i + 2 * R <= n_rows ? a + i + R : a + i, depth, b,
-                             start, c + i, R, last);
+  for (; i + R <= n_rows; i += R) {
+    const T* const* next = a + i;
+    if (after != nullptr) next = i + 2 * R <= n_rows ? a + i + R : after;
+    multiply_block<T, R, NV>(a + i, next, depth, b, start, c + i, R, last);
+  }
   const Index rest = n_rows - i;
   if (rest > 4)
     multiply_rest<T, R, NV>(a + i, depth, b, start, c + i, rest, last);
@@ -174,9 +177,10 @@ void multiply_panel(const T* const* a, bool prefetch, Index n_rows, Index depth,
 }
 
 // c[i][0 .. columns) = bias + a[i][0 .. depth) times a packed matrix, for i < n_rows <= kTileAtoms.
-// Whole registers are written if `padded`, else exactly `columns` numbers.
+// Whole registers are written if `padded`, else exactly `columns` numbers. With `after`, a is
+// expected in slow memory and fetched in advance.
 template <class T>
-void multiply(const T* const* a, bool prefetch, Index n_rows, Index depth, const T* packed,
+void multiply(const T* const* a, const T* const* after, Index n_rows, Index depth, const T* packed,
               const T* bias, T* const* c, Index columns, bool padded) {
   constexpr int W = kNativeWidth<T>;
   const Index vectors = vectors_for<T>(columns);
@@ -188,45 +192,119 @@ void multiply(const T* const* a, bool prefetch, Index n_rows, Index depth, const
     const Index last = whole ? W : columns - (vectors - 1) * W;
     for (Index i = 0; i < n_rows; ++i) outputs[i] = c[i] + begin;
     with_vectors(panels.vectors(p), [&](auto nv) {
-      multiply_panel<T, nv.value>(a, prefetch && p == 0, n_rows, depth, packed + begin * depth,
-                                  bias ? bias + begin : nullptr, outputs, last);
+      multiply_panel<T, nv.value>(a, p == 0 ? after : nullptr, n_rows, depth,
+                                  packed + begin * depth, bias ? bias + begin : nullptr, outputs,
+                                  last);
     });
+  }
+}
+
+// c[i] = bias + a[i][0 .. depth) . b: the product with a matrix of one column, for padded rows.
+template <class T>
+void multiply_column(const T* const* a, Index n_rows, Index depth, const T* b, T bias, T* c) {
+  using V = Native<T>;
+  constexpr int W = kNativeWidth<T>;
+  for (Index i = 0; i < n_rows; ++i) {
+    V sum(T(0));
+    for (Index k = 0; k < depth; k += W) sum += V::load(a[i] + k) * V::load(b + k);
+    c[i] = reduce_add(sum) + bias;
   }
 }
 
 // ---- packing --------------------------------------------------------------------------------
 
-// packed, panel by panel, [depth][columns of the panel] = matrix(k, j), zero for j >= columns.
-template <class T, class Matrix>
-void pack(Index depth, Index columns, const Panels& panels, Index panel, const Matrix& matrix,
-          T* packed) {
+// First (high = 0) or second half (high = 1) of a0 b0 a1 b1 a2 b2 ...
+template <int high, class T, int W>
+KINML_HD Vec<T, W> interleave(Vec<T, W> a, Vec<T, W> b) {
+  typename Vec<T, W>::IntRaw lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = (i + high * W) / 2 + (i % 2) * W;
+  return __builtin_shuffle(a.raw, b.raw, lanes);
+}
+
+// Transposes W registers of W numbers: after log2(W) such steps row and column have changed places.
+template <class T>
+KINML_HD void transpose(Native<T> (&rows)[kNativeWidth<T>]) {
   constexpr int W = kNativeWidth<T>;
-  const Index begin = panels.begin(panel) * W;
-  const Index width = panels.vectors(panel) * W;
-  const Index valid = columns - begin < width ? columns - begin : width;
-  T* out = packed + begin * depth;
-  for (Index k = 0; k < depth; ++k, out += width) {
-    for (Index j = 0; j < valid; ++j) out[j] = matrix(k, begin + j);
-    for (Index j = valid; j < width; ++j) out[j] = T(0);
+  for (int step = 1; step < W; step *= 2) {
+    Native<T> mixed[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      mixed[2 * i] = interleave<0>(rows[i], rows[i + W / 2]);
+      mixed[2 * i + 1] = interleave<1>(rows[i], rows[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = mixed[i];
   }
+}
+
+// For multiply: packed = W^T [in, out] with columns rounded up to registers (zeros), cut into
+// panels; panel after panel, each [in, width of the panel].
+template <class T>
+void pack_transposed(const T* weights, Index in, Index out, T* packed) {
+  using V = Native<T>;
+  constexpr int W = kNativeWidth<T>;
+  const Panels panels(vectors_for<T>(out));
+  for (Index p = 0; p < panels.count; ++p) {
+    const Index width = panels.vectors(p) * W;
+    T* const panel = packed + panels.begin(p) * W * in;
+    for (Index j = 0; j < width; j += W) {
+      const Index column = panels.begin(p) * W + j;
+      const Index valid = out - column < W ? out - column : W;
+      Index k = 0;
+      if (valid == W) {
+        for (; k + W <= in; k += W) {
+          V block[W];
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) block[i] = V::load(weights + (column + i) * in + k);
+          transpose<T>(block);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) block[i].store(panel + (k + i) * width + j);
+        }
+      }
+      for (; k < in; ++k)
+        for (Index i = 0; i < W; ++i)
+          panel[k * width + j + i] = i < valid ? weights[(column + i) * in + k] : T(0);
+    }
+  }
+}
+
+// The same for W [out, in] itself as the right factor.
+template <class T>
+void pack_straight(const T* weights, Index in, Index out, T* packed) {
+  using V = Native<T>;
+  constexpr int W = kNativeWidth<T>;
+  const Panels panels(vectors_for<T>(in));
+  for (Index p = 0; p < panels.count; ++p) {
+    const Index begin = panels.begin(p) * W;
+    const Index width = panels.vectors(p) * W;
+    T* to = packed + begin * out;
+    for (Index k = 0; k < out; ++k)
+      for (Index j = begin; j < begin + width; j += W, to += W) {
+        const T* const from = weights + k * in + j;
+        (j + W <= in ? V::load(from) : load_some(from, in - j)).store(to);
+      }
+  }
+}
+
+// Whether multiply_column serves a layer: the last one, with padded rows before it.
+KINML_HD bool is_column(const NetworkPlan& plan, Index l, const NetworkLayer& layer) {
+  return l > 0 && l == plan.n_layers - 1 && layer.out == 1;
 }
 
 template <class T>
 void pack_forward(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads) {
-  const Index n_layers = plan.n_layers;
-  cpu::parallel_for(plan.n_species * n_layers, n_threads, [&](Index item) {
+  cpu::parallel_for(plan.n_species * plan.n_layers, n_threads, [&](Index item) {
     const Index species = item % plan.n_species;
-    const NetworkLayer& layer = plan.of(species)[item / plan.n_species];
+    const Index l = item / plan.n_species;
+    const NetworkLayer& layer = plan.of(species)[l];
     if (plan.starts[species] == plan.starts[species + 1]) return;
-    const T* const weights = parameters + layer.weights;
-    const Panels panels(vectors_for<T>(layer.out));
-    T* const out = packed + layer.packed;
-    for (Index p = 0; p < panels.count; ++p)
-      pack(
-          layer.in, layer.out, panels, p,
-          [&](Index k, Index j) { return weights[j * layer.in + k]; }, out);
+    T* const to = packed + layer.packed;
+    if (is_column(plan, l, layer))
+      pack_straight(parameters + layer.weights, layer.in, layer.out, to);
+    else
+      pack_transposed(parameters + layer.weights, layer.in, layer.out, to);
     const Index padded = vectors_for<T>(layer.out) * kNativeWidth<T>;
-    T* const bias = out + layer.in * padded;
+    T* const bias = to + layer.in * padded;
     for (Index j = 0; j < padded; ++j)
       bias[j] = layer.biases >= 0 && j < layer.out ? parameters[layer.biases + j] : T(0);
   });
@@ -234,17 +312,11 @@ void pack_forward(const NetworkPlan& plan, const T* parameters, T* packed, int n
 
 template <class T>
 void pack_backward(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads) {
-  const Index n_layers = plan.n_layers;
-  cpu::parallel_for(plan.n_species * n_layers, n_threads, [&](Index item) {
+  cpu::parallel_for(plan.n_species * plan.n_layers, n_threads, [&](Index item) {
     const Index species = item % plan.n_species;
     const NetworkLayer& layer = plan.of(species)[item / plan.n_species];
     if (layer.transposed < 0 || plan.starts[species] == plan.starts[species + 1]) return;
-    const T* const weights = parameters + layer.weights;
-    const Panels panels(vectors_for<T>(layer.in));
-    for (Index p = 0; p < panels.count; ++p)
-      pack(
-          layer.out, layer.in, panels, p,
-          [&](Index k, Index j) { return weights[k * layer.in + j]; }, packed + layer.transposed);
+    pack_straight(parameters + layer.weights, layer.in, layer.out, packed + layer.transposed);
   });
 }
 
@@ -304,6 +376,13 @@ void forward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, c
     const T* inputs[kTileAtoms];
     T* outputs[kTileAtoms];
     for (Index i = 0; i < n; ++i) inputs[i] = features + rows[first + i] * feature_stride;
+    // The tile that this thread will probably get next: its first rows are fetched meanwhile.
+    const NetworkTile& likely = tiles[item + n_threads < n_tiles ? item + n_threads : item];
+    const T* after[kMaxRows];
+    for (Index i = 0; i < kMaxRows; ++i) {
+      const Index atom = likely.segment->first + likely.first + (i < likely.count ? i : 0);
+      after[i] = features + rows[atom] * feature_stride;
+    }
     for (Index l = 0; l < plan.n_layers; ++l) {
       const NetworkLayer& layer = layers[l];
       // Without `saved`, h overwrites z in a buffer of the thread.
@@ -314,11 +393,16 @@ void forward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, c
             tile.first * layer.stride;
         h = z + segment.count * layer.stride;
       }
-      for (Index i = 0; i < n; ++i) outputs[i] = z + i * layer.stride;
       const Index padded = vectors_for<T>(layer.out) * kNativeWidth<T>;
       const T* const weights = packed + layer.packed;
-      multiply(inputs, l == 0, n, layer.in, weights, weights + layer.in * padded, outputs,
-               layer.out, layer.stride >= padded);
+      const T* const bias = weights + layer.in * padded;
+      if (is_column(plan, l, layer)) {
+        multiply_column(inputs, n, layer.in, weights, *bias, z);
+      } else {
+        for (Index i = 0; i < n; ++i) outputs[i] = z + i * layer.stride;
+        multiply(inputs, l == 0 ? after : nullptr, n, layer.in, weights, bias, outputs, layer.out,
+                 layer.stride >= padded);
+      }
       activate(static_cast<int>(plan.activations[l]), z, h, n, layer.out, layer.stride);
       for (Index i = 0; i < n; ++i) inputs[i] = h + i * layer.stride;
     }
@@ -353,8 +437,8 @@ void backward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, 
         for (Index i = 0; i < n; ++i) delta[i * layer.stride] = grad_atomic[first + i];
       } else {
         for (Index i = 0; i < n; ++i) outputs[i] = delta + i * layer.stride;
-        multiply<T>(inputs, false, n, layers[l + 1].out, packed + layers[l + 1].transposed, nullptr,
-                    outputs, layer.out, true);
+        multiply<T>(inputs, nullptr, n, layers[l + 1].out, packed + layers[l + 1].transposed,
+                    nullptr, outputs, layer.out, true);
       }
       multiply_slope(static_cast<int>(plan.activations[l]), z, h, delta, n, layer.out,
                      layer.stride);
@@ -362,7 +446,7 @@ void backward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, 
     }
     if (grad_features == nullptr) return;
     for (Index i = 0; i < n; ++i) outputs[i] = grad_features + rows[first + i] * feature_stride;
-    multiply<T>(inputs, false, n, layers[0].out, packed + layers[0].transposed, nullptr, outputs,
+    multiply<T>(inputs, nullptr, n, layers[0].out, packed + layers[0].transposed, nullptr, outputs,
                 layers[0].in, false);
   });
 }
@@ -370,7 +454,8 @@ void backward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, 
 // ---- weight gradients -----------------------------------------------------------------------
 
 // gradient[r][0 .. NV W) (+)= sum_a delta[a][r] x[a][0 .. NV W) for r < n_rows <= R; of the last
-// register only `last` numbers count. While it works it fetches next[a][fetch] into the cache.
+// register only `last` numbers count. While it works it fetches every other next[a][fetch], which
+// is as fast as memory delivers, into the cache.
 template <class T, int R, int NV>
 void outer_block(const T* const* x, const T* const* next, Index fetch, Index n_atoms,
                  const T* delta, Index delta_stride, T* gradient, Index gradient_stride,
@@ -382,9 +467,8 @@ void outer_block(const T* const* x, const T* const* next, Index fetch, Index n_a
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) sums[r][v] = V(T(0));
-  for (Index a = 0; a < n_atoms; ++a, delta += delta_stride) {
+  const auto step = [&](Index a) __attribute__((always_inline)) {
     const T* const row = x[a];
-    __builtin_prefetch(next[a] + fetch);
     V right[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) right[v] = V::load(row + v * W);
@@ -394,7 +478,15 @@ void outer_block(const T* const* x, const T* const* next, Index fetch, Index n_a
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) sums[r][v] += left * right[v];
     }
+    delta += delta_stride;
+  };
+  Index a = 0;
+  for (; a + 2 <= n_atoms; a += 2) {
+    __builtin_prefetch(next[a] + fetch);
+    step(a);
+    step(a + 1);
   }
+  if (a < n_atoms) step(a);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     if (r >= n_rows) break;
@@ -428,8 +520,10 @@ void outer_panel(const T* const* x, const T* const* next, Index n_atoms, const T
     T* const out = gradient + r * gradient_stride;
     const auto block = [&](auto rows) {
       constexpr int N = rows.value;
-      outer_block<T, N, NV>(x, next, fetch < width ? fetch : 0, n_atoms, delta + r, delta_stride,
-                            out, gradient_stride, rest < N ? rest : N, last, add);
+      // The first call fetches the first lines of even atoms, the second those of odd atoms, ...
+      const Index column = fetch / 2 * line;
+      outer_block<T, N, NV>(x, next + fetch % 2, column < width ? column : 0, n_atoms, delta + r,
+                            delta_stride, out, gradient_stride, rest < N ? rest : N, last, add);
       r += N;
     };
     if (rest > 4 || R <= 4)
@@ -438,7 +532,7 @@ void outer_panel(const T* const* x, const T* const* next, Index n_atoms, const T
       block(Constant<4>{});
     else
       block(Constant<1>{});
-    fetch += line;
+    ++fetch;
   }
 }
 
@@ -482,46 +576,85 @@ void bias_gradient(const T* delta, Index stride, Index n_atoms, Index n, bool co
   }
 }
 
-// All atoms of a segment, all rows and one panel of columns of one layer's dL/dW; with the first
+// The atoms of a segment, and one panel of the columns of dL/dW of one layer.
+template <class T>
+struct WeightItem {
+  const NetworkSegment* segment = nullptr;
+  Index l = 0;
+  Index panel = 0;
+  Inputs<T> inputs = {};
+};
+
+// The panels of the first layer of every segment, then those of the second, ...
+template <class T>
+Index count_weight_items(const NetworkPlan& plan, const NetworkSegment* segments,
+                         Index n_segments) {
+  Index count = 0;
+  for (Index l = 0; l < plan.n_layers; ++l)
+    for (Index s = 0; s < n_segments; ++s)
+      count += Panels(vectors_for<T>(plan.of(segments[s].species)[l].in)).count;
+  return count;
+}
+
+template <class T>
+WeightItem<T> weight_item(const NetworkPlan& plan, const NetworkSegment* segments, Index n_segments,
+                          const T* features, Index feature_stride, const Index* rows,
+                          const T* saved, Index item) {
+  for (Index l = 0; l < plan.n_layers; ++l)
+    for (Index s = 0; s < n_segments; ++s) {
+      const Index count = Panels(vectors_for<T>(plan.of(segments[s].species)[l].in)).count;
+      if (item < count)
+        return {&segments[s], l, item,
+                inputs_of(plan, segments[s], l, features, feature_stride, rows, saved)};
+      item -= count;
+    }
+  return {};
+}
+
+// x[a] = where the item's columns of the atoms block .. block + kSumAtoms begin. Atoms that do not
+// exist get `other`: their addresses are only fetched.
+template <class T>
+void rows_of_block(const WeightItem<T>& item, Index block, Index column, const T* other,
+                   const T** x) {
+  const Index n = item.segment == nullptr ? 0 : item.segment->count - block;
+  for (Index a = 0; a <= kSumAtoms; ++a) x[a] = a < n ? item.inputs.row(block + a) + column : other;
+}
+
+// Works on one item; `after` is the item that the thread will probably get next. With the first
 // panel goes dL/db.
 template <class T>
-void weight_gradient_panel(const NetworkPlan& plan, const NetworkSegment& segment, Index l,
-                           Index panel, const Inputs<T>& inputs, const T* deltas,
-                           T* grad_parameters) {
+void weight_gradient(const NetworkPlan& plan, const WeightItem<T>& item, const WeightItem<T>& after,
+                     const T* deltas, T* grad_parameters) {
   using V = Native<T>;
   constexpr int W = kNativeWidth<T>;
-  const NetworkLayer& layer = plan.of(segment.species)[l];
+  const NetworkSegment& segment = *item.segment;
+  const NetworkLayer& layer = plan.of(segment.species)[item.l];
   const bool continued = segment.first > plan.starts[segment.species];
   const T* const delta =
       deltas + segment.offset * plan.scratch_per_atom + segment.count * layer.column;
-  if (panel == 0 && layer.biases >= 0)
+  if (item.panel == 0 && layer.biases >= 0)
     bias_gradient(delta, layer.stride, segment.count, layer.out, continued,
                   grad_parameters + layer.biases);
 
-  const Index vectors = vectors_for<T>(layer.in);
-  const Panels panels(vectors);
-  const Index begin = panels.begin(panel) * W;
-  const Index width = panels.vectors(panel) * W;
+  const Panels panels(vectors_for<T>(layer.in));
+  const Index begin = panels.begin(item.panel) * W;
+  const Index width = panels.vectors(item.panel) * W;
   // Whole registers of the last panel would reach beyond the rows: those columns are copied.
   const bool ragged = begin + width > layer.in;
   const Index valid = ragged ? layer.in - begin : width;
   const Index last = valid - (width - W);
   alignas(64) T copies[kSumAtoms][kMaxVectors * W];
-  const T* pointers[2][kSumAtoms];
-
-  const auto prepare = [&](Index block, const T** rows) {
-    const Index n = segment.count - block < kSumAtoms ? segment.count - block : kSumAtoms;
-    for (Index a = 0; a < n; ++a) rows[a] = inputs.row(block + a) + begin;
-    // Rows that do not exist are not fetched.
-    for (Index a = n < 0 ? 0 : n; a < kSumAtoms; ++a) rows[a] = delta;
-  };
-  prepare(0, pointers[0]);
+  const T* copied[kSumAtoms];
+  const T* pointers[2][kSumAtoms + 1];
+  rows_of_block(item, 0, begin, delta, pointers[0]);
   int now = 0;
   for (Index block = 0; block < segment.count; block += kSumAtoms, now = 1 - now) {
     const Index n = segment.count - block < kSumAtoms ? segment.count - block : kSumAtoms;
-    prepare(block + kSumAtoms, pointers[1 - now]);
-    const T* copied[kSumAtoms];
     const T* const* rows = pointers[now];
+    if (block + kSumAtoms < segment.count)
+      rows_of_block(item, block + kSumAtoms, begin, delta, pointers[1 - now]);
+    else
+      rows_of_block(after, 0, after.panel * width, delta, pointers[1 - now]);
     if (ragged) {
       for (Index a = 0; a < n; ++a) {
         for (Index v = 0; v + W <= valid; v += W) V::load(rows[a] + v).store(copies[a] + v);
@@ -531,7 +664,7 @@ void weight_gradient_panel(const NetworkPlan& plan, const NetworkSegment& segmen
       }
       rows = copied;
     }
-    with_vectors(panels.vectors(panel), [&](auto nv) {
+    with_vectors(panels.vectors(item.panel), [&](auto nv) {
       outer_panel<T, nv.value>(rows, pointers[1 - now], n, delta + block * layer.stride,
                                layer.stride, grad_parameters + layer.weights + begin, layer.in,
                                layer.out, last, continued || block > 0);
@@ -543,24 +676,11 @@ template <class T>
 void weight_gradients(const NetworkPlan& plan, const NetworkSegment* segments, Index n_segments,
                       const T* features, Index feature_stride, const Index* rows, const T* saved,
                       const T* deltas, T* grad_parameters, int n_threads) {
-  // Items: the panels of the first layer of every segment, then those of the second, ...
-  Index n_items = 0;
-  for (Index l = 0; l < plan.n_layers; ++l)
-    for (Index s = 0; s < n_segments; ++s)
-      n_items += Panels(vectors_for<T>(plan.of(segments[s].species)[l].in)).count;
-  cpu::parallel_for(n_items, n_threads, [&](Index item) {
-    for (Index l = 0; l < plan.n_layers; ++l) {
-      for (Index s = 0; s < n_segments; ++s) {
-        const NetworkSegment& segment = segments[s];
-        const Index count = Panels(vectors_for<T>(plan.of(segment.species)[l].in)).count;
-        if (item < count)
-          return weight_gradient_panel(
-              plan, segment, l, item,
-              inputs_of(plan, segment, l, features, feature_stride, rows, saved), deltas,
-              grad_parameters);
-        item -= count;
-      }
-    }
+  const auto find = [&](Index item) {
+    return weight_item(plan, segments, n_segments, features, feature_stride, rows, saved, item);
+  };
+  cpu::parallel_for(count_weight_items<T>(plan, segments, n_segments), n_threads, [&](Index item) {
+    weight_gradient(plan, find(item), find(item + n_threads), deltas, grad_parameters);
   });
 }
 
