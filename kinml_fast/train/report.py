@@ -1,0 +1,397 @@
+"""The report on a run: learning curves, parity plots and a table of errors.
+
+`write_report` makes the folder from metrics.csv and from predictions. Energies are in eV on the way in and in kcal/mol
+in everything that is shown, forces in eV/Å and kcal/mol/Å.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import ndimage
+
+from kinml_fast.data.files import replacing
+from kinml_fast.errors import InputError
+from kinml_fast.metrics import Errors, r_squared
+from kinml_fast.units import KCAL_PER_MOL
+
+Comparison = tuple[Sequence[str], np.ndarray, np.ndarray]
+"""Labels, reference and predicted values (eV or eV/Å) of one split, all of one length."""
+
+COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
+_OTHER_COLOUR = "#555555"
+
+_STYLE = {
+    "font.size": 11,
+    "axes.labelsize": 12,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+_DRAWN = 20_000
+"""Points of a parity plot; of more, a random choice and the worst ones are drawn. The errors count all."""
+_WORST_DRAWN = 100
+_COLOURED_BY_DENSITY = 500
+"""From this number of points on their colour shows how many lie in one place."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is compared, and how it is called in tables and on axes.
+
+    `relative`: only differences have a meaning, so that axes start at the lowest reference.
+    """
+
+    name: str
+    unit: str
+    relative: bool
+    error: str
+    value: str
+    counted: str
+
+
+ENERGY = Quantity("energy", "kcal/mol", True, "energy error", "relative energy", "structures")
+FORCES = Quantity("forces", "kcal/mol/Å", False, "force error", "force component", "components")
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """Errors of one quantity in one split: over `count` values, the largest at `worst`."""
+
+    split: str
+    quantity: Quantity
+    count: int
+    errors: Errors
+    r2: float
+    worst: str
+
+
+def write_report(
+    folder: str | os.PathLike,
+    metrics_csv: str | os.PathLike,
+    energies: Mapping[str, Comparison],
+    forces: Mapping[str, Comparison] | None = None,
+) -> list[ErrorRow]:
+    """Write learning_curves.png, parity_SPLIT.png for each split, and errors.csv.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there; what is in it is replaced.
+    metrics_csv
+        The table that the run has kept.
+    energies
+        For each split its labels, reference and predicted energies in eV. Where formulas differ, give both without
+        single-atom energies, or the axes span the differences between formulas.
+    forces
+        The same for force components in eV/Å, labels repeated; they get a panel of their own.
+
+    Returns
+    -------
+    list of ErrorRow
+        What errors.csv holds; `table` makes text of it. Splits without structures are left out.
+
+    Raises
+    ------
+    InputError
+        metrics.csv is missing or damaged, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
+    curves = read_metrics(metrics_csv)
+    quantities = {ENERGY: energies, FORCES: forces or {}}
+    splits = [split for split in energies if len(energies[split][1])]
+    rows = [
+        _error_row(split, quantity, *comparisons[split])
+        for split in splits
+        for quantity, comparisons in quantities.items()
+        if split in comparisons and len(comparisons[split][1])
+    ]
+    with matplotlib.rc_context(_STYLE):
+        _save(draw_learning_curves(curves), folder / "learning_curves.png")
+        limits = {quantity: _limits(quantity, comparisons) for quantity, comparisons in quantities.items()}
+        for split in splits:
+            own = [row for row in rows if row.split == split]
+            panels = [(row, *quantities[row.quantity][split][1:], limits[row.quantity]) for row in own]
+            _save(draw_parity(split, panels), folder / f"parity_{split}.png")
+    _write_errors(folder / "errors.csv", rows)
+    return rows
+
+
+def table(rows: Sequence[ErrorRow]) -> str:
+    """The errors as a text table."""
+    cells = [["split", "", "number", "MAE", "RMSE", "max", "R²", "unit", "worst"]]
+    for row in rows:
+        errors = [f"{value:.3f}" for value in (row.errors.mae, row.errors.rmse, row.errors.max)]
+        number = f"{row.count:,}"
+        cells.append([row.split, row.quantity.name, number, *errors, f"{row.r2:.5f}", row.quantity.unit, row.worst])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = [str.ljust] * 2 + [str.rjust] * 5 + [str.ljust] * 2
+    lines = ["  ".join(side(text, w) for side, text, w in zip(sides, line, widths, strict=True)) for line in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def read_metrics(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
+    """metrics.csv as arrays: for each split, each column, NaN where it is empty.
+
+    Raises
+    ------
+    InputError
+        The file is missing, has no rows, or a row that is no row of this table.
+    """
+    try:
+        text = Path(path).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}): give the metrics.csv of a run") from error
+    reader = csv.DictReader(io.StringIO(text))
+    if reader.fieldnames is None or not {"epoch", "split", "energy_rmse"} <= set(reader.fieldnames):
+        raise InputError(f"{path}: has no columns epoch, split, energy_rmse: give the metrics.csv of a run")
+    columns = [name for name in reader.fieldnames if name != "split"]
+    collected: dict[str, list[list[float]]] = {}
+    for number, row in enumerate(reader, start=2):
+        try:
+            if None in row or None in row.values():
+                raise ValueError("it has too many or too few values")
+            values = [float(row[name] or "nan") for name in columns]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: row {number} is damaged ({error}): remove it") from error
+        collected.setdefault(row["split"], []).append(values)
+    if not collected:
+        raise InputError(f"{path}: has no rows yet: train at least one epoch")
+    return {
+        split: dict(zip(columns, np.array(rows, dtype=np.float64).T, strict=True)) for split, rows in collected.items()
+    }
+
+
+def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """RMSE and MAE of every split against the epoch, and the learning rate below."""
+    with_forces = any(_positive(columns, f"{FORCES.name}_rmse").any() for columns in metrics.values())
+    quantities = [ENERGY, FORCES] if with_forces else [ENERGY]
+    figure = Figure(figsize=(8.0, 1.8 + 3.4 * len(quantities)), layout="constrained")
+    heights = [3.4] * len(quantities) + [1.1]
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, quantity in zip(axes, quantities, strict=False):
+        for kind, style in (("rmse", {"lw": 1.8, "zorder": 3}), ("mae", {"lw": 1.0, "alpha": 0.5})):
+            for split, columns in metrics.items():
+                name = f"{quantity.name}_{kind}"
+                there = _positive(columns, name)
+                if there.any():
+                    few = {"marker": "o", "ms": 3.5} if there.sum() <= 25 else {}
+                    label = f"{split} {kind.upper()}"
+                    x, y = columns["epoch"][there], columns[name][there]
+                    ax.plot(x, y, color=_colour(split), label=label, **style, **few)
+        ax.set_ylabel(f"{quantity.error}, {quantity.unit}")
+        if ax.lines:
+            _make_logarithmic(ax)
+            ax.legend(ncols=2, fontsize=10, loc="upper right")
+    _mark_best(axes[0], metrics)
+    rates = metrics.get("train", next(iter(metrics.values())))
+    there = _positive(rates, "lr")
+    if there.any():
+        axes[-1].step(rates["epoch"][there], rates["lr"][there], where="post", color=_OTHER_COLOUR, lw=1.4)
+        _make_logarithmic(axes[-1])
+    axes[-1].set_ylabel("learning rate")
+    axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def draw_parity(
+    split: str, panels: Sequence[tuple[ErrorRow, np.ndarray, np.ndarray, tuple[float, float, float]]]
+) -> Figure:
+    """Predicted against reference values and the residuals below, a column for each quantity.
+
+    Parameters
+    ----------
+    split
+        For the title.
+    panels
+        For each quantity its errors, reference and predicted values in eV or eV/Å, and the axis in kcal/mol or
+        kcal/mol/Å: which reference value is its zero, first and last value.
+    """
+    figure = Figure(figsize=(6.2 * len(panels), 7.6), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex="col", squeeze=False, height_ratios=[3, 1.1])
+    figure.suptitle(f"{split} set", fontsize=13)
+    for (upper, lower), panel in zip(axes.T, panels, strict=True):
+        _draw_panel(upper, lower, split, *panel)
+    return figure
+
+
+def _draw_panel(
+    upper: Axes,
+    lower: Axes,
+    split: str,
+    row: ErrorRow,
+    reference: np.ndarray,
+    predicted: np.ndarray,
+    limits: tuple[float, float, float],
+) -> None:
+    quantity, (zero, first, last) = row.quantity, limits
+    x = np.asarray(reference, dtype=np.float64) * KCAL_PER_MOL - zero
+    residual = (np.asarray(predicted, dtype=np.float64) - np.asarray(reference, dtype=np.float64)) * KCAL_PER_MOL
+    shown = np.isfinite(x) & np.isfinite(residual)
+    x, residual = _thinned(x[shown], residual[shown])
+    style: dict = {"s": 10, "linewidths": 0, "rasterized": True}
+    if len(x) >= _COLOURED_BY_DENSITY:
+        density = _density(x, residual)
+        order = np.argsort(density, kind="stable")
+        x, residual = x[order], residual[order]
+        style |= {"c": density[order], "cmap": _colour_map(split), "vmin": 0.0, "vmax": 1.0}
+    else:
+        style |= {"color": _colour(split), "alpha": 0.6, "s": 16}
+    upper.plot([first, last], [first, last], color=_OTHER_COLOUR, lw=0.9, zorder=1)
+    upper.scatter(x, x + residual, zorder=2, **style)
+    upper.set_xlim(first, last)
+    upper.set_ylim(first, last)
+    upper.set_ylabel(f"predicted {quantity.value}, {quantity.unit}")
+    errors = {"MAE": row.errors.mae, "RMSE": row.errors.rmse, "max": row.errors.max}
+    lines = [f"{name:<5} {_three_digits(value)} {quantity.unit}" for name, value in errors.items()]
+    text = "\n".join([f"{row.count:,} {quantity.counted}", *lines, f"R²    {row.r2:.5f}"])
+    box = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "#cccccc", "alpha": 0.9}
+    upper.text(0.03, 0.97, text, transform=upper.transAxes, va="top", family="monospace", fontsize=10, bbox=box)
+
+    lower.axhline(0, color=_OTHER_COLOUR, lw=0.9, zorder=1)
+    lower.scatter(x, residual, zorder=2, **style)
+    if residual.size:
+        reach = 1.08 * max(np.abs(residual).max(), 1e-12)
+        lower.set_ylim(-reach, reach)
+    lower.set_ylabel(f"error, {quantity.unit}")
+    lower.set_xlabel(f"reference {quantity.value}, {quantity.unit}")
+
+
+def _thinned(x: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if len(x) <= _DRAWN:
+        return x, residual
+    worst = np.argsort(np.abs(residual))[-_WORST_DRAWN:]
+    drawn = np.random.default_rng(0).choice(len(x), _DRAWN - _WORST_DRAWN, replace=False)
+    chosen = np.union1d(worst, drawn)
+    return x[chosen], residual[chosen]
+
+
+def _density(x: np.ndarray, residual: np.ndarray, bins: int = 64) -> np.ndarray:
+    """How many points lie about each, between 0 and 1 (the square root of the share of the fullest place)."""
+
+    def place(values: np.ndarray) -> np.ndarray:
+        # Few outliers must not make the bins too wide for the many.
+        low, high = np.quantile(values, [0.005, 0.995])
+        return np.clip((values - low) / max(high - low, 1e-300), 0, 1) * (bins - 1)
+
+    places = np.stack([place(x), place(residual)])
+    counts = np.histogram2d(*places, bins=bins, range=[(-0.5, bins - 0.5)] * 2)[0]
+    smooth = ndimage.gaussian_filter(counts, sigma=1.5, mode="constant")
+    density = ndimage.map_coordinates(smooth, places, order=1, mode="nearest")
+    return np.sqrt(density / density.max())
+
+
+def _limits(quantity: Quantity, comparisons: Mapping[str, Comparison]) -> tuple[float, float, float]:
+    """The zero of the axis and its ends, the same for all splits, so that their plots can be laid side by side."""
+    values = [np.asarray(v, dtype=np.float64) * KCAL_PER_MOL for c in comparisons.values() for v in c[1:] if len(v)]
+    references = [np.asarray(c[1], dtype=np.float64) * KCAL_PER_MOL for c in comparisons.values() if len(c[1])]
+    if not values or not all(np.isfinite(v).any() for v in values):
+        return 0.0, -1.0, 1.0
+    zero = float(min(np.nanmin(v) for v in references)) if quantity.relative else 0.0
+    finite = np.concatenate(values)
+    finite = finite[np.isfinite(finite)] - zero
+    margin = 0.04 * max(float(np.ptp(finite)), 1e-6)
+    return zero, float(finite.min()) - margin, float(finite.max()) + margin
+
+
+def _error_row(
+    split: str, quantity: Quantity, labels: Sequence[str], reference: np.ndarray, predicted: np.ndarray
+) -> ErrorRow:
+    reference, predicted = np.asarray(reference, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    if not len(labels) == len(reference) == len(predicted):
+        raise ValueError(f"{split}: {len(labels)} labels, {len(reference)} reference and {len(predicted)} predicted")
+    residual = predicted - reference
+    return ErrorRow(
+        split=split,
+        quantity=quantity,
+        count=len(residual),
+        errors=Errors.of(residual),
+        r2=r_squared(reference, predicted),
+        worst=labels[int(np.argmax(np.abs(residual)))],
+    )
+
+
+def _mark_best(ax: Axes, metrics: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    columns = metrics.get("validation")
+    if columns is None or not _positive(columns, "energy_rmse").any():
+        return
+    best = int(np.nanargmin(columns["energy_rmse"]))
+    epoch, value = columns["epoch"][best], columns["energy_rmse"][best]
+    ax.plot([epoch], [value], "o", ms=8, mfc="none", mec="black", mew=1.4, zorder=4)
+    ax.set_title(f"best validation RMSE {_three_digits(value)} {ENERGY.unit} (epoch {epoch:.0f})", loc="left")
+
+
+def _make_logarithmic(ax: Axes) -> None:
+    """A logarithmic axis labelled with plain numbers, enough of them when it spans less than a decade or two."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    decades = math.log10(high / low)
+    if decades < 2.5:
+        subs = (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
+        ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
+
+
+def _colour(split: str) -> str:
+    return COLOURS.get(split, _OTHER_COLOUR)
+
+
+def _colour_map(split: str) -> matplotlib.colors.Colormap:
+    """From the split's colour, lightened, where points are rare, to a dark shade of it where they are many."""
+    rgb = np.array(matplotlib.colors.to_rgb(_colour(split)))
+    return matplotlib.colors.LinearSegmentedColormap.from_list(split, [0.45 * rgb + 0.55, rgb, 0.35 * rgb])
+
+
+def _positive(columns: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Where the column has numbers that a logarithmic axis can show; nowhere if there is no such column."""
+    values = columns.get(name, np.zeros(len(columns["epoch"])))
+    return np.isfinite(values) & (values > 0)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _write_errors(path: Path, rows: Sequence[ErrorRow]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["split", "quantity", "unit", "count", "mae", "rmse", "max", "r2", "worst"])
+    for row in rows:
+        e, q = row.errors, row.quantity
+        writer.writerow(
+            [row.split, q.name, q.unit, row.count, repr(e.mae), repr(e.rmse), repr(e.max), repr(row.r2), row.worst]
+        )
+    with replacing(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
