@@ -35,8 +35,12 @@ KINML_HD SineCosine<T> sine_cosine_series(T x) {
   }
   return {x * s, c};
 }
-KINML_HD SineCosine<double> sine_cosine(double x) { return sine_cosine_series<double>(x); }
-KINML_HD SineCosine<float> sine_cosine(float x) { return sine_cosine_series<float>(x); }
+KINML_HD SineCosine<double> sine_cosine(double x) {
+  return sine_cosine_series<double>(x);
+}
+KINML_HD SineCosine<float> sine_cosine(float x) {
+  return sine_cosine_series<float>(x);
+}
 template <class T>
 KINML_HD SineCosine<Dual<T>> sine_cosine(Dual<T> x) {
   const SineCosine<T> r = sine_cosine(x.value);

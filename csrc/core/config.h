@@ -14,7 +14,7 @@
 #endif
 
 namespace kinml {
-inline namespace KINML_ISA {}  // declared inline before anything can open it otherwise
+inline namespace KINML_ISA {}  // namespace KINML_ISA
 }  // namespace kinml
 
 #if defined(__CUDACC__)

@@ -121,7 +121,8 @@ class CellGrid {
     max_candidates_ = 0;
     for (int ix = 0; ix < dims_[0]; ++ix)
       for (int iy = 0; iy < dims_[1]; ++iy)
-        for (int iz = 0; iz < dims_[2]; ++iz) max_candidates_ = std::max(max_candidates_, around(ix, iy, iz));
+        for (int iz = 0; iz < dims_[2]; ++iz)
+          max_candidates_ = std::max(max_candidates_, around(ix, iy, iz));
   }
 
   template <class T>
@@ -141,8 +142,8 @@ class CellGrid {
     for (int ix = std::max(cx - 1, 0); ix <= std::min(cx + 1, dims_[0] - 1); ++ix)
       for (int iy = std::max(cy - 1, 0); iy <= std::min(cy + 1, dims_[1] - 1); ++iy) {
         const std::int64_t row = (std::int64_t(ix) * dims_[1] + iy) * dims_[2];
-        total += starts_[row + std::min(cz + 1, dims_[2] - 1) + 1] -
-                 starts_[row + std::max(cz - 1, 0)];
+        total +=
+            starts_[row + std::min(cz + 1, dims_[2] - 1) + 1] - starts_[row + std::max(cz - 1, 0)];
       }
     return total;
   }
@@ -177,9 +178,9 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
   const double cell_size = std::max(parameters.radial_cutoff, parameters.angular_cutoff);
   const bool to_coordinates = mode == AevMode::vjp || mode == AevMode::hvp;
   // Numbers per atom in the output and in the gradient.
-  const std::int64_t out_stride = to_coordinates                  ? 3
-                                  : mode == AevMode::jacobian     ? length * columns
-                                                                  : length;
+  const std::int64_t out_stride = to_coordinates              ? 3
+                                  : mode == AevMode::jacobian ? length * columns
+                                                              : length;
   const auto task_of = [&](std::int64_t first) {
     AevTask<T> task{};
     task.mode = mode;
@@ -222,8 +223,7 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
       AevTask<T> task = task_of(batch.offsets[s]);
       task.begin = 0;
       task.end = view.n_atoms;
-      task.workspace =
-          thread_workspace().get<T>(aev_workspace<T>(tables, view.max_candidates));
+      task.workspace = thread_workspace().get<T>(aev_workspace<T>(tables, view.max_candidates));
       KINML_CALL_KERNEL(aev_centres, tables, view, task);
     }
   });
@@ -235,9 +235,9 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
     grid.build(view.coordinates, view.n_atoms, cell_size);
     grid.describe(view);
     const std::int64_t n = view.n_atoms;
-    const std::int64_t n_tasks =
-        to_coordinates ? std::min(kParts, (n + kTaskAtoms - 1) / kTaskAtoms)
-                       : (n + kTaskAtoms - 1) / kTaskAtoms;
+    const std::int64_t n_tasks = to_coordinates
+                                     ? std::min(kParts, (n + kTaskAtoms - 1) / kTaskAtoms)
+                                     : (n + kTaskAtoms - 1) / kTaskAtoms;
     std::vector<T> parts(to_coordinates ? n_tasks * 3 * n : 0);
     const AevTask<T> whole = task_of(batch.offsets[s]);
     parallel_for(n_tasks, n_threads, [&](std::int64_t item) {
@@ -245,8 +245,7 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
       task.begin = item * n / n_tasks;
       task.end = (item + 1) * n / n_tasks;
       if (to_coordinates) task.out = parts.data() + item * 3 * n;
-      task.workspace =
-          thread_workspace().get<T>(aev_workspace<T>(tables, view.max_candidates));
+      task.workspace = thread_workspace().get<T>(aev_workspace<T>(tables, view.max_candidates));
       KINML_CALL_KERNEL(aev_centres, tables, view, task);
     });
     if (to_coordinates) {
@@ -287,10 +286,10 @@ void aev_jacobian(const AevParameters& parameters, const AevBatch<T>& batch, std
   run<T>(parameters, batch, AevMode::jacobian, nullptr, nullptr, columns, out, n_threads);
 }
 
-#define KINML_INSTANTIATE(T)                                                                     \
-  template void aev_forward<T>(const AevParameters&, const AevBatch<T>&, T*, int);               \
-  template void aev_jvp<T>(const AevParameters&, const AevBatch<T>&, const T*, T*, int);         \
-  template void aev_vjp<T>(const AevParameters&, const AevBatch<T>&, const T*, T*, int);         \
+#define KINML_INSTANTIATE(T)                                                                       \
+  template void aev_forward<T>(const AevParameters&, const AevBatch<T>&, T*, int);                 \
+  template void aev_jvp<T>(const AevParameters&, const AevBatch<T>&, const T*, T*, int);           \
+  template void aev_vjp<T>(const AevParameters&, const AevBatch<T>&, const T*, T*, int);           \
   template void aev_hvp<T>(const AevParameters&, const AevBatch<T>&, const T*, const T*, T*, int); \
   template void aev_jacobian<T>(const AevParameters&, const AevBatch<T>&, std::int64_t, T*, int);
 KINML_INSTANTIATE(double)

@@ -39,9 +39,9 @@ struct AevParameters {
 template <class T>
 struct AevBatch {
   std::int64_t n_structures;
-  const T* coordinates;          // [n_atoms, 3], angstrom
-  const std::int64_t* species;   // [n_atoms], 0 <= species < n_species
-  const std::int64_t* offsets;   // [n_structures + 1], offsets[0] = 0, last = n_atoms
+  const T* coordinates;         // [n_atoms, 3], angstrom
+  const std::int64_t* species;  // [n_atoms], 0 <= species < n_species
+  const std::int64_t* offsets;  // [n_structures + 1], offsets[0] = 0, last = n_atoms
 };
 
 template <class T>

@@ -68,7 +68,10 @@ struct Lanes<T, W, false> {
   static KINML_HD L load(Planes<T> p, std::int64_t i) { return V::load(p.value + i); }
   static KINML_HD L broadcast(Planes<T> p, std::int64_t i) { return V(p.value[i]); }
   static KINML_HD void store(Planes<T> p, std::int64_t i, L x) { x.store(p.value + i); }
-  static KINML_HD void store_sum(Planes<T> p, std::int64_t i, L x) { p.value[i] = reduce_add(x); }
+  // The sum of the lanes, in addition to what is there already if `add`.
+  static KINML_HD void store_sum(Planes<T> p, std::int64_t i, L x, bool add) {
+    p.value[i] = (add ? p.value[i] : T(0)) + reduce_add(x);
+  }
   static KINML_HD L scale(V a, L x) { return a * x; }
   static KINML_HD V result(L x) { return x; }  // the part that the caller wants
   static KINML_HD L choose(V a, V b, L if_ge, L otherwise) {
@@ -92,9 +95,9 @@ struct Lanes<T, W, true> {
     x.value.store(p.value + i);
     x.tangent.store(p.tangent + i);
   }
-  static KINML_HD void store_sum(Planes<T> p, std::int64_t i, L x) {
-    p.value[i] = reduce_add(x.value);
-    p.tangent[i] = reduce_add(x.tangent);
+  static KINML_HD void store_sum(Planes<T> p, std::int64_t i, L x, bool add) {
+    p.value[i] = (add ? p.value[i] : T(0)) + reduce_add(x.value);
+    p.tangent[i] = (add ? p.tangent[i] : T(0)) + reduce_add(x.tangent);
   }
   static KINML_HD L scale(V a, L x) { return L(a * x.value, a * x.tangent); }
   static KINML_HD V result(L x) { return x.tangent; }
@@ -149,8 +152,8 @@ struct Neighbours {
   Planes<T> fc, slope;          // [n] radial cutoff function, 0 beyond it
   T *gx, *gy, *gz;              // [n] derivative with respect to the displacement (vjp, hvp)
   // The angular ones among them, compact.
-  std::int32_t* position;               // [m] place among the neighbours
-  std::int32_t* angular_species_start;  // [n_species + 1]
+  std::int32_t* position;                             // [m] place among the neighbours
+  std::int32_t* angular_species_start;                // [n_species + 1]
   Planes<T> ax, ay, az, ar, inverse_ar, afc, aslope;  // [m]
   T *hx, *hy, *hz;                                    // [m]
   // Candidates before they are sorted.
@@ -176,9 +179,9 @@ struct Neighbours {
 // Triples of a chunk and their factors.
 template <class T>
 struct Chunk {
-  Planes<T> c, s, ratio;  // cos(theta), sin(theta), dsin/dcos = -ratio
-  Planes<T> mean_r;       // (R_ij + R_ik) / 2
-  Planes<T> weight;       // factor fc(R_ij) fc(R_ik)
+  Planes<T> c, s, ratio;             // cos(theta), sin(theta), dsin/dcos = -ratio
+  Planes<T> mean_r;                  // (R_ij + R_ik) / 2
+  Planes<T> weight;                  // factor fc(R_ij) fc(R_ik)
   Planes<T> radial, radial_slope;    // [kChunkRoom, padded n_angular] E_l, dE_l/dR
   Planes<T> section, section_slope;  // [kChunkRoom, padded n_sections] P_m, dP_m/dc
   Planes<T> sum, sum_r, sum_c;       // g.EP, g.E'P, g.EP'
@@ -318,7 +321,8 @@ class Centre {
         unit_atom_ = q < 0 ? centre : nb_.index[q];
         find_neighbours(centre);
         row(column_);
-        for (std::int64_t i = 0; i < length; ++i) out[i * columns + 3 * unit_atom_ + d] = column_[i];
+        for (std::int64_t i = 0; i < length; ++i)
+          out[i * columns + 3 * unit_atom_ + d] = column_[i];
       }
     }
     unit_direction_ = -1;
@@ -336,8 +340,8 @@ class Centre {
   }
 
   static KINML_HD Cutoff<L> cutoff(L r, T radius) {
-    return cutoff_function(r, La::constant(T(1) / radius),
-                           La::constant(T(3.14159265358979323846)), La::constant(T(0.5)));
+    return cutoff_function(r, La::constant(T(1) / radius), La::constant(T(3.14159265358979323846)),
+                           La::constant(T(0.5)));
   }
 
   T tangent_of(std::int64_t atom, int axis) const {
@@ -347,8 +351,7 @@ class Centre {
 
   // Atoms within the longer cutoff, sorted by species; displacements into ux, uy, uz.
   void gather_candidates(std::int64_t centre) {
-    const T longest =
-        t_.radial_cutoff > t_.angular_cutoff ? t_.radial_cutoff : t_.angular_cutoff;
+    const T longest = t_.radial_cutoff > t_.angular_cutoff ? t_.radial_cutoff : t_.angular_cutoff;
     const T limit = longest * longest;
     const T* xi = s_.coordinates + 3 * centre;
     std::int32_t* start = nb_.species_start;
@@ -517,8 +520,8 @@ class Centre {
       const L jw = La::scale(V(t_.angular_factor), La::broadcast(nb_.afc, run.j));
       for (std::int32_t q = 0; q < run.count; q += W) {
         const std::int32_t k = run.k + q, to = run.first + q;
-        const L cosine = jx * La::load(nb_.ax, k) + jy * La::load(nb_.ay, k) +
-                         jz * La::load(nb_.az, k);
+        const L cosine =
+            jx * La::load(nb_.ax, k) + jy * La::load(nb_.ay, k) + jz * La::load(nb_.az, k);
         L c = La::scale(V(t_.beta), cosine);
         c = La::choose(value_of_lanes(c), unit, one, c);  // clip(c, -1, 1)
         c = La::choose(minus_unit, value_of_lanes(c), -one, c);
@@ -612,26 +615,37 @@ class Centre {
     }
   }
 
-  // For each triple: sum = g.(E P), sum_r = g.(dE/dR P), sum_c = g.(E dP/dc).
-  void contract_transposed(const T* g, std::int32_t n) {
-    for (std::int32_t t = 0; t < n; ++t) {
-      L sum = La::constant(T(0)), sum_r = sum, sum_c = sum;
-      for (std::int64_t m = 0; m < section_row_; m += W) {
+  // For each triple: sum = g.(E P), sum_r = g.(dE/dR P), sum_c = g.(E dP/dc); kRows rows of g stay
+  // in registers (0: any number, from memory).
+  template <int kRows>
+  void contract_transposed_rows(const T* g, std::int32_t n) {
+    const int rows = kRows > 0 ? kRows : t_.n_angular;
+    for (std::int64_t m = 0; m < section_row_; m += W) {
+      V held[kRows > 0 ? kRows : 1];
+      if constexpr (kRows > 0)
+        for (int l = 0; l < kRows; ++l) held[l] = V::load(g + l * section_row_ + m);
+      for (std::int32_t t = 0; t < n; ++t) {
         L h = La::constant(T(0)), h_r = h;
-        for (int l = 0; l < t_.n_angular; ++l) {
-          const V gv = V::load(g + l * section_row_ + m);
+        for (int l = 0; l < rows; ++l) {
+          const V gv = kRows > 0 ? held[kRows > 0 ? l : 0] : V::load(g + l * section_row_ + m);
           h += La::scale(gv, La::broadcast(chunk_.radial, t * angular_row_ + l));
           h_r += La::scale(gv, La::broadcast(chunk_.radial_slope, t * angular_row_ + l));
         }
         const L p = La::load(chunk_.section, t * section_row_ + m);
-        sum += h * p;
-        sum_r += h_r * p;
-        sum_c += h * La::load(chunk_.section_slope, t * section_row_ + m);
+        const L slope = La::load(chunk_.section_slope, t * section_row_ + m);
+        La::store_sum(chunk_.sum, t, h * p, m > 0);
+        La::store_sum(chunk_.sum_r, t, h_r * p, m > 0);
+        La::store_sum(chunk_.sum_c, t, h * slope, m > 0);
       }
-      La::store_sum(chunk_.sum, t, sum);
-      La::store_sum(chunk_.sum_r, t, sum_r);
-      La::store_sum(chunk_.sum_c, t, sum_c);
     }
+  }
+  void contract_transposed(const T* g, std::int32_t n) {
+    if (t_.n_angular == 8)
+      contract_transposed_rows<8>(g, n);
+    else if (t_.n_angular == 4)
+      contract_transposed_rows<4>(g, n);
+    else
+      contract_transposed_rows<0>(g, n);
   }
 
   // From the three sums of a triple to the derivatives with respect to both displacements.
@@ -672,7 +686,8 @@ class Centre {
   }
   static KINML_HD void add(T* p, V x) { (V::load(p) + x).store(p); }
 
-  // Between the padded row_ and the [D] vector: row_ -> vector, or vector -> row_ with zero padding.
+  // Between the padded row_ and the [D] vector: row_ -> vector, or vector -> row_ with zero
+  // padding.
   template <bool kOut>
   void unpad(T* vector) {
     for (int a = 0; a < t_.n_species; ++a)

@@ -1,9 +1,9 @@
 // Run-time choice of the instruction set.
 //
-// A file <topic>_kernels.cpp is compiled once per instruction set, each time with another KINML_ISA,
-// so its functions exist as kinml::baseline::f, kinml::avx2::f and kinml::avx512::f. The file
-// <topic>_cpu.cpp, compiled once for any processor, declares the three with KINML_DECLARE_KERNEL
-// and calls the best one that this processor runs with KINML_CALL_KERNEL.
+// A file <topic>_kernels.cpp is compiled once per instruction set, each time with another
+// KINML_ISA, so its functions exist as kinml::baseline::f, kinml::avx2::f and kinml::avx512::f. The
+// file <topic>_cpu.cpp, compiled once for any processor, declares the three with
+// KINML_DECLARE_KERNEL and calls the best one that this processor runs with KINML_CALL_KERNEL.
 #pragma once
 
 #include "../core/config.h"
@@ -30,7 +30,7 @@ const char* isa_name();
   namespace avx512 {                            \
   result name(__VA_ARGS__);                     \
   }
-#define KINML_CALL_KERNEL(name, ...)                                                      \
+#define KINML_CALL_KERNEL(name, ...)                                                     \
   (::kinml::cpu::isa() == ::kinml::cpu::Isa::avx512 ? ::kinml::avx512::name(__VA_ARGS__) \
    : ::kinml::cpu::isa() == ::kinml::cpu::Isa::avx2 ? ::kinml::avx2::name(__VA_ARGS__)   \
                                                     : ::kinml::baseline::name(__VA_ARGS__))

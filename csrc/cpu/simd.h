@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "../core/config.h"
 
@@ -108,17 +109,27 @@ KINML_HD Vec<T, W> sqrt(Vec<T, W> a) {
   return r;
 }
 
+// The lower and the upper half of a register.
+template <class T, int W>
+KINML_HD Vec<T, W / 2> low_half(Vec<T, W> a) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return Vec<T, W / 2>(__builtin_shufflevector(a.raw, a.raw, I...));
+  }(std::make_integer_sequence<int, W / 2>());
+}
+template <class T, int W>
+KINML_HD Vec<T, W / 2> high_half(Vec<T, W> a) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return Vec<T, W / 2>(__builtin_shufflevector(a.raw, a.raw, (I + W / 2)...));
+  }(std::make_integer_sequence<int, W / 2>());
+}
+
 // Sum of the lanes, by halves.
 template <class T, int W>
 KINML_HD T reduce_add(Vec<T, W> a) {
   if constexpr (W == 2) {
     return a.raw[0] + a.raw[1];
   } else {
-    Vec<T, W / 2> low, high;
-    std::memcpy(&low.raw, &a.raw, sizeof(low.raw));
-    std::memcpy(&high.raw, reinterpret_cast<const char*>(&a.raw) + sizeof(low.raw),
-                sizeof(high.raw));
-    return reduce_add(low + high);
+    return reduce_add(low_half(a) + high_half(a));
   }
 }
 

@@ -23,9 +23,9 @@ template <class R, class... Args>
 struct Op<R(Args...)> {
   c10::TypedOperatorHandle<R(Args...)> handle;
   explicit Op(const char* name)
-      : handle(c10::Dispatcher::singleton()
-                   .findSchemaOrThrow(name, "")
-                   .template typed<R(Args...)>()) {}
+      : handle(
+            c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<R(Args...)>()) {
+  }
   R operator()(Args... args) const { return handle.call(std::forward<Args>(args)...); }
 };
 
@@ -107,9 +107,10 @@ struct AevHvp : Function<AevHvp> {
     return call_hvp(x, z, o, g, v, d);
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false,
-                "kinml_fast: atomic environment vectors can be differentiated twice with respect to "
-                "coordinates, not a third time");
+    TORCH_CHECK(
+        false,
+        "kinml_fast: atomic environment vectors can be differentiated twice with respect to "
+        "coordinates, not a third time");
   }
 };
 
@@ -125,8 +126,8 @@ struct AevJacobian : Function<AevJacobian> {
   }
 };
 
-using ForwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, const std::optional<Tensor>&, Ints, Ints,
-                                             bool, c10::SymInt, bool);
+using ForwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, const std::optional<Tensor>&, Ints,
+                                             Ints, bool, c10::SymInt, bool);
 using BackwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, bool, bool, bool);
 
 struct Networks : Function<Networks> {
@@ -151,8 +152,15 @@ struct Networks : Function<Networks> {
         op(grad[0], s[0], s[1], s[2], s[3], s[4], s[5], ctx->saved_data["sizes"].toIntVector(),
            ctx->saved_data["activations"].toIntVector(), ctx->saved_data["biases"].toBool(),
            of_features, of_parameters);
-    return {of_features ? grad_features : Tensor(), Tensor(), Tensor(), Tensor(),
-            of_parameters ? grad_parameters : Tensor(), Tensor(), Tensor(), Tensor(), Tensor(),
+    return {of_features ? grad_features : Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            of_parameters ? grad_parameters : Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor(),
             Tensor()};
   }
 };
@@ -174,10 +182,18 @@ struct NetworksBackward : Function<NetworksBackward> {
   }
 };
 
-Tensor aev(T x, T z, T o, Doubles d) { return Aev::apply(x, z, o, d); }
-Tensor aev_vjp(T x, T z, T o, T g, Doubles d) { return AevVjp::apply(x, z, o, g, d); }
-Tensor aev_jvp(T x, T z, T o, T v, Doubles d) { return AevJvp::apply(x, z, o, v, d); }
-Tensor aev_hvp(T x, T z, T o, T g, T v, Doubles d) { return AevHvp::apply(x, z, o, g, v, d); }
+Tensor aev(T x, T z, T o, Doubles d) {
+  return Aev::apply(x, z, o, d);
+}
+Tensor aev_vjp(T x, T z, T o, T g, Doubles d) {
+  return AevVjp::apply(x, z, o, g, d);
+}
+Tensor aev_jvp(T x, T z, T o, T v, Doubles d) {
+  return AevJvp::apply(x, z, o, v, d);
+}
+Tensor aev_hvp(T x, T z, T o, T g, T v, Doubles d) {
+  return AevHvp::apply(x, z, o, g, v, d);
+}
 Tensor aev_jacobian(T x, T z, T o, int64_t n, Doubles d) {
   return AevJacobian::apply(x, z, o, n, d);
 }
@@ -192,8 +208,8 @@ Tensor networks(T features, T rows, T owners, T starts, T parameters,
     return std::get<0>(op(features, rows, owners, starts, parameters, sae, sizes, activations,
                           biases, std::move(n_structures), false));
   }
-  return Networks::apply(features, rows, owners, starts, parameters, sae, sizes, activations, biases,
-                         n_structures);
+  return Networks::apply(features, rows, owners, starts, parameters, sae, sizes, activations,
+                         biases, n_structures);
 }
 
 std::tuple<Tensor, Tensor> networks_backward(T g, T features, T rows, T owners, T starts,

@@ -17,9 +17,8 @@ inline void check_floating(const at::Tensor& t, const char* name) {
 
 inline void check_same_type(const at::Tensor& t, const char* name, const at::Tensor& other,
                             const char* other_name) {
-  TORCH_CHECK(t.scalar_type() == other.scalar_type(), "kinml_fast: ", name, " is ",
-              t.scalar_type(), " but ", other_name, " is ", other.scalar_type(),
-              "; both must have one dtype");
+  TORCH_CHECK(t.scalar_type() == other.scalar_type(), "kinml_fast: ", name, " is ", t.scalar_type(),
+              " but ", other_name, " is ", other.scalar_type(), "; both must have one dtype");
 }
 
 inline void check_index(const at::Tensor& t, const char* name) {
@@ -95,8 +94,8 @@ inline void check_batch_values(const int64_t* species, const int64_t* offsets, i
     TORCH_CHECK(offsets[s] <= offsets[s + 1], "kinml_fast: offsets must not decrease; offsets[", s,
                 "] = ", offsets[s], " is followed by ", offsets[s + 1]);
   for (int64_t i = 0; i < n_atoms; ++i)
-    TORCH_CHECK(species[i] >= 0 && species[i] < n_species, "kinml_fast: species[", i, "] = ",
-                species[i], " is not in [0, ", n_species, ")");
+    TORCH_CHECK(species[i] >= 0 && species[i] < n_species, "kinml_fast: species[", i,
+                "] = ", species[i], " is not in [0, ", n_species, ")");
 }
 
 }  // namespace kinml::ops

@@ -14,7 +14,9 @@ namespace {
 
 using at::Tensor;
 
-int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+int threads() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
 
 // Calls function with a value of the tensor's C++ type.
 template <class Function>
@@ -36,8 +38,8 @@ struct Batch {
   }
   template <class T>
   cpu::AevBatch<T> as() const {
-    return {offsets.size(0) - 1, coordinates.const_data_ptr<T>(),
-            species.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>()};
+    return {offsets.size(0) - 1, coordinates.const_data_ptr<T>(), species.const_data_ptr<int64_t>(),
+            offsets.const_data_ptr<int64_t>()};
   }
 };
 
@@ -179,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species_,
   const int64_t n = structures.size(0), n_structures = offsets.size(0) - 1;
   int64_t n_atoms = 0;
   for (int64_t i = 0; i < n; ++i) {
-    TORCH_CHECK(chosen[i] >= 0 && chosen[i] < n_structures, "kinml_fast: structures[", i, "] = ",
-                chosen[i], " is not in [0, ", n_structures, ")");
+    TORCH_CHECK(chosen[i] >= 0 && chosen[i] < n_structures, "kinml_fast: structures[", i,
+                "] = ", chosen[i], " is not in [0, ", n_structures, ")");
     n_atoms += o[chosen[i] + 1] - o[chosen[i]];
   }
   const int64_t n_batches = (n + batch_size - 1) / batch_size;
@@ -209,7 +211,7 @@ struct Networks {
            const Tensor& starts_, const Tensor& parameters_, at::IntArrayRef sizes,
            at::IntArrayRef activations, bool biases, int64_t n_structures)
       : features(features_.dim() == 2 && features_.stride(1) == 1 ? features_
-                                                                   : features_.contiguous()),
+                                                                  : features_.contiguous()),
         rows(rows_.contiguous()),
         owners(owners_.contiguous()),
         starts(starts_.contiguous()),
@@ -255,8 +257,8 @@ struct Networks {
     for (int64_t i = 0; i < n; ++i) {
       TORCH_CHECK(row[i] >= 0 && row[i] < features.size(0), "kinml_fast: rows[", i, "] = ", row[i],
                   " is not a row of the features, which have ", features.size(0));
-      TORCH_CHECK(owner[i] >= 0 && owner[i] < n_structures, "kinml_fast: owners[", i, "] = ",
-                  owner[i], " is not in [0, ", n_structures, ")");
+      TORCH_CHECK(owner[i] >= 0 && owner[i] < n_structures, "kinml_fast: owners[", i,
+                  "] = ", owner[i], " is not in [0, ", n_structures, ")");
     }
   }
 };
@@ -275,20 +277,19 @@ std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor
   Tensor atomic = at::empty({n}, features.options());
   Tensor shift;
   if (sae.has_value()) {
-    TORCH_CHECK(sae->scalar_type() == at::kDouble && sae->dim() == 1 &&
-                    sae->size(0) == net.shape.n_species,
-                "kinml_fast: sae must be float64 of shape [", net.shape.n_species, "], got ",
-                sae->scalar_type(), " of shape ", sae->sizes());
+    TORCH_CHECK(
+        sae->scalar_type() == at::kDouble && sae->dim() == 1 && sae->size(0) == net.shape.n_species,
+        "kinml_fast: sae must be float64 of shape [", net.shape.n_species, "], got ",
+        sae->scalar_type(), " of shape ", sae->sizes());
     shift = sae->contiguous();
   }
   with_type(features, [&](auto zero) {
     using T = decltype(zero);
-    cpu::networks_forward<T>(net.shape, net.parameters.const_data_ptr<T>(),
-                             net.features.const_data_ptr<T>(), net.features.stride(0),
-                             net.rows.const_data_ptr<int64_t>(),
-                             net.starts.const_data_ptr<int64_t>(),
-                             save ? saved.mutable_data_ptr<T>() : nullptr,
-                             atomic.mutable_data_ptr<T>(), threads());
+    cpu::networks_forward<T>(
+        net.shape, net.parameters.const_data_ptr<T>(), net.features.const_data_ptr<T>(),
+        net.features.stride(0), net.rows.const_data_ptr<int64_t>(),
+        net.starts.const_data_ptr<int64_t>(), save ? saved.mutable_data_ptr<T>() : nullptr,
+        atomic.mutable_data_ptr<T>(), threads());
     const T* e = atomic.const_data_ptr<T>();
     const int64_t* owner = net.owners.const_data_ptr<int64_t>();
     const int64_t* start = net.starts.const_data_ptr<int64_t>();
@@ -327,8 +328,8 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const 
   const Tensor kept = saved.contiguous(), grad = grad_energies.contiguous();
   Tensor grad_features = of_features ? at::zeros(features.sizes(), features.options())
                                      : at::empty({0}, features.options());
-  Tensor grad_parameters = of_parameters ? at::empty_like(net.parameters)
-                                         : at::empty({0}, features.options());
+  Tensor grad_parameters =
+      of_parameters ? at::empty_like(net.parameters) : at::empty({0}, features.options());
   Tensor grad_atomic = at::empty({n}, features.options());
   with_type(features, [&](auto zero) {
     using T = decltype(zero);

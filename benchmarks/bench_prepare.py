@@ -1,0 +1,36 @@
+"""From a SQLite file to descriptors: what the user waits for before the first epoch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import PYKINML_C5H5
+
+from kinml_fast import datasets
+from kinml_fast.data import sqlite
+from kinml_fast.data.structures import Structures
+from kinml_fast.nn import AEV, AEVParameters
+
+
+@pytest.fixture(scope="module")
+def file():
+    return PYKINML_C5H5 if PYKINML_C5H5.exists() else datasets.path("C5H5.db")
+
+
+def test_read_database(benchmark, file):
+    benchmark.group = "prepare"
+    structures = benchmark.pedantic(lambda: sqlite.read([file], fidelity=1), rounds=15, warmup_rounds=2)
+    benchmark.extra_info.update(form="read SQLite", structures=len(structures))
+
+
+def test_read_and_describe(benchmark, file):
+    benchmark.group = "prepare"
+    aev = AEV(AEVParameters.aevmod(("C", "H")))
+
+    def prepare() -> Structures:
+        structures = sqlite.read([file], fidelity=1)
+        aev(*(torch.from_numpy(a) for a in (structures.coordinates, structures.species, structures.offsets)))
+        return structures
+
+    structures = benchmark.pedantic(prepare, rounds=15, warmup_rounds=2)
+    benchmark.extra_info.update(form="read SQLite and compute AEVs", structures=len(structures))
