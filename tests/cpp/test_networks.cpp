@@ -466,17 +466,20 @@ void test_activation_functions(const char* name) {
 
 template <class T>
 void test_register_functions() {
-  check::section("tanh and erf of registers");
+  check::section("gaussian, tanh and erf of registers");
   using V = kinml::Vec<T, 16 / sizeof(T)>;
   const Real eps = std::numeric_limits<T>::epsilon();
   for (int i = -20000; i <= 20000; ++i) {
     const T x = static_cast<T>(i * 0.00051 + 1e-7);
     CHECK_CLOSE(kinml::tanh(V(x))[0], std::tanh(static_cast<Real>(x)), 4 * eps, 0);
+    CHECK_CLOSE(kinml::gaussian(V(x))[0], std::exp(-static_cast<Real>(x * x)), 4 * eps,
+                2 * std::numeric_limits<T>::min());
     CHECK_CLOSE(kinml::erf(V(x))[0], std::erf(static_cast<Real>(x)), 4 * eps, 0);
   }
   const T nan = std::numeric_limits<T>::quiet_NaN();
   const T infinity = std::numeric_limits<T>::infinity();
   CHECK(std::isnan(kinml::tanh(V(nan))[0]) && std::isnan(kinml::erf(V(nan))[0]));
+  CHECK(std::isnan(kinml::gaussian(V(nan))[0]) && kinml::gaussian(V(infinity))[0] < 1e-37);
   CHECK(kinml::tanh(V(infinity))[0] == 1 && kinml::tanh(V(-infinity))[0] == -1);
   CHECK(kinml::erf(V(infinity))[0] == 1 && kinml::erf(V(-infinity))[0] == -1);
 }
