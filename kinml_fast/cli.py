@@ -67,6 +67,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the configuration's folder")
     train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("evaluate", help="errors of a model on data")
+    evaluate.add_argument("model", metavar="MODEL", help="model.pt of a run")
+    evaluate.add_argument("files", metavar="DATA", nargs="+", help="databases, XYZ files, patterns, shipped:NAME")
+    evaluate.add_argument("--fidelity", type=int, default=1, help="level of theory to take from databases")
+    evaluate.add_argument("--temperature", type=float, help="only structures of databases sampled at this temperature")
+    evaluate.add_argument("--names", metavar="PATTERN", nargs="+", help="only structures of databases named like this")
+    evaluate.add_argument("--energy-key", metavar="KEY", help="name of the energy in XYZ files")
+    evaluate.add_argument("--forces-key", metavar="KEY", help="name of the forces in XYZ files")
+    evaluate.add_argument("--csv", metavar="FILE", help="write the errors of each structure")
+    evaluate.set_defaults(command=_evaluate)
+
+    predict = commands.add_parser("predict", help="energies and forces of molecules")
+    predict.add_argument("model", metavar="MODEL", help="model.pt of a run")
+    predict.add_argument("input", metavar="in.xyz", help="molecules, in a format that ASE reads")
+    predict.add_argument("-o", "--output", metavar="out.xyz", required=True, help="extended XYZ file to write")
+    predict.set_defaults(command=_predict)
     return parser
 
 
@@ -106,6 +123,29 @@ def _train(options: argparse.Namespace) -> None:
             runs.resume(folder, options.arguments, progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; continue with: kinml-fast train --resume {folder}") from None
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from kinml_fast.deploy.evaluate import run_evaluate
+
+    _show_log()
+    run_evaluate(
+        options.model,
+        options.files,
+        fidelity=options.fidelity,
+        temperature=options.temperature,
+        names=options.names,
+        energy_key=options.energy_key,
+        forces_key=options.forces_key,
+        csv_path=options.csv,
+    )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from kinml_fast.deploy.predict import predict
+
+    _show_log()
+    predict(options.model, options.input, options.output)
 
 
 def _show_log() -> Progress:

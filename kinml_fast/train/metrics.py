@@ -1,4 +1,4 @@
-"""Errors, and the table of them that a run keeps: metrics.csv and TensorBoard events."""
+"""The table of errors that a run keeps: metrics.csv and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from kinml_fast.errors import InputError
-from kinml_fast.units import KCAL_PER_MOL
+from kinml_fast.metrics import Errors
 
 COLUMNS = (
     "epoch",
@@ -27,25 +25,6 @@ COLUMNS = (
     "structures_per_second",
 )
 """Columns of metrics.csv: errors in kcal/mol and kcal/mol/Å, empty where there are none."""
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Mean absolute, root mean square and largest absolute error, in kcal/mol (or kcal/mol/Å)."""
-
-    mae: float
-    rmse: float
-    max: float
-
-    @classmethod
-    def of(cls, residuals: np.ndarray) -> Errors:
-        """The errors of residuals in eV or eV/Å, any shape but empty; NaN gives NaN."""
-        absolute = np.abs(np.ascontiguousarray(residuals, dtype=np.float64).ravel())
-        return cls(
-            mae=float(absolute.mean()) * KCAL_PER_MOL,
-            rmse=float(np.sqrt(np.square(absolute).mean())) * KCAL_PER_MOL,
-            max=float(absolute.max()) * KCAL_PER_MOL,
-        )
 
 
 @dataclass(frozen=True)

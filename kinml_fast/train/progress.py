@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from kinml_fast.train.metrics import Errors, Row
+from kinml_fast.train.metrics import Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,13 +93,6 @@ class LiveProgress(Progress):
     def end(self) -> None:
         """The run has ended, for whatever reason."""
         self.bar.stop()
-
-
-def error_table(errors: dict[str, Errors]) -> str:
-    """The errors of each split as a table for people, energies in kcal/mol."""
-    lines = [f"{'energy, kcal/mol':<18}{'MAE':>10}{'RMSE':>10}{'largest':>10}"]
-    lines += [f"{name:<18}{e.mae:>10.4f}{e.rmse:>10.4f}{e.max:>10.4f}" for name, e in errors.items()]
-    return "\n".join(lines)
 
 
 def _losses(train: Row, validation: Row) -> str:

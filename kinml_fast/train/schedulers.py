@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlateau, StepLR
 
@@ -41,4 +43,8 @@ def advance(scheduler: LRScheduler | None, validation_rmse: float) -> None:
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step(validation_rmse)
     elif scheduler is not None:
-        scheduler.step()
+        with warnings.catch_warnings():
+            # torch warns when the optimizer has made no step before this, which is so if a run resumes at the very end
+            # of its first epoch.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            scheduler.step()

@@ -21,14 +21,16 @@ from torch import Tensor
 from kinml_fast import ops
 from kinml_fast.data.splits import PARTS, Split
 from kinml_fast.data.structures import Structures
+from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
+from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import TrainingConfig, save_yaml
 from kinml_fast.train.folder import RunFolder
-from kinml_fast.train.metrics import Errors, MetricsTable, Row
+from kinml_fast.train.metrics import MetricsTable, Row
 from kinml_fast.train.optimizers import WeightAverage, make_optimizer
-from kinml_fast.train.progress import Progress, error_table
+from kinml_fast.train.progress import Progress
 from kinml_fast.train.schedulers import advance, make_scheduler
 
 log = logging.getLogger(__name__)
@@ -148,12 +150,12 @@ class Trainer:
         self._elapsed = 0.0
         self._residuals = torch.zeros(self._sizes["train"], dtype=torch.float64, device=self._targets.device)
         self._best = {"epoch": -1, "rmse": math.inf, "weights": self._weights()}
-        self._best_on_disk = None
+        self._best_on_disk = -1
         self._stopping = {"rmse": math.inf, "waited": 0}
 
         self._table: MetricsTable | None = None
         self._interrupted = False
-        self._next_tick = 0.0
+        self._next_tick = math.inf
         if self.folder is not None:
             self._open(resume, overwrite)
 
@@ -174,7 +176,7 @@ class Trainer:
             stack.enter_context(_threads(self.config.threads))
             if self.folder is not None:
                 stack.enter_context(self.folder.logged())
-            self._compute_features()
+            self.prepare()
             if self._table is not None and not self.folder.last.exists():
                 self._save()
             self._train()
@@ -207,13 +209,15 @@ class Trainer:
         self._species = torch.from_numpy(structures.species).to(device)
         self._offsets = torch.from_numpy(structures.offsets).to(device)
         self._targets = torch.from_numpy(targets).to(device)
+        self._labels = structures.labels
         digest = hashlib.sha256(" ".join(structures.elements).encode())
         for array in (structures.species, structures.coordinates, structures.offsets, targets):
             digest.update(array.tobytes())
         digest.update(repr(self._sizes).encode())
         self._fingerprint = digest.hexdigest()
 
-    def _compute_features(self) -> None:
+    def prepare(self) -> None:
+        """Compute the descriptors of all atoms, which stay in memory; `fit` begins with this."""
         started = time.monotonic()
         with torch.no_grad():
             self._features = self.model.aev(
@@ -266,16 +270,23 @@ class Trainer:
         try:
             with self._interruptible():
                 while not self._finished:
-                    self._train_epoch()
-                    self._end_epoch()
+                    self._end_epoch(self.train_epoch())
                 if self._interrupted:
                     self._tick(1)
         finally:
             self.progress.end()
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> Row:
+        """Go through the training structures once, or through what is left of a resumed epoch.
+
+        Returns
+        -------
+        Row
+            The errors of each structure before the update from its batch.
+        """
+        epoch, lr = self._epoch, self._optimizer.param_groups[0]["lr"]
         started = time.perf_counter() - self._elapsed
-        order, batches = self._order(self._epoch)
+        order, batches = self._order(epoch)
         targets = self._targets[order]
         energies_of = self.model.networks.energies
         clip = self.config.gradient_clip
@@ -299,18 +310,17 @@ class Trainer:
             if time.monotonic() >= self._next_tick:
                 self._elapsed = time.perf_counter() - started
                 self._tick(len(batches))
-        self._elapsed = time.perf_counter() - started
+        self._epoch, self._batch, self._elapsed = epoch + 1, 0, 0.0
+        return self._row("train", epoch, lr, self._residuals, time.perf_counter() - started)
 
-    def _end_epoch(self) -> None:
-        epoch, lr = self._epoch, self._optimizer.param_groups[0]["lr"]
-        train = self._row("train", epoch, lr, self._residuals, self._elapsed)
+    def _end_epoch(self, train: Row) -> None:
+        epoch, lr = train.epoch, train.lr
         with self._evaluated():
             validation = self._row("validation", epoch, lr, *self._evaluate("validation"))
             if not math.isfinite(train.energy.rmse + validation.energy.rmse):
-                raise self._diverged()
-            self._judge(validation.energy.rmse)
+                raise self._diverged(epoch)
+            self._judge(epoch, validation.energy.rmse)
             advance(self._scheduler, validation.energy.rmse)
-            self._epoch, self._batch, self._elapsed = epoch + 1, 0, 0.0
             rows = [train, validation]
             kept = _every(self.config.save_every, epoch + 1)
             if self._sizes["test"] and (kept or _every(self.config.test_every, epoch + 1) or self._finished):
@@ -328,7 +338,9 @@ class Trainer:
 
     def _row(self, part: str, epoch: int, lr: float, residuals: Tensor, seconds: float) -> Row:
         rate = len(residuals) / max(seconds, 1e-9)
-        return Row(epoch, part, Errors.of(residuals.cpu().numpy()), None, lr, seconds, rate)
+        with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
+            errors = Errors.of(residuals.cpu().numpy())
+        return Row(epoch, part, errors, None, lr, seconds, rate)
 
     def _evaluate(self, part: str) -> tuple[Tensor, float]:
         """Residuals (eV) of a part with the present weights, and the seconds that took."""
@@ -347,10 +359,10 @@ class Trainer:
         """Lets the model have the weights that are judged and saved: their average, if there is one."""
         return contextlib.nullcontext() if self._average is None else self._average.applied()
 
-    def _judge(self, rmse: float) -> None:
+    def _judge(self, epoch: int, rmse: float) -> None:
         """Remember the best weights, and count the epochs since the validation RMSE (kcal/mol) became better."""
         if rmse < self._best["rmse"]:
-            self._best = {"epoch": self._epoch, "rmse": rmse, "weights": self._weights()}
+            self._best = {"epoch": epoch, "rmse": rmse, "weights": self._weights()}
         if rmse < self._stopping["rmse"] - self.config.early_stopping.min_delta:
             self._stopping = {"rmse": rmse, "waited": 0}
         else:
@@ -359,10 +371,10 @@ class Trainer:
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
-    def _diverged(self) -> InputError:
+    def _diverged(self, epoch: int) -> InputError:
         kept = "" if self.folder is None else f"; the weights before that are in {self.folder.checkpoints}"
         return InputError(
-            f"the loss became infinite or NaN in epoch {self._epoch}: lower training.optimizer.learning_rate "
+            f"the loss became infinite or NaN in epoch {epoch}: lower training.optimizer.learning_rate "
             f"({self._optimizer.param_groups[0]['lr']:g}) or set training.gradient_clip{kept}"
         )
 
@@ -416,15 +428,19 @@ class Trainer:
     def _save(self) -> None:
         """Write last.pt, and before it the best weights if there are new ones."""
         if self._best["epoch"] != self._best_on_disk:
-            best = {"model": self.model.to_dict(), **self._best}
-            checkpoint.save(self.folder.best, best)
+            checkpoint.save(self.folder.best, {"model": self.model.to_dict(), **self._best})
+            notes = {name: self._best[name] for name in ("epoch", "rmse")} | {"training": self.config.model_dump()}
+            present = self._weights()
+            self.model.load_state_dict(self._best["weights"])
+            model_file.save(self.folder.model, self.model, notes)
+            self.model.load_state_dict(present)
             self._best_on_disk = self._best["epoch"]
         checkpoint.save(self.folder.last, self._state())
 
     def _state(self) -> dict[str, Any]:
         done = self._residuals[: self._batch * self.config.batch_size]
         if not torch.isfinite(done).all():
-            raise self._diverged()
+            raise self._diverged(self._epoch)
         return {
             "model": self.model.to_dict(),
             "training": self.config.model_dump(),
@@ -486,9 +502,22 @@ class Trainer:
 
     def _finish(self, started: float) -> Summary:
         self.model.load_state_dict(self._best["weights"])
-        errors = {part: Errors.of(self._evaluate(part)[0].cpu().numpy()) for part in PARTS if self._sizes[part]}
-        log.info("best epoch %d of %d:\n%s", self._best["epoch"], self._epoch, error_table(errors))
+        residuals = {part: self._evaluate(part)[0].cpu().numpy() for part in PARTS if self._sizes[part]}
+        if self._table is not None and self._epoch > 0:
+            self._report(residuals)
+        errors = {part: Errors.of(values) for part, values in residuals.items()}
         return Summary(self._epoch, self._best["epoch"], errors, time.monotonic() - started)
+
+    def _report(self, residuals: dict[str, np.ndarray]) -> None:
+        from kinml_fast.train import report  # matplotlib takes a second to import
+
+        comparisons = {}
+        for part, values in residuals.items():
+            indices = self._range(part)
+            targets = self._targets[indices].cpu().numpy()
+            comparisons[part] = ([self._labels[i] for i in indices.tolist()], targets, targets + values)
+        rows = report.write_report(self.folder.report, self.folder.metrics, comparisons)
+        log.info("best epoch %d of %d, %s:\n%s", self._best["epoch"], self._epoch, self.folder, report.table(rows))
 
 
 def _every(interval: int | None, epochs: int) -> bool:

@@ -1,0 +1,111 @@
+"""What the tests of the trainer share: a small data set, and how runs are compared."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+import torch
+from data_helpers import molecules
+
+from kinml_fast.data.splits import Split
+from kinml_fast.data.structures import Structures, concatenate
+from kinml_fast.nn import AEVParameters, EnergyModel
+from kinml_fast.train import TrainingData, checkpoint
+
+SAE = np.array([-100.5, -99.5])
+
+
+def structures(count: int = 30) -> Structures:
+    """`count` structures of each of two formulas, with energies of a few tenths of an eV around single-atom ones."""
+    both = concatenate([molecules("CCHH", count, 1, forces=False), molecules("CHHH", count, 2, forces=False)])
+    energies = both.counts() @ SAE
+    for i in range(len(both)):
+        x = both.coordinates[both.offsets[i] : both.offsets[i + 1]]
+        energies[i] += 0.3 * np.sin(3 * np.linalg.norm(x[0] - x[1:], axis=1)).sum()
+    return Structures(both.elements, both.species, both.coordinates, both.offsets, energies, None, both.labels)
+
+
+def training_data(count: int = 30) -> TrainingData:
+    """A data set with 2/3 of the structures for training, 1/6 for validation and 1/6 for testing."""
+    everything = structures(count)
+    order = np.random.default_rng(0).permutation(len(everything))
+    first, second = len(order) * 2 // 3, len(order) * 5 // 6
+    return TrainingData(everything, Split(order[:first], order[first:second], order[second:]), SAE)
+
+
+def model(seed: int = 0, layers: tuple[int, ...] = (8, 4, 1), dtype: torch.dtype = torch.float64) -> EnergyModel:
+    """A small model of carbon and hydrogen."""
+    torch.manual_seed(seed)
+    descriptor = AEVParameters.aevmod(("C", "H"), n_radial=4, n_angular=2, n_sections=2)
+    return EnergyModel(descriptor, list(layers), ["gaussian"] * (len(layers) - 1) + ["identity"], True, dtype)
+
+
+def write_xyz(path: Path, count: int = 30) -> None:
+    """The structures as an extended XYZ file."""
+    everything = structures(count)
+    frames = []
+    for i in range(len(everything)):
+        atoms = slice(everything.offsets[i], everything.offsets[i + 1])
+        frame = ase.Atoms(everything.symbols(i), everything.coordinates[atoms])
+        frame.info["REF_energy"] = everything.energies[i]
+        frames.append(frame)
+    ase.io.write(path, frames, format="extxyz")
+
+
+def write_config(folder: Path, training: str = "", count: int = 30) -> Path:
+    """A configuration of a small run in `folder`, and its data."""
+    write_xyz(folder / "data.xyz", count)
+    path = folder / "small.yaml"
+    path.write_text(
+        f"run: {folder / 'run'}\n"
+        f"data: {{files: ['{folder / 'data.xyz'}'], split: [0.7, 0.15, 0.15]}}\n"
+        "descriptor: {n_radial: 4, n_angular: 2, n_sections: 2}\n"
+        "network: {layers: [8, 4, 1]}\n"
+        f"training: {{epochs: 4, batch_size: 7{training and ', ' + training}}}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """metrics.csv without the columns that tell the time."""
+    with (run / "metrics.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    return [{key: value for key, value in row.items() if "second" not in key} for row in table]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Both runs ended with the same bits: weights, optimizer, random states, metrics."""
+    assert rows(a) == rows(b)
+    for name in ("last.pt", "best.pt"):
+        assert_same_bits(
+            *(
+                {k: v for k, v in checkpoint.load(run / "checkpoints" / name).items() if k not in _TIMES}
+                for run in (a, b)
+            )
+        )
+
+
+_TIMES = {"elapsed", "metrics_length"}
+
+
+def assert_same_bits(a: object, b: object) -> None:
+    """Nested dictionaries and lists of tensors and values are equal, NaN being equal to NaN."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_bits(x, y)
+    else:
+        assert a == b
