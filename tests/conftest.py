@@ -1,4 +1,4 @@
-"""What tests of several files use: the switch for the long comparisons, and threads that are put back."""
+"""What tests of several files use: the switch for the long comparisons, threads that are put back, exact functions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+# torch's CPU functions come from MKL, which picks the kernel of each on its first call. When that call runs on several
+# threads, one may get a kernel of half the precision (github.com/pytorch/pytorch/issues/188792): call each once on one.
+for _dtype in (torch.float64, torch.float32):
+    for _name in ("exp", "expm1", "log", "log1p", "sqrt", "sin", "cos", "acos", "tanh", "erf"):
+        getattr(torch, _name)(torch.full((1,), 0.5, dtype=_dtype))
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def keywords(descriptor: AEVParameters) -> dict:
 
 
 def ragged(sizes: Sequence[int], n_species: int, seed: int, spacing: float = 1.5) -> Ragged:
-    """Structures of `sizes` atoms, each at the places of a shaken cubic lattice: no two atoms closer than 0.6 spacing."""
+    """Structures of `sizes` atoms on a shaken cubic lattice: no two atoms are closer than 0.6 spacing."""
     rng = np.random.default_rng(seed)
     parts = []
     for n in sizes:

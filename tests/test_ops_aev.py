@@ -428,7 +428,9 @@ def surroundings(batch: Ragged, centres: list[int], radius: float) -> tuple[Ragg
     sizes = [len(a) for a in atoms]
     index = torch.cat(atoms)
     offsets = torch.tensor([0, *np.cumsum(sizes)])
-    rows = torch.stack([offsets[s] + torch.nonzero(a == i)[0, 0] for s, (a, i) in enumerate(zip(atoms, centres, strict=True))])
+    rows = torch.stack(
+        [offsets[s] + torch.nonzero(a == i)[0, 0] for s, (a, i) in enumerate(zip(atoms, centres, strict=True))]
+    )
     return (x[index], z[index], offsets), index, rows
 
 

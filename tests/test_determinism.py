@@ -1,0 +1,139 @@
+"""The same bits for any number of threads and every repetition; the same numbers for every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from op_helpers import ANI_2X, SMALL, normal, ragged
+
+from kinml_fast import ops
+from kinml_fast.nn import ACTIVATIONS, AEVParameters, EnergyModel, SpeciesNetworks
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What every op gives for batches of small, of large and of no structures, through several tiles and tasks."""
+    found: dict[str, torch.Tensor] = {}
+    for name, sizes, descriptor in [
+        ("small", (10,) * 40 + (1, 0, 33), AEVParameters.aevmod(("C", "H"))),
+        ("ani", (9, 17, 5), ANI_2X),
+        ("large", (3, 600, 70, 1), SMALL),
+    ]:
+        x, z, o = ragged(sizes, len(descriptor.elements), 1)
+        x, packed, n = x.to(dtype), descriptor.packed(), len(z)
+        gradient, tangent = normal(n, descriptor.length, seed=1, dtype=dtype), normal(n, 3, seed=2, dtype=dtype)
+        found[f"aev {name}"] = ops.aev(x, z, o, packed)
+        found[f"aev_vjp {name}"] = ops.aev_vjp(x, z, o, gradient, packed)
+        found[f"aev_jvp {name}"] = ops.aev_jvp(x, z, o, tangent, packed)
+        found[f"aev_hvp {name}"] = ops.aev_hvp(x, z, o, gradient, tangent, packed)
+        small = (x[:30], z[:30], torch.tensor([0, 20, 30]))
+        found[f"aev_jacobian {name}"] = ops.aev_jacobian(*small, 20, packed)
+
+    _, z, o = ragged((10,) * 40 + (1, 0, 333), 3, 2)
+    features = normal(len(z), 30, seed=3, dtype=dtype).requires_grad_()
+    order = ops.species_order(z, o, 3)
+    found |= dict(zip(("rows", "owners", "starts"), order, strict=True))
+    for b, batch in enumerate(ops.plan_batches(z, o, torch.arange(len(o) - 1).flip(0), 17, 3)):
+        found |= {f"rows {b}": batch.rows, f"owners {b}": batch.owners, f"starts {b}": batch.starts}
+    for activation in ACTIVATIONS:
+        torch.manual_seed(0)
+        networks = SpeciesNetworks(("C", "H", "O"), 30, (50, 20, 1), [activation, activation, "identity"], dtype=dtype)
+        energies = ops.networks(
+            features,
+            *order,
+            networks.weights,
+            torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
+            networks.sizes,
+            networks.activation_codes,
+            True,
+            len(o) - 1,
+        )
+        gradients = torch.autograd.grad((normal(len(o) - 1) * energies).sum(), (features, networks.weights))
+        names = (f"energies {activation}", f"of features {activation}", f"of weights {activation}")
+        found |= dict(zip(names, (energies.detach(), *gradients), strict=True))
+
+    torch.manual_seed(0)
+    model = EnergyModel(AEVParameters.aevmod(("C", "H")), dtype=dtype)
+    x, z, o = ragged((10,) * 20 + (4,), 2, 3)
+    x = x.to(dtype).requires_grad_()
+    energies = model(x, z, o)
+    found["model energies"] = energies.detach()
+    found["model gradient"], found["model of weights"] = torch.autograd.grad(
+        energies.sum(), (x, model.networks.weights)
+    )
+    return found
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def one_thread(request: pytest.FixtureRequest) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
+    dtype, before = DTYPES[request.param], torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = results_of_all_ops(dtype)
+    torch.set_num_threads(before)
+    return dtype, results
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 4])
+def test_same_bits_for_any_number_of_threads(threads, one_thread, any_threads):
+    dtype, expected = one_thread
+    torch.set_num_threads(threads)
+    results = results_of_all_ops(dtype)
+    different = [name for name, tensor in results.items() if not torch.equal(tensor, expected[name])]
+    assert not different
+    assert results.keys() == expected.keys()
+    assert all(torch.isfinite(tensor).all() for tensor in results.values())
+
+
+def test_same_bits_inside_a_parallel_region(one_thread):
+    """Backward passes run in autograd's own thread; ops called from several Python threads at a time do not mix."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    dtype, expected = one_thread
+    with ThreadPoolExecutor(3) as pool:
+        for results in pool.map(results_of_all_ops_of_aev, [dtype] * 6):
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in results.items())
+
+
+def results_of_all_ops_of_aev(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A part of the above that touches no global random generator."""
+    x, z, o = ragged((3, 600, 70, 1), 2, 1)
+    x, packed, n = x.to(dtype), SMALL.packed(), len(z)
+    gradient, tangent = normal(n, SMALL.length, seed=1, dtype=dtype), normal(n, 3, seed=2, dtype=dtype)
+    return {
+        "aev large": ops.aev(x, z, o, packed),
+        "aev_vjp large": ops.aev_vjp(x, z, o, gradient, packed),
+        "aev_jvp large": ops.aev_jvp(x, z, o, tangent, packed),
+        "aev_hvp large": ops.aev_hvp(x, z, o, gradient, tangent, packed),
+    }
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_instruction_sets_agree(isa, tmp_path):
+    """Their sums have other orders, hence the tolerance; a processor without one of them takes the next lower."""
+    command = [sys.executable, __file__, str(tmp_path / "results.pt")]
+    folders = [str(Path(ops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "KINML_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    used, theirs = torch.load(tmp_path / "results.pt", weights_only=True)
+    assert used == isa or used == "baseline"
+    for name, dtype in DTYPES.items():
+        for key, expected in results_of_all_ops(dtype).items():
+            result = theirs[name][key]
+            assert result.dtype == expected.dtype
+            scale = float(expected.abs().max()) if expected.is_floating_point() else 0.0
+            tolerance = 1e-12 if dtype == torch.float64 else 5e-5
+            torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance * scale, msg=f"{name} {key}")
+
+
+if __name__ == "__main__":
+    from kinml_fast._library import build_info
+
+    used = build_info()["instruction set in use"]
+    torch.save((used, {name: results_of_all_ops(dtype) for name, dtype in DTYPES.items()}), sys.argv[1])

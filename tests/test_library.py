@@ -1,0 +1,102 @@
+"""A wrong or missing build ends in one readable sentence."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kinml_fast
+from kinml_fast import _C, _library
+
+
+def test_the_library_is_where_it_says_and_without_python():
+    path = _library.library_path()
+    assert path.is_file()
+    assert str(path) in torch.ops.loaded_libraries
+    with pytest.raises(AttributeError):
+        ctypes.CDLL(str(path)).PyInit__C  # noqa: B018
+    assert b"libpython" not in path.read_bytes()
+
+
+def test_build_info_says_what_was_built_and_what_is_used():
+    info = _library.build_info()
+    assert info["version"] == kinml_fast.__version__
+    assert info["torch"] == torch.__version__
+    assert info["instruction set in use"] in info["instruction sets"].split()
+    assert all(isinstance(text, str) and text for text in info.values())
+
+
+def test_loading_again_is_harmless():
+    _library._load()
+
+
+@pytest.mark.parametrize("other", ["2.8.0", "2.12.1+cu130"])
+def test_another_torch(monkeypatch, other):
+    info = {**_C.build_info(), "torch": other}
+    monkeypatch.setattr(_C, "build_info", lambda: info)
+    with pytest.raises(ImportError) as caught:
+        _library._load()
+    text = str(caught.value)
+    assert text.startswith(f"kinml_fast was compiled for torch {other}, but this is {torch.__version__}. ")
+    assert "pip install --no-build-isolation --force-reinstall" in text
+    assert "\n" not in text
+
+
+def test_another_build_of_the_same_torch_loads(monkeypatch):
+    info = {**_C.build_info(), "torch": torch.__version__.split("+")[0] + "+other"}
+    monkeypatch.setattr(_C, "build_info", lambda: info)
+    _library._load()
+
+
+def test_missing_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    with pytest.raises(ImportError) as caught:
+        _library._load()
+    text = str(caught.value)
+    assert text.startswith(f"kinml_fast's ops library is missing: {tmp_path / 'libkinml_ops.so'}. Reinstall it")
+    assert "\n" not in text
+
+
+def check_that_it_does_not_load(reason: str) -> None:
+    with pytest.raises(ImportError) as caught:
+        _library._load()
+    text = str(caught.value)
+    assert text.startswith("kinml_fast's ops library does not load (")
+    assert reason in text  # the loader's own words, not only that it did not work
+    assert "pip install --no-build-isolation --force-reinstall" in text
+    assert "\n" not in text
+
+
+def test_broken_library(monkeypatch, tmp_path):
+    (tmp_path / "libkinml_ops.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    check_that_it_does_not_load("file too short")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_library_with_an_unknown_symbol(monkeypatch, tmp_path):
+    """What a library says that was compiled against another torch."""
+    source = tmp_path / "wrong.cpp"
+    source.write_text(
+        "void not_in_this_torch(); __attribute__((constructor)) static void f() { not_in_this_torch(); }\n"
+    )
+    command = ["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "libkinml_ops.so")]
+    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    check_that_it_does_not_load("undefined symbol: _Z17not_in_this_torchv")
+
+
+def test_not_compiled(monkeypatch):
+    monkeypatch.delattr(kinml_fast, "_C", raising=False)
+    monkeypatch.setitem(sys.modules, "kinml_fast._C", None)
+    with pytest.raises(ImportError) as caught:
+        _library._load()
+    text = str(caught.value)
+    assert text.startswith("kinml_fast is not compiled for this Python (")
+    assert "pip install --no-build-isolation ." in text
+    assert "\n" not in text

@@ -1,0 +1,490 @@
+"""The network ops: energies and gradients against the oracle, modules of torch and finite differences; the order of
+atoms; batches."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from op_helpers import normal, not_contiguous, ragged
+
+from kinml_fast import ops, reference
+from kinml_fast.errors import InputError
+from kinml_fast.nn import ACTIVATIONS, SpeciesNetworks
+
+OPS = torch.ops.kinml_fast
+SAE = torch.tensor([-10.5, 3.25, 7.0], dtype=torch.float64)
+
+
+def layers_of(networks: SpeciesNetworks, flat: torch.Tensor | None = None) -> list[list[reference.Layer]]:
+    """The layers as the oracle takes them, as views of `flat` (the weights if None): autograd reaches it."""
+    flat = networks.weights if flat is None else flat
+    result, start = [], 0
+    for s, widths in enumerate(networks.layers):
+        result.append([])
+        inputs = networks.sizes[s * (len(widths) + 1)]
+        for outputs in widths:
+            weight = flat[start : start + outputs * inputs].view(outputs, inputs)
+            start += outputs * inputs
+            bias = flat[start : start + outputs] if networks.biases else None
+            start += outputs if networks.biases else 0
+            result[-1].append((weight, bias))
+            inputs = outputs
+    assert start == flat.numel()
+    return result
+
+
+def sums(atomic: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Sums [n_structures] over the atoms of each structure, in float64."""
+    owners = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+    return torch.zeros(len(offsets) - 1, dtype=torch.float64).index_add(0, owners, atomic.double())
+
+
+class Case:
+    """Networks, features and a ragged batch."""
+
+    def __init__(
+        self,
+        layers=(5, 3, 1),
+        activations=("gaussian", "tanh", "identity"),
+        biases: bool = True,
+        dtype: torch.dtype = torch.float64,
+        n_inputs: int = 7,
+        sizes=(4, 1, 0, 6, 2),
+        n_species: int = 3,
+        seed: int = 0,
+    ) -> None:
+        torch.manual_seed(seed)
+        elements = ("H", "C", "N")[:n_species]
+        self.networks = SpeciesNetworks(elements, n_inputs, layers, activations, biases, dtype)
+        _, self.species, self.offsets = ragged(sizes, n_species, seed)
+        self.features = normal(len(self.species), n_inputs, seed=seed, dtype=dtype)
+        self.order = ops.species_order(self.species, self.offsets, n_species)
+
+    @property
+    def n_structures(self) -> int:
+        return len(self.offsets) - 1
+
+    def arguments(self, features=None, weights=None, sae=None) -> list:
+        """Those of ops.networks."""
+        return [
+            self.features if features is None else features,
+            *self.order,
+            self.networks.weights.detach() if weights is None else weights,
+            sae,
+            self.networks.sizes,
+            self.networks.activation_codes,
+            self.networks.biases,
+            self.n_structures,
+        ]
+
+    def expected(self, features=None, weights=None) -> torch.Tensor:
+        """Energies without single-atom energies by the oracle."""
+        features = self.features if features is None else features
+        atomic = reference.networks(
+            features, self.species, layers_of(self.networks, weights), list(self.networks.activations)
+        )
+        return sums(atomic, self.offsets)
+
+
+def compare_gradients(case: Case, rtol: float, atol: float) -> None:
+    results = []
+    slopes = normal(case.n_structures, seed=9)
+    for function in (lambda f, w: ops.networks(*case.arguments(f, w)), case.expected):
+        f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
+        energies = function(f, w)
+        results.append((energies.detach(), *torch.autograd.grad((slopes * energies).sum(), (f, w))))
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
+
+
+TOLERANCES = [(torch.float64, 1e-11, 1e-12), (torch.float32, 5e-5, 2e-5)]
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), TOLERANCES)
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_matches_the_oracle(activation, biases, dtype, rtol, atol):
+    compare_gradients(Case((9, 4, 1), [activation, activation, "identity"], biases, dtype), rtol, atol)
+    compare_gradients(Case((6, 1), [activation, activation], biases, dtype), rtol, atol)  # also in the last layer
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), TOLERANCES)
+@pytest.mark.parametrize(
+    ("layers", "n_inputs"),
+    [
+        ((1,), 3),
+        ((1,), 1),
+        ((1, 1, 1), 1),
+        ((48, 24, 12, 1), 224),
+        ((160, 128, 96, 1), 50),
+        ((17, 33, 1), 65),
+        ((2, 3, 5, 7, 11, 1), 13),
+        ([[8, 4, 1], [3, 9, 1], [31, 2, 1]], 10),
+        ([[1, 1, 1], [64, 64, 1], [5, 65, 1]], 9),
+    ],
+)
+def test_shapes_match_the_oracle(layers, n_inputs, dtype, rtol, atol):
+    depth = len(layers[0]) if isinstance(layers, list) else len(layers)
+    activations = ["gaussian", "silu", "tanh", "celu", "gelu"][: depth - 1] + ["identity"]
+    case = Case(layers, activations, True, dtype, n_inputs, sizes=(4, 1, 0, 30, 2, 61))
+    compare_gradients(case, rtol * 10, atol * 10)
+
+
+@pytest.mark.parametrize("count", [1, 2, 47, 48, 49, 63, 64, 65, 96, 97, 300])
+def test_any_number_of_atoms_of_a_species(count):
+    """Around the sizes of tiles, on which the weight gradients are cut."""
+    case = Case((20, 10, 1), sizes=(count, 3), n_species=1)
+    compare_gradients(case, 1e-11, 1e-11)
+
+
+def test_matches_linear_modules():
+    """A stack of torch.nn.Linear for each species, energies and gradients."""
+    case = Case((6, 4, 1), ("tanh", "relu", "identity"))
+    stacks = []
+    for layers in layers_of(case.networks):
+        modules = []
+        for (weight, bias), activation in zip(layers, (torch.nn.Tanh, torch.nn.ReLU, torch.nn.Identity), strict=True):
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+                linear.bias.copy_(bias)
+            modules += [linear, activation()]
+        stacks.append(torch.nn.Sequential(*modules))
+    atomic = torch.stack([stacks[s](f)[0] + SAE[s] for s, f in zip(case.species.tolist(), case.features, strict=True)])
+    expected = sums(atomic, case.offsets)
+    weights = case.networks.weights.detach().clone().requires_grad_()
+    ours = ops.networks(*case.arguments(weights=weights, sae=SAE))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    (expected**2).sum().backward()
+    (ours**2).sum().backward()
+    flat = torch.cat([p.grad.reshape(-1) for stack in stacks for p in stack.parameters()])
+    torch.testing.assert_close(weights.grad, flat, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_gradcheck(biases):
+    case = Case((4, 3, 1), ("gaussian", "silu", "identity"), biases, n_inputs=5)
+    f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: ops.networks(*case.arguments(a, b, SAE)), (f, w))
+    assert torch.autograd.gradcheck(lambda a: ops.networks(*case.arguments(a)), f)
+    assert torch.autograd.gradcheck(lambda b: ops.networks(*case.arguments(weights=b)), w)
+
+
+def test_gradients_alone_are_those_of_both():
+    case = Case()
+    grads = {}
+    for of_f, of_w in [(True, True), (True, False), (False, True)]:
+        f = case.features.clone().requires_grad_(of_f)
+        w = case.networks.weights.detach().clone().requires_grad_(of_w)
+        ops.networks(*case.arguments(f, w)).sum().backward()
+        assert (f.grad is not None) is of_f
+        assert (w.grad is not None) is of_w
+        grads[of_f, of_w] = f.grad, w.grad
+    assert torch.equal(grads[True, True][0], grads[True, False][0])
+    assert torch.equal(grads[True, True][1], grads[False, True][1])
+
+
+def test_second_derivative_is_an_error():
+    case = Case()
+    f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
+    for wanted in (f, w):
+        energy = ops.networks(*case.arguments(f, w)).sum()
+        (first,) = torch.autograd.grad(energy, wanted, create_graph=True)
+        with pytest.raises(RuntimeError, match="the networks can be differentiated once; their gradient has no"):
+            (first**2).sum().backward()
+
+
+def test_single_atom_energies():
+    case = Case()
+    plain, with_sae = ops.networks(*case.arguments()), ops.networks(*case.arguments(sae=SAE))
+    torch.testing.assert_close(with_sae, plain + sums(SAE[case.species], case.offsets), rtol=1e-14, atol=1e-13)
+    strided = not_contiguous(SAE)
+    assert torch.equal(ops.networks(*case.arguments(sae=strided)), with_sae)
+    assert plain[2] == 0  # a structure without atoms
+    # float32 networks keep single-atom energies of thousands of eV to float64's precision.
+    narrow = Case(dtype=torch.float32)
+    shift = torch.tensor([-16.8356588, -1035.30436565, -1486.3292980], dtype=torch.float64)
+    difference = ops.networks(*narrow.arguments(sae=shift)) - ops.networks(*narrow.arguments())
+    torch.testing.assert_close(difference, sums(shift[narrow.species], narrow.offsets), rtol=1e-14, atol=1e-10)
+
+
+def test_missing_species_and_empty_batches():
+    case = Case(sizes=(3, 2), n_species=3)
+    case.species = torch.tensor([2, 0, 0, 2, 2])  # none of species 1
+    case.order = ops.species_order(case.species, case.offsets, 3)
+    compare_gradients(case, 1e-11, 1e-12)
+    weights = case.networks.weights.detach().clone().requires_grad_()
+    ops.networks(*case.arguments(weights=weights)).sum().backward()
+    per_species = weights.grad.reshape(3, -1)
+    assert per_species[0].any()
+    assert per_species[2].any()
+    assert not per_species[1].any()
+    for sizes in ((), (0,), (0, 0)):
+        empty = Case(sizes=sizes)
+        f, w = empty.features.requires_grad_(), empty.networks.weights
+        energies = ops.networks(*empty.arguments(weights=w, sae=SAE))
+        assert torch.equal(energies, torch.zeros(len(sizes), dtype=torch.float64))
+        energies.sum().backward()
+        assert not w.grad.any()
+        assert f.grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_layout_and_mode_do_not_matter(dtype):
+    case = Case(dtype=dtype, n_inputs=8)
+    results = []
+    wider = torch.nn.functional.pad(case.features, (0, 5))[:, :8]  # rows at a stride, numbers of a row together
+    layouts = [lambda x: x, not_contiguous, lambda x: wider if x.dim() == 2 else x, lambda x: x.t().contiguous().t()]
+    for layout in layouts:
+        f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
+        arguments = case.arguments(f, w, SAE)
+        arguments = [
+            layout(a) if isinstance(a, torch.Tensor) and a.dim() <= 2 else a for a in arguments[:5]
+        ] + arguments[5:]
+        if arguments[0] is wider:
+            arguments[0] = f = wider.detach().requires_grad_()
+        energies = ops.networks(*arguments)
+        results.append((energies.detach(), *torch.autograd.grad((energies**2).sum(), (f, w))))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            energies = ops.networks(*case.arguments(weights=case.networks.weights, sae=SAE))
+            assert torch.equal(energies, results[0][0])
+            assert not energies.requires_grad
+
+
+# ---- The order of atoms, batches -----------------------------------------------------------------
+
+
+def test_species_order_is_a_stable_sort():
+    _, species, offsets = ragged([4, 0, 1, 9, 3], 4, 1)
+    rows, owners, starts = ops.species_order(species, offsets, 4)
+    assert torch.equal(rows, torch.argsort(species, stable=True))
+    assert torch.equal(owners, torch.repeat_interleave(torch.arange(5), offsets.diff())[rows])
+    assert torch.equal(starts, torch.tensor([0, *torch.bincount(species, minlength=4).cumsum(0)]))
+    again = ops.species_order(not_contiguous(species), not_contiguous(offsets), 4)
+    assert all(torch.equal(a, b) for a, b in zip(again, (rows, owners, starts), strict=True))
+    assert [t.tolist() for t in ops.species_order(species[:0], offsets[:1], 2)] == [[], [], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
+def test_batches_cover_the_structures_in_their_order(batch_size):
+    _, species, offsets = ragged([4, 0, 1, 9, 3, 5, 2], 3, 2)
+    structures = torch.tensor([6, 0, 3, 1, 5, 2])  # 4 is not part of this epoch
+    batches = ops.plan_batches(species, offsets, structures, batch_size, 3)
+    assert len(batches) == -(-6 // batch_size)
+    assert torch.equal(torch.cat([b.structures for b in batches]), structures)
+    for batch in batches:
+        expected = [
+            (int(species[a]), k, a)
+            for k, s in enumerate(batch.structures.tolist())
+            for a in range(int(offsets[s]), int(offsets[s + 1]))
+        ]
+        expected.sort(key=lambda entry: entry[0])  # stable
+        assert batch.rows.tolist() == [a for _, _, a in expected]
+        assert batch.owners.tolist() == [k for _, k, _ in expected]
+        kinds = [s for s, _, _ in expected]
+        assert batch.starts.tolist() == [0, *itertools.accumulate(kinds.count(s) for s in range(3))]
+
+
+def test_no_structures_give_no_batches():
+    _, species, offsets = ragged([4, 2], 2, 2)
+    assert ops.plan_batches(species, offsets, torch.zeros(0, dtype=torch.int64), 5, 2) == []
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), TOLERANCES)
+def test_batches_add_up_to_the_whole(dtype, rtol, atol):
+    """Energies of the batches are bit for bit those of the whole set; gradients add up to the whole's."""
+    case = Case(dtype=dtype, sizes=(4, 0, 1, 9, 3, 5, 2, 40))
+    case.features.requires_grad_()
+    networks = case.networks
+    whole = networks(case.features, case.species, case.offsets, torch.zeros(3, dtype=torch.float64))
+    slopes = normal(case.n_structures, seed=3)
+    of_whole = torch.autograd.grad((slopes * whole).sum(), (case.features, networks.weights))
+    structures = torch.tensor([5, 7, 0, 3, 2, 6, 1, 4])
+    of_batches = [torch.zeros_like(g) for g in of_whole]
+    for batch in ops.plan_batches(case.species, case.offsets, structures, 3, 3):
+        n = len(batch.structures)
+        energies = networks.energies(case.features, batch.rows, batch.owners, batch.starts, n)
+        assert torch.equal(energies, whole[batch.structures])
+        loss = (slopes[batch.structures] * energies).sum()
+        for total, part in zip(of_batches, torch.autograd.grad(loss, (case.features, networks.weights)), strict=True):
+            total += part
+    for total, part in zip(of_batches, of_whole, strict=True):
+        torch.testing.assert_close(total, part, rtol=rtol, atol=atol)
+
+
+def test_a_structure_twice_in_a_batch_counts_twice():
+    case = Case()
+    case.features.requires_grad_()
+    (batch,) = ops.plan_batches(case.species, case.offsets, torch.tensor([3, 0, 3]), 3, 3)
+    energies = case.networks.energies(case.features, batch.rows, batch.owners, batch.starts, 3)
+    whole = case.networks(case.features, case.species, case.offsets, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(energies, whole[batch.structures])
+    ours = torch.autograd.grad(energies.sum(), (case.features, case.networks.weights))
+    expected = torch.autograd.grad(whole[batch.structures].sum(), (case.features, case.networks.weights))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# ---- The module ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layers", [[6, 4, 1], [[6, 4, 1], [2, 9, 1]]])
+def test_weights_begin_as_those_of_linear_modules(layers, dtype, biases):
+    torch.manual_seed(4)
+    networks = SpeciesNetworks(("C", "H"), 10, layers, ["gaussian", "gaussian", "identity"], biases, dtype)
+    after = torch.rand(1)
+    torch.manual_seed(4)
+    for s, widths in enumerate(layers if isinstance(layers[0], list) else [layers, layers]):
+        inputs = 10
+        for k, outputs in enumerate(widths):
+            linear = torch.nn.Linear(inputs, outputs, bias=biases, dtype=dtype)
+            weight, bias = networks.layer(s, k)
+            assert torch.equal(weight, linear.weight)
+            assert (bias is None and linear.bias is None) or torch.equal(bias, linear.bias)
+            inputs = outputs
+    assert torch.equal(after, torch.rand(1))  # the generator has moved as far
+
+
+def test_layer_is_a_view_of_the_weights():
+    networks = Case().networks
+    with torch.no_grad():
+        for weight, bias in (networks.layer(1, 2), networks.layer(2, 0)):
+            weight.fill_(2.0)
+            bias.fill_(3.0)
+    places = layers_of(networks)
+    assert (places[1][2][0] == 2).all()
+    assert (places[2][0][1] == 3).all()
+    assert int((networks.weights == 2).sum()) == 3 + 35
+    assert int((networks.weights == 3).sum()) == 1 + 5
+
+
+def test_text_of_the_module_names_its_layers():
+    text = repr(Case().networks)
+    assert "(C): Network(" in text
+    assert "(1): Linear(5 -> 3, bias=True), tanh" in text
+    assert "parameters: 186, float64" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float16}, "float64 or float32, not torch.float16"),
+        ({"n_inputs": 0}, "at least one input, not 0"),
+        ({"layers": [[4, 1]]}, "2 elements but layers for 1 of them"),
+        (
+            {"layers": [4, 3, 1]},
+            r"Layers \[4, 3, 1\] need 3 activations, one for each layer, got \['tanh', 'identity'\]",
+        ),
+        ({"layers": [0, 1]}, r"at least one output, got layers \[0, 1\]"),
+        ({"layers": [4, 2]}, r"must have 1 output, got layers \[4, 2\]"),
+        ({"activations": ["tanh", "sigmoid"]}, "Unknown activation 'sigmoid': choose among identity, gaussian"),
+        ({"layers": [], "activations": []}, "at least one output, got layers"),
+    ],
+)
+def test_wrong_architectures_are_explained(change, message):
+    arguments = {"elements": ("C", "H"), "n_inputs": 5, "layers": [4, 1], "activations": ["tanh", "identity"]}
+    with pytest.raises(InputError, match=message):
+        SpeciesNetworks(**{**arguments, **change})
+
+
+# ---- Checks of torch and of arguments ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sizes", [(4, 1, 0, 6), ()])
+def test_opcheck(dtype, sizes):
+    case = Case(dtype=dtype, sizes=sizes)
+    n = case.n_structures
+    check = torch.library.opcheck
+    check(OPS.networks.default, tuple(case.arguments(sae=SAE)))
+    f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
+    check(OPS.networks.default, tuple(case.arguments(f, w, SAE)))
+    for save in (True, False):
+        check(OPS.networks_forward.default, (*case.arguments(sae=SAE), save))
+    energies, saved = OPS.networks_forward(*case.arguments(), True)
+    features, rows, owners, starts, parameters, _, *shape, _ = case.arguments()
+    for wanted in itertools.product((True, False), repeat=2):
+        arguments = (normal(n), features, rows, owners, starts, parameters, saved, *shape, *wanted)
+        check(OPS.networks_backward.default, arguments)
+        # Sources in other layouts give outputs of the shapes and strides that the Meta kernel promises.
+        check(OPS.networks_backward.default, (arguments[0], features.t().contiguous().t(), *arguments[2:]))
+    check(OPS.species_order.default, (case.species, case.offsets, 3))
+    check(OPS.species_order.default, (not_contiguous(case.species), case.offsets, 3))
+    # The shapes of its results depend on the values of its arguments: no fake tensors, hence no tracing.
+    check(
+        OPS.plan_batches.default,
+        (case.species, case.offsets, torch.arange(n), 3, 3),
+        test_utils=("test_schema", "test_autograd_registration"),
+    )
+
+
+def test_inner_ops_do_not_lose_gradients_in_silence():
+    """networks_forward has no derivative of its own: whoever differentiates it must hear so."""
+    case = Case()
+    energies, _ = OPS.networks_forward(*case.arguments(weights=case.networks.weights), True)
+    with pytest.raises(RuntimeError, match="kinml_fast"):
+        energies.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda a: a.half(), "features must be float64 or float32, got Half"),
+        (0, lambda a: a[0], r"features must have shape \[n, D\], got \[7\]"),
+        (0, lambda a: a[:, 1:], "the network of species 0 takes 7 inputs, the features have 6"),
+        (0, lambda a: a.float(), "parameters is Double but features is Float; both must have one dtype"),
+        (0, lambda a: a[:-1], r"rows\[\d+\] = 12 is not a row of the features, which have 12"),
+        (1, lambda a: a.int(), "rows must be a one-dimensional int64 tensor, got Int"),
+        (1, lambda a: a - 1, r"rows\[\d+\] = -1 is not a row of the features, which have 13"),
+        (2, lambda a: a[1:], "rows has 13 atoms, owners has 12"),
+        (2, lambda a: a + 1, r"owners\[\d+\] = 5 is not in \[0, 5\)"),
+        (2, lambda a: a - 1, r"owners\[\d+\] = -1 is not in \[0, 5\)"),
+        (3, lambda a: a + 1, "starts must begin with 0 and end with the number of rows, 13"),
+        (3, lambda a: torch.tensor([0, 9, 4, 13]), "starts must not decrease"),
+        (3, lambda a: a[:-1], "3 layers and 2 species need 8 sizes, got 12"),
+        (3, lambda a: a[:0], "need -4 sizes|starts must|species need"),
+        (4, lambda a: a[1:], "the networks have 186 parameters, got 185"),
+        (4, lambda a: a.view(1, -1), r"parameters must be one flat tensor, got shape \[1, 186\]"),
+        (5, lambda a: SAE.float(), r"sae must be float64 of shape \[3\], got Float of shape \[3\]"),
+        (5, lambda a: SAE[:2], r"sae must be float64 of shape \[3\], got Double of shape \[2\]"),
+        (5, lambda a: SAE.clone().requires_grad_(), "sae has no gradient"),
+        (6, lambda a: a[:-1], "3 layers and 3 species need 12 sizes, got 11"),
+        (6, lambda a: [7, 5, 3, 2] * 3, "the last layer must have one output, that of species 0 has 2"),
+        (7, lambda a: [1, 7, 0], "unknown activation code 7"),
+        (7, lambda a: [], "0 layers and 3 species need"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected_and_what_came(place, change, message):
+    arguments = Case().arguments()
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=f"kinml_fast: .*({message})"):
+        ops.networks(*arguments)
+
+
+def test_wrong_orders_say_what_was_expected_and_what_came():
+    _, species, offsets = ragged([4, 2], 2, 2)
+    structures = torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match=r"species\[\d\] = 1 is not in \[0, 1\)"):
+        ops.species_order(species, offsets, 1)
+    with pytest.raises(RuntimeError, match="n_species must be at least 1, got 0"):
+        ops.species_order(species, offsets, 0)
+    with pytest.raises(RuntimeError, match="species must be a one-dimensional int64 tensor, got Int"):
+        ops.species_order(species.int(), offsets, 2)
+    with pytest.raises(RuntimeError, match="end with the number of atoms, 6"):
+        ops.species_order(species, offsets[:-1], 2)
+    with pytest.raises(RuntimeError, match=r"structures\[1\] = 2 is not in \[0, 2\)"):
+        ops.plan_batches(species, offsets, structures * 2, 2, 2)
+    with pytest.raises(RuntimeError, match=r"structures\[0\] = -1 is not in \[0, 2\)"):
+        ops.plan_batches(species, offsets, structures - 1, 2, 2)
+    with pytest.raises(RuntimeError, match="batch_size must be at least 1, got 0"):
+        ops.plan_batches(species, offsets, structures, 0, 2)
+    with pytest.raises(RuntimeError, match="structures must be a one-dimensional int64 tensor, got Double"):
+        ops.plan_batches(species, offsets, structures.double(), 2, 2)
