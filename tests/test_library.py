@@ -82,9 +82,7 @@ def test_broken_library(monkeypatch, tmp_path):
 def test_library_with_an_unknown_symbol(monkeypatch, tmp_path):
     """What a library says that was compiled against another torch."""
     source = tmp_path / "wrong.cpp"
-    source.write_text(
-        "void not_in_this_torch(); __attribute__((constructor)) static void f() { not_in_this_torch(); }\n"
-    )
+    source.write_text("void not_in_this_torch(); __attribute__((constructor)) void f() { not_in_this_torch(); }\n")
     command = ["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "libkinml_ops.so")]
     subprocess.run(command, check=True, capture_output=True)
     monkeypatch.setattr(_library, "_FOLDER", tmp_path)

@@ -6,6 +6,7 @@ KINML_FULL_TESTS=1 compares the Jacobians of all structures with aevmod, which t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sqlite3
 from io import BytesIO
@@ -99,7 +100,7 @@ def test_a_thousand_random_molecules_match_aevmod(full):
         offsets = torch.tensor([0, *np.cumsum(sizes)])
         descriptor = AEVParameters.aevmod(ELEMENTS[:n_species])
         ours = ops.aev(x, z, offsets, descriptor.packed()).numpy()
-        for (a, b), molecule in zip(zip(offsets[:-1], offsets[1:], strict=True), molecules, strict=True):
+        for (a, b), molecule in zip(itertools.pairwise(offsets), molecules, strict=True):
             np.testing.assert_allclose(ours[a:b], from_aevmod(*molecule, n_species)[0], rtol=0, atol=5e-13)
         for i, (xi, zi) in enumerate(molecules):
             if full or (i >= 40 and len(zi) <= 9 and i % 4 == 0):
@@ -428,9 +429,7 @@ def surroundings(batch: Ragged, centres: list[int], radius: float) -> tuple[Ragg
     sizes = [len(a) for a in atoms]
     index = torch.cat(atoms)
     offsets = torch.tensor([0, *np.cumsum(sizes)])
-    rows = torch.stack(
-        [offsets[s] + torch.nonzero(a == i)[0, 0] for s, (a, i) in enumerate(zip(atoms, centres, strict=True))]
-    )
+    rows = torch.stack([torch.nonzero(a == i)[0, 0] for a, i in zip(atoms, centres, strict=True)]) + offsets[:-1]
     return (x[index], z[index], offsets), index, rows
 
 

@@ -128,7 +128,7 @@ def test_every_activation_matches_the_oracle(activation, biases, dtype, rtol, at
 )
 def test_shapes_match_the_oracle(layers, n_inputs, dtype, rtol, atol):
     depth = len(layers[0]) if isinstance(layers, list) else len(layers)
-    activations = ["gaussian", "silu", "tanh", "celu", "gelu"][: depth - 1] + ["identity"]
+    activations = [*["gaussian", "silu", "tanh", "celu", "gelu"][: depth - 1], "identity"]
     case = Case(layers, activations, True, dtype, n_inputs, sizes=(4, 1, 0, 30, 2, 61))
     compare_gradients(case, rtol * 10, atol * 10)
 
@@ -235,18 +235,15 @@ def test_missing_species_and_empty_batches():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_layout_and_mode_do_not_matter(dtype):
     case = Case(dtype=dtype, n_inputs=8)
+
+    def row_stride(x: torch.Tensor) -> torch.Tensor:  # the numbers of a row stand together, the rows do not
+        return torch.nn.functional.pad(x, (0, 5))[:, : x.shape[1]] if x.dim() == 2 else x
+
     results = []
-    wider = torch.nn.functional.pad(case.features, (0, 5))[:, :8]  # rows at a stride, numbers of a row together
-    layouts = [lambda x: x, not_contiguous, lambda x: wider if x.dim() == 2 else x, lambda x: x.t().contiguous().t()]
-    for layout in layouts:
-        f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
-        arguments = case.arguments(f, w, SAE)
-        arguments = [
-            layout(a) if isinstance(a, torch.Tensor) and a.dim() <= 2 else a for a in arguments[:5]
-        ] + arguments[5:]
-        if arguments[0] is wider:
-            arguments[0] = f = wider.detach().requires_grad_()
-        energies = ops.networks(*arguments)
+    for layout in (torch.clone, not_contiguous, row_stride, lambda x: x.t().contiguous().t()):
+        tensors = [layout(a.detach()) for a in case.arguments()[:5]]
+        f, w = tensors[0].requires_grad_(), tensors[4].requires_grad_()
+        energies = ops.networks(*tensors, SAE, *case.arguments()[6:])
         results.append((energies.detach(), *torch.autograd.grad((energies**2).sum(), (f, w))))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
@@ -409,7 +406,7 @@ def test_opcheck(dtype, sizes):
     check(OPS.networks.default, tuple(case.arguments(f, w, SAE)))
     for save in (True, False):
         check(OPS.networks_forward.default, (*case.arguments(sae=SAE), save))
-    energies, saved = OPS.networks_forward(*case.arguments(), True)
+    _, saved = OPS.networks_forward(*case.arguments(), True)
     features, rows, owners, starts, parameters, _, *shape, _ = case.arguments()
     for wanted in itertools.product((True, False), repeat=2):
         arguments = (normal(n), features, rows, owners, starts, parameters, saved, *shape, *wanted)
