@@ -133,8 +133,8 @@ struct Batch {
 
   // Atoms at random in a box, none closer than `closest` to another, and none so near to a cutoff
   // that a finite difference would cross it.
-  void add_random(Index n, Index n_species, double lx, double ly, double lz,
-                  const AevParameters& p, double closest = 0.7) {
+  void add_random(Index n, Index n_species, double lx, double ly, double lz, const AevParameters& p,
+                  double closest = 0.7) {
     const std::size_t first = coordinates.size();
     for (Index i = 0; i < n; ++i) {
       for (int attempt = 0;; ++attempt) {
@@ -210,8 +210,8 @@ std::vector<Real> reference(const AevParameters& p, const std::vector<Real>& x,
       if (r > p.radial_cutoff) continue;
       for (Index l = 0; l < n_radial; ++l) {
         const Real shift = r - p.radial_shifts[l];
-        a[species[j] * n_radial + l] += p.radial_factor * std::exp(-p.radial_eta * shift * shift) *
-                                        cutoff(r, p.radial_cutoff);
+        a[species[j] * n_radial + l] +=
+            p.radial_factor * std::exp(-p.radial_eta * shift * shift) * cutoff(r, p.radial_cutoff);
       }
     }
     for (std::size_t u = 0; u < near.size(); ++u)
@@ -677,7 +677,8 @@ void test_collinear() {
     for (const double x : {0.0, 1.0, 2.25, -1.5, 3.0}) batch.add_atom(x, 0, 0, x > 1.5);
     batch.finish_structure();
     check_degenerate<T>(p, batch, kFloor<T>);
-    // In a slanted line cos(angle) is 1 but for rounding: sin(theta) is uncertain by the root of it.
+    // In a slanted line cos(angle) is 1 but for rounding: sin(theta) is uncertain by the root of
+    // it.
     Batch slanted;
     for (const double x : {0.0, 1.0, 2.25, -1.5, 3.0}) slanted.add_atom(x, 0.5 * x, -0.25 * x, 0);
     slanted.finish_structure();

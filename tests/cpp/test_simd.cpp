@@ -101,7 +101,8 @@ void check_ulps(const char* name, const Function& f, const Exact& exact,
   T where = points[0];
   for (std::size_t i = 0; i < points.size(); ++i) {
     const Real expected = exact(static_cast<Real>(points[i]));
-    const Real error = std::fabs(results[i] - expected) / ulp<T>(std::max(std::fabs(expected), floor));
+    const Real error =
+        std::fabs(results[i] - expected) / ulp<T>(std::max(std::fabs(expected), floor));
     if (!(error <= worst)) worst = error, where = points[i];
   }
   check::section(name);
@@ -286,11 +287,12 @@ void test_sine_cosine() {
   const auto cosine = [](V x) { return kinml::sine_cosine_series<T>(x).cosine; };
   const double half_pi = 1.5707963267948966;
   // To 1.5 units in the last place of 1, and with the sine's relative precision near 0.
-  check_ulps<T, W>("sin", sine, [](Real x) { return std::sin(x); },
-                   grid<T>(-half_pi, half_pi, 60000), 1.5L, 1);
+  check_ulps<T, W>(
+      "sin", sine, [](Real x) { return std::sin(x); }, grid<T>(-half_pi, half_pi, 60000), 1.5L, 1);
   check_ulps<T, W>("sin", sine, [](Real x) { return std::sin(x); }, grid<T>(-0.1, 0.1, 20000), 2);
-  check_ulps<T, W>("cos", cosine, [](Real x) { return std::cos(x); },
-                   grid<T>(-half_pi, half_pi, 60000), 1.5L, 1);
+  check_ulps<T, W>(
+      "cos", cosine, [](Real x) { return std::cos(x); }, grid<T>(-half_pi, half_pi, 60000), 1.5L,
+      1);
   check::section("sin and cos, special values");
   check_special<T, W>(sine, T(0), is_zero_like(T(0)));
   check_special<T, W>(sine, T(-0.0), is_zero_like(T(-0.0)));
@@ -311,12 +313,13 @@ void test_sine_cosine() {
     return kinml::cutoff_function(r, V(T(1) / radius), V(T(3.14159265358979323846)), V(T(0.5)));
   };
   const Real pi = 3.14159265358979323846264338327950288L, rc = radius;
-  check_ulps<T, W>("fc", [=](V r) { return fc(r).value; },
-                   [=](Real r) { return 0.5L + std::cos(pi * r / rc) / 2; },
-                   grid<T>(0, radius, 40000), 4, 0.5L);
-  check_ulps<T, W>("dfc/dr", [=](V r) { return fc(r).slope; },
-                   [=](Real r) { return -pi / (2 * rc) * std::sin(pi * r / rc); },
-                   grid<T>(0, radius, 40000), 6, 0.25L);
+  check_ulps<T, W>(
+      "fc", [=](V r) { return fc(r).value; },
+      [=](Real r) { return 0.5L + std::cos(pi * r / rc) / 2; }, grid<T>(0, radius, 40000), 4, 0.5L);
+  check_ulps<T, W>(
+      "dfc/dr", [=](V r) { return fc(r).slope; },
+      [=](Real r) { return -pi / (2 * rc) * std::sin(pi * r / rc); }, grid<T>(0, radius, 40000), 6,
+      0.25L);
   CHECK(fc(V(T(0))).value[0] == 1);
   CHECK_CLOSE(fc(V(radius)).value[0], 0, 0, std::numeric_limits<T>::epsilon());
 }
@@ -325,9 +328,9 @@ template <class T, int W>
 void test_integer_power() {
   using V = Vec<T, W>;
   for (const int n : {0, 1, 2, 3, 7, 8, 13, 31, 32})
-    check_ulps<T, W>("power", [=](V x) { return kinml::integer_power(x, V(T(1)), n); },
-                     [=](Real x) { return std::pow(x, static_cast<Real>(n)); },
-                     grid<T>(0.3, 1, 5000), n + 1);
+    check_ulps<T, W>(
+        "power", [=](V x) { return kinml::integer_power(x, V(T(1)), n); },
+        [=](Real x) { return std::pow(x, static_cast<Real>(n)); }, grid<T>(0.3, 1, 5000), n + 1);
 }
 
 // Dual numbers: derivatives of the same functions, against the formulas.

@@ -1,0 +1,135 @@
+"""The C++ side: CMake's build, its tests without torch, and the programs of docs/cpp.md."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="needs cmake and a C++ compiler",
+)
+
+
+def run(*command: str | Path, **options) -> str:
+    """Return what a command prints; a failure shows it."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
+    return done.stdout
+
+
+def page_block(language: str, number: int) -> str:
+    """Return the number-th fenced block of a language in docs/cpp.md."""
+    page = (ROOT / "docs" / "cpp.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[number]
+
+
+def build_program(folder: Path, name: str, number: int, *options: str) -> Path:
+    """Build the number-th program of docs/cpp.md with the CMakeLists.txt beside it; return it."""
+    folder.mkdir()
+    (folder / f"{name}.cpp").write_text(page_block("cpp", number))
+    (folder / "CMakeLists.txt").write_text(page_block("cmake", number))
+    run("cmake", "-S", folder, "-B", folder / "build", *options)
+    run("cmake", "--build", folder / "build")
+    return folder / "build" / name
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory) -> Path:
+    """Build everything that needs no torch."""
+    folder = tmp_path_factory.mktemp("cmake")
+    run("cmake", "-S", ROOT, "-B", folder, "-DKINML_WITH_TORCH=OFF", "-DKINML_BUILD_TESTS=ON")
+    run("cmake", "--build", folder, "--parallel", JOBS)
+    return folder
+
+
+def test_ctest(build):
+    listed = run("ctest", "--test-dir", build, "--show-only")
+    for name in ("aev", "networks", "simd"):
+        assert f"{name}.baseline" in listed
+    assert "symbols.kernels" in listed
+    report = run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
+    assert "100% tests passed" in report
+    # The processor's own instruction set was tested.
+    assert re.search(r"aev\.\w+ \.+ +Passed", report)
+
+
+def test_program_without_torch(build, tmp_path):
+    run("cmake", "--install", build, "--prefix", tmp_path / "install")
+    program = build_program(tmp_path / "water", "water", 1, f"-DCMAKE_PREFIX_PATH={tmp_path / 'install'}")
+    printed = run(program)
+    # The oxygen's first number by hand: two hydrogen atoms at the same distance.
+    r = math.hypot(0.76, 0.59)
+    first = 2 * math.exp(-4 * (r - 0.8) ** 2) * (math.cos(math.pi * r / 5.2) / 2 + 0.5)
+    assert printed.startswith(f"24 numbers an atom, a[0] = {first:.6f}, z of the oxygen = ")
+    assert math.isfinite(float(printed.split()[-1]))
+
+
+def test_missing_component(build, tmp_path):
+    run("cmake", "--install", build, "--prefix", tmp_path / "install")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.21)\nproject(p LANGUAGES CXX)\n"
+        "find_package(kinml_fast REQUIRED COMPONENTS kinml_ops)\n"
+    )
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={tmp_path / 'install'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "this installation has no kinml_ops" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("-DKINML_CUDA=ON", "has no CUDA kernels yet"),
+        ("-DKINML_CUDA=perhaps", "KINML_CUDA must be auto, OFF or ON, not 'perhaps'"),
+        ("-DKINML_SANITIZE=memory", "must be address,undefined or thread, not 'memory'"),
+    ],
+)
+def test_bad_options(tmp_path, option, message):
+    if option == "-DKINML_CUDA=ON" and list((ROOT / "csrc" / "cuda").glob("*.cu")):
+        pytest.skip("there are CUDA kernels")
+    done = subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, option], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
+
+
+def test_scripted_model_in_cpp(tmp_path):
+    import torch
+
+    from kinml_fast._library import library_path
+    from kinml_fast.nn import AEVParameters, EnergyModel
+
+    torch.manual_seed(0)
+    model = EnergyModel(AEVParameters.aevmod(("C", "H")))
+    model.sae.copy_(torch.tensor([-1035.0, -16.0]))
+    torch.jit.script(model).save(tmp_path / "model.ts")
+    program = build_program(tmp_path / "predict", "predict", 0, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
+    printed = [float(word) for word in run(program, tmp_path / "model.ts", library_path()).split()]
+
+    coordinates = torch.tensor([[0, 0, 0.6], [0, 0, -0.6], [0, 0.1, 1.7], [0, 0, -1.7]], dtype=torch.float64)
+    coordinates.requires_grad_()
+    energies = model(coordinates, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 4]))
+    forces = -torch.autograd.grad(energies.sum(), coordinates)[0]
+    assert printed[0] == pytest.approx(energies.item(), rel=1e-14)
+    assert printed[1:] == pytest.approx(forces.flatten().tolist(), rel=1e-10, abs=1e-13)
+
+    # Without the library: an error that names the op, no crash.
+    done = subprocess.run([program, tmp_path / "model.ts"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "kinml_fast::aev" in done.stderr
+
+
+def test_library_symbols():
+    from kinml_fast._library import library_path
+
+    script = ROOT / "tests" / "cpp" / "test_symbols.sh"
+    assert run("sh", script, "library", library_path()).endswith(" 0 failed\n")
