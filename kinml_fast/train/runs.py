@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kinml_fast.data import prepared, splits
@@ -47,6 +49,7 @@ def start(config: Config, *, overwrite: bool = False, progress: Progress | None 
         data = prepare(config)
         model = make_model(config, data.structures.elements)
         log.info("%s", model)
+    _seed_others(config)
     return Trainer(model, data, config.training, folder.path, progress=progress).fit()
 
 
@@ -79,6 +82,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
         copy = _prepared_path(config, folder)
         data = prepared.load(copy) if folder.last.exists() and copy.exists() else prepare(config)
         model = make_model(config, data.structures.elements)
+    _seed_others(config)
     trainer = Trainer(model, data, config.training, folder.path, resume=True, progress=progress)
     configuration.save(config, folder.config)
     return trainer.fit()
@@ -112,6 +116,12 @@ def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
         biases=network.biases,
         dtype=getattr(torch, config.training.dtype),
     )
+
+
+def _seed_others(config: Config) -> None:
+    """Seed the generators that training does not use but whose states it keeps, so that equal runs are wholly equal."""
+    random.seed(config.training.seed)
+    np.random.seed(config.training.seed % 2**32)  # noqa: NPY002
 
 
 def _prepared_path(config: Config, folder: RunFolder) -> Path:
