@@ -88,9 +88,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(options: argparse.Namespace) -> None:
+    import platform
+
+    import numpy as np
+    import torch
+
+    from kinml_fast import __version__
     from kinml_fast._library import build_info
 
-    info = build_info()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    info = {
+        "kinml_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": str(torch.get_num_threads()),
+        "GPU": ", ".join(gpus) or "none",
+    } | {f"compiled: {name}": value for name, value in build_info().items() if name != "version"}
     width = max(map(len, info))
     sys.stdout.writelines(f"{name:<{width}}  {value}\n" for name, value in info.items())
 

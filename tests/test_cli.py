@@ -13,9 +13,10 @@ import time
 
 import ase.io
 import pytest
+import torch
 from training_helpers import rows, write_config
 
-from kinml_fast import _library
+from kinml_fast import __version__, _library
 from kinml_fast.cli import main
 from kinml_fast.deploy import model_file
 
@@ -43,8 +44,11 @@ def complaint(capsys, *arguments):
 def test_info(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for name, value in _library.build_info().items():
-        assert re.search(rf"^{re.escape(name)} +{re.escape(value)}$", text, re.MULTILINE)
+    expected = {"kinml_fast": __version__, "torch": torch.__version__, "threads": str(torch.get_num_threads())}
+    for name, value in expected.items():
+        assert re.search(rf"^{name} +{re.escape(value)}$", text, re.MULTILINE)
+    for value in _library.build_info().values():
+        assert value in text
 
 
 def test_from_data_to_predictions(tmp_path, capsys):

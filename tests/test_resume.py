@@ -21,7 +21,7 @@ OPTIONS = (
 )
 KILLS = int(os.environ.get("KINML_KILLS", "3"))
 """How often the run is killed."""
-EPOCHS = 70 * KILLS
+EPOCHS = 200 * KILLS
 
 
 def train(*arguments: object) -> subprocess.Popen:
@@ -59,7 +59,7 @@ def test_killed_at_random_moments(tmp_path):
             before = written(last)
             while process.poll() is None and written(last) == before:
                 time.sleep(0.005)
-        time.sleep(generator.uniform(0, 0.3))
+        time.sleep(generator.uniform(0, 0.2))
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)

@@ -512,10 +512,19 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 
 def test_resuming_without_a_checkpoint_starts(tmp_path):
     fitted(settings(), tmp_path / "whole")
+    fitted(settings(), tmp_path / "never", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "never")
     trainer = Trainer(model(), training_data(), settings(), tmp_path / "cut")
     assert not trainer.folder.last.exists()
     fitted(settings(), tmp_path / "cut", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_lost_checkpoint_is_not_replaced_by_a_new_start(tmp_path):
+    fitted(settings(save_every=2), tmp_path / "run")
+    (tmp_path / "run/checkpoints/last.pt").unlink()
+    with pytest.raises(InputError, match=r"last\.pt: is missing: put another checkpoint"):
+        fitted(settings(save_every=2), tmp_path / "run", resume=True)
 
 
 def test_random_generators_are_restored(tmp_path):

@@ -58,6 +58,16 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             for path in (self.checkpoints, self.report):
                 shutil.rmtree(path, ignore_errors=True)
+        self.make()
+
+    def make(self) -> None:
+        """Make the folder and that of the checkpoints if they are not there.
+
+        Raises
+        ------
+        InputError
+            They cannot be made.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -75,7 +75,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
     if "data" not in values:
         raise InputError(f"{folder}: was started from Python: resume it there, with Trainer(…, resume=True)")
     config = configuration.with_overrides(values, overrides, str(folder.config))
-    folder.checkpoints.mkdir(exist_ok=True)
+    folder.make()
     folder.sweep()
     with folder.logged():
         # The run's own copy of the data, so that it goes on from any working folder.

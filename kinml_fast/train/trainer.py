@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import math
 import signal
@@ -290,15 +291,16 @@ class Trainer:
         targets = self._targets[order]
         energies_of = self.model.networks.energies
         clip = self.config.gradient_clip
-        end = min(self._batch * self.config.batch_size, len(targets))
-        for batch in batches[self._batch :]:
-            begin, end = end, end + len(batch.structures)
-            energies = energies_of(self._features, batch.rows, batch.owners, batch.starts, end - begin)
+        parts = zip(
+            batches, targets.split(self.config.batch_size), self._residuals.split(self.config.batch_size), strict=True
+        )
+        for batch, wanted, residuals in itertools.islice(parts, self._batch, None):
+            size = wanted.numel()
+            energies = energies_of(self._features, batch.rows, batch.owners, batch.starts, size)
             # The residuals stay on the device: nothing waits for them before the epoch ends. Their multiple is the
             # gradient of the mean of their squares.
-            residuals = self._residuals[begin:end]
-            torch.sub(energies.detach(), targets[begin:end], out=residuals)
-            energies.backward(residuals * (2 / (end - begin)))
+            torch.sub(energies.detach(), wanted, out=residuals)
+            energies.backward(residuals * (2 / size))
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(self._parameters, clip)
             self._optimizer.step()
@@ -421,6 +423,9 @@ class Trainer:
             return
         if not resume:
             folder.create(overwrite)
+        elif any(folder.checkpoints.glob("*.pt")):
+            raise InputError(f"{folder.last}: is missing: put another checkpoint of this run there, or start a new run")
+        folder.make()
         if not folder.config.exists():
             save_yaml(folder.config, {"training": self.config.model_dump()})
         self._table = MetricsTable(folder.path)
