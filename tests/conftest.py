@@ -22,6 +22,14 @@ def full() -> bool:
 
 
 @pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """New tensors of torch are full of NaN instead of anything: what an op forgets to write shows."""
+    torch.use_deterministic_algorithms(True)  # with which comes torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def any_threads() -> Iterator[None]:
     """The test sets the number of threads; afterwards it is what it was."""
     before = torch.get_num_threads()

@@ -90,6 +90,13 @@ def test_same_bits_for_any_number_of_threads(threads, one_thread, any_threads):
     assert all(torch.isfinite(tensor).all() for tensor in results.values())
 
 
+def test_no_result_depends_on_what_was_in_memory(one_thread, nan_memory):
+    dtype, expected = one_thread
+    assert torch.empty(3).isnan().all()
+    results = results_of_all_ops(dtype)
+    assert not [name for name, tensor in results.items() if not torch.equal(tensor, expected[name])]
+
+
 def test_same_bits_from_several_threads_at_a_time(one_thread):
     """Ops that run at the same time do not share scratch memory."""
     dtype, expected = one_thread

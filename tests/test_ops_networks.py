@@ -404,8 +404,10 @@ def test_opcheck(dtype, sizes):
     check(OPS.networks.default, tuple(case.arguments(sae=SAE)))
     f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
     check(OPS.networks.default, tuple(case.arguments(f, w, SAE)))
-    for save in (True, False):
-        check(OPS.networks_forward.default, (*case.arguments(sae=SAE), save))
+    check(OPS.networks_forward.default, (*case.arguments(sae=SAE), False))
+    # `saved` has columns between those of its layers that are never written: two calls cannot be compared.
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    check(OPS.networks_forward.default, (*case.arguments(sae=SAE), True), test_utils=utilities)
     _, saved = OPS.networks_forward(*case.arguments(), True)
     features, rows, owners, starts, parameters, _, *shape, _ = case.arguments()
     for wanted in itertools.product((True, False), repeat=2):
