@@ -558,7 +558,8 @@ from kinml_fast import ops
 from kinml_fast.nn import AEVParameters
 descriptor = AEVParameters.aevmod(("C", "H"), n_radial=3, n_angular=2, n_sections=2)
 n = {n_atoms}
-good = torch.arange(3 * n, dtype=torch.float64).reshape(n, 3) % 7
+places = torch.arange(9, dtype=torch.float64)
+good = 1.9 * torch.cartesian_prod(places, places, places)[:n]
 z, o = torch.zeros(2 * n, dtype=torch.int64), torch.tensor([0, n, 2 * n])
 expected = ops.aev(good, z[:n], o[:2], descriptor.packed())
 for place in (slice(0, 1), slice(n - 1, n), slice(0, n)):
