@@ -42,7 +42,7 @@ def test_kinml_fast(benchmark, c5h5, dtype):
     describe(benchmark, c5h5, "kinml_fast", dtype)
     model = EnergyModel(AEVParameters.aevmod(("C", "H")), biases=False, dtype=getattr(torch, dtype))
     order = np.arange(len(c5h5))
-    data = TrainingData(c5h5, Split(order, order[:48], order[:0]), np.full(2, c5h5.energies.mean() / 10))
+    data = TrainingData(c5h5, Split(order[:-48], order[-48:], order[:0]), np.full(2, c5h5.energies.mean() / 10))
     trainer = Trainer(model, data, TrainingConfig(batch_size=50, dtype=dtype))
     trainer.prepare()
     benchmark.pedantic(trainer.train_epoch, rounds=60, warmup_rounds=10)

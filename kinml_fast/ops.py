@@ -85,6 +85,30 @@ def networks(
     )
 
 
+def adam_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    largest: Tensor | None,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: int,
+) -> None:
+    """One step of Adam (Kingma, Ba, arXiv 1412.6980) or, if ``decoupled``, AdamW (arXiv 1711.05101), in place.
+
+    ``parameter``, ``mean``, ``square`` and, with AMSGrad, ``largest`` have one shape and are contiguous. ``step`` counts
+    from 1. Under ``torch.no_grad``.
+    """
+    _OPS.adam_step(
+        parameter, gradient, mean, square, largest, learning_rate, beta1, beta2, eps, weight_decay, decoupled, step
+    )
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some structures, their atoms sorted by species."""

@@ -12,10 +12,8 @@ namespace {
 
 std::map<std::string, std::string> build_info() {
   return {
-      {"version", KINML_VERSION},
-      {"torch", KINML_TORCH_VERSION},
-      {"compiler", KINML_COMPILER},
-      {"instruction sets", KINML_ISAS},
+      {"version", KINML_VERSION},   {"torch", KINML_TORCH_VERSION},
+      {"compiler", KINML_COMPILER}, {"instruction sets", KINML_ISAS},
       {"cuda", KINML_CUDA},
   };
 }

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "../cpu/adam_cpu.h"
 #include "../cpu/aev_cpu.h"
 #include "../cpu/networks_cpu.h"
 #include "checks.h"
@@ -347,6 +348,32 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const 
   return {grad_features, grad_parameters};
 }
 
+void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor square,
+               const std::optional<Tensor>& largest, double learning_rate, double beta1,
+               double beta2, double eps, double weight_decay, bool decoupled, int64_t step) {
+  check_floating(parameter, "parameter");
+  TORCH_CHECK(step >= 1, "kinml_fast: step counts from 1, got ", step);
+  const auto check = [&](const Tensor& t, const char* name) {
+    check_same_type(t, name, parameter, "parameter");
+    TORCH_CHECK(t.sizes() == parameter.sizes() && t.is_contiguous(), "kinml_fast: ", name,
+                " must be contiguous and have the shape of parameter, ", parameter.sizes(),
+                ", got ", t.sizes());
+  };
+  check(parameter, "parameter");
+  check(mean, "mean");
+  check(square, "square");
+  if (largest.has_value()) check(*largest, "largest");
+  const Tensor g = gradient.contiguous();
+  check(g, "gradient");
+  with_type(parameter, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::adam_step<T>({learning_rate, beta1, beta2, eps, weight_decay, decoupled, step},
+                      parameter.numel(), parameter.mutable_data_ptr<T>(), g.const_data_ptr<T>(),
+                      mean.mutable_data_ptr<T>(), square.mutable_data_ptr<T>(),
+                      largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr, threads());
+  });
+}
+
 // ---- Shapes ------------------------------------------------------------------------------------
 
 Tensor aev_meta(const Tensor& coordinates, const Tensor&, const Tensor&,
@@ -403,6 +430,9 @@ std::tuple<Tensor, Tensor> networks_backward_meta(const Tensor&, const Tensor& f
           of_parameters ? at::empty_like(parameters) : at::empty({0}, features.options())};
 }
 
+void adam_step_meta(Tensor, const Tensor&, Tensor, Tensor, const std::optional<Tensor>&, double,
+                    double, double, double, double, bool, int64_t) {}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
@@ -416,6 +446,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
   m.impl("networks", networks);
   m.impl("networks_forward", networks_forward);
   m.impl("networks_backward", networks_backward);
+  m.impl("adam_step", adam_step);
 }
 
 TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
@@ -428,6 +459,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("networks", networks_meta);
   m.impl("networks_forward", networks_forward_meta);
   m.impl("networks_backward", networks_backward_meta);
+  m.impl("adam_step", adam_step_meta);
 }
 
 }  // namespace kinml::ops

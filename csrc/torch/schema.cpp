@@ -59,4 +59,11 @@ TORCH_LIBRARY(kinml_fast, m) {
       "Tensor starts, Tensor parameters, Tensor saved, int[] sizes, int[] activations, "
       "bool biases, bool of_features, bool of_parameters) -> "
       "(Tensor grad_features, Tensor grad_parameters)");
+
+  // One step of Adam or AdamW (csrc/cpu/adam_cpu.h) on a flat parameter, in place; largest for
+  // amsgrad. No autograd.
+  m.def(
+      "adam_step(Tensor(a!) parameter, Tensor gradient, Tensor(b!) mean, Tensor(c!) square, "
+      "Tensor(d!)? largest, float learning_rate, float beta1, float beta2, float eps, "
+      "float weight_decay, bool decoupled, int step) -> ()");
 }

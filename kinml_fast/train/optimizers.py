@@ -1,4 +1,4 @@
-"""Optimizers: torch's fused kernels with little Python in between, and the moving average of the weights."""
+"""Optimizers with little Python in a step, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -8,47 +8,46 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from kinml_fast import ops
 from kinml_fast.train.config import OptimizerConfig
 
 
 class FusedAdam(torch.optim.Adam):
-    """torch.optim.Adam and AdamW whose step calls torch's fused kernel directly.
+    """torch.optim.Adam and AdamW with the step in one op.
 
-    Same numbers and same state_dict as `torch.optim.Adam(fused=True)`. The general step of torch (grouping by device
-    and type, lists, profiler hook) costs half as much as the arithmetic when all parameters are one small flat tensor.
+    Same update and same state_dict as torch's; the general step of torch (grouping by device and type, lists, profiler
+    hook) costs more than the arithmetic when all parameters are one small flat tensor.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update the parameters from their gradients."""
         if closure is not None:
-            raise NotImplementedError("FusedAdam takes no closure: compute the gradients before step()")
+            raise ValueError("FusedAdam takes no closure: compute the gradients before step()")
         for group in self.param_groups:
-            kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["step"] = torch.zeros((), dtype=torch.float32)
                     for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
                         state[name] = torch.zeros_like(parameter)
-                state["step"].add_(1)
-                kernel(
-                    [parameter],
-                    [parameter.grad],
-                    [state["exp_avg"]],
-                    [state["exp_avg_sq"]],
-                    [state["max_exp_avg_sq"]] if group["amsgrad"] else [],
-                    [state["step"]],
-                    lr=group["lr"],
-                    beta1=beta1,
-                    beta2=beta2,
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    amsgrad=group["amsgrad"],
-                    maximize=False,
+                state["step"] += 1
+                ops.adam_step(
+                    parameter,
+                    parameter.grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state["max_exp_avg_sq"] if group["amsgrad"] else None,
+                    group["lr"],
+                    beta1,
+                    beta2,
+                    group["eps"],
+                    group["weight_decay"],
+                    group["decoupled_weight_decay"],
+                    int(state["step"]),
                 )
 
     # torch wraps `step` in a profiler hook (10 µs a call) unless it finds this mark.
