@@ -1,8 +1,8 @@
 """Makes the tables of benchmarks/README.md and README.md from the JSON of a run.
 
-    pytest benchmarks --benchmark-json=run.json
-    python benchmarks/report.py run.json          # keeps a trimmed copy in benchmarks/results and rewrites the tables
-    python benchmarks/report.py --check           # exit code 1 if the tables differ from the newest kept run
+pytest benchmarks --benchmark-json=run.json
+python benchmarks/report.py run.json          # keeps a trimmed copy in benchmarks/results and rewrites the tables
+python benchmarks/report.py --check           # exit code 1 if the tables differ from the newest kept run
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ KEPT = ("min", "median", "mean", "stddev", "max", "rounds")
 
 def trim(run: dict) -> dict:
     """The run without raw timings and without what names the machine's owner."""
-    machine = {key: run["machine_info"].get(key) for key in ("python_version", "system", "machine", "cpu", "kinml_fast")}
+    machine = {
+        key: run["machine_info"].get(key) for key in ("python_version", "system", "machine", "cpu", "kinml_fast")
+    }
     cpu = machine["cpu"] or {}
     machine["cpu"] = {key: cpu.get(key) for key in ("brand_raw", "count", "arch", "l2_cache_size")}
     benchmarks = [

@@ -45,7 +45,9 @@ def flow(axes: plt.Axes) -> None:
         arrow(axes, 7.6, y, 8.3, 0)
     box(axes, 8.4, 0, "energy = Σ atoms\nforces = −dE/dx", 1.9)
     arrow(axes, 2.3, 0, 3.0, 0)
-    axes.text(5.3, -2.35, "blue: fused C++ ops, differentiable, no stored Jacobians", ha="center", fontsize=8, color=BLUE)
+    axes.text(
+        5.3, -2.35, "blue: fused C++ ops, differentiable, no stored Jacobians", ha="center", fontsize=8, color=BLUE
+    )
 
 
 def parity(axes: plt.Axes, run: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_REMEDY = "Reinstall it against this torch: pip install --no-build-isolation --force-reinstall --no-deps <kinml_fast folder>"
+_REMEDY = (
+    "Reinstall it against this torch: pip install --no-build-isolation --force-reinstall --no-deps <kinml_fast folder>"
+)
 
 
 def _load() -> None:
@@ -27,7 +29,8 @@ def _load() -> None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        raise ImportError(f"kinml_fast's ops library does not load ({str(error).splitlines()[0]}). {_REMEDY}") from error
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ImportError(f"kinml_fast's ops library does not load ({reason}). {_REMEDY}") from error
 
 
 def library_path() -> Path:

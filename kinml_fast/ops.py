@@ -80,9 +80,7 @@ def networks(
     ``features`` [*, D] are read through ``rows``, so a batch needs no copy. ``parameters`` is one flat tensor: species
     after species, layer after layer, W [out, in] row-major, then b [out]. ``sizes`` [S * (n_layers + 1)].
     """
-    return _OPS.networks(
-        features, rows, owners, starts, parameters, sae, sizes, activations, biases, n_structures
-    )
+    return _OPS.networks(features, rows, owners, starts, parameters, sae, sizes, activations, biases, n_structures)
 
 
 def adam_step(
@@ -127,9 +125,13 @@ def plan_batches(species: Tensor, offsets: Tensor, structures: Tensor, batch_siz
     """Cut ``structures`` (indices, in the order of an epoch) into batches with their atoms sorted by species."""
     rows, owners, starts, firsts = _OPS.plan_batches(species, offsets, structures, batch_size, n_species)
     lengths = firsts.diff().tolist()
-    return [
-        Batch(*parts)
-        for parts in zip(
-            structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True
-        )
-    ] if lengths else []
+    return (
+        [
+            Batch(*parts)
+            for parts in zip(
+                structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True
+            )
+        ]
+        if lengths
+        else []
+    )

@@ -94,7 +94,8 @@ class CellGrid {
         low[d] = lo;
         // The bound keeps the grid small when atoms are far apart.
         const double cells = std::floor((hi - lo) / cell_size);
-        dims_[d] = static_cast<int>(std::clamp(cells, 1.0, std::cbrt(8.0 * n) + 1));
+        // Coordinates that are not finite give one cell.
+        dims_[d] = cells >= 1 ? static_cast<int>(std::min(cells, std::cbrt(8.0 * n) + 1)) : 1;
         inverse_[d] = hi > lo ? dims_[d] / (hi - lo) : 0.0;
       }
     }
@@ -107,8 +108,8 @@ class CellGrid {
       for (int d = 0; d < 3; ++d) {
         std::int64_t c = 0;
         if (dims_[d] > 1) {
-          c = static_cast<std::int64_t>((x[3 * i + d] - low[d]) * inverse_[d]);
-          c = std::clamp<std::int64_t>(c, 0, dims_[d] - 1);
+          const double place = (x[3 * i + d] - low[d]) * inverse_[d];
+          c = place >= 1 ? static_cast<std::int64_t>(std::min(place, dims_[d] - 1.0)) : 0;
         }
         cell = cell * dims_[d] + c;
       }

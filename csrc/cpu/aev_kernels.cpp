@@ -314,6 +314,9 @@ class Centre {
   {
     const std::int64_t length = layout_.length();
     for (std::int64_t i = 0; i < length * columns; ++i) out[i] = T(0);
+    unit_direction_ = 0;
+    unit_atom_ = centre;
+    find_neighbours(centre);  // how many there are
     const std::int32_t n = nb_.species_start[t_.n_species];
     for (std::int32_t q = -1; q < n; ++q) {  // -1: the centre itself
       for (int d = 0; d < 3; ++d) {

@@ -165,6 +165,22 @@ struct Networks : Function<Networks> {
   }
 };
 
+struct NetworksForward : Function<NetworksForward> {
+  static variable_list forward(AutogradContext*, T features, T rows, T owners, T starts,
+                               T parameters, const std::optional<Tensor>& sae, Ints sizes,
+                               Ints activations, bool biases, const c10::SymInt& n_structures,
+                               bool save) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<ForwardOp> op("kinml_fast::networks_forward");
+    auto [energies, saved] = op(features, rows, owners, starts, parameters, sae, sizes, activations,
+                                biases, n_structures, save);
+    return {energies, saved};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "kinml_fast: networks_forward has no derivative; differentiate networks");
+  }
+};
+
 struct NetworksBackward : Function<NetworksBackward> {
   static variable_list forward(AutogradContext*, T g, T features, T rows, T owners, T starts,
                                T parameters, T saved, Ints sizes, Ints activations, bool biases,
@@ -212,6 +228,15 @@ Tensor networks(T features, T rows, T owners, T starts, T parameters,
                          biases, n_structures);
 }
 
+std::tuple<Tensor, Tensor> networks_forward(T features, T rows, T owners, T starts, T parameters,
+                                            const std::optional<Tensor>& sae, Ints sizes,
+                                            Ints activations, bool biases, c10::SymInt n_structures,
+                                            bool save) {
+  variable_list r = NetworksForward::apply(features, rows, owners, starts, parameters, sae, sizes,
+                                           activations, biases, n_structures, save);
+  return {r[0], r[1]};
+}
+
 std::tuple<Tensor, Tensor> networks_backward(T g, T features, T rows, T owners, T starts,
                                              T parameters, T saved, Ints sizes, Ints activations,
                                              bool biases, bool of_features, bool of_parameters) {
@@ -229,6 +254,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
   m.impl("aev_hvp", aev_hvp);
   m.impl("aev_jacobian", aev_jacobian);
   m.impl("networks", networks);
+  m.impl("networks_forward", networks_forward);
   m.impl("networks_backward", networks_backward);
 }
 

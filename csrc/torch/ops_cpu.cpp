@@ -312,6 +312,18 @@ Tensor networks(const Tensor& features, const Tensor& rows, const Tensor& owners
                                       activations, biases, n_structures, false));
 }
 
+// Whether a row is named twice: a structure that stands twice in a batch.
+bool any_twice(const Tensor& rows_, int64_t n_features) {
+  const Tensor rows = rows_.contiguous();
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  std::vector<bool> seen(n_features);
+  for (int64_t i = 0; i < rows.size(0); ++i) {
+    if (seen[row[i]]) return true;
+    seen[row[i]] = true;
+  }
+  return false;
+}
+
 std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const Tensor& features,
                                              const Tensor& rows, const Tensor& owners,
                                              const Tensor& starts, const Tensor& parameters,
@@ -319,8 +331,18 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const 
                                              at::IntArrayRef activations, bool biases,
                                              bool of_features, bool of_parameters) {
   const int64_t n_structures = grad_energies.size(0);
-  const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
-                     n_structures);
+  // The kernel writes gradients at the features' stride.
+  const Networks net(of_features ? features.contiguous() : features, rows, owners, starts,
+                     parameters, sizes, activations, biases, n_structures);
+  if (of_features && any_twice(net.rows, features.size(0))) {
+    // The kernel writes each row once: give every atom a row of its own, and add afterwards.
+    auto [of_atoms, grad_parameters] =
+        networks_backward(grad_energies, features.index_select(0, net.rows),
+                          at::arange(net.rows.size(0), net.rows.options()), owners, starts,
+                          parameters, saved, sizes, activations, biases, true, of_parameters);
+    return {at::zeros(features.sizes(), features.options()).index_add_(0, net.rows, of_atoms),
+            grad_parameters};
+  }
   const int64_t n = net.rows.size(0);
   TORCH_CHECK(grad_energies.scalar_type() == at::kDouble && grad_energies.dim() == 1,
               "kinml_fast: grad_energies must be float64 of shape [n_structures]");
@@ -426,7 +448,8 @@ std::tuple<Tensor, Tensor> networks_backward_meta(const Tensor&, const Tensor& f
                                                   const Tensor& parameters, const Tensor&,
                                                   at::IntArrayRef, at::IntArrayRef, bool,
                                                   bool of_features, bool of_parameters) {
-  return {of_features ? at::empty_like(features) : at::empty({0}, features.options()),
+  return {of_features ? at::empty_symint(features.sym_sizes(), features.options())
+                      : at::empty({0}, features.options()),
           of_parameters ? at::empty_like(parameters) : at::empty({0}, features.options())};
 }
 

@@ -5,7 +5,7 @@
 //
 // Differentiation (autograd.cpp), C++ only, so that scripted modules keep it without Python:
 //   aev -> aev_vjp -> aev_jvp, aev_hvp; aev_jvp -> aev_vjp, aev_hvp; aev_hvp -> error
-//   networks -> networks_backward -> error
+//   networks -> networks_backward -> error; networks_forward -> error
 #include <torch/library.h>
 
 TORCH_LIBRARY(kinml_fast, m) {

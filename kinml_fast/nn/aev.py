@@ -79,7 +79,16 @@ class AEVParameters:
         angular_shifts, angular_eta = shifts(n_angular, angular)
         sections = tuple(math.pi * m / max(n_sections - 1, 1) for m in range(n_sections))
         return cls(
-            tuple(elements), radial_shifts, radial_eta, radial, angular_shifts, angular_eta, angular, sections, 8.0, beta
+            tuple(elements),
+            radial_shifts,
+            radial_eta,
+            radial,
+            angular_shifts,
+            angular_eta,
+            angular,
+            sections,
+            8.0,
+            beta,
         )
 
     @classmethod
@@ -154,8 +163,6 @@ class AEVParameters:
 
 class AEV(torch.nn.Module):
     """Computes atomic environment vectors: (coordinates, species, offsets) -> [n_atoms, D]."""
-
-    packed: list[float]
 
     def __init__(self, parameters: AEVParameters) -> None:
         super().__init__()

@@ -43,9 +43,6 @@ class SpeciesNetworks(torch.nn.Module):
     They start as ``torch.nn.Linear`` starts, drawn from torch's global generator in that order.
     """
 
-    sizes: list[int]
-    activation_codes: list[int]
-
     def __init__(
         self,
         elements: Sequence[str],
@@ -65,12 +62,12 @@ class SpeciesNetworks(torch.nn.Module):
         self.activation_codes = [ACTIVATIONS.index(name) for name in self.activations]
         self.sizes = [size for widths in self.layers for size in (n_inputs, *widths)]
         self.n_species = len(self.elements)
-        # Where each layer's W and b lie: (species, layer) -> (start, outputs, inputs).
-        self._places: dict[tuple[int, int], tuple[int, int, int]] = {}
+        # Where each layer's W and b lie: [species][layer] -> (start, outputs, inputs).
+        self._places: list[list[tuple[int, int, int]]] = [[] for _ in self.layers]
         start = 0
-        for s, widths in enumerate(self.layers):
-            for k, (inputs, outputs) in enumerate(zip([n_inputs, *widths[:-1]], widths, strict=True)):
-                self._places[s, k] = (start, outputs, inputs)
+        for places, widths in zip(self._places, self.layers, strict=True):
+            for inputs, outputs in zip([n_inputs, *widths[:-1]], widths, strict=True):
+                places.append((start, outputs, inputs))
                 start += outputs * (inputs + (1 if self.biases else 0))
         self.weights = torch.nn.Parameter(torch.empty(start, dtype=dtype))
         self.reset_parameters()
@@ -98,26 +95,25 @@ class SpeciesNetworks(torch.nn.Module):
     @torch.jit.unused
     def reset_parameters(self) -> None:
         """Draw new weights, as ``torch.nn.Linear`` does."""
-        for s, k in self._places:
-            weight, bias = self.layer(s, k)
-            torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-            if bias is not None:
-                bound = 1 / math.sqrt(weight.shape[1])
-                torch.nn.init.uniform_(bias, -bound, bound)
+        for s, places in enumerate(self._places):
+            for k in range(len(places)):
+                weight, bias = self.layer(s, k)
+                torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                if bias is not None:
+                    bound = 1 / math.sqrt(weight.shape[1])
+                    torch.nn.init.uniform_(bias, -bound, bound)
 
     @torch.jit.unused
     def layer(self, species: int, layer: int) -> tuple[Tensor, Tensor | None]:
         """Views of W [out, in] and b [out] (None without biases) of one layer of one element's network."""
-        start, outputs, inputs = self._places[species, layer]
+        start, outputs, inputs = self._places[species][layer]
         flat = self.weights.detach()
         end = start + outputs * inputs
         weight = flat[start:end].view(outputs, inputs)
         return weight, flat[end : end + outputs] if self.biases else None
 
     @torch.jit.export
-    def energies(
-        self, features: Tensor, rows: Tensor, owners: Tensor, starts: Tensor, n_structures: int
-    ) -> Tensor:
+    def energies(self, features: Tensor, rows: Tensor, owners: Tensor, starts: Tensor, n_structures: int) -> Tensor:
         """Energies [n_structures] in eV (float64) of a planned batch, without single-atom energies."""
         return torch.ops.kinml_fast.networks(
             features,
@@ -153,7 +149,7 @@ class SpeciesNetworks(torch.nn.Module):
         for s, element in enumerate(self.elements):
             lines.append(f"({element}): Network(")
             for k, activation in enumerate(self.activations):
-                _, outputs, inputs = self._places[s, k]
+                _, outputs, inputs = self._places[s][k]
                 lines.append(f"  ({k}): Linear({inputs} -> {outputs}, bias={self.biases}), {activation}")
             lines.append(")")
         lines.append(f"parameters: {self.weights.numel()}, {str(self.weights.dtype).removeprefix('torch.')}")

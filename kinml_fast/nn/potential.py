@@ -29,6 +29,8 @@ class EnergyModel(torch.nn.Module):
         Single-atom energies [n_elements] in eV, float64, zero at first.
     """
 
+    __jit_unused_properties__ = ("elements", "dtype")
+
     def __init__(
         self,
         descriptor: AEVParameters,
