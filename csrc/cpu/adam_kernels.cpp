@@ -1,5 +1,6 @@
 #include "adam_kernels.h"
 
+#include "denormals.h"
 #include "simd.h"
 
 namespace kinml {
@@ -26,6 +27,7 @@ template <class T>
 void range(const cpu::AdamFactors<T>& f, std::int64_t n, T* p, const T* g, T* m, T* v, T* largest) {
   constexpr int W = kNativeWidth<T>;
   using V = Vec<T, W>;
+  const FlushDenormals<T> flush;
   const Lane<T, W> lane{f};
   // The last, partial register goes through a buffer, so that one code serves all numbers.
   alignas(64) T rest[5][W] = {};

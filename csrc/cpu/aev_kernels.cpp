@@ -17,6 +17,7 @@
 
 #include "../core/aev_layout.h"
 #include "../core/aev_terms.h"
+#include "denormals.h"
 #include "simd.h"
 
 namespace kinml {
@@ -730,6 +731,7 @@ class Centre {
 template <class T, int W>
 void run_task(const AevTables<T>& tables, const StructureView<T>& structure,
               const AevTask<T>& task) {
+  const FlushDenormals<T> flush;
   const AevLayout layout{tables.n_species, tables.n_radial, tables.n_angular, tables.n_sections};
   const std::int64_t length = layout.length();
   switch (task.mode) {

@@ -9,6 +9,7 @@
 // with delta_l = dL/dz_l. The order of each sum does not depend on tiles or threads.
 #include "../core/activation.h"
 #include "../core/config.h"
+#include "denormals.h"
 #include "networks_plan.h"
 #include "parallel.h"
 #include "simd_functions.h"
@@ -294,8 +295,8 @@ KINML_HD bool is_column(const NetworkPlan& plan, Index l, const NetworkLayer& la
 template <class T>
 void pack_forward(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads) {
   cpu::parallel_for(plan.n_species * plan.n_layers, n_threads, [&](Index item) {
-    const Index species = item % plan.n_species;
-    const Index l = item / plan.n_species;
+    const Index species = item / plan.n_layers;
+    const Index l = item % plan.n_layers;
     const NetworkLayer& layer = plan.of(species)[l];
     if (plan.starts[species] == plan.starts[species + 1]) return;
     T* const to = packed + layer.packed;
@@ -313,8 +314,8 @@ void pack_forward(const NetworkPlan& plan, const T* parameters, T* packed, int n
 template <class T>
 void pack_backward(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads) {
   cpu::parallel_for(plan.n_species * plan.n_layers, n_threads, [&](Index item) {
-    const Index species = item % plan.n_species;
-    const NetworkLayer& layer = plan.of(species)[item / plan.n_species];
+    const Index species = item / plan.n_layers;
+    const NetworkLayer& layer = plan.of(species)[item % plan.n_layers];
     if (layer.transposed < 0 || plan.starts[species] == plan.starts[species + 1]) return;
     pack_straight(parameters + layer.weights, layer.in, layer.out, packed + layer.transposed);
   });
@@ -367,6 +368,7 @@ void forward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, c
              const T* features, Index feature_stride, const Index* rows, T* saved, T* scratch,
              T* atomic, int n_threads) {
   cpu::parallel_for(n_tiles, n_threads, [&](Index item) {
+    const FlushDenormals<T> flush;
     const NetworkTile& tile = tiles[item];
     const NetworkSegment& segment = *tile.segment;
     const NetworkLayer* const layers = plan.of(segment.species);
@@ -377,7 +379,7 @@ void forward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, c
     T* outputs[kTileAtoms];
     for (Index i = 0; i < n; ++i) inputs[i] = features + rows[first + i] * feature_stride;
     // The tile that this thread will probably get next: its first rows are fetched meanwhile.
-    const NetworkTile& likely = tiles[item + n_threads < n_tiles ? item + n_threads : item];
+    const NetworkTile& likely = tiles[item + 1 < n_tiles ? item + 1 : item];
     const T* after[kMaxRows];
     for (Index i = 0; i < kMaxRows; ++i) {
       const Index atom = likely.segment->first + likely.first + (i < likely.count ? i : 0);
@@ -417,6 +419,7 @@ void backward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, 
               const T* saved, const T* grad_atomic, T* deltas, T* grad_features,
               Index feature_stride, const Index* rows, int n_threads) {
   cpu::parallel_for(n_tiles, n_threads, [&](Index item) {
+    const FlushDenormals<T> flush;
     const NetworkTile& tile = tiles[item];
     const NetworkSegment& segment = *tile.segment;
     const NetworkLayer* const layers = plan.of(segment.species);
@@ -585,13 +588,13 @@ struct WeightItem {
   Inputs<T> inputs = {};
 };
 
-// The panels of the first layer of every segment, then those of the second, ...
+// Segment after segment, as in the passes before, so that a thread finds its rows in its cache.
 template <class T>
 Index count_weight_items(const NetworkPlan& plan, const NetworkSegment* segments,
                          Index n_segments) {
   Index count = 0;
-  for (Index l = 0; l < plan.n_layers; ++l)
-    for (Index s = 0; s < n_segments; ++s)
+  for (Index s = 0; s < n_segments; ++s)
+    for (Index l = 0; l < plan.n_layers; ++l)
       count += Panels(vectors_for<T>(plan.of(segments[s].species)[l].in)).count;
   return count;
 }
@@ -600,8 +603,8 @@ template <class T>
 WeightItem<T> weight_item(const NetworkPlan& plan, const NetworkSegment* segments, Index n_segments,
                           const T* features, Index feature_stride, const Index* rows,
                           const T* saved, Index item) {
-  for (Index l = 0; l < plan.n_layers; ++l)
-    for (Index s = 0; s < n_segments; ++s) {
+  for (Index s = 0; s < n_segments; ++s)
+    for (Index l = 0; l < plan.n_layers; ++l) {
       const Index count = Panels(vectors_for<T>(plan.of(segments[s].species)[l].in)).count;
       if (item < count)
         return {&segments[s], l, item,
@@ -680,7 +683,8 @@ void weight_gradients(const NetworkPlan& plan, const NetworkSegment* segments, I
     return weight_item(plan, segments, n_segments, features, feature_stride, rows, saved, item);
   };
   cpu::parallel_for(count_weight_items<T>(plan, segments, n_segments), n_threads, [&](Index item) {
-    weight_gradient(plan, find(item), find(item + n_threads), deltas, grad_parameters);
+    const FlushDenormals<T> flush;
+    weight_gradient(plan, find(item), find(item + 1), deltas, grad_parameters);
   });
 }
 
