@@ -1,8 +1,8 @@
 """Atomic environment vectors of 2000 C5H5 and their products with the Jacobian.
 
-The floor is the arithmetic of the method at the rate of torch.mm: for each triple n_angular exponentials (28 FLOP each),
-n_sections eighth powers (10 each), about 40 for the geometry, and 2 (forward), 4 (J·v) or 4 (Jᵀ·g) FLOP for each of the
-n_angular x n_sections products.
+The floor is the arithmetic of the method at the rate of torch.mm: for each triple n_angular exponentials (28 FLOP
+each), n_sections eighth powers (10 each), about 40 for the geometry, and for each of the n_angular x n_sections
+products 2 FLOP (forward), 4 (both products with J) or 8 (second derivative).
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Run:
                 ours = self.seconds(f"energy epoch {dtype}", "kinml_fast")
                 theirs = self.seconds(f"energy epoch {dtype}", form)
                 if theirs is None:
-                    row += ["–", ""]
+                    row += ["-", ""]
                 else:
                     row += [f"{theirs * 1e3:.1f} ms", "1" if form == "kinml_fast" else f"{theirs / ours:.1f} x"]
             rows.append(row)
@@ -93,7 +93,7 @@ class Run:
             for dtype in ("float64", "float32"):
                 b = self.by.get((f"{form} {dtype}", form))
                 if b is None:
-                    row += ["–"] * 3
+                    row += ["-"] * 3
                     continue
                 t, info = b["stats"]["median"], b["extra_info"]
                 row += [

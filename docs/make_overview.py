@@ -43,7 +43,7 @@ def flow(axes: plt.Axes) -> None:
         box(axes, 5.9, y, f"network of {element}" if element != "…" else "…", 1.6, "#cfe3f5")
         arrow(axes, 5.1, 0, 5.8, y)
         arrow(axes, 7.6, y, 8.3, 0)
-    box(axes, 8.4, 0, "energy = Σ atoms\nforces = −dE/dx", 1.9)
+    box(axes, 8.4, 0, "energy = Σ atoms\nforces = -dE/dx", 1.9)
     arrow(axes, 2.3, 0, 3.0, 0)
     axes.text(
         5.3, -2.35, "blue: fused C++ ops, differentiable, no stored Jacobians", ha="center", fontsize=8, color=BLUE

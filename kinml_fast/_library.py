@@ -17,8 +17,8 @@ def _load() -> None:
         from kinml_fast import _C
     except ImportError as error:
         raise ImportError(
-            f"kinml_fast is not compiled for this Python ({error}). Install it with: pip install --no-build-isolation . "
-            "(or, in a clone: python setup.py build_ext --inplace)"
+            f"kinml_fast is not compiled for this Python ({error}). Install it with: pip install --no-build-isolation ."
+            " (or, in a clone: python setup.py build_ext --inplace)"
         ) from error
     built_for = _C.build_info()["torch"]
     if built_for.split("+")[0] != torch.__version__.split("+")[0]:

@@ -99,8 +99,8 @@ def adam_step(
 ) -> None:
     """One step of Adam (Kingma, Ba, arXiv 1412.6980) or, if ``decoupled``, AdamW (arXiv 1711.05101), in place.
 
-    ``parameter``, ``mean``, ``square`` and, with AMSGrad, ``largest`` have one shape and are contiguous. ``step`` counts
-    from 1. Under ``torch.no_grad``.
+    ``parameter``, ``mean``, ``square`` and, with AMSGrad, ``largest`` have one shape and are contiguous. ``step``
+    counts from 1. Under ``torch.no_grad``.
     """
     _OPS.adam_step(
         parameter, gradient, mean, square, largest, learning_rate, beta1, beta2, eps, weight_decay, decoupled, step

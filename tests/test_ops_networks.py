@@ -487,3 +487,28 @@ def test_wrong_orders_say_what_was_expected_and_what_came():
         ops.plan_batches(species, offsets, structures, 0, 2)
     with pytest.raises(RuntimeError, match="structures must be a one-dimensional int64 tensor, got Double"):
         ops.plan_batches(species, offsets, structures.double(), 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("biases", [True, False])
+def test_energy_step_equals_autograd(dtype, biases):
+    generator = torch.Generator().manual_seed(3)
+    layers, species = [7, 5, 1], torch.tensor([0, 1, 1, 0, 1, 1, 0])
+    networks = SpeciesNetworks(("C", "H"), 11, layers, ["gaussian", "tanh", "identity"], biases, dtype)
+    offsets = torch.tensor([0, 3, 3, 7])
+    features = torch.randn(7, 11, dtype=dtype, generator=generator)
+    (batch,) = ops.plan_batches(species, offsets, torch.tensor([2, 0, 1]), 3, 2)
+    targets = torch.randn(3, dtype=torch.float64, generator=generator)
+
+    residuals = networks.energies(features, batch.rows, batch.owners, batch.starts, 3) - targets
+    residuals.square().mean().backward()
+    expected, networks.weights.grad = networks.weights.grad, None
+    ours = torch.full((3,), float("nan"), dtype=torch.float64)
+    for _ in range(2):  # the gradient is overwritten, not added to
+        networks.energy_step(features, batch.rows, batch.owners, batch.starts, targets, ours)
+    tight = 1e-13 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ours, residuals.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(networks.weights.grad, expected, rtol=tight, atol=tight)
+
+    with pytest.raises(RuntimeError, match=r"targets and residuals must be contiguous float64 tensors of shape \[3\]"):
+        networks.energy_step(features, batch.rows, batch.owners, batch.starts, targets, ours[:2])

@@ -16,7 +16,7 @@
 namespace kinml {
 inline namespace KINML_ISA {
 
-// sin(x) and cos(x) for |x| <= pi/2 by their Taylor series, to one unit in the last place of 1.
+// sin(x) and cos(x) for |x| <= pi/2 by their Taylor series, to 1.5 units in the last place of 1.
 template <class T>
 struct SineCosine {
   T sine;

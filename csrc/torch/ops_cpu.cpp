@@ -370,6 +370,46 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const 
   return {grad_features, grad_parameters};
 }
 
+void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owners,
+                 const Tensor& starts, const Tensor& parameters, const Tensor& targets,
+                 Tensor residuals, Tensor gradient, at::IntArrayRef sizes,
+                 at::IntArrayRef activations, bool biases) {
+  const int64_t n = targets.size(0);
+  for (const Tensor* t : {&targets, static_cast<const Tensor*>(&residuals)})
+    TORCH_CHECK(
+        t->scalar_type() == at::kDouble && t->dim() == 1 && t->size(0) == n && t->is_contiguous(),
+        "kinml_fast: targets and residuals must be contiguous float64 tensors of shape [", n, "]");
+  check_same_type(gradient, "gradient", parameters, "parameters");
+  TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
+              "kinml_fast: gradient must be contiguous and have the shape of parameters, ",
+              parameters.sizes(), ", got ", gradient.sizes());
+  const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases, n);
+  const int64_t n_atoms = net.rows.size(0);
+  const Tensor saved = at::empty({n_atoms, net.shape.saved_per_atom()}, features.options());
+  const Tensor atomic = at::empty({n_atoms}, features.options());
+  with_type(features, [&](auto zero) {
+    using T = decltype(zero);
+    const T* x = net.features.const_data_ptr<T>();
+    const T* p = net.parameters.const_data_ptr<T>();
+    const int64_t stride = net.features.stride(0);
+    const int64_t* row = net.rows.const_data_ptr<int64_t>();
+    const int64_t* owner = net.owners.const_data_ptr<int64_t>();
+    const int64_t* start = net.starts.const_data_ptr<int64_t>();
+    T* kept = saved.mutable_data_ptr<T>();
+    T* e = atomic.mutable_data_ptr<T>();
+    double* residual = residuals.mutable_data_ptr<double>();
+    const double* target = targets.const_data_ptr<double>();
+    cpu::networks_forward<T>(net.shape, p, x, stride, row, start, kept, e, threads());
+    std::fill(residual, residual + n, 0.0);
+    for (int64_t i = 0; i < n_atoms; ++i) residual[owner[i]] += static_cast<double>(e[i]);
+    for (int64_t s = 0; s < n; ++s) residual[s] -= target[s];
+    const double factor = 2.0 / static_cast<double>(n);
+    for (int64_t i = 0; i < n_atoms; ++i) e[i] = static_cast<T>(residual[owner[i]] * factor);
+    cpu::networks_backward<T>(net.shape, p, x, stride, row, start, kept, e, nullptr,
+                              gradient.mutable_data_ptr<T>(), threads());
+  });
+}
+
 void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor square,
                const std::optional<Tensor>& largest, double learning_rate, double beta1,
                double beta2, double eps, double weight_decay, bool decoupled, int64_t step) {
@@ -453,6 +493,8 @@ std::tuple<Tensor, Tensor> networks_backward_meta(const Tensor&, const Tensor& f
           of_parameters ? at::empty_like(parameters) : at::empty({0}, features.options())};
 }
 
+void energy_step_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                      const Tensor&, Tensor, Tensor, at::IntArrayRef, at::IntArrayRef, bool) {}
 void adam_step_meta(Tensor, const Tensor&, Tensor, Tensor, const std::optional<Tensor>&, double,
                     double, double, double, double, bool, int64_t) {}
 
@@ -469,6 +511,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
   m.impl("networks", networks);
   m.impl("networks_forward", networks_forward);
   m.impl("networks_backward", networks_backward);
+  m.impl("energy_step", energy_step);
   m.impl("adam_step", adam_step);
 }
 
@@ -482,6 +525,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("networks", networks_meta);
   m.impl("networks_forward", networks_forward_meta);
   m.impl("networks_backward", networks_backward_meta);
+  m.impl("energy_step", energy_step_meta);
   m.impl("adam_step", adam_step_meta);
 }
 

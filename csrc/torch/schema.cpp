@@ -59,6 +59,13 @@ TORCH_LIBRARY(kinml_fast, m) {
       "Tensor starts, Tensor parameters, Tensor saved, int[] sizes, int[] activations, "
       "bool biases, bool of_features, bool of_parameters) -> "
       "(Tensor grad_features, Tensor grad_parameters)");
+  // Forward and backward pass of a training batch on energies: residuals = energies - targets
+  // [n_structures] float64, gradient = that of the mean of their squares with respect to the
+  // parameters. What networks and its derivative give, in one call; no autograd.
+  m.def(
+      "energy_step(Tensor features, Tensor rows, Tensor owners, Tensor starts, Tensor parameters, "
+      "Tensor targets, Tensor(a!) residuals, Tensor(b!) gradient, int[] sizes, int[] activations, "
+      "bool biases) -> ()");
 
   // One step of Adam or AdamW (csrc/cpu/adam_cpu.h) on a flat parameter, in place; largest for
   // amsgrad. No autograd.

@@ -128,6 +128,43 @@ class SpeciesNetworks(torch.nn.Module):
             n_structures,
         )
 
+    @torch.jit.unused
+    def energy_step(
+        self, features: Tensor, rows: Tensor, owners: Tensor, starts: Tensor, targets: Tensor, residuals: Tensor
+    ) -> None:
+        """Forward and backward pass of a training batch on energies, in one call and without autograd.
+
+        Parameters
+        ----------
+        features, rows, owners, starts
+            A planned batch, as for :meth:`energies`.
+        targets
+            [n_structures] energies without single-atom energies in eV, float64.
+        residuals
+            [n_structures], receives energies - targets.
+
+        Notes
+        -----
+        ``weights.grad`` is overwritten with the gradient of the mean of the squared residuals: the same numbers as
+        ``((energies - targets) ** 2).mean().backward()`` after ``weights.grad = None``.
+        """
+        weights = self.weights.detach()
+        if self.weights.grad is None:
+            self.weights.grad = torch.empty_like(weights)
+        torch.ops.kinml_fast.energy_step(
+            features,
+            rows,
+            owners,
+            starts,
+            weights,
+            targets,
+            residuals,
+            self.weights.grad,
+            self.sizes,
+            self.activation_codes,
+            self.biases,
+        )
+
     def forward(self, features: Tensor, species: Tensor, offsets: Tensor, sae: Tensor) -> Tensor:
         """Energies [n_structures] in eV (float64), with single-atom energies ``sae`` [n_species] (float64)."""
         rows, owners, starts = torch.ops.kinml_fast.species_order(species, offsets, self.n_species)

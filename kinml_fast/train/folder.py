@@ -22,6 +22,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.log = self.path / "train.log"
         self.prepared = self.path / "prepared.h5"
+        self.split = self.path / "split.txt"
         self.model = self.path / "model.pt"
         self.report = self.path / "report"
         self.checkpoints = self.path / "checkpoints"

@@ -89,7 +89,10 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
 
 
 def prepare(config: Config) -> Prepared:
-    """The prepared data of a configuration: read, checked, divided and saved, or taken from the last time."""
+    """The prepared data of a configuration: read, checked, divided and saved, or taken from the last time.
+
+    The division is also written to split.txt in the run folder, which `data.split_file` of another run can name.
+    """
     folder = RunFolder(config.run)
     settings = config.data.model_dump()
     path = _prepared_path(config, folder)
@@ -100,6 +103,8 @@ def prepare(config: Config) -> Prepared:
         raise InputError(f"{path.parent}: cannot be made ({error.strerror}): choose another folder") from error
     data = prepared.prepare(**settings, descriptor=config.descriptor.model_dump(), path=path)
     log.info("%s", splits.table(data.structures, data.split))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    splits.write_tvtmsk(folder.split, data.structures, data.split)
     energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, data.sae, strict=True))
     log.info("single-atom energies, eV: %s", energies)
     return data

@@ -289,23 +289,16 @@ class Trainer:
         started = time.perf_counter() - self._elapsed
         order, batches = self._order(epoch)
         targets = self._targets[order]
-        energies_of = self.model.networks.energies
+        step = self.model.networks.energy_step
         clip = self.config.gradient_clip
         parts = zip(
             batches, targets.split(self.config.batch_size), self._residuals.split(self.config.batch_size), strict=True
         )
         for batch, wanted, residuals in itertools.islice(parts, self._batch, None):
-            size = wanted.numel()
-            energies = energies_of(self._features, batch.rows, batch.owners, batch.starts, size)
-            # The residuals stay on the device: nothing waits for them before the epoch ends. Their multiple is the
-            # gradient of the mean of their squares.
-            torch.sub(energies.detach(), wanted, out=residuals)
-            energies.backward(residuals * (2 / size))
+            step(self._features, batch.rows, batch.owners, batch.starts, wanted, residuals)
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(self._parameters, clip)
             self._optimizer.step()
-            for parameter in self._parameters:
-                parameter.grad = None
             if self._average is not None:
                 self._average.update()
             self._batch += 1
