@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 _FOLDER = Path(__file__).parent
+_ISAS = ("baseline", "avx2", "avx512")
 _REMEDY = (
     "Reinstall it against this torch: pip install --no-build-isolation --force-reinstall --no-deps <kinml_fast folder>"
 )
 
 
 def _load() -> None:
+    wish = os.environ.get("KINML_CPU_ISA")
+    if wish not in (None, *_ISAS):
+        raise ImportError(f"The environment variable KINML_CPU_ISA is '{wish}': set it to one of {', '.join(_ISAS)}.")
     try:
         from kinml_fast import _C
     except ImportError as error:

@@ -1,12 +1,17 @@
-"""Pages that are made from something else are up to date."""
+"""Pages that are made from something else are up to date, and what they show runs."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kinml_fast.deploy import model_file
+from kinml_fast.nn import AEVParameters, EnergyModel
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,3 +20,19 @@ ROOT = Path(__file__).parents[1]
 def test_page_is_up_to_date(script):
     done = subprocess.run([sys.executable, ROOT / script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, f"run: python {script}\n{done.stderr}"
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/example").mkdir(parents=True)
+    model_file.save("runs/example/model.pt", EnergyModel(AEVParameters.aevmod(("C", "H"))))
+    names = {
+        "coordinates": torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.1]], dtype=torch.float64, requires_grad=True),
+        "species": torch.tensor([0, 1]),
+        "offsets": torch.tensor([0, 2]),
+    }
+    exec(block, names)
+    assert names["energies"].shape == (1,)
+    torch.testing.assert_close(names["forces"].sum(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert Path("model.ts").exists()

@@ -98,3 +98,9 @@ def test_not_compiled(monkeypatch):
     assert text.startswith("kinml_fast is not compiled for this Python (")
     assert "pip install --no-build-isolation ." in text
     assert "\n" not in text
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("KINML_CPU_ISA", "avx1024")
+    with pytest.raises(ImportError, match=r"KINML_CPU_ISA is 'avx1024': set it to one of baseline, avx2, avx512\."):
+        _library._load()

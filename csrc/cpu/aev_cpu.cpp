@@ -1,7 +1,9 @@
 #include "aev_cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <new>
 
 #include "../core/aev_layout.h"
 #include "aev_kernels.h"
@@ -214,7 +216,18 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
       atoms += n;
     }
   }
-  parallel_for(static_cast<std::int64_t>(ranges.size()), n_threads, [&](std::int64_t item) {
+  // An exception must not leave a parallel region: it is raised again behind it.
+  std::atomic<bool> out_of_memory{false};
+  const auto guarded = [&](const auto& work) {
+    return [&](std::int64_t item) {
+      try {
+        work(item);
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
+      }
+    };
+  };
+  const auto small_structures = [&](std::int64_t item) {
     thread_local CellGrid grid;
     for (std::int64_t s = ranges[item].first; s < ranges[item].last; ++s) {
       StructureView<T> view = view_of(batch, tangent, s);
@@ -227,7 +240,8 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
       task.workspace = thread_workspace().get<T>(aev_workspace<T>(tables, view.max_candidates));
       KINML_CALL_KERNEL(aev_centres, tables, view, task);
     }
-  });
+  };
+  parallel_for(static_cast<std::int64_t>(ranges.size()), n_threads, guarded(small_structures));
 
   // Large structures: tasks of some centres; gradients in parts that are then added in order.
   for (const std::int64_t s : large) {
@@ -241,14 +255,15 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
                                      : (n + kTaskAtoms - 1) / kTaskAtoms;
     std::vector<T> parts(to_coordinates ? n_tasks * 3 * n : 0);
     const AevTask<T> whole = task_of(batch.offsets[s]);
-    parallel_for(n_tasks, n_threads, [&](std::int64_t item) {
+    const auto some_centres = [&](std::int64_t item) {
       AevTask<T> task = whole;
       task.begin = item * n / n_tasks;
       task.end = (item + 1) * n / n_tasks;
       if (to_coordinates) task.out = parts.data() + item * 3 * n;
       task.workspace = thread_workspace().get<T>(aev_workspace<T>(tables, view.max_candidates));
       KINML_CALL_KERNEL(aev_centres, tables, view, task);
-    });
+    };
+    parallel_for(n_tasks, n_threads, guarded(some_centres));
     if (to_coordinates) {
       const std::int64_t block = 4096;
       parallel_for((3 * n + block - 1) / block, n_threads, [&](std::int64_t item) {
@@ -258,6 +273,7 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
       });
     }
   }
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace

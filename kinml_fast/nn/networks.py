@@ -63,12 +63,15 @@ class SpeciesNetworks(torch.nn.Module):
         self.sizes = [size for widths in self.layers for size in (n_inputs, *widths)]
         self.n_species = len(self.elements)
         # Where each layer's W and b lie: [species][layer] -> (start, outputs, inputs).
-        self._places: list[list[tuple[int, int, int]]] = [[] for _ in self.layers]
+        places_of = []
         start = 0
-        for places, widths in zip(self._places, self.layers, strict=True):
+        for widths in self.layers:
+            places = []
             for inputs, outputs in zip([n_inputs, *widths[:-1]], widths, strict=True):
                 places.append((start, outputs, inputs))
                 start += outputs * (inputs + (1 if self.biases else 0))
+            places_of.append(places)
+        self._places = places_of
         self.weights = torch.nn.Parameter(torch.empty(start, dtype=dtype))
         self.reset_parameters()
 
