@@ -15,6 +15,12 @@ for _dtype in (torch.float64, torch.float32):
         getattr(torch, _name)(torch.full((1,), 0.5, dtype=_dtype))
 
 
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(monkeypatch, tmp_path):
+    """Tests run away from the clone: a `python -c` there would import its folder instead of what is installed."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def full() -> bool:
     """Whether to make the long comparisons whole (KINML_FULL_TESTS=1) and not only a part of them."""
