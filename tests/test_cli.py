@@ -59,7 +59,8 @@ def test_from_data_to_predictions(tmp_path, capsys):
     text = capsys.readouterr().out
     assert re.search(r"C2H2 +21 ", text)
     assert "single-atom energies, eV: C " in text
-    assert sorted(path.name for path in run.iterdir()) == ["prepared.h5"]
+    assert sorted(path.name for path in run.iterdir()) == ["prepared.h5", "split.txt"]
+    assert len((run / "split.txt").read_text().splitlines()) == 60
 
     assert main(["train", str(config), "training.epochs=3", "network.layers=[5,1]"]) == 0
     text = capsys.readouterr().out
