@@ -35,7 +35,7 @@ def written(path: Path) -> int:
 
 
 def finish(process: subprocess.Popen) -> None:
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err
 
 
