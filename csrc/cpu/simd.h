@@ -203,13 +203,11 @@ KINML_HD Vec<T, W> log(Vec<T, W> x) {
   using Int = typename V::Int;
   constexpr bool is_double = sizeof(T) == 8;
   constexpr int mantissa = is_double ? 52 : 23;
-  const Int one_bits = is_double ? Int(0x3ff0000000000000LL) : Int(0x3f800000);
   const Int sqrt_half_bits = is_double ? Int(0x3fe6a09e667f3bcdLL) : Int(0x3f3504f3);
   typename V::IntRaw bits;
   std::memcpy(&bits, &x.raw, sizeof(bits));
   const typename V::IntRaw exponent = (bits - sqrt_half_bits) >> mantissa;
   const typename V::IntRaw reduced = bits - (exponent << mantissa);
-  (void)one_bits;
   V m;
   std::memcpy(&m.raw, &reduced, sizeof(reduced));
   const V k = __builtin_convertvector(exponent, typename V::Raw);
