@@ -1,12 +1,10 @@
 #include "aev_cpu.h"
 
 #include <algorithm>
-#include <atomic>
-#include <new>
 
 #include "../core/aev_layout.h"
 #include "aev_environments.h"
-#include "parallel.h"
+#include "guarded.h"
 
 namespace kinml::cpu {
 
@@ -18,8 +16,7 @@ std::int64_t AevParameters::length() const {
 
 namespace {
 
-// A structure with more atoms is cut into several tasks; smaller ones share a task.
-constexpr std::int64_t kLargeStructure = 512;
+// Smaller structures share a task.
 constexpr std::int64_t kTaskAtoms = 64;
 // Centres whose environments are in memory at one time.
 constexpr std::int64_t kCentres = 32;
@@ -135,17 +132,6 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, Product prod
       atoms += n;
     }
   }
-  // An exception must not leave a parallel region: it is raised again behind it.
-  std::atomic<bool> out_of_memory{false};
-  const auto guarded = [&](const auto& work) {
-    return [&](std::int64_t item) {
-      try {
-        work(item);
-      } catch (const std::bad_alloc&) {
-        out_of_memory = true;
-      }
-    };
-  };
   const auto small_structures = [&](std::int64_t item) {
     Environments<T> environments(tables);
     for (std::int64_t s = ranges[item].first; s < ranges[item].last; ++s) {
@@ -155,7 +141,7 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, Product prod
       run_centres(tables, environments, all.from(batch.offsets[s]), 0, n);
     }
   };
-  parallel_for(static_cast<std::int64_t>(ranges.size()), n_threads, guarded(small_structures));
+  guarded_parallel_for(static_cast<std::int64_t>(ranges.size()), n_threads, small_structures);
 
   // Large structures: tasks of some centres; gradients in parts that are then added in order.
   for (const std::int64_t s : large) {
@@ -173,7 +159,7 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, Product prod
       if (task.to_coordinates()) task.out = parts.data() + item * 3 * n;
       run_centres(tables, environments, task, item * n / n_tasks, (item + 1) * n / n_tasks);
     };
-    parallel_for(n_tasks, n_threads, guarded(some_centres));
+    guarded_parallel_for(n_tasks, n_threads, some_centres);
     if (all.to_coordinates()) {
       const std::int64_t block = 4096;
       parallel_for((3 * n + block - 1) / block, n_threads, [&](std::int64_t item) {
@@ -183,7 +169,6 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, Product prod
       });
     }
   }
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace

@@ -51,6 +51,8 @@ struct AevTableStorage : AevTables<T> {
   }
 };
 
+// A structure with more atoms is worked on by several threads, with one piece for each.
+inline constexpr std::int64_t kLargeStructure = 512;
 // Up to this many atoms all pairs are tried: a cell list would cost more.
 inline constexpr std::int64_t kOneCell = 64;
 
