@@ -57,7 +57,6 @@ struct Lanes<T, false> {
   static KINML_HD L broadcast(Planes<T> p) { return V(*p.value); }
   static KINML_HD void store(Planes<T> p, L x) { x.store(p.value); }
   static KINML_HD void store_sum(Planes<T> p, L x) { *p.value = reduce_add(x); }
-  static KINML_HD void copy(Planes<T> from, Planes<T> to) { *to.value = *from.value; }
   static KINML_HD void clear(Planes<T> p) { *p.value = T(0); }
   static KINML_HD L scale(V a, L x) { return a * x; }
   static KINML_HD V result(L x) { return x; }  // the part that the caller wants
@@ -83,10 +82,6 @@ struct Lanes<T, true> {
   static KINML_HD void store_sum(Planes<T> p, L x) {
     *p.value = reduce_add(x.value);
     *p.tangent = reduce_add(x.tangent);
-  }
-  static KINML_HD void copy(Planes<T> from, Planes<T> to) {
-    *to.value = *from.value;
-    *to.tangent = *from.tangent;
   }
   static KINML_HD void clear(Planes<T> p) { *p.value = *p.tangent = T(0); }
   static KINML_HD L scale(V a, L x) { return L(a * x.value, a * x.tangent); }
@@ -406,9 +401,34 @@ void triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {
     const L mean = La::load(means + g * W);
     La::store(to + 3 * W, mean);
     La::store(to + 4 * W, La::load(weights + g * W));
-    for (Index l = 0; l < tables.n_angular; ++l) {
-      const L x = mean - La::plain(V(tables.angular_shifts[l]));
-      La::store(to + (5 + l) * W, La::gauss(La::scale(root_eta, x)));
+    if (tables.angular_step > 0) {
+      // E_l+1 / E_l = exp(2 eta step (R - shift_l) - eta step^2), itself a geometric series: from
+      // the middle shift on both ways, where nothing leaves the range of the numbers.
+      const Index middle = tables.n_angular / 2;
+      const L x = mean - La::plain(V(tables.angular_shifts[middle]));
+      const L e = La::gauss(La::scale(root_eta, x));
+      const L bend = La::plain(V(-tables.angular_eta * tables.angular_step * tables.angular_step));
+      const L tilt = La::scale(V(2 * tables.angular_eta * tables.angular_step), x);
+      const V shrink(tables.angular_shrink);
+      La::store(to + (5 + middle) * W, e);
+      L ratio = exp(bend + tilt), product = e;
+      for (Index l = middle + 1; l < tables.n_angular; ++l) {
+        product = product * ratio;
+        ratio = La::scale(shrink, ratio);
+        La::store(to + (5 + l) * W, product);
+      }
+      ratio = exp(bend - tilt);
+      product = e;
+      for (Index l = middle; l-- > 0;) {
+        product = product * ratio;
+        ratio = La::scale(shrink, ratio);
+        La::store(to + (5 + l) * W, product);
+      }
+    } else {
+      for (Index l = 0; l < tables.n_angular; ++l) {
+        const L x = mean - La::plain(V(tables.angular_shifts[l]));
+        La::store(to + (5 + l) * W, La::gauss(La::scale(root_eta, x)));
+      }
     }
   }
 }
@@ -750,8 +770,10 @@ class Transposed {
   Transposed(const AevTables<T>& tables, const Environment<T>& e, T* scratch)
       : t_(tables), e_(e), v_(tables, e), stride_(padded(e.most_near + W, W)) {
     Arena<T> arena{scratch, kDual ? 2 : 1};
-    for (Planes<T>& p : list_) p = arena.take(e.n_triples + W);
-    for (Planes<T>& p : matrix_) p = arena.take(cpu::kCentresAtOnce * e.most_near * stride_ + W);
+    list_room_ = padded(e.n_triples + W);
+    list_ = arena.take(3 * list_room_);
+    matrix_room_ = padded(cpu::kCentresAtOnce * e.most_near * stride_ + W);
+    matrix_ = arena.take(3 * matrix_room_);
     for (Planes<T>& p : known_) p = arena.take(cpu::kCentresAtOnce * (stride_ + W));
     for (Planes<T>& p : sums_) p = arena.take(stride_ + W);
     along_ = arena.take(e.n_pairs + 2 * W);
@@ -768,8 +790,9 @@ class Transposed {
         const T* const block =
             g + v_.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
         for (Index to = r * W; to < r * W + n; to += W)
-          triple_sums<kEight, kAngular, T, kDual>(t_, v_.triple(to / W), block, list_[0] + to,
-                                                  list_[1] + to, list_[2] + to);
+          triple_sums<kEight, kAngular, T, kDual>(t_, v_.triple(to / W), block, list_ + to,
+                                                  list_ + (list_room_ + to),
+                                                  list_ + (2 * list_room_ + to));
       });
     }
     registers = 0;
@@ -800,7 +823,7 @@ class Transposed {
   }
   // The matrices and vectors of the i-th of the centres at work.
   void select(Index i) {
-    for (int p = 0; p < 3; ++p) own_matrix_[p] = matrix_[p] + i * e_.most_near * stride_;
+    own_matrix_ = matrix_ + i * e_.most_near * stride_;
     for (int p = 0; p < 4; ++p) own_known_[p] = known_[p] + i * (stride_ + W);
   }
 
@@ -829,17 +852,25 @@ class Transposed {
   void fill(Index c, Index a, Index b, Index begin) {
     const Index shift_a = local(c, a) - first(c, a), shift_b = local(c, b) - first(c, b);
     v_.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
-      j += shift_a;
-      k += shift_b;
-      place += begin;
-      for (int i = 0; i < 3; ++i) {
-        // Whole registers: what is written too far is written again by the next run of this row.
-        for (Index q = 0; q < count; q += W)
-          La::store(own_matrix_[i] + (j * stride_ + k + q), La::load(list_[i] + (place + q)));
-        for (Index q = 0; q < count; ++q)
-          La::copy(list_[i] + (place + q), own_matrix_[i] + ((k + q) * stride_ + j));
-      }
+      const Index row = (j + shift_a) * stride_ + k + shift_b;
+      const Index column = (k + shift_b) * stride_ + j + shift_a;
+      fill_run(list_.value + begin + place, own_matrix_.value, row, column, count);
+      if constexpr (kDual)
+        fill_run(list_.tangent + begin + place, own_matrix_.tangent, row, column, count);
     });
+  }
+  void fill_run(const T* from, T* to, Index row, Index column, Index count) const {
+    const Index list = list_room_, matrix = matrix_room_, stride = stride_;
+    // Whole registers: what is written too far is written again by the next run of this row.
+    for (Index q = 0; q < count; q += W)
+      for (int i = 0; i < 3; ++i) V::load(from + i * list + q).store(to + i * matrix + row + q);
+    T* p = to + column;
+    for (Index q = 0; q < count; ++q, p += stride) {
+      const T x = from[q], y = from[list + q], z = from[2 * list + q];
+      p[0] = x;
+      p[matrix] = y;
+      p[2 * matrix] = z;
+    }
   }
 
   // The vectors that the matrices are multiplied with: fc_k and fc_k u_k.
@@ -857,7 +888,7 @@ class Transposed {
       n += near(c, a);
     }
     for (int i = 0; i < 3; ++i)
-      for (Index k = 0; k < n; ++k) La::clear(own_matrix_[i] + k * (stride_ + 1));
+      for (Index k = 0; k < n; ++k) La::clear(own_matrix_ + (i * matrix_room_ + k * (stride_ + 1)));
   }
 
   // sums_ = sum_k of (g.(E P) fc_k, g.(E' P) fc_k, g.(E P') fc_k u_k) for each near neighbour.
@@ -868,9 +899,10 @@ class Transposed {
       for (L& sum : sums) sum = La::plain(V(T(0)));
       for (Index k = 0; k < n; ++k) {
         const Index place = k * stride_ + j;
-        const L fc = La::broadcast(own_known_[0] + k), by_cos = La::load(own_matrix_[2] + place);
-        sums[0] += La::load(own_matrix_[0] + place) * fc;
-        sums[1] += La::load(own_matrix_[1] + place) * fc;
+        const L fc = La::broadcast(own_known_[0] + k),
+                by_cos = La::load(own_matrix_ + (2 * matrix_room_ + place));
+        sums[0] += La::load(own_matrix_ + place) * fc;
+        sums[1] += La::load(own_matrix_ + (matrix_room_ + place)) * fc;
         sums[2] += by_cos * La::broadcast(own_known_[1] + k);
         sums[3] += by_cos * La::broadcast(own_known_[2] + k);
         sums[4] += by_cos * La::broadcast(own_known_[3] + k);
@@ -928,8 +960,9 @@ class Transposed {
   const Environment<T>& e_;
   const View<T, kDual> v_;
   Index stride_;
-  Planes<T> list_[3], matrix_[3], known_[4], sums_[5], along_;
-  Planes<T> own_matrix_[3], own_known_[4];
+  Index list_room_, matrix_room_;  // numbers of one of the three lists, of one of the matrices
+  Planes<T> list_, matrix_, known_[4], sums_[5], along_;
+  Planes<T> own_matrix_, own_known_[4];
   T *gx_, *gy_, *gz_;
 };
 

@@ -35,6 +35,8 @@ struct AevTables {
   T beta;
   T zeta;
   int integer_zeta;         // zeta when it is a whole number >= 1, else -1
+  T angular_step;           // distance of the angular shifts if that is even, else 0
+  T angular_shrink;         // exp(-2 eta step^2)
   const T* radial_shifts;   // [n_radial], padded with the last one
   const T* angular_shifts;  // [n_angular], padded
   const T* section_cos;     // [n_sections] cos(alpha_m), padded
