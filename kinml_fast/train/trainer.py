@@ -289,13 +289,14 @@ class Trainer:
         started = time.perf_counter() - self._elapsed
         order, batches = self._order(epoch)
         targets = self._targets[order]
+        weights = torch.ones_like(targets)
         step = self.model.networks.energy_step
         clip = self.config.gradient_clip
         parts = zip(
-            batches, targets.split(self.config.batch_size), self._residuals.split(self.config.batch_size), strict=True
+            batches, *(x.split(self.config.batch_size) for x in (targets, weights, self._residuals)), strict=True
         )
-        for batch, wanted, residuals in itertools.islice(parts, self._batch, None):
-            step(self._features, batch.rows, batch.owners, batch.starts, wanted, residuals)
+        for batch, wanted, weight, residuals in itertools.islice(parts, self._batch, None):
+            step(self._features, batch.rows, batch.owners, batch.starts, wanted, weight, residuals)
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(self._parameters, clip)
             self._optimizer.step()
