@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,18 @@ import pytest
 import torch
 from data_helpers import molecules, same
 
-from kinml_fast.data import Split, concatenate, prepare, prepared, pykinml_hdf5, read, sources, splits, stored
+from kinml_fast.data import (
+    Split,
+    concatenate,
+    prepare,
+    prepared,
+    pykinml_hdf5,
+    read,
+    sources,
+    splits,
+    sqlite,
+    stored,
+)
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError
@@ -418,19 +431,37 @@ def test_what_cannot_be_written(tmp_path, structures):
     assert path.read_text() == "before"
 
 
-def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path, structures, monkeypatch):
+def test_a_full_disk_changes_nothing(tmp_path, structures):
+    """Not even at the end of the process, where HDF5 closes what it could not write."""
     path = tmp_path / "a.h5"
     path.write_text("before")
-    before = sorted(tmp_path.iterdir())
+    script = """
+import resource, sys
+import numpy as np
+import torch
+from kinml_fast.data import pykinml_hdf5
+from kinml_fast.data.stored import StoredDescriptors
+from kinml_fast.data.structures import Structures
+from kinml_fast.errors import InputError
 
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pykinml_hdf5, "_write_rows", full)
-    with pytest.raises(InputError, match=r"a.h5: could not be written .*No space left"):
-        pykinml_hdf5.write(path, structures, descriptors_of(structures))
+x = np.random.default_rng(0).uniform(size=(20, 5, 3)) + 2 * np.arange(5)[:, None]
+structures = Structures.of_one_formula(list("CHCHH"), x, np.zeros(20), x)
+descriptors = StoredDescriptors(torch.zeros(100, 30).double(), torch.zeros(100, 30, 15).double())
+for limit in (100, 10_000, 100_000, 350_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        pykinml_hdf5.write(sys.argv[1], structures, descriptors)
+    except InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [f"{path}: could not be written (File too large): nothing was changed"] * 4
     assert path.read_text() == "before"
-    assert sorted(tmp_path.iterdir()) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_no_folder_to_write_into(tmp_path, structures):
     with pytest.raises(InputError, match="cannot be written"):
         pykinml_hdf5.write(tmp_path / "missing" / "a.h5", structures, descriptors_of(structures))
 
@@ -469,8 +500,6 @@ def test_prepared_data_without_coordinates(path, tmp_path):
 
 def test_the_backend_is_the_descriptors(tmp_path):
     structures = molecules("CHH", 8)
-    from kinml_fast.data import sqlite
-
     sqlite.write(tmp_path / "CH2.db", {1: structures}, temperatures=300)
     settings = {**SETTINGS, "backend": "aevmod"}
     data = prepare(tmp_path / "CH2.db", split=[4, 2, 2], descriptor=settings, path=tmp_path / "a.h5")

@@ -27,6 +27,7 @@ PyKinML fills dxx with aevmod's `eval_Jac`, which is not the derivative of xx un
 from __future__ import annotations
 
 import ast
+import io
 import logging
 import os
 import re
@@ -40,6 +41,7 @@ import h5py
 import numpy as np
 import torch
 
+from kinml_fast import ops
 from kinml_fast.data import stored
 from kinml_fast.data.files import replacing
 from kinml_fast.data.stored import StoredDescriptors
@@ -186,9 +188,7 @@ def write(
     n_atoms, count = len(structures.species), len(structures)
     for name in ("energies", "coordinates"):
         if getattr(structures, name) is None:
-            raise InputError(
-                f"{path}: cannot be written without {name}, which PyKinML wants: take structures with them"
-            )
+            raise InputError(f"{path}: cannot be written without {name}: take structures that have them")
     if features.ndim != 2 or len(features) != n_atoms:
         raise InputError(f"features of shape {list(features.shape)} given for {n_atoms} atoms, expected [{n_atoms}, D]")
     expected = (n_atoms, features.shape[1], 3 * int(structures.sizes.max(initial=0)))
@@ -202,9 +202,7 @@ def write(
         for part, value in zip(parts, _MASKS.values(), strict=True):
             mask[part] = value
 
-    rows = _rows_by_type(structures)
-    atoms = np.empty(n_atoms, dtype=np.int64)  # the atom that each row of xx belongs to
-    atoms[rows] = np.arange(n_atoms)
+    atoms = np.lexsort((structures.species, structures.owners))  # that the rows of xx belong to
     ends = np.cumsum(structures.counts(), axis=1) + structures.offsets[:-1, None]
     forces = np.full((n_atoms, 3), np.nan) if structures.forces is None else structures.forces
     flat = [forces[a:b].ravel() for a, b in zip(structures.offsets[:-1], structures.offsets[1:], strict=True)]
@@ -213,30 +211,32 @@ def write(
     symbols = [structures.symbols(i) for i in range(count)]
 
     text = h5py.string_dtype()
-    with replacing(path) as temporary, _written(path), h5py.File(temporary, "w") as file:
-        group = file.create_group(GROUP)
-        group.attrs["Types"] = list(structures.elements)
-        group.attrs["ndat"] = count
-        group.attrs["User"] = "kinml_fast"
-        group.create_dataset("symbols", data=[[*s, *[""] * (width - len(s))] for s in symbols], dtype=text)
-        group["xip"], group["xfp"] = structures.offsets[:-1], structures.offsets[1:]
-        group["xit"], group["xft"] = ends - structures.counts(), ends
-        group["xp"] = structures.coordinates
-        group["xx"] = features.detach().to("cpu", torch.float64).numpy()[atoms]
-        group["yy"] = structures.energies[:, None]
-        group["ww"] = np.ones((count, 1))
-        group["tvtmsk"] = mask
-        group["met_e"] = structures.energies
-        group.create_dataset("met_s", data=[[*[""] * 5, label] for label in structures.labels], dtype=text)
-        _write_rows(group, "met_f", (count,), flat)
-        if structures.forces is not None:
-            _write_rows(group, "ff", (count, 1), flat)
-        if jacobian is not None:
-            sizes = structures.sizes[structures.owners]
-            rows_of_dxx = (
-                jacobian[a, :, : 3 * sizes[a]].detach().to("cpu", torch.float64).numpy().ravel() for a in atoms
-            )
-            _write_rows(group, "dxx", (n_atoms,), rows_of_dxx)
+    with replacing(path) as temporary, _Remembering(temporary, "r+b") as room:
+        with h5py.File(room, "w") as file:
+            group = file.create_group(GROUP)
+            group.attrs["Types"] = list(structures.elements)
+            group.attrs["ndat"] = count
+            group.attrs["User"] = "kinml_fast"
+            group.create_dataset("symbols", data=[[*s, *[""] * (width - len(s))] for s in symbols], dtype=text)
+            group["xip"], group["xfp"] = structures.offsets[:-1], structures.offsets[1:]
+            group["xit"], group["xft"] = ends - structures.counts(), ends
+            group["xp"] = structures.coordinates
+            group["xx"] = features.detach().to("cpu", torch.float64).numpy()[atoms]
+            group["yy"] = structures.energies[:, None]
+            group["ww"] = np.ones((count, 1))
+            group["tvtmsk"] = mask
+            group["met_e"] = structures.energies
+            group.create_dataset("met_s", data=[[*[""] * 5, label] for label in structures.labels], dtype=text)
+            _write_rows(room, group, "met_f", (count,), flat)
+            if structures.forces is not None:
+                _write_rows(room, group, "ff", (count, 1), flat)
+            if jacobian is not None:
+                sizes = structures.sizes[structures.owners]
+                rows_of_dxx = (
+                    jacobian[a, :, : 3 * sizes[a]].detach().to("cpu", torch.float64).numpy().ravel() for a in atoms
+                )
+                _write_rows(room, group, "dxx", (n_atoms,), rows_of_dxx)
+        room.check()
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,14 +294,31 @@ def _opened(path: Path) -> Iterator[h5py.Group]:
         raise InputError(f"{path}: cannot be read as HDF5 ({reason}): take an intact copy") from error
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    # A full disk shows as one or the other, depending on what HDF5 was about to write.
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: could not be written ({reason}): nothing was changed") from error
+class _Remembering(io.FileIO):
+    """A file that remembers the first failure to write instead of raising it, which HDF5 would not survive."""
+
+    error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        data = memoryview(data).cast("B")
+        done = 0
+        while done < len(data) and self.error is None:
+            try:
+                done += super().write(data[done:])
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
 
 
 def _structures(path: Path, group: h5py.Group) -> Structures:
@@ -446,20 +463,19 @@ def _compare_with_coordinates(
         return
     places = [place for _, place in chosen]
     some = np.array(sorted({places[0], places[len(places) // 2], places[-1]})[:_CHECKED])
-    jacobian = result.jacobian is not None
-    ours = stored.compute(structures.select(some), parameters, torch.float64, jacobian=jacobian)
+    few = structures.select(some)
+    arguments = [torch.from_numpy(a) for a in (few.coordinates, few.species, few.offsets)]
     tolerance = _TOLERANCE if result.features.dtype == torch.float64 else 1e-4
     rows = np.concatenate([np.arange(structures.offsets[i], structures.offsets[i + 1]) for i in some])
-    worst = float((result.features[rows] - ours.features).abs().max())
+    worst = float((result.features[rows] - ops.aev(*arguments, parameters.packed())).abs().max())
     if not worst <= tolerance:
         raise InputError(
             f"{path}: its descriptors differ by up to {worst:.2g} from those of its coordinates with the settings of "
             "the configuration: set descriptor.n_radial, n_angular, n_sections, cutoffs and beta to those of the file"
         )
-    if jacobian:
-        columns = ours.jacobian.shape[2]
-        difference = result.jacobian[rows][:, :, :columns] - ours.jacobian
-        worst = float(difference.abs().max())
+    if result.jacobian is not None:
+        slopes = ops.aev_jacobian(*arguments, int(few.sizes.max()), parameters.packed())
+        worst = float((result.jacobian[rows][:, :, : slopes.shape[2]] - slopes).abs().max())
         if not worst <= 10 * tolerance:
             log.warning(
                 "%s: its Jacobians differ by up to %.2g 1/Å from the derivatives of its descriptors, as those of "
@@ -567,11 +583,14 @@ def _ragged_rows(path: Path, group: h5py.Group, name: str, count: int) -> list[n
     raise InputError(f"{path}: {name} has the shape {list(values.shape)}, expected {count} rows: take an intact file")
 
 
-def _write_rows(group: h5py.Group, name: str, shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> None:
+def _write_rows(
+    room: _Remembering, group: h5py.Group, name: str, shape: tuple[int, ...], rows: Iterable[np.ndarray]
+) -> None:
     # One by one: h5py takes several rows for a matrix where they happen to have one length.
     data = group.create_dataset(name, shape, dtype=h5py.vlen_dtype(np.float64))
     for i, row in enumerate(rows):
         data[i] = row
+        room.check()
 
 
 def _ranks(keys: np.ndarray) -> np.ndarray:
@@ -582,11 +601,3 @@ def _ranks(keys: np.ndarray) -> np.ndarray:
     ranks = np.empty(len(keys), dtype=np.int64)
     ranks[order] = np.arange(len(keys)) - starts
     return ranks
-
-
-def _rows_by_type(structures: Structures) -> np.ndarray:
-    """The row of each atom when the atoms of each structure are sorted by element."""
-    order = np.lexsort((structures.species, structures.owners))
-    rows = np.empty(len(order), dtype=np.int64)
-    rows[order] = np.arange(len(order))
-    return rows
