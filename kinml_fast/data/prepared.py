@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -15,7 +15,8 @@ import numpy as np
 
 from kinml_fast.data import sae as sae_module
 from kinml_fast.data import sources, splits
-from kinml_fast.data.files import expand, is_sqlite, replacing
+from kinml_fast.data.files import expand, is_hdf5, is_sqlite, replacing
+from kinml_fast.data.sources import DescriptorSource, file_digest
 from kinml_fast.data.splits import PARTS, Split
 from kinml_fast.data.sqlite import MissingIdsError
 from kinml_fast.data.structures import Structures
@@ -23,7 +24,7 @@ from kinml_fast.errors import InputError
 
 _log = logging.getLogger(__name__)
 _FORMAT = "kinml_fast prepared data"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class Prepared:
         Settings of the descriptor, carried along unread.
     hash
         sha256 (hexadecimal) of the contents of all files and of all settings.
+    source
+        Where stored descriptors come from. They stay in their files: only what is used of them is read, when it is.
     """
 
     structures: Structures
@@ -49,6 +52,7 @@ class Prepared:
     sae: np.ndarray
     descriptor: dict = field(default_factory=dict)
     hash: str = ""
+    source: DescriptorSource = field(default_factory=DescriptorSource)
 
 
 def prepare(
@@ -72,7 +76,7 @@ def prepare(
     Parameters
     ----------
     files
-        Databases and files that ASE reads: paths, glob patterns, `shipped:NAME`.
+        Databases, PyKinML's HDF5 files, and files that ASE reads: paths, glob patterns, `shipped:NAME`.
     fidelity, temperature, names, energy_key, forces_key, elements
         See `sources.read`.
     split, split_seed, split_file
@@ -80,7 +84,7 @@ def prepare(
     sae
         "fit" (to training and validation structures), "none", or energies by element (eV).
     descriptor
-        Plain settings of the descriptor, kept with the data.
+        Plain settings of the descriptor, kept with the data; `backend` is what computes stored descriptors.
     path
         HDF5 file of the prepared data. If it holds the result of the same contents and settings it is taken as it is,
         otherwise it is written; None: nothing is saved.
@@ -91,6 +95,7 @@ def prepare(
         As the functions named; `path` is one of the data files; the file cannot be written (nothing is changed then).
     """
     paths = expand(files)
+    digests = {path: file_digest(path) for path in paths}
     settings = {
         "fidelity": int(fidelity),
         "temperature": None if temperature is None else float(temperature),
@@ -103,14 +108,18 @@ def prepare(
         "elements": None if elements is None else list(elements),
         "descriptor": json.loads(json.dumps(dict(descriptor or {}))),  # as it will be read back: lists, not tuples
     }
-    digest = _digest(paths, split_file, settings)
+    digest = _digest(digests, split_file, settings)
+    source = DescriptorSource(
+        settings["descriptor"].get("backend", "native"),
+        tuple((path.resolve(), digests[path]) for path in paths if is_hdf5(path)),
+    )
     if path is not None:
         path = Path(path)
         if path.resolve() in [p.resolve() for p in paths]:
             raise InputError(f"{path}: is one of the data files and would be overwritten: name another file")
         ready = _up_to_date(path, digest)
         if ready is not None:
-            return ready
+            return replace(ready, source=source)  # the files may have moved
 
     ids = None if split_file is None else splits.read_tvtmsk(split_file).ids()
     try:
@@ -133,7 +142,7 @@ def prepare(
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
     fitted = np.concatenate([chosen.train, chosen.validation])
     energies = sae_module.resolve(sae, structures.counts()[fitted], structures.energies[fitted], structures.elements)
-    result = Prepared(structures, chosen, energies, settings["descriptor"], digest)
+    result = Prepared(structures, chosen, energies, settings["descriptor"], digest, source)
     if path is not None:
         save(path, result)
     return result
@@ -168,6 +177,8 @@ def save(path: str | os.PathLike, prepared: Prepared) -> None:
             "hash": prepared.hash,
             "elements": json.dumps(structures.elements),
             "descriptor": json.dumps(prepared.descriptor),
+            "backend": prepared.source.backend,
+            "descriptor_files": json.dumps([[str(path), digest] for path, digest in prepared.source.files]),
             "units": "eV, angstrom, eV/angstrom",
         }
         file.attrs.update({name: np.bytes_(value.encode()) for name, value in attributes.items()})
@@ -203,11 +214,20 @@ def load(path: str | os.PathLike) -> Prepared:
         structures = Structures(
             elements=tuple(json.loads(attributes["elements"])),
             labels=tuple(label.decode() for label in arrays["labels"].tolist()),
+            coordinates=arrays.get("coordinates"),
             forces=arrays.get("forces"),
-            **{name: arrays[name] for name in ("species", "coordinates", "offsets", "energies")},
+            **{name: arrays[name] for name in ("species", "offsets", "energies")},
         )
+        files = tuple((Path(name), digest) for name, digest in json.loads(attributes["descriptor_files"]))
         split = Split(*(arrays[f"split/{part}"] for part in PARTS))
-        return Prepared(structures, split, arrays["sae"], json.loads(attributes["descriptor"]), attributes["hash"])
+        return Prepared(
+            structures,
+            split,
+            arrays["sae"],
+            json.loads(attributes["descriptor"]),
+            attributes["hash"],
+            DescriptorSource(attributes["backend"], files),
+        )
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, InputError) and str(error).startswith(str(path)):
             raise
@@ -229,26 +249,15 @@ def _up_to_date(path: Path, digest: str) -> Prepared | None:
     return ready
 
 
-def _digest(paths: Sequence[Path], split_file: str | os.PathLike | None, settings: Mapping[str, object]) -> str:
+def _digest(digests: Mapping[Path, str], split_file: str | os.PathLike | None, settings: Mapping[str, object]) -> str:
     # Folders do not matter, names do: labels and formulas come from them.
     total = hashlib.sha256(json.dumps([_FORMAT, _VERSION, settings], sort_keys=True).encode())
-    for path in paths:
-        total.update(f"\n{path.name} {_file_digest(path)}".encode())
+    for path, own in digests.items():
+        total.update(f"\n{path.name} {own}".encode())
         # What a running writer has not yet moved into the database itself.
         journal = path.with_name(path.name + "-wal")
         if is_sqlite(path) and journal.exists():
-            total.update(f" {_file_digest(journal)}".encode())
+            total.update(f" {file_digest(journal)}".encode())
     if split_file is not None:
-        total.update(f"\nsplit {_file_digest(Path(split_file))}".encode())
+        total.update(f"\nsplit {file_digest(Path(split_file))}".encode())
     return total.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
-    return digest.hexdigest()
