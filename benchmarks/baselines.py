@@ -199,7 +199,7 @@ class TorchANIForces(PlainTorchForces):
         return energies, -gradient.flatten(1)
 
 
-def check(training: PlainTorchForces, structures: Structures, count: int = 50) -> None:
+def check(training: PlainTorchForces, structures: Structures) -> None:
     """Energies, forces and the loss's gradient of the first structures agree with autograd through kinml_fast's AEV.
 
     Raises
@@ -207,6 +207,7 @@ def check(training: PlainTorchForces, structures: Structures, count: int = 50) -
     AssertionError
         They do not: the forms would not be doing the same work.
     """
+    count = min(len(structures), training.batch_size)
     chosen = structures.select(range(count))
     x = torch.from_numpy(chosen.coordinates).requires_grad_()
     species, offsets = torch.from_numpy(chosen.species), torch.from_numpy(chosen.offsets)

@@ -51,6 +51,7 @@ def baseline(form: str, structures: Structures, dtype: torch.dtype, batch_size: 
     return result
 
 
-def jacobian_bytes(structures: Structures, dtype: torch.dtype) -> int:
-    """Bytes of the padded Jacobians."""
-    return len(structures.species) * DESCRIPTOR.length * 3 * int(structures.sizes.max()) * dtype.itemsize
+def jacobian_bytes(structures: Structures, dtype: torch.dtype, padded: bool) -> int:
+    """Bytes of the Jacobians, with or without padding to the largest structure."""
+    columns = 3 * (structures.sizes.max() if padded else structures.sizes)
+    return int((structures.sizes * columns).sum()) * DESCRIPTOR.length * dtype.itemsize
