@@ -1,7 +1,7 @@
 """Energies and forces by autograd: slow, exact, and in the arguments of the fused ops, to hold these against.
 
-Descriptors and their products come from the ops `aev`, `aev_vjp` and `aev_jvp`, which have tests of their own; networks,
-loss and every derivative with respect to the weights are plain torch, by double backward.
+Descriptors and their products come from the ops `aev`, `aev_vjp` and `aev_jvp`, which have tests of their own;
+networks, loss and every derivative with respect to the weights are plain torch, by double backward.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import numpy as np
 
 from kinml_fast.data import sae as sae_module
 from kinml_fast.data import sources, splits
+from kinml_fast.data import weights as weights_module
 from kinml_fast.data.files import expand, is_sqlite, replacing
 from kinml_fast.data.splits import PARTS, Split
 from kinml_fast.data.sqlite import MissingIdsError
@@ -42,6 +43,8 @@ class Prepared:
         Settings of the descriptor, carried along unread.
     hash
         sha256 (hexadecimal) of the contents of all files and of all settings.
+    weights
+        Weights of the structures in the loss, float64 [n_structures]; None: all 1.
     """
 
     structures: Structures
@@ -49,6 +52,7 @@ class Prepared:
     sae: np.ndarray
     descriptor: dict = field(default_factory=dict)
     hash: str = ""
+    weights: np.ndarray | None = None
 
 
 def prepare(
@@ -63,6 +67,7 @@ def prepare(
     split_file: str | os.PathLike | None = None,
     split_seed: int = 0,
     sae: str | Mapping[str, float] = "fit",
+    weights: str | os.PathLike | Mapping[str, float] | None = None,
     elements: Sequence[str] | None = None,
     descriptor: Mapping[str, object] | None = None,
     path: str | os.PathLike | None = None,
@@ -79,6 +84,8 @@ def prepare(
         See `splits.make_split`. With a split file only the ids that it lists are read from databases.
     sae
         "fit" (to training and validation structures), "none", or energies by element (eV).
+    weights
+        Weights of structures in the loss, or their file, see `weights.resolve`; None: all 1.
     descriptor
         Plain settings of the descriptor, kept with the data.
     path
@@ -100,10 +107,12 @@ def prepare(
         "split": [float(amount) for amount in split],
         "split_seed": int(split_seed),
         "sae": dict(sae) if isinstance(sae, Mapping) else sae,
+        "weights": list(weights.items()) if isinstance(weights, Mapping) else weights is not None,
         "elements": None if elements is None else list(elements),
         "descriptor": json.loads(json.dumps(dict(descriptor or {}))),  # as it will be read back: lists, not tuples
     }
-    digest = _digest(paths, split_file, settings)
+    others = {"split": split_file, "weights": None if isinstance(weights, Mapping) else weights}
+    digest = _digest(paths, others, settings)
     if path is not None:
         path = Path(path)
         if path.resolve() in [p.resolve() for p in paths]:
@@ -126,14 +135,16 @@ def prepare(
         )
     except MissingIdsError as error:
         raise InputError(f"{split_file}: {error}") from error
+    loss_weights = None if weights is None else weights_module.resolve(weights, structures.labels)
     chosen = splits.make_split(structures, split, split_seed, split_file)
     used = np.sort(chosen.used)
     if len(used) < len(structures):
         structures = structures.select(used)
+        loss_weights = None if loss_weights is None else loss_weights[used]
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
     fitted = np.concatenate([chosen.train, chosen.validation])
     energies = sae_module.resolve(sae, structures.counts()[fitted], structures.energies[fitted], structures.elements)
-    result = Prepared(structures, chosen, energies, settings["descriptor"], digest)
+    result = Prepared(structures, chosen, energies, settings["descriptor"], digest, loss_weights)
     if path is not None:
         save(path, result)
     return result
@@ -157,6 +168,7 @@ def save(path: str | os.PathLike, prepared: Prepared) -> None:
         "forces": structures.forces,
         "labels": np.array([label.encode() for label in structures.labels]),
         "sae": prepared.sae,
+        "weights": prepared.weights,
         **{f"split/{part}": getattr(prepared.split, part) for part in PARTS},
     }
     # HDF5 does not recover from a full disk, so the file is built in memory and written like any other.
@@ -207,7 +219,14 @@ def load(path: str | os.PathLike) -> Prepared:
             **{name: arrays[name] for name in ("species", "coordinates", "offsets", "energies")},
         )
         split = Split(*(arrays[f"split/{part}"] for part in PARTS))
-        return Prepared(structures, split, arrays["sae"], json.loads(attributes["descriptor"]), attributes["hash"])
+        return Prepared(
+            structures,
+            split,
+            arrays["sae"],
+            json.loads(attributes["descriptor"]),
+            attributes["hash"],
+            arrays.get("weights"),
+        )
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, InputError) and str(error).startswith(str(path)):
             raise
@@ -229,7 +248,9 @@ def _up_to_date(path: Path, digest: str) -> Prepared | None:
     return ready
 
 
-def _digest(paths: Sequence[Path], split_file: str | os.PathLike | None, settings: Mapping[str, object]) -> str:
+def _digest(
+    paths: Sequence[Path], others: Mapping[str, str | os.PathLike | None], settings: Mapping[str, object]
+) -> str:
     # Folders do not matter, names do: labels and formulas come from them.
     total = hashlib.sha256(json.dumps([_FORMAT, _VERSION, settings], sort_keys=True).encode())
     for path in paths:
@@ -238,8 +259,9 @@ def _digest(paths: Sequence[Path], split_file: str | os.PathLike | None, setting
         journal = path.with_name(path.name + "-wal")
         if is_sqlite(path) and journal.exists():
             total.update(f" {_file_digest(journal)}".encode())
-    if split_file is not None:
-        total.update(f"\nsplit {_file_digest(Path(split_file))}".encode())
+    for kind, other in others.items():
+        if other is not None:
+            total.update(f"\n{kind} {_file_digest(Path(other))}".encode())
     return total.hexdigest()
 
 
