@@ -120,12 +120,22 @@ def write_report(
     InputError
         metrics.csv is missing or damaged, or the folder cannot be written.
     """
+    curves = read_metrics(metrics_csv)
+    rows = write_parity(folder, energies, forces)
+    with matplotlib.rc_context(_STYLE):
+        _save(draw_learning_curves(curves, best), Path(folder) / "learning_curves.png")
+    return rows
+
+
+def write_parity(
+    folder: str | os.PathLike, energies: Mapping[str, Comparison], forces: Mapping[str, Comparison] | None = None
+) -> list[ErrorRow]:
+    """Write parity_SPLIT.png for each split, and errors.csv: what `write_report` does without learning curves."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
-    curves = read_metrics(metrics_csv)
     quantities = {ENERGY: energies, FORCES: forces or {}}
     splits = [split for split in energies if len(energies[split][1])]
     rows = [
@@ -135,7 +145,6 @@ def write_report(
         if split in comparisons and len(comparisons[split][1])
     ]
     with matplotlib.rc_context(_STYLE):
-        _save(draw_learning_curves(curves, best), folder / "learning_curves.png")
         limits = {quantity: _limits(quantity, comparisons) for quantity, comparisons in quantities.items()}
         for split in splits:
             own = [row for row in rows if row.split == split]
