@@ -11,7 +11,18 @@ import signal
 import numpy as np
 import pytest
 import torch
-from training_helpers import SAE, assert_same_bits, assert_same_run, model, rows, training_data
+from training_helpers import (
+    SAE,
+    Interrupter,
+    Killed,
+    assert_same_bits,
+    assert_same_run,
+    every_batch,
+    interrupted_run,
+    model,
+    rows,
+    training_data,
+)
 
 from kinml_fast import ops
 from kinml_fast.data.splits import Split
@@ -23,7 +34,7 @@ from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, 
 from kinml_fast.train.config import OptimizerConfig, SchedulerConfig
 from kinml_fast.train.metrics import COLUMNS
 from kinml_fast.train.optimizers import FusedAdam, WeightAverage, make_optimizer
-from kinml_fast.train.progress import LiveProgress, Progress
+from kinml_fast.train.progress import LiveProgress
 from kinml_fast.train.schedulers import advance, make_scheduler
 from kinml_fast.units import KCAL_PER_MOL
 
@@ -401,50 +412,6 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 # Resuming
-
-
-class Killed(Exception):
-    """Stands for the end of a process."""
-
-
-class Interrupter(Progress):
-    """Raises Killed, or sends SIGINT, after so many batches that were reported."""
-
-    def __init__(self, stop_at, act):
-        self.left, self.act = stop_at, act
-
-    def batch(self, epoch, fraction):
-        self.left -= 1
-        if self.left == 0:
-            self.act()
-
-
-def interrupted_run(folder, config, stop_at, act=None):
-    """A run that ends after `stop_at` batches; last.pt is of the batch before that."""
-
-    def kill():
-        raise Killed
-
-    trainer = Trainer(model(), training_data(), config, folder, progress=Interrupter(stop_at, act or kill))
-    every_batch(trainer)
-    with pytest.raises((Killed, KeyboardInterrupt)):
-        trainer.fit()
-    return trainer
-
-
-def every_batch(trainer, saving=True):
-    """Let the trainer report, and write last.pt, after every batch."""
-    tick = trainer._tick
-
-    def always(n_batches):
-        trainer._next_drawing = 0.0
-        if saving:
-            trainer._next_save = 0.0
-        tick(n_batches)
-        trainer._next_tick = 0.0
-
-    trainer._tick = always
-    trainer.progress.begin, begin = lambda *a: (begin(*a), setattr(trainer, "_next_tick", 0.0)), trainer.progress.begin
 
 
 RUNS = {
