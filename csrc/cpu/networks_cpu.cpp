@@ -1,8 +1,9 @@
 #include "networks_cpu.h"
 
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -12,19 +13,29 @@
 namespace kinml {
 
 using Index = std::int64_t;
+using cpu::NetworkPiece;
 using cpu::NetworkPlan;
 using cpu::NetworkSegment;
 using cpu::NetworkTile;
 
 #define KINML_DECLARE_NETWORKS(T)                                                                  \
-  KINML_DECLARE_KERNEL(void, networks_pack_forward, const NetworkPlan&, const T*, T*, int)         \
-  KINML_DECLARE_KERNEL(void, networks_pack_backward, const NetworkPlan&, const T*, T*, int)        \
-  KINML_DECLARE_KERNEL(void, networks_forward_tiles, const NetworkPlan&, const NetworkTile*,       \
+  KINML_DECLARE_KERNEL(void, networks_pack, const NetworkPlan&, const T*, T*, int)                 \
+  KINML_DECLARE_KERNEL(void, networks_forward_pieces, const NetworkPlan&, const NetworkPiece*,     \
                        Index, const T*, const T*, Index, const Index*, T*, T*, T*, int)            \
-  KINML_DECLARE_KERNEL(void, networks_backward_tiles, const NetworkPlan&, const NetworkTile*,      \
+  KINML_DECLARE_KERNEL(void, networks_backward_pieces, const NetworkPlan&, const NetworkPiece*,    \
                        Index, const T*, const T*, const T*, T*, T*, Index, const Index*, int)      \
   KINML_DECLARE_KERNEL(void, networks_weight_gradients, const NetworkPlan&, const NetworkSegment*, \
-                       Index, const T*, Index, const Index*, const T*, const T*, T*, int)
+                       Index, const T*, Index, const Index*, const T*, const T*, T*, int)          \
+  KINML_DECLARE_KERNEL(void, networks_tile_forward, const NetworkPlan&, const T*,                  \
+                       const NetworkTile<T>&, T*)                                                  \
+  KINML_DECLARE_KERNEL(void, networks_tile_backward, const NetworkPlan&, const T*,                 \
+                       const NetworkTile<T>&, const T*, T*, Index)                                 \
+  KINML_DECLARE_KERNEL(void, networks_tile_tangent, const NetworkPlan&, const T*,                  \
+                       const NetworkTile<T>&, T*)                                                  \
+  KINML_DECLARE_KERNEL(void, networks_tile_second_backward, const NetworkPlan&, const T*,          \
+                       const NetworkTile<T>&, const T*, T*, Index)                                 \
+  KINML_DECLARE_KERNEL(void, networks_tile_weight_gradients, const NetworkPlan&,                   \
+                       const NetworkTile<T>&, T*, bool)
 KINML_DECLARE_NETWORKS(double)
 KINML_DECLARE_NETWORKS(float)
 #undef KINML_DECLARE_NETWORKS
@@ -61,6 +72,11 @@ class Buffer {
   void trim() {
     if (bytes_ > kKeptBytes) clear();
   }
+  std::size_t size() const { return bytes_; }
+  void swap(Buffer& other) {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
 
  private:
   void clear() {
@@ -79,7 +95,10 @@ Index padded(Index n) {
 // Offsets of everything, and the sizes of the packed matrices.
 class Layout {
  public:
-  Layout(const NetworkShape& shape, const Index* starts, bool backward, bool first_layer) {
+  enum Packed { for_forward = 1, for_backward = 2, for_grad_features = 4 };
+
+  // packed: what to pack the weights for; starts: atoms of each species, or null.
+  Layout(const NetworkShape& shape, const Index* starts, int packed) {
     Index parameter = 0;
     for (Index s = 0; s < shape.n_species; ++s) {
       Index column = 0;
@@ -94,41 +113,53 @@ class Layout {
         parameter += layer.in * layer.out;
         layer.biases = shape.biases ? parameter : -1;
         if (shape.biases) parameter += layer.out;
-        layer.packed = packed_;
-        layer.transposed = -1;
-        if (!backward) {
-          packed_ += (layer.in + 1) * padded(layer.out);
-        } else if (l > 1 || first_layer) {
-          layer.transposed = packed_;
-          packed_ += padded(layer.in) * layer.out;
-        }
-        packed_ = padded(packed_);
+        layer.packed = packed & for_forward ? room((layer.in + 1) * padded(layer.out)) : -1;
+        layer.transposed = packed & (l > 1 ? for_backward : for_grad_features)
+                               ? room(padded(layer.in) * layer.out)
+                               : -1;
         layers_.push_back(layer);
       }
-      if (padded(column) > per_atom_) per_atom_ = padded(column);
     }
-    plan_ = {shape.n_species, shape.n_layers,         layers_.data(), shape.activations,
-             starts,          shape.saved_per_atom(), per_atom_};
+    plan_ = {shape.n_species,   shape.n_layers, layers_.data(),
+             shape.activations, starts,         shape.per_atom()};
   }
+  Layout(const Layout&) = delete;
+  Layout& operator=(const Layout&) = delete;
 
   const NetworkPlan& plan() const { return plan_; }
   Index packed() const { return packed_; }
 
  private:
+  Index room(Index n) {
+    const Index begin = packed_;
+    packed_ += padded(n);
+    return begin;
+  }
   std::vector<NetworkLayer> layers_;
   Index packed_ = 0;
-  Index per_atom_ = 0;
   NetworkPlan plan_;
 };
 
-// Fewer atoms a tile if there are not enough tiles for the threads.
-Index tile_atoms(Index n_atoms, int n_threads) {
-  return n_atoms < 2 * kTileAtoms * n_threads ? kTileAtoms / 2 : kTileAtoms;
+// Fewer atoms a piece if there are not enough pieces for the threads.
+Index piece_atoms(Index n_atoms, int n_threads) {
+  return n_atoms < 2 * kPieceAtoms * n_threads ? kPieceAtoms / 2 : kPieceAtoms;
 }
 
-void add_tiles(const NetworkSegment& segment, Index atoms, std::vector<NetworkTile>& tiles) {
+// Zero gradients for the species without atoms.
+template <class T>
+void clear_missing(const NetworkPlan& plan, const Index* starts, T* grad_parameters) {
+  for (Index s = 0; s < plan.n_species; ++s) {
+    if (starts[s] != starts[s + 1]) continue;
+    for (const NetworkLayer* layer = plan.of(s); layer != plan.of(s + 1); ++layer) {
+      std::fill_n(grad_parameters + layer->weights, layer->in * layer->out, T(0));
+      if (layer->biases >= 0) std::fill_n(grad_parameters + layer->biases, layer->out, T(0));
+    }
+  }
+}
+
+void add_pieces(const NetworkSegment& segment, Index atoms, std::vector<NetworkPiece>& pieces) {
   for (Index first = 0; first < segment.count; first += atoms)
-    tiles.push_back(
+    pieces.push_back(
         {&segment, first, segment.count - first < atoms ? segment.count - first : atoms});
 }
 
@@ -140,25 +171,25 @@ void networks_forward(const NetworkShape& shape, const T* parameters, const T* f
                       T* atomic, int n_threads) {
   const Index n_atoms = starts[shape.n_species];
   if (n_atoms == 0) return;
-  const Layout layout(shape, starts, false, false);
+  const Layout layout(shape, starts, Layout::for_forward);
   const NetworkPlan& plan = layout.plan();
 
   std::vector<NetworkSegment> segments;
-  std::vector<NetworkTile> tiles;
+  std::vector<NetworkPiece> pieces;
   segments.reserve(shape.n_species);
-  const Index atoms = tile_atoms(n_atoms, n_threads);
+  const Index atoms = piece_atoms(n_atoms, n_threads);
   for (Index s = 0; s < shape.n_species; ++s) {
     segments.push_back({s, starts[s], starts[s + 1] - starts[s], 0});
-    add_tiles(segments.back(), atoms, tiles);
+    add_pieces(segments.back(), atoms, pieces);
   }
 
   // Inside somebody else's parallel region parallel_for is serial, but the index stays theirs.
   const int slots = (n_threads > 1 ? n_threads : 1) + thread_index();
-  const Index scratch = saved ? 0 : slots * kTileAtoms * plan.scratch_per_atom;
+  const Index scratch = saved ? 0 : slots * kPieceAtoms * plan.scratch_per_atom;
   static thread_local Buffer buffer;
   T* const packed = buffer.get<T>(layout.packed() + scratch + kSlack);
-  KINML_CALL_KERNEL(networks_pack_forward, plan, parameters, packed, n_threads);
-  KINML_CALL_KERNEL(networks_forward_tiles, plan, tiles.data(), static_cast<Index>(tiles.size()),
+  KINML_CALL_KERNEL(networks_pack, plan, parameters, packed, n_threads);
+  KINML_CALL_KERNEL(networks_forward_pieces, plan, pieces.data(), static_cast<Index>(pieces.size()),
                     packed, features, feature_stride, rows, saved, packed + layout.packed(), atomic,
                     n_threads);
   buffer.trim();
@@ -168,16 +199,10 @@ template <class T>
 void networks_backward(const NetworkShape& shape, const T* parameters, const T* features,
                        Index feature_stride, const Index* rows, const Index* starts, const T* saved,
                        const T* grad_atomic, T* grad_features, T* grad_parameters, int n_threads) {
-  const Layout layout(shape, starts, true, grad_features != nullptr);
+  const Layout layout(shape, starts,
+                      Layout::for_backward | (grad_features ? Layout::for_grad_features : 0));
   const NetworkPlan& plan = layout.plan();
-  if (grad_parameters != nullptr) {
-    Index offset = 0;
-    for (Index s = 0; s < shape.n_species; ++s) {
-      const Index n = shape.parameters_of(s);
-      if (starts[s] == starts[s + 1]) std::memset(grad_parameters + offset, 0, n * sizeof(T));
-      offset += n;
-    }
-  }
+  if (grad_parameters != nullptr) clear_missing(plan, starts, grad_parameters);
   const Index n_atoms = starts[shape.n_species];
   if (n_atoms == 0) return;
 
@@ -188,16 +213,16 @@ void networks_backward(const NetworkShape& shape, const T* parameters, const T* 
   static thread_local Buffer buffer;
   T* const packed = buffer.get<T>(layout.packed() + limit * plan.scratch_per_atom + kSlack);
   T* const deltas = packed + layout.packed();
-  KINML_CALL_KERNEL(networks_pack_backward, plan, parameters, packed, n_threads);
+  KINML_CALL_KERNEL(networks_pack, plan, parameters, packed, n_threads);
 
   std::vector<NetworkSegment> segments;
-  std::vector<NetworkTile> tiles;
+  std::vector<NetworkPiece> pieces;
   segments.reserve(shape.n_species);
-  const Index atoms = tile_atoms(n_atoms, n_threads);
+  const Index atoms = piece_atoms(n_atoms, n_threads);
   Index species = 0, first = starts[0];
   while (species < shape.n_species) {
     segments.clear();
-    tiles.clear();
+    pieces.clear();
     Index room = limit;
     while (species < shape.n_species) {
       const Index left = starts[species + 1] - first;
@@ -212,10 +237,10 @@ void networks_backward(const NetworkShape& shape, const T* parameters, const T* 
       ++species;
       if (species < shape.n_species) first = starts[species];
     }
-    for (const NetworkSegment& segment : segments) add_tiles(segment, atoms, tiles);
-    KINML_CALL_KERNEL(networks_backward_tiles, plan, tiles.data(), static_cast<Index>(tiles.size()),
-                      packed, saved, grad_atomic, deltas, grad_features, feature_stride, rows,
-                      n_threads);
+    for (const NetworkSegment& segment : segments) add_pieces(segment, atoms, pieces);
+    KINML_CALL_KERNEL(networks_backward_pieces, plan, pieces.data(),
+                      static_cast<Index>(pieces.size()), packed, saved, grad_atomic, deltas,
+                      grad_features, feature_stride, rows, n_threads);
     if (grad_parameters != nullptr)
       KINML_CALL_KERNEL(networks_weight_gradients, plan, segments.data(),
                         static_cast<Index>(segments.size()), features, feature_stride, rows, saved,
@@ -224,11 +249,78 @@ void networks_backward(const NetworkShape& shape, const T* parameters, const T* 
   buffer.trim();
 }
 
+// ---- tiles --------------------------------------------------------------------------------------
+
+template <class T>
+struct PackedNetworks<T>::State {
+  State(const NetworkShape& shape, const T* parameters, int n_threads)
+      : layout(shape, nullptr,
+               Layout::for_forward | Layout::for_backward | Layout::for_grad_features) {
+    buffer.swap(kept());
+    packed = buffer.template get<T>(layout.packed());
+    KINML_CALL_KERNEL(networks_pack, plan(), parameters, packed, n_threads);
+  }
+  ~State() {
+    buffer.trim();
+    if (buffer.size() > kept().size()) buffer.swap(kept());
+  }
+  const NetworkPlan& plan() const { return layout.plan(); }
+
+  // What the next object of this thread takes over.
+  static Buffer& kept() {
+    static thread_local Buffer buffer;
+    return buffer;
+  }
+
+  Layout layout;
+  Buffer buffer;
+  T* packed;
+};
+
+template <class T>
+PackedNetworks<T>::PackedNetworks(const NetworkShape& shape, const T* parameters, int n_threads)
+    : state_(new State(shape, parameters, n_threads)) {}
+template <class T>
+PackedNetworks<T>::~PackedNetworks() = default;
+
+template <class T>
+Index PackedNetworks<T>::tile_memory(Index n_atoms) const {
+  return n_atoms * kTileValues * state_->plan().scratch_per_atom + kSlack;
+}
+template <class T>
+void PackedNetworks<T>::forward(const NetworkTile<T>& tile, T* atomic) const {
+  KINML_CALL_KERNEL(networks_tile_forward, state_->plan(), state_->packed, tile, atomic);
+}
+template <class T>
+void PackedNetworks<T>::backward(const NetworkTile<T>& tile, const T* seeds, T* grad_features,
+                                 Index stride) const {
+  KINML_CALL_KERNEL(networks_tile_backward, state_->plan(), state_->packed, tile, seeds,
+                    grad_features, stride);
+}
+template <class T>
+void PackedNetworks<T>::tangent(const NetworkTile<T>& tile, T* derivatives) const {
+  KINML_CALL_KERNEL(networks_tile_tangent, state_->plan(), state_->packed, tile, derivatives);
+}
+template <class T>
+void PackedNetworks<T>::second_backward(const NetworkTile<T>& tile, const T* seeds,
+                                        T* grad_features, Index stride) const {
+  KINML_CALL_KERNEL(networks_tile_second_backward, state_->plan(), state_->packed, tile, seeds,
+                    grad_features, stride);
+}
+template <class T>
+void PackedNetworks<T>::weight_gradients(const NetworkTile<T>& tile, T* grad_parameters,
+                                         bool add) const {
+  const NetworkPlan& plan = state_->plan();
+  if (!add) clear_missing(plan, tile.starts, grad_parameters);
+  KINML_CALL_KERNEL(networks_tile_weight_gradients, plan, tile, grad_parameters, add);
+}
+
 #define KINML_INSTANTIATE_NETWORKS(T)                                                              \
   template void networks_forward<T>(const NetworkShape&, const T*, const T*, Index, const Index*,  \
                                     const Index*, T*, T*, int);                                    \
   template void networks_backward<T>(const NetworkShape&, const T*, const T*, Index, const Index*, \
-                                     const Index*, const T*, const T*, T*, T*, int);
+                                     const Index*, const T*, const T*, T*, T*, int);               \
+  template class PackedNetworks<T>;
 KINML_INSTANTIATE_NETWORKS(double)
 KINML_INSTANTIATE_NETWORKS(float)
 #undef KINML_INSTANTIATE_NETWORKS

@@ -1,13 +1,30 @@
 // Per-species multilayer perceptrons (one network for each element) on the CPU.
 //
-//   h_0 = features of an atom, z_l = W_l h_{l-1} + b_l, h_l = f_l(z_l), atomic energy = h_L (one
-//   number).
+//   h_0 = features a of an atom, z_l = W_l h_{l-1} + b_l, h_l = f_l(z_l), atomic energy f = h_L
+//   (one number).
+//
+// Derivatives, for training on energies and forces (forward over reverse):
+//   backward           delta_l = t df/dz_l, from delta^h_L = t, delta_l = delta^h_l f'(z_l),
+//                      delta^h_{l-1} = W_l^T delta_l; t grad f = delta^h_0
+//   tangent            along a direction v of the features: dz_1 = W_1 v, dh_l = f'(z_l) dz_l,
+//                      dz_{l+1} = W_{l+1} dh_l; grad f . v = dh_L
+//   second backward    of S = e f + t grad f . v: mu^h_L = e,
+//                      mu_l = mu^h_l f'(z_l) + delta^h_l f''(z_l) dz_l, mu^h_{l-1} = W_l^T mu_l;
+//                      dS/da = mu^h_0
+//   weight gradients   dS/dW_l = sum over atoms of mu_l (x) h_{l-1} + delta_l (x) dh_{l-1} with
+//                      dh_0 = v, dS/db_l = sum of mu_l; without tangents of t f:
+//                      sum of delta_l (x) h_{l-1}, sum of delta_l
 //
 // Atoms come sorted by species, through an index into the feature matrix, so nothing is copied to
 // form a batch. Float64 and float32 (instantiated for both).
+//
+// networks_forward and networks_backward work on a batch with all threads. PackedNetworks is for
+// callers that take a few molecules (a tile) through all passes on one thread, while they are in
+// its cache.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace kinml::cpu {
 
@@ -35,20 +52,22 @@ struct NetworkShape {
   std::int64_t stride(std::int64_t species, std::int64_t layer) const {
     return layer == n_layers ? size(species, layer) : (size(species, layer) + 15) / 16 * 16;
   }
-  // Numbers that the forward pass keeps per atom for the backward pass: z and h of every layer.
-  // The widest species decides, so that the atoms of species s begin at
-  // saved + starts[s] * saved_per_atom(). There, with n = starts[s+1] - starts[s], stand the
-  // matrices z_1, h_1, z_2, h_2, ... one after the other, z_l and h_l each [n, stride(s, l)].
-  // Columns beyond size(s, l) are padding and may hold anything finite or not.
-  std::int64_t saved_per_atom() const {
+  // Numbers per atom of one value (z, h, ...) of every layer: the widest species decides.
+  std::int64_t per_atom() const {
     std::int64_t widest = 0;
     for (std::int64_t s = 0; s < n_species; ++s) {
       std::int64_t total = 0;
-      for (std::int64_t l = 1; l <= n_layers; ++l) total += 2 * stride(s, l);
+      for (std::int64_t l = 1; l <= n_layers; ++l) total += stride(s, l);
       widest = total > widest ? total : widest;
     }
     return (widest + 15) / 16 * 16;
   }
+  // Numbers that the forward pass keeps per atom for the backward pass: z and h of every layer.
+  // With n = starts[s+1] - starts[s], those of species s begin at saved + starts[s] *
+  // saved_per_atom(): the matrices z_1, z_2, ... one after the other, each [n, stride(s, l)], and
+  // n * per_atom() numbers later h_1, h_2, ... in the same way. Columns beyond size(s, l) are
+  // padding and may hold anything finite or not.
+  std::int64_t saved_per_atom() const { return 2 * per_atom(); }
 };
 
 // parameters  // flat, species after species, each as in parameters_of
@@ -70,5 +89,53 @@ void networks_backward(const NetworkShape& shape, const T* parameters, const T* 
                        std::int64_t feature_stride, const std::int64_t* rows,
                        const std::int64_t* starts, const T* saved, const T* grad_atomic,
                        T* grad_features, T* grad_parameters, int n_threads);
+
+// A few molecules. n = starts[n_species] atoms, sorted by species.
+template <class T>
+struct NetworkTile {
+  const T* features;  // [*, feature_stride]
+  std::int64_t feature_stride;
+  const std::int64_t* rows;     // [n] row of the i-th atom in features, tangents, grad_features
+  const std::int64_t* starts;   // [n_species + 1] atoms starts[s] .. starts[s+1] are of species s
+  T* memory;                    // [tile_memory(n)], aligned to 64 bytes: what the passes keep
+  const T* tangents = nullptr;  // [*, tangent_stride] directions v; null: no second derivatives
+  std::int64_t tangent_stride = 0;
+};
+
+// The weights in the order in which the passes read them. The passes of a tile run on the calling
+// thread; many threads may use one PackedNetworks, each with a tile of its own. They must come in
+// the order of this list, each once; forward begins anew.
+template <class T>
+class PackedNetworks {
+ public:
+  // shape's arrays must outlive the object, the parameters need not.
+  PackedNetworks(const NetworkShape& shape, const T* parameters, int n_threads);
+  ~PackedNetworks();
+  PackedNetworks(const PackedNetworks&) = delete;
+  PackedNetworks& operator=(const PackedNetworks&) = delete;
+
+  // Numbers that a tile of so many atoms needs.
+  std::int64_t tile_memory(std::int64_t n_atoms) const;
+
+  // atomic         // [n] energies f
+  void forward(const NetworkTile<T>& tile, T* atomic) const;
+  // seeds          // [n] t, or null: 1
+  // grad_features  // [*, stride] row rows[i] = t grad f; or null
+  void backward(const NetworkTile<T>& tile, const T* seeds, T* grad_features,
+                std::int64_t stride) const;
+  // derivatives    // [n] grad f . v; or null
+  void tangent(const NetworkTile<T>& tile, T* derivatives) const;
+  // seeds          // [n] e
+  // grad_features  // [*, stride] row rows[i] = dS/da; or null
+  void second_backward(const NetworkTile<T>& tile, const T* seeds, T* grad_features,
+                       std::int64_t stride) const;
+  // grad_parameters  // like the parameters; dS/dW and dS/db (of a tile without tangents: of t f)
+  //                  // are added or, unless `add`, written
+  void weight_gradients(const NetworkTile<T>& tile, T* grad_parameters, bool add) const;
+
+ private:
+  struct State;
+  std::unique_ptr<const State> state_;
+};
 
 }  // namespace kinml::cpu

@@ -3,13 +3,14 @@
 // Everything is a matrix product whose left factor is read number by number (broadcast) and whose
 // right factor and result are read and written as registers, in blocks of R rows by NV registers
 // that stay in registers during the whole sum:
-//   forward          z_l [atoms, out]       = h_{l-1} [atoms, in] W_l^T    (rows of h through
-//   pointers) backward         dL/dh_{l-1} [atoms, in] = delta_l [atoms, out] W_l weight gradients
-//   dL/dW_l [out, in]       = delta_l^T [out, atoms] h_{l-1} [atoms, in]
-// with delta_l = dL/dz_l. The order of each sum does not depend on tiles or threads.
+//   forward, tangent   z_l [atoms, out] = h_{l-1} [atoms, in] W_l^T
+//   backward           dL/dh_{l-1} [atoms, in] = delta_l [atoms, out] W_l
+//   weight gradients   dL/dW_l [out, in] = delta_l^T [out, atoms] h_{l-1} [atoms, in]
+// with delta_l = dL/dz_l. The order of each sum does not depend on pieces or threads.
 #include "../core/activation.h"
 #include "../core/config.h"
 #include "denormals.h"
+#include "networks_cpu.h"
 #include "networks_plan.h"
 #include "parallel.h"
 #include "simd_functions.h"
@@ -19,9 +20,10 @@ inline namespace KINML_ISA {
 
 namespace {
 
+using cpu::kPieceAtoms;
 using cpu::kSumAtoms;
-using cpu::kTileAtoms;
 using cpu::NetworkLayer;
+using cpu::NetworkPiece;
 using cpu::NetworkPlan;
 using cpu::NetworkSegment;
 using cpu::NetworkTile;
@@ -35,6 +37,8 @@ using Native = Vec<T, kNativeWidth<T>>;
 constexpr bool kManyRegisters = KINML_VECTOR_BYTES == 64;
 constexpr int kMaxVectors = kManyRegisters ? 4 : 3;
 constexpr int kMaxRows = 12;
+// Atoms that go through the layers together.
+constexpr Index kTilePieceAtoms = 96;
 template <int NV>
 inline constexpr int kRows = kManyRegisters ? (NV == 4   ? 6
                                                : NV == 3 ? 8
@@ -98,21 +102,50 @@ KINML_HD void store_some(Native<T> value, T* p, Index count) {
   for (Index i = 0; i < (count < W ? count : W); ++i) p[i] = numbers[i];
 }
 
+// Rows of a matrix: row i begins at base + index[i] * stride, or at base + i * stride.
+template <class T>
+struct Rows {
+  T* base;
+  Index stride;
+  const Index* index;
+
+  KINML_HD T* operator[](Index i) const { return base + (index ? index[i] : i) * stride; }
+  KINML_HD Rows from(Index i) const {
+    return index ? Rows{base, stride, index + i} : Rows{base + i * stride, stride, nullptr};
+  }
+};
+
+// For each layer a matrix [rows, stride of the layer], one behind the other; what is meant are its
+// rows from `first` on.
+template <class T>
+struct Stack {
+  T* base;
+  Index rows, first;
+
+  KINML_HD Rows<T> of(const NetworkLayer& layer) const {
+    return {base + rows * layer.column + first * layer.stride, layer.stride, nullptr};
+  }
+  KINML_HD Stack from(Index i) const { return {base, rows, first + i}; }
+  KINML_HD operator Stack<const T>() const { return {base, rows, first}; }
+};
+
 // ---- rows times packed panel ----------------------------------------------------------------
 
-// c[r][0 .. NV W) = start + sum_k a[r][k] b[k][0 .. NV W) for r < n_rows <= R; of the last register
-// only `last` numbers are written. While it works it fetches the rows `next` into the cache.
+// c[r][0 .. NV W) = start + sum_k a[r][k] b[k][0 .. NV W) for r < R; of the last register only
+// `last` numbers are written. While it works it fetches the rows `next` into the cache.
 template <class T, int R, int NV>
-void multiply_block(const T* const* a, const T* const* next, Index depth, const T* b,
-                    const T* start, T* const* c, Index n_rows, Index last) {
+void multiply_block(Rows<const T> a, Rows<const T> next, Index depth, const T* b, const T* start,
+                    Rows<T> c, Index column, Index last) {
   using V = Native<T>;
   constexpr int W = kNativeWidth<T>;
   constexpr Index line = 64 / sizeof(T);
   V sums[R][NV];
   const T* rows[R];
+  const T* fetched[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     rows[r] = a[r];
+    fetched[r] = next[r];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) sums[r][v] = start ? V::load(start + v * W) : V(T(0));
   }
@@ -130,17 +163,17 @@ void multiply_block(const T* const* a, const T* const* next, Index depth, const 
   Index k = 0;
   for (; k + line <= depth; k += line) {
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + k);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(fetched[r] + k);
 #pragma GCC unroll 4
     for (Index i = 0; i < line; ++i) step(k + i);
   }
   for (; k < depth; ++k) step(k);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    if (r >= n_rows) break;
+    T* const out = c[r] + column;
 #pragma GCC unroll 4
-    for (int v = 0; v + 1 < NV; ++v) sums[r][v].store(c[r] + v * W);
-    T* const end = c[r] + (NV - 1) * W;
+    for (int v = 0; v + 1 < NV; ++v) sums[r][v].store(out + v * W);
+    T* const end = out + (NV - 1) * W;
     if (last == W)
       sums[r][NV - 1].store(end);
     else
@@ -148,53 +181,48 @@ void multiply_block(const T* const* a, const T* const* next, Index depth, const 
   }
 }
 
-// The same for fewer rows than R: rows beyond n_rows repeat the last one.
-template <class T, int R, int NV>
-void multiply_rest(const T* const* a, Index depth, const T* b, const T* start, T* const* c,
-                   Index n_rows, Index last) {
-  const T* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = a[r < n_rows ? r : n_rows - 1];
-  multiply_block<T, R, NV>(rows, rows, depth, b, start, c, n_rows, last);
+// Calls function(Constant<R>{}) for R = rows, 1 <= rows <= max.
+template <int max, class Function>
+KINML_HD void with_rows(Index rows, const Function& function) {
+  if constexpr (max > 1)
+    if (rows < max) return with_rows<max - 1>(rows, function);
+  function(Constant<max>{});
 }
 
-// While it works on some rows it fetches the next ones, and in the end the rows `after` (kMaxRows).
+// The rows in blocks of equal size, so that none has too few to keep the processor busy.
 template <class T, int NV>
-void multiply_panel(const T* const* a, const T* const* after, Index n_rows, Index depth, const T* b,
-                    const T* start, T* const* c, Index last) {
+void multiply_panel(Rows<const T> a, Rows<const T> after, Index n_rows, Index depth, const T* b,
+                    const T* start, Rows<T> c, Index column, Index last) {
   constexpr int R = kRows<NV>;
+  const Index n_blocks = (n_rows + R - 1) / R;
   Index i = 0;
-  for (; i + R <= n_rows; i += R) {
-    const T* const* next = a + i;
-    if (after != nullptr) next = i + 2 * R <= n_rows ? a + i + R : after;
-    multiply_block<T, R, NV>(a + i, next, depth, b, start, c + i, R, last);
+  for (Index block = 0; block < n_blocks; ++block) {
+    const Index size = (n_rows - i) / (n_blocks - block);
+    const bool more = block + 1 < n_blocks;
+    with_rows<R>(size, [&](auto rows) {
+      multiply_block<T, rows.value, NV>(a.from(i), more ? a.from(i + size) : after, depth, b, start,
+                                        c.from(i), column, last);
+    });
+    i += size;
   }
-  const Index rest = n_rows - i;
-  if (rest > 4)
-    multiply_rest<T, R, NV>(a + i, depth, b, start, c + i, rest, last);
-  else if (rest > 2)
-    multiply_rest<T, 4, NV>(a + i, depth, b, start, c + i, rest, last);
-  else if (rest > 0)
-    multiply_rest<T, 2, NV>(a + i, depth, b, start, c + i, rest, last);
 }
 
-// c[i][0 .. columns) = bias + a[i][0 .. depth) times a packed matrix, for i < n_rows <= kTileAtoms.
-// Whole registers are written if `padded`, else exactly `columns` numbers. With `after`, a is
-// expected in slow memory and fetched in advance.
+// c[i][0 .. columns) = bias + a[i][0 .. depth) times a packed matrix, for i < n_rows. Whole
+// registers are written if `padded`, else exactly `columns` numbers. While it works on some rows it
+// fetches the next ones, and in the end the first ones (kMaxRows) of `after`.
 template <class T>
-void multiply(const T* const* a, const T* const* after, Index n_rows, Index depth, const T* packed,
-              const T* bias, T* const* c, Index columns, bool padded) {
+void multiply(Rows<const T> a, Rows<const T> after, Index n_rows, Index depth, const T* packed,
+              const T* bias, Rows<T> c, Index columns, bool padded) {
   constexpr int W = kNativeWidth<T>;
   const Index vectors = vectors_for<T>(columns);
   const Panels panels(vectors);
-  T* outputs[kTileAtoms];
   for (Index p = 0; p < panels.count; ++p) {
     const Index begin = panels.begin(p) * W;
     const bool whole = padded || p + 1 < panels.count;
     const Index last = whole ? W : columns - (vectors - 1) * W;
-    for (Index i = 0; i < n_rows; ++i) outputs[i] = c[i] + begin;
     with_vectors(panels.vectors(p), [&](auto nv) {
-      multiply_panel<T, nv.value>(a, p == 0 ? after : nullptr, n_rows, depth,
-                                  packed + begin * depth, bias ? bias + begin : nullptr, outputs,
+      multiply_panel<T, nv.value>(a, p + 1 < panels.count ? a : after, n_rows, depth,
+                                  packed + begin * depth, bias ? bias + begin : nullptr, c, begin,
                                   last);
     });
   }
@@ -202,12 +230,13 @@ void multiply(const T* const* a, const T* const* after, Index n_rows, Index dept
 
 // c[i] = bias + a[i][0 .. depth) . b: the product with a matrix of one column, for padded rows.
 template <class T>
-void multiply_column(const T* const* a, Index n_rows, Index depth, const T* b, T bias, T* c) {
+void multiply_column(Rows<const T> a, Index n_rows, Index depth, const T* b, T bias, T* c) {
   using V = Native<T>;
   constexpr int W = kNativeWidth<T>;
   for (Index i = 0; i < n_rows; ++i) {
+    const T* const row = a[i];
     V sum(T(0));
-    for (Index k = 0; k < depth; k += W) sum += V::load(a[i] + k) * V::load(b + k);
+    for (Index k = 0; k < depth; k += W) sum += V::load(row + k) * V::load(b + k);
     c[i] = reduce_add(sum) + bias;
   }
 }
@@ -292,18 +321,26 @@ KINML_HD bool is_column(const NetworkPlan& plan, Index l, const NetworkLayer& la
   return l > 0 && l == plan.n_layers - 1 && layer.out == 1;
 }
 
+// Both packed forms of every layer, as far as the plan has a place for them.
 template <class T>
-void pack_forward(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads) {
-  cpu::parallel_for(plan.n_species * plan.n_layers, n_threads, [&](Index item) {
-    const Index species = item / plan.n_layers;
-    const Index l = item % plan.n_layers;
-    const NetworkLayer& layer = plan.of(species)[l];
-    if (plan.starts[species] == plan.starts[species + 1]) return;
+void pack(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads) {
+  const Index n_layers = plan.n_species * plan.n_layers;
+  cpu::parallel_for(2 * n_layers, n_threads, [&](Index item) {
+    const NetworkLayer& layer = plan.layers[item % n_layers];
+    const Index species = item % n_layers / plan.n_layers;
+    if (plan.starts != nullptr && plan.starts[species] == plan.starts[species + 1]) return;
+    const T* const weights = parameters + layer.weights;
+    if (item >= n_layers) {
+      if (layer.transposed >= 0)
+        pack_straight(weights, layer.in, layer.out, packed + layer.transposed);
+      return;
+    }
+    if (layer.packed < 0) return;
     T* const to = packed + layer.packed;
-    if (is_column(plan, l, layer))
-      pack_straight(parameters + layer.weights, layer.in, layer.out, to);
+    if (is_column(plan, item % plan.n_layers, layer))
+      pack_straight(weights, layer.in, layer.out, to);
     else
-      pack_transposed(parameters + layer.weights, layer.in, layer.out, to);
+      pack_transposed(weights, layer.in, layer.out, to);
     const Index padded = vectors_for<T>(layer.out) * kNativeWidth<T>;
     T* const bias = to + layer.in * padded;
     for (Index j = 0; j < padded; ++j)
@@ -311,158 +348,216 @@ void pack_forward(const NetworkPlan& plan, const T* parameters, T* packed, int n
   });
 }
 
-template <class T>
-void pack_backward(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads) {
-  cpu::parallel_for(plan.n_species * plan.n_layers, n_threads, [&](Index item) {
-    const Index species = item / plan.n_layers;
-    const NetworkLayer& layer = plan.of(species)[item % plan.n_layers];
-    if (layer.transposed < 0 || plan.starts[species] == plan.starts[species + 1]) return;
-    pack_straight(parameters + layer.weights, layer.in, layer.out, packed + layer.transposed);
-  });
-}
-
 // ---- activations ----------------------------------------------------------------------------
 
-// h = f(z), for `columns` numbers in each of n_rows rows. Without padding all is one row.
+// How numbers come into registers and back: whole registers, or the first `count` of one.
 template <class T>
-void activate(int code, const T* z, T* h, Index n_rows, Index columns, Index stride) {
-  using V = Native<T>;
+struct WholeRegister {
+  KINML_HD Native<T> load(const T* p) const { return Native<T>::load(p); }
+  KINML_HD void store(Native<T> value, T* p) const { value.store(p); }
+};
+template <class T>
+struct PartOfRegister {
+  Index count;
+  KINML_HD Native<T> load(const T* p) const { return load_some(p, count); }
+  KINML_HD void store(Native<T> value, T* p) const { store_some(value, p, count); }
+};
+
+// Calls function(j, io) so that all numbers of a layer's matrix [n_rows, stride] have their turn,
+// those at j through io. Without padding (the last layer) the matrix is one row.
+template <class T, class Function>
+KINML_HD void for_registers(const NetworkLayer& layer, Index n_rows, const Function& function) {
   constexpr int W = kNativeWidth<T>;
-  with_activation(code, [&](auto f) {
-    if (stride % W == 0) {
-      for (Index i = 0; i < n_rows; ++i)
-        for (Index j = i * stride; j < i * stride + columns; j += W)
-          f.value(V::load(z + j)).store(h + j);
-    } else {
-      const Index n = n_rows * stride;
-      for (Index j = 0; j < n; j += W) store_some(f.value(load_some(z + j, n - j)), h + j, n - j);
-    }
+  if (layer.stride % W == 0) {
+    for (Index i = 0; i < n_rows * layer.stride; i += layer.stride)
+      for (Index j = i; j < i + layer.out; j += W) function(j, WholeRegister<T>{});
+  } else {
+    const Index n = n_rows * layer.stride;
+    for (Index j = 0; j < n; j += W) function(j, PartOfRegister<T>{n - j});
+  }
+}
+
+// h = f(z)
+template <class T>
+void activate(Index code, const NetworkLayer& layer, Index n_rows, const T* z, T* h) {
+  with_activation(static_cast<int>(code), [&](auto f) {
+    for_registers<T>(layer, n_rows,
+                     [&](Index j, auto io) { io.store(f.value(io.load(z + j)), h + j); });
   });
 }
 
 // delta *= f'(z)
 template <class T>
-void multiply_slope(int code, const T* z, const T* h, T* delta, Index n_rows, Index columns,
-                    Index stride) {
+void multiply_slope(Index code, const NetworkLayer& layer, Index n_rows, const T* z, const T* h,
+                    T* delta) {
+  with_activation(static_cast<int>(code), [&](auto f) {
+    for_registers<T>(layer, n_rows, [&](Index j, auto io) {
+      io.store(io.load(delta + j) * f.slope(io.load(z + j), io.load(h + j)), delta + j);
+    });
+  });
+}
+
+// The same, and what second derivatives need: z becomes f'(z), curve = delta f''(z).
+template <class T>
+void multiply_slope(Index code, const NetworkLayer& layer, Index n_rows, T* z, const T* h, T* delta,
+                    T* curve) {
   using V = Native<T>;
-  constexpr int W = kNativeWidth<T>;
-  with_activation(code, [&](auto f) {
-    if (stride % W == 0) {
-      for (Index i = 0; i < n_rows; ++i)
-        for (Index j = i * stride; j < i * stride + columns; j += W)
-          (V::load(delta + j) * f.slope(V::load(z + j), V::load(h + j))).store(delta + j);
-    } else {
-      const Index n = n_rows * stride;
-      for (Index j = 0; j < n; j += W) {
-        const V slope = f.slope(load_some(z + j, n - j), load_some(h + j, n - j));
-        store_some(load_some(delta + j, n - j) * slope, delta + j, n - j);
-      }
-    }
+  with_activation(static_cast<int>(code), [&](auto f) {
+    for_registers<T>(layer, n_rows, [&](Index j, auto io) {
+      const V x = io.load(z + j), y = io.load(h + j), d = io.load(delta + j);
+      const V slope = f.slope(x, y);
+      io.store(slope, z + j);
+      io.store(d * slope, delta + j);
+      io.store(d * f.curvature(x, y), curve + j);
+    });
   });
 }
 
-// ---- forward --------------------------------------------------------------------------------
+// ---- passes through the layers --------------------------------------------------------------
+
+// For l = 1 .. L: z_l = W_l h_{l-1} (+ b_l), then activation(l, layer), which makes h_l of it.
+template <class T, class Function>
+void up(const NetworkPlan& plan, Index species, Index n, const T* packed, bool biases,
+        Rows<const T> inputs, Rows<const T> after, Stack<T> z, Stack<T> h,
+        const Function& activation) {
+  for (Index l = 0; l < plan.n_layers; ++l) {
+    const NetworkLayer& layer = plan.of(species)[l];
+    const Rows<T> outputs = z.of(layer);
+    const Index padded = vectors_for<T>(layer.out) * kNativeWidth<T>;
+    const T* const weights = packed + layer.packed;
+    const T* const bias = weights + layer.in * padded;
+    if (is_column(plan, l, layer))
+      multiply_column<T>(inputs, n, layer.in, weights, biases ? *bias : T(0), outputs.base);
+    else
+      multiply<T>(inputs, l == 0 ? after : inputs, n, layer.in, weights, biases ? bias : nullptr,
+                  outputs, layer.out, layer.stride >= padded);
+    activation(l, layer);
+    const Rows<T> next = h.of(layer);
+    inputs = {next.base, next.stride, nullptr};
+  }
+}
+
+// For l = L .. 1: delta_l = dS/dh_l, then activation(l, layer), which makes dS/dz_l of it,
+// dS/dh_{l-1} = W_l^T delta_l; dS/dh_L = seeds (null: 1), dS/dh_0 goes to grad_features (base null:
+// not wanted).
+template <class T, class Function>
+void down(const NetworkPlan& plan, Index species, Index n, const T* packed, const T* seeds,
+          Stack<T> deltas, Rows<T> grad_features, const Function& activation) {
+  const NetworkLayer* const layers = plan.of(species);
+  Rows<T> delta = {};
+  for (Index l = plan.n_layers; l-- > 0;) {
+    const Rows<const T> after = {delta.base, delta.stride, nullptr};
+    delta = deltas.of(layers[l]);
+    if (l == plan.n_layers - 1)
+      for (Index i = 0; i < n; ++i) *delta[i] = seeds ? seeds[i] : T(1);
+    else
+      multiply<T>(after, after, n, layers[l + 1].out, packed + layers[l + 1].transposed, nullptr,
+                  delta, layers[l].out, true);
+    activation(l, layers[l]);
+  }
+  if (grad_features.base == nullptr) return;
+  const Rows<const T> first = {delta.base, delta.stride, nullptr};
+  multiply<T>(first, first, n, layers[0].out, packed + layers[0].transposed, nullptr, grad_features,
+              layers[0].in, false);
+}
 
 template <class T>
-void forward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, const T* packed,
-             const T* features, Index feature_stride, const Index* rows, T* saved, T* scratch,
-             T* atomic, int n_threads) {
-  cpu::parallel_for(n_tiles, n_threads, [&](Index item) {
+void forward(const NetworkPlan& plan, Index species, Index n, const T* packed, Rows<const T> inputs,
+             Rows<const T> after, Stack<T> z, Stack<T> h, T* atomic) {
+  up(plan, species, n, packed, true, inputs, after, z, h, [&](Index l, const NetworkLayer& layer) {
+    activate<T>(plan.activations[l], layer, n, z.of(layer).base, h.of(layer).base);
+  });
+  const Rows<T> energies = h.of(plan.of(species)[plan.n_layers - 1]);
+  for (Index i = 0; i < n; ++i) atomic[i] = *energies[i];
+}
+
+// ---- pieces of a batch ----------------------------------------------------------------------
+
+template <class T>
+void forward_pieces(const NetworkPlan& plan, const NetworkPiece* pieces, Index n_pieces,
+                    const T* packed, const T* features, Index feature_stride, const Index* rows,
+                    T* saved, T* scratch, T* atomic, int n_threads) {
+  cpu::parallel_for(n_pieces, n_threads, [&](Index item) {
     const FlushDenormals<T> flush;
-    const NetworkTile& tile = tiles[item];
-    const NetworkSegment& segment = *tile.segment;
-    const NetworkLayer* const layers = plan.of(segment.species);
-    const Index n = tile.count;
-    const Index first = segment.first + tile.first;
-    T* const own = scratch + cpu::thread_index() * kTileAtoms * plan.scratch_per_atom;
-    const T* inputs[kTileAtoms];
-    T* outputs[kTileAtoms];
-    for (Index i = 0; i < n; ++i) inputs[i] = features + rows[first + i] * feature_stride;
-    // The tile that this thread will probably get next: its first rows are fetched meanwhile.
-    const NetworkTile& likely = tiles[item + 1 < n_tiles ? item + 1 : item];
-    const T* after[kMaxRows];
-    for (Index i = 0; i < kMaxRows; ++i) {
-      const Index atom = likely.segment->first + likely.first + (i < likely.count ? i : 0);
-      after[i] = features + rows[atom] * feature_stride;
+    const NetworkPiece& piece = pieces[item];
+    const NetworkSegment& segment = *piece.segment;
+    const Index first = segment.first + piece.first;
+    // The piece that this thread will probably get next: its first rows are fetched meanwhile.
+    const NetworkPiece& likely = pieces[item + 1 < n_pieces ? item + 1 : item];
+    Index after[kMaxRows];
+    for (Index i = 0; i < kMaxRows; ++i)
+      after[i] = rows[likely.segment->first + likely.first + (i < likely.count ? i : 0)];
+    // Without `saved`, h overwrites z in a buffer of the thread.
+    const Index per_atom = plan.scratch_per_atom;
+    Stack<T> z = {scratch + cpu::thread_index() * kPieceAtoms * per_atom, kPieceAtoms, 0};
+    Stack<T> h = z;
+    if (saved != nullptr) {
+      z = {saved + segment.first * 2 * per_atom, segment.count, piece.first};
+      h = {z.base + segment.count * per_atom, segment.count, piece.first};
     }
-    for (Index l = 0; l < plan.n_layers; ++l) {
-      const NetworkLayer& layer = layers[l];
-      // Without `saved`, h overwrites z in a buffer of the thread.
-      T* z = own + kTileAtoms * layer.column;
-      T* h = z;
-      if (saved != nullptr) {
-        z = saved + segment.first * plan.saved_per_atom + segment.count * 2 * layer.column +
-            tile.first * layer.stride;
-        h = z + segment.count * layer.stride;
-      }
-      const Index padded = vectors_for<T>(layer.out) * kNativeWidth<T>;
-      const T* const weights = packed + layer.packed;
-      const T* const bias = weights + layer.in * padded;
-      if (is_column(plan, l, layer)) {
-        multiply_column(inputs, n, layer.in, weights, *bias, z);
-      } else {
-        for (Index i = 0; i < n; ++i) outputs[i] = z + i * layer.stride;
-        multiply(inputs, l == 0 ? after : nullptr, n, layer.in, weights, bias, outputs, layer.out,
-                 layer.stride >= padded);
-      }
-      activate(static_cast<int>(plan.activations[l]), z, h, n, layer.out, layer.stride);
-      for (Index i = 0; i < n; ++i) inputs[i] = h + i * layer.stride;
-    }
-    for (Index i = 0; i < n; ++i) atomic[first + i] = inputs[i][0];
+    forward<T>(plan, segment.species, piece.count, packed, {features, feature_stride, rows + first},
+               {features, feature_stride, after}, z, h, atomic + first);
   });
 }
 
-// ---- backward -------------------------------------------------------------------------------
+// Where the forward pass has left z (0) or h (1) of a segment's atoms.
+template <class T>
+KINML_HD Stack<const T> kept(const NetworkPlan& plan, const NetworkSegment& segment, const T* saved,
+                             int which) {
+  const Index first = plan.starts[segment.species];
+  const Index count = plan.starts[segment.species + 1] - first;
+  return {saved + (first * 2 + count * which) * plan.scratch_per_atom, count,
+          segment.first - first};
+}
 
 template <class T>
-void backward(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles, const T* packed,
-              const T* saved, const T* grad_atomic, T* deltas, T* grad_features,
-              Index feature_stride, const Index* rows, int n_threads) {
-  cpu::parallel_for(n_tiles, n_threads, [&](Index item) {
+void backward_pieces(const NetworkPlan& plan, const NetworkPiece* pieces, Index n_pieces,
+                     const T* packed, const T* saved, const T* grad_atomic, T* deltas,
+                     T* grad_features, Index feature_stride, const Index* rows, int n_threads) {
+  cpu::parallel_for(n_pieces, n_threads, [&](Index item) {
     const FlushDenormals<T> flush;
-    const NetworkTile& tile = tiles[item];
-    const NetworkSegment& segment = *tile.segment;
-    const NetworkLayer* const layers = plan.of(segment.species);
-    const Index n = tile.count;
-    const Index first = segment.first + tile.first;
-    const Index species_first = plan.starts[segment.species];
-    const Index species_count = plan.starts[segment.species + 1] - species_first;
-    const T* inputs[kTileAtoms];
-    T* outputs[kTileAtoms];
-    for (Index l = plan.n_layers - 1; l >= 0; --l) {
-      const NetworkLayer& layer = layers[l];
-      T* const delta = deltas + segment.offset * plan.scratch_per_atom +
-                       segment.count * layer.column + tile.first * layer.stride;
-      const T* const z = saved + species_first * plan.saved_per_atom +
-                         species_count * 2 * layer.column + (first - species_first) * layer.stride;
-      const T* const h = z + species_count * layer.stride;
-      if (l == plan.n_layers - 1) {
-        for (Index i = 0; i < n; ++i) delta[i * layer.stride] = grad_atomic[first + i];
-      } else {
-        for (Index i = 0; i < n; ++i) outputs[i] = delta + i * layer.stride;
-        multiply<T>(inputs, nullptr, n, layers[l + 1].out, packed + layers[l + 1].transposed,
-                    nullptr, outputs, layer.out, true);
-      }
-      multiply_slope(static_cast<int>(plan.activations[l]), z, h, delta, n, layer.out,
-                     layer.stride);
-      for (Index i = 0; i < n; ++i) inputs[i] = delta + i * layer.stride;
-    }
-    if (grad_features == nullptr) return;
-    for (Index i = 0; i < n; ++i) outputs[i] = grad_features + rows[first + i] * feature_stride;
-    multiply<T>(inputs, nullptr, n, layers[0].out, packed + layers[0].transposed, nullptr, outputs,
-                layers[0].in, false);
+    const NetworkPiece& piece = pieces[item];
+    const NetworkSegment& segment = *piece.segment;
+    const Index first = segment.first + piece.first;
+    const Stack<const T> z = kept(plan, segment, saved, 0).from(piece.first);
+    const Stack<const T> h = kept(plan, segment, saved, 1).from(piece.first);
+    const Stack<T> delta = {deltas + segment.offset * plan.scratch_per_atom, segment.count,
+                            piece.first};
+    down<T>(plan, segment.species, piece.count, packed, grad_atomic + first, delta,
+            {grad_features, feature_stride, rows + first}, [&](Index l, const NetworkLayer& layer) {
+              multiply_slope<T>(plan.activations[l], layer, piece.count, z.of(layer).base,
+                                h.of(layer).base, delta.of(layer).base);
+            });
   });
 }
 
 // ---- weight gradients -----------------------------------------------------------------------
 
-// gradient[r][0 .. NV W) (+)= sum_a delta[a][r] x[a][0 .. NV W) for r < n_rows <= R; of the last
-// register only `last` numbers count. While it works it fetches every other next[a][fetch], which
-// is as fast as memory delivers, into the cache.
+// dL/dW_l of some atoms is the sum over one or two terms and over the atoms of left (x) right, with
+// left = dL/dz_l and right = h_{l-1}; the second term of second derivatives has the tangent of
+// h_{l-1} on its right side. right of the first layer are rows of the features.
+template <class T>
+struct Outer {
+  int terms;
+  Stack<const T> left[2], right[2];
+  Rows<const T> first[2];
+
+  KINML_HD Rows<const T> right_rows(const NetworkLayer* layers, Index l, int term) const {
+    return l == 0 ? first[term] : right[term].of(layers[l - 1]);
+  }
+};
+
+// Where columns of the right factors of a block of atoms begin: x[term * kTerm + atom].
+constexpr Index kTerm = kSumAtoms + 1;
+constexpr Index kPointers = 2 * kTerm;
+
+// gradient[r][0 .. NV W) (+)= sum_t sum_a left[t][a][r] x[t][a][0 .. NV W) for r < n_rows <= R; of
+// the last register only `last` numbers count. While it works it fetches next[t][a] + ahead for
+// every other a, which is as fast as memory delivers, into the cache.
 template <class T, int R, int NV>
-void outer_block(const T* const* x, const T* const* next, Index fetch, Index n_atoms,
-                 const T* delta, Index delta_stride, T* gradient, Index gradient_stride,
-                 Index n_rows, Index last, bool add) {
+void outer_block(const T* const* x, const T* const* next, Index ahead, int terms, Index n_atoms,
+                 const T* const* left, Index left_stride, Index left_column, T* gradient,
+                 Index gradient_stride, Index n_rows, Index last, bool add) {
   using V = Native<T>;
   constexpr int W = kNativeWidth<T>;
   V sums[R][NV];
@@ -470,26 +565,29 @@ void outer_block(const T* const* x, const T* const* next, Index fetch, Index n_a
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) sums[r][v] = V(T(0));
-  const auto step = [&](Index a) __attribute__((always_inline)) {
-    const T* const row = x[a];
-    V right[NV];
+  for (int t = 0; t < terms; ++t, x += kTerm, next += kTerm) {
+    const T* factors = left[t] + left_column;
+    const auto step = [&](Index a) __attribute__((always_inline)) {
+      const T* const row = x[a];
+      V right[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) right[v] = V::load(row + v * W);
+      for (int v = 0; v < NV; ++v) right[v] = V::load(row + v * W);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const V left(delta[r]);
+      for (int r = 0; r < R; ++r) {
+        const V factor(factors[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sums[r][v] += left * right[v];
+        for (int v = 0; v < NV; ++v) sums[r][v] += factor * right[v];
+      }
+      factors += left_stride;
+    };
+    Index a = 0;
+    for (; a + 2 <= n_atoms; a += 2) {
+      __builtin_prefetch(next[a] + ahead);
+      step(a);
+      step(a + 1);
     }
-    delta += delta_stride;
-  };
-  Index a = 0;
-  for (; a + 2 <= n_atoms; a += 2) {
-    __builtin_prefetch(next[a] + fetch);
-    step(a);
-    step(a + 1);
+    if (a < n_atoms) step(a);
   }
-  if (a < n_atoms) step(a);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     if (r >= n_rows) break;
@@ -509,11 +607,11 @@ void outer_block(const T* const* x, const T* const* next, Index fetch, Index n_a
   }
 }
 
-// One panel of dL/dW, for one block of atoms; fetches the same columns of the next atoms' rows.
+// One panel of dL/dW, for one block of atoms; fetches the columns next[][] + ahead meanwhile.
 template <class T, int NV>
-void outer_panel(const T* const* x, const T* const* next, Index n_atoms, const T* delta,
-                 Index delta_stride, T* gradient, Index gradient_stride, Index n_rows, Index last,
-                 bool add) {
+void outer_panel(const T* const* x, const T* const* next, Index ahead, int terms, Index n_atoms,
+                 const T* const* left, Index left_stride, T* gradient, Index gradient_stride,
+                 Index n_rows, Index last, bool add) {
   constexpr int R = kRows<NV>;
   constexpr Index line = 64 / sizeof(T);
   constexpr Index width = NV * kNativeWidth<T>;
@@ -525,8 +623,9 @@ void outer_panel(const T* const* x, const T* const* next, Index n_atoms, const T
       constexpr int N = rows.value;
       // The first call fetches the first lines of even atoms, the second those of odd atoms, ...
       const Index column = fetch / 2 * line;
-      outer_block<T, N, NV>(x, next + fetch % 2, column < width ? column : 0, n_atoms, delta + r,
-                            delta_stride, out, gradient_stride, rest < N ? rest : N, last, add);
+      outer_block<T, N, NV>(x, next + fetch % 2, ahead + (column < width ? column : 0), terms,
+                            n_atoms, left, left_stride, r, out, gradient_stride,
+                            rest < N ? rest : N, last, add);
       r += N;
     };
     if (rest > 4 || R <= 4)
@@ -539,53 +638,93 @@ void outer_panel(const T* const* x, const T* const* next, Index n_atoms, const T
   }
 }
 
-// Where the inputs h_{l-1} of a segment's atoms stand.
-template <class T>
-struct Inputs {
-  const T* base;
-  Index stride;
-  const Index* rows;  // or null: consecutive
+// The columns [begin, begin + width) of one layer's dL/dW.
+struct OuterPanel {
+  Index begin, width, vectors;
+  Index valid;  // columns that exist
 
-  KINML_HD const T* row(Index i) const { return base + (rows ? rows[i] : i) * stride; }
+  template <class T>
+  static KINML_HD OuterPanel of(const NetworkLayer& layer, Index panel) {
+    constexpr int W = kNativeWidth<T>;
+    const Panels panels(vectors_for<T>(layer.in));
+    const Index begin = panels.begin(panel) * W, width = panels.vectors(panel) * W;
+    const Index rest = layer.in - begin;
+    return {begin, width, panels.vectors(panel), rest < width ? rest : width};
+  }
 };
 
 template <class T>
-KINML_HD Inputs<T> inputs_of(const NetworkPlan& plan, const NetworkSegment& segment, Index l,
-                             const T* features, Index feature_stride, const Index* rows,
-                             const T* saved) {
-  if (l == 0) return {features, feature_stride, rows + segment.first};
-  const NetworkLayer& before = plan.of(segment.species)[l - 1];
-  const Index first = plan.starts[segment.species];
-  const Index count = plan.starts[segment.species + 1] - first;
-  return {saved + first * plan.saved_per_atom + count * (2 * before.column + before.stride) +
-              (segment.first - first) * before.stride,
-          before.stride, nullptr};
+KINML_HD Index panels_of(const NetworkLayer& layer) {
+  return Panels(vectors_for<T>(layer.in)).count;
 }
 
-// Sum of delta over a segment: dL/db.
+// Pointers to atoms [block, block + n) of one panel's right factors; one more for the prefetch.
 template <class T>
-void bias_gradient(const T* delta, Index stride, Index n_atoms, Index n, bool continued,
-                   T* gradient) {
+void point(const Outer<T>& outer, const NetworkLayer* layers, Index l, Index column, Index block,
+           Index n, const T** x) {
+  for (int t = 0; t < outer.terms; ++t) {
+    const Rows<const T> rows = outer.right_rows(layers, l, t);
+    for (Index a = 0; a < n; ++a) x[t * kTerm + a] = rows[block + a] + column;
+    for (Index a = n; a < kTerm; ++a) x[t * kTerm + a] = x[t * kTerm];
+  }
+}
+
+// Adds (add) or writes a block of atoms' part of one panel of dL/dW.
+template <class T>
+void outer_product(const Outer<T>& outer, const NetworkLayer* layers, Index l,
+                   const OuterPanel& panel, Index block, Index n, const T* const* x,
+                   const T* const* next, Index ahead, T* grad_parameters, bool add) {
   using V = Native<T>;
   constexpr int W = kNativeWidth<T>;
-  for (Index j = 0; j < n; j += W) {
+  const NetworkLayer& layer = layers[l];
+  // Whole registers of the last panel would reach beyond the rows of the features: those columns
+  // are copied. The other layers' rows are padded.
+  alignas(64) T copies[2 * kSumAtoms][kMaxVectors * W];
+  const T* copied[kPointers];
+  if (l == 0 && panel.valid < panel.width) {
+    for (int t = 0; t < outer.terms; ++t)
+      for (Index a = 0; a < n; ++a) {
+        T* const copy = copies[t * kSumAtoms + a];
+        const T* const row = x[t * kTerm + a];
+        for (Index v = 0; v + W <= panel.valid; v += W) V::load(row + v).store(copy + v);
+        for (Index j = panel.valid / W * W; j < panel.valid; ++j) copy[j] = row[j];
+        for (Index j = panel.valid; j < panel.width; ++j) copy[j] = T(0);
+        copied[t * kTerm + a] = copy;
+      }
+    x = copied;
+  }
+  const T* left[2] = {};
+  for (int t = 0; t < outer.terms; ++t) left[t] = outer.left[t].from(block).of(layer).base;
+  with_vectors(panel.vectors, [&](auto nv) {
+    outer_panel<T, nv.value>(x, next, ahead, outer.terms, n, left, layer.stride,
+                             grad_parameters + layer.weights + panel.begin, layer.in, layer.out,
+                             panel.valid - (panel.vectors - 1) * W, add);
+  });
+}
+
+// dL/db: sum of dL/dz over n_atoms, block by block.
+template <class T>
+void bias_gradient(const NetworkLayer& layer, Rows<const T> left, Index n_atoms, bool add,
+                   T* grad_parameters) {
+  using V = Native<T>;
+  constexpr int W = kNativeWidth<T>;
+  if (layer.biases < 0) return;
+  T* const gradient = grad_parameters + layer.biases;
+  for (Index j = 0; j < layer.out; j += W) {
     for (Index block = 0; block < n_atoms; block += kSumAtoms) {
       const Index end = block + kSumAtoms < n_atoms ? block + kSumAtoms : n_atoms;
       V sum(T(0));
-      for (Index a = block; a < end; ++a) sum += V::load(delta + a * stride + j);
-      if (continued || block > 0) sum += load_some(gradient + j, n - j);
-      store_some(sum, gradient + j, n - j);
+      for (Index a = block; a < end; ++a) sum += V::load(left[a] + j);
+      if (add || block > 0) sum += load_some(gradient + j, layer.out - j);
+      store_some(sum, gradient + j, layer.out - j);
     }
   }
 }
 
 // The atoms of a segment, and one panel of the columns of dL/dW of one layer.
-template <class T>
 struct WeightItem {
-  const NetworkSegment* segment = nullptr;
-  Index l = 0;
-  Index panel = 0;
-  Inputs<T> inputs = {};
+  const NetworkSegment* segment;  // null: there is none
+  Index l, panel;
 };
 
 // Segment after segment, as in the passes before, so that a thread finds its rows in its cache.
@@ -595,83 +734,55 @@ Index count_weight_items(const NetworkPlan& plan, const NetworkSegment* segments
   Index count = 0;
   for (Index s = 0; s < n_segments; ++s)
     for (Index l = 0; l < plan.n_layers; ++l)
-      count += Panels(vectors_for<T>(plan.of(segments[s].species)[l].in)).count;
+      count += panels_of<T>(plan.of(segments[s].species)[l]);
   return count;
 }
 
 template <class T>
-WeightItem<T> weight_item(const NetworkPlan& plan, const NetworkSegment* segments, Index n_segments,
-                          const T* features, Index feature_stride, const Index* rows,
-                          const T* saved, Index item) {
+WeightItem weight_item(const NetworkPlan& plan, const NetworkSegment* segments, Index n_segments,
+                       Index item) {
   for (Index s = 0; s < n_segments; ++s)
     for (Index l = 0; l < plan.n_layers; ++l) {
-      const Index count = Panels(vectors_for<T>(plan.of(segments[s].species)[l].in)).count;
-      if (item < count)
-        return {&segments[s], l, item,
-                inputs_of(plan, segments[s], l, features, feature_stride, rows, saved)};
+      const Index count = panels_of<T>(plan.of(segments[s].species)[l]);
+      if (item < count) return {&segments[s], l, item};
       item -= count;
     }
   return {};
 }
 
-// x[a] = where the item's columns of the atoms block .. block + kSumAtoms begin. Atoms that do not
-// exist get `other`: their addresses are only fetched.
-template <class T>
-void rows_of_block(const WeightItem<T>& item, Index block, Index column, const T* other,
-                   const T** x) {
-  const Index n = item.segment == nullptr ? 0 : item.segment->count - block;
-  for (Index a = 0; a <= kSumAtoms; ++a) x[a] = a < n ? item.inputs.row(block + a) + column : other;
-}
-
 // Works on one item; `after` is the item that the thread will probably get next. With the first
 // panel goes dL/db.
-template <class T>
-void weight_gradient(const NetworkPlan& plan, const WeightItem<T>& item, const WeightItem<T>& after,
-                     const T* deltas, T* grad_parameters) {
-  using V = Native<T>;
-  constexpr int W = kNativeWidth<T>;
+template <class T, class Find>
+void weight_gradient(const NetworkPlan& plan, const WeightItem& item, const WeightItem& after,
+                     const Find& outer_of, T* grad_parameters) {
   const NetworkSegment& segment = *item.segment;
-  const NetworkLayer& layer = plan.of(segment.species)[item.l];
+  const NetworkLayer* const layers = plan.of(segment.species);
   const bool continued = segment.first > plan.starts[segment.species];
-  const T* const delta =
-      deltas + segment.offset * plan.scratch_per_atom + segment.count * layer.column;
-  if (item.panel == 0 && layer.biases >= 0)
-    bias_gradient(delta, layer.stride, segment.count, layer.out, continued,
-                  grad_parameters + layer.biases);
-
-  const Panels panels(vectors_for<T>(layer.in));
-  const Index begin = panels.begin(item.panel) * W;
-  const Index width = panels.vectors(item.panel) * W;
-  // Whole registers of the last panel would reach beyond the rows: those columns are copied.
-  const bool ragged = begin + width > layer.in;
-  const Index valid = ragged ? layer.in - begin : width;
-  const Index last = valid - (width - W);
-  alignas(64) T copies[kSumAtoms][kMaxVectors * W];
-  const T* copied[kSumAtoms];
-  const T* pointers[2][kSumAtoms + 1];
-  rows_of_block(item, 0, begin, delta, pointers[0]);
+  const Outer<T> outer = outer_of(segment);
+  if (item.panel == 0)
+    bias_gradient(layers[item.l], outer.left[0].of(layers[item.l]), segment.count, continued,
+                  grad_parameters);
+  const OuterPanel panel = OuterPanel::of<T>(layers[item.l], item.panel);
+  const auto atoms = [](const NetworkSegment& s, Index block) {
+    return s.count - block < kSumAtoms ? s.count - block : kSumAtoms;
+  };
+  const T* pointers[2][kPointers];
+  point(outer, layers, item.l, panel.begin, 0, atoms(segment, 0), pointers[0]);
   int now = 0;
   for (Index block = 0; block < segment.count; block += kSumAtoms, now = 1 - now) {
-    const Index n = segment.count - block < kSumAtoms ? segment.count - block : kSumAtoms;
-    const T* const* rows = pointers[now];
-    if (block + kSumAtoms < segment.count)
-      rows_of_block(item, block + kSumAtoms, begin, delta, pointers[1 - now]);
-    else
-      rows_of_block(after, 0, after.panel * width, delta, pointers[1 - now]);
-    if (ragged) {
-      for (Index a = 0; a < n; ++a) {
-        for (Index v = 0; v + W <= valid; v += W) V::load(rows[a] + v).store(copies[a] + v);
-        for (Index j = valid / W * W; j < valid; ++j) copies[a][j] = rows[a][j];
-        for (Index j = valid; j < width; ++j) copies[a][j] = T(0);
-        copied[a] = copies[a];
-      }
-      rows = copied;
+    const T** const next = pointers[1 - now];
+    if (const Index then = block + kSumAtoms; then < segment.count) {
+      point(outer, layers, item.l, panel.begin, then, atoms(segment, then), next);
+    } else if (after.segment != nullptr) {
+      const NetworkLayer* const others = plan.of(after.segment->species);
+      point(outer_of(*after.segment), others, after.l,
+            OuterPanel::of<T>(others[after.l], after.panel).begin, 0, atoms(*after.segment, 0),
+            next);
+    } else {
+      point(outer, layers, item.l, panel.begin, block, atoms(segment, block), next);
     }
-    with_vectors(panels.vectors(item.panel), [&](auto nv) {
-      outer_panel<T, nv.value>(rows, pointers[1 - now], n, delta + block * layer.stride,
-                               layer.stride, grad_parameters + layer.weights + begin, layer.in,
-                               layer.out, last, continued || block > 0);
-    });
+    outer_product(outer, layers, item.l, panel, block, atoms(segment, block), pointers[now], next,
+                  0, grad_parameters, continued || block > 0);
   }
 }
 
@@ -679,38 +790,193 @@ template <class T>
 void weight_gradients(const NetworkPlan& plan, const NetworkSegment* segments, Index n_segments,
                       const T* features, Index feature_stride, const Index* rows, const T* saved,
                       const T* deltas, T* grad_parameters, int n_threads) {
-  const auto find = [&](Index item) {
-    return weight_item(plan, segments, n_segments, features, feature_stride, rows, saved, item);
+  const auto outer_of = [&](const NetworkSegment& segment) {
+    Outer<T> outer = {};
+    outer.terms = 1;
+    outer.left[0] = {deltas + segment.offset * plan.scratch_per_atom, segment.count, 0};
+    outer.right[0] = kept(plan, segment, saved, 1);
+    outer.first[0] = {features, feature_stride, rows + segment.first};
+    return outer;
   };
   cpu::parallel_for(count_weight_items<T>(plan, segments, n_segments), n_threads, [&](Index item) {
     const FlushDenormals<T> flush;
-    weight_gradient(plan, find(item), find(item + 1), deltas, grad_parameters);
+    weight_gradient<T>(plan, weight_item<T>(plan, segments, n_segments, item),
+                       weight_item<T>(plan, segments, n_segments, item + 1), outer_of,
+                       grad_parameters);
+  });
+}
+
+// ---- tiles ----------------------------------------------------------------------------------
+
+// One species of a tile. Its memory holds kTileValues stacks of matrices.
+template <class T>
+struct TileSpecies {
+  Index species, first, n;
+  T* memory;
+  Index per_atom;
+
+  KINML_HD Stack<T> stack(int which) const { return {memory + which * n * per_atom, n, 0}; }
+  KINML_HD Stack<T> z() const { return stack(0); }  // f'(z) after the backward pass
+  KINML_HD Stack<T> h() const { return stack(1); }
+  KINML_HD Stack<T> delta() const { return stack(2); }
+  KINML_HD Stack<T> curve() const { return stack(3); }  // delta^h f''(z), later times dz
+  KINML_HD Stack<T> dh() const { return stack(4); }
+  KINML_HD Stack<T> mu() const { return stack(5); }
+};
+static_assert(cpu::kTileValues == 6);
+
+// Calls function(part) for each species that has atoms in the tile.
+template <class T, class Function>
+KINML_HD void for_species(const NetworkPlan& plan, const NetworkTile<T>& tile,
+                          const Function& function) {
+  const FlushDenormals<T> flush;
+  for (Index s = 0; s < plan.n_species; ++s) {
+    const Index first = tile.starts[s], n = tile.starts[s + 1] - first;
+    if (n > 0)
+      function(TileSpecies<T>{s, first, n,
+                              tile.memory + first * cpu::kTileValues * plan.scratch_per_atom,
+                              plan.scratch_per_atom});
+  }
+}
+
+// Calls function(first, count) for atoms [0, n) in pieces of equal size.
+template <class Function>
+KINML_HD void for_pieces(Index n, Index most, const Function& function) {
+  const Index pieces = (n + most - 1) / most;
+  for (Index p = 0; p < pieces; ++p) {
+    const Index first = n * p / pieces;
+    function(first, n * (p + 1) / pieces - first);
+  }
+}
+
+template <class T>
+void tile_forward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile, T* atomic) {
+  for_species(plan, tile, [&](const TileSpecies<T>& part) {
+    for_pieces(part.n, kTilePieceAtoms, [&](Index first, Index n) {
+      const Rows<const T> rows = {tile.features, tile.feature_stride,
+                                  tile.rows + part.first + first};
+      forward<T>(plan, part.species, n, packed, rows, rows, part.z().from(first),
+                 part.h().from(first), atomic + part.first + first);
+    });
+  });
+}
+
+template <class T>
+void tile_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile,
+                   const T* seeds, T* grad_features, Index stride) {
+  for_species(plan, tile, [&](const TileSpecies<T>& part) {
+    for_pieces(part.n, kTilePieceAtoms, [&](Index first, Index n) {
+      const Stack<T> z = part.z().from(first), h = part.h().from(first),
+                     delta = part.delta().from(first), curve = part.curve().from(first);
+      const Index atom = part.first + first;
+      down<T>(plan, part.species, n, packed, seeds ? seeds + atom : nullptr, delta,
+              {grad_features, stride, tile.rows + atom}, [&](Index l, const NetworkLayer& layer) {
+                multiply_slope<T>(plan.activations[l], layer, n, z.of(layer).base, h.of(layer).base,
+                                  delta.of(layer).base, curve.of(layer).base);
+              });
+    });
+  });
+}
+
+// dh = f'(z) dz with dz_l = W_l dh_{l-1}
+template <class T>
+void tile_tangent(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile,
+                  T* derivatives) {
+  for_species(plan, tile, [&](const TileSpecies<T>& part) {
+    for_pieces(part.n, kTilePieceAtoms, [&](Index first, Index n) {
+      const Stack<T> slope = part.z().from(first), curve = part.curve().from(first),
+                     dh = part.dh().from(first);
+      const Index atom = part.first + first;
+      const Rows<const T> rows = {tile.tangents, tile.tangent_stride, tile.rows + atom};
+      up<T>(plan, part.species, n, packed, false, rows, rows, dh, dh,
+            [&](Index, const NetworkLayer& layer) {
+              const T* const s = slope.of(layer).base;
+              T* const c = curve.of(layer).base;
+              T* const d = dh.of(layer).base;
+              for_registers<T>(layer, n, [&](Index j, auto io) {
+                const Native<T> dz = io.load(d + j);
+                io.store(io.load(c + j) * dz, c + j);
+                io.store(io.load(s + j) * dz, d + j);
+              });
+            });
+      if (derivatives == nullptr) return;
+      const Rows<T> last = dh.of(plan.of(part.species)[plan.n_layers - 1]);
+      for (Index i = 0; i < n; ++i) derivatives[atom + i] = *last[i];
+    });
+  });
+}
+
+// mu = mu^h f'(z) + delta^h f''(z) dz
+template <class T>
+void tile_second_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile,
+                          const T* seeds, T* grad_features, Index stride) {
+  for_species(plan, tile, [&](const TileSpecies<T>& part) {
+    for_pieces(part.n, kTilePieceAtoms, [&](Index first, Index n) {
+      const Stack<T> slope = part.z().from(first), curve = part.curve().from(first),
+                     mu = part.mu().from(first);
+      const Index atom = part.first + first;
+      down<T>(plan, part.species, n, packed, seeds + atom, mu,
+              {grad_features, stride, tile.rows + atom}, [&](Index, const NetworkLayer& layer) {
+                const T* const s = slope.of(layer).base;
+                const T* const c = curve.of(layer).base;
+                T* const m = mu.of(layer).base;
+                for_registers<T>(layer, n, [&](Index j, auto io) {
+                  io.store(io.load(m + j) * io.load(s + j) + io.load(c + j), m + j);
+                });
+              });
+    });
+  });
+}
+
+template <class T>
+void tile_weight_gradients(const NetworkPlan& plan, const NetworkTile<T>& tile, T* grad_parameters,
+                           bool add) {
+  for_species(plan, tile, [&](const TileSpecies<T>& part) {
+    const NetworkLayer* const layers = plan.of(part.species);
+    const Index* const rows = tile.rows + part.first;
+    Outer<T> outer = {};
+    outer.terms = tile.tangents == nullptr ? 1 : 2;
+    outer.left[0] = tile.tangents == nullptr ? part.delta() : part.mu();
+    outer.right[0] = part.h();
+    outer.first[0] = {tile.features, tile.feature_stride, rows};
+    outer.left[1] = part.delta();
+    outer.right[1] = part.dh();
+    outer.first[1] = {tile.tangents, tile.tangent_stride, rows};
+    for (Index l = 0; l < plan.n_layers; ++l) {
+      const Index panels = panels_of<T>(layers[l]);
+      bias_gradient(layers[l], outer.left[0].of(layers[l]), part.n, add, grad_parameters);
+      for (Index p = 0; p < panels; ++p) {
+        const OuterPanel panel = OuterPanel::of<T>(layers[l], p);
+        for_pieces(part.n, kSumAtoms, [&](Index first, Index n) {
+          const T* x[kPointers];
+          point(outer, layers, l, panel.begin, first, n, x);
+          outer_product(outer, layers, l, panel, first, n, x, x, p + 1 < panels ? panel.width : 0,
+                        grad_parameters, add || first > 0);
+        });
+      }
+    }
   });
 }
 
 }  // namespace
 
 #define KINML_DEFINE_NETWORKS(T)                                                                   \
-  void networks_pack_forward(const NetworkPlan& plan, const T* parameters, T* packed,              \
-                             int n_threads) {                                                      \
-    pack_forward(plan, parameters, packed, n_threads);                                             \
+  void networks_pack(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads) {     \
+    pack(plan, parameters, packed, n_threads);                                                     \
   }                                                                                                \
-  void networks_pack_backward(const NetworkPlan& plan, const T* parameters, T* packed,             \
-                              int n_threads) {                                                     \
-    pack_backward(plan, parameters, packed, n_threads);                                            \
+  void networks_forward_pieces(const NetworkPlan& plan, const NetworkPiece* pieces,                \
+                               Index n_pieces, const T* packed, const T* features,                 \
+                               Index feature_stride, const Index* rows, T* saved, T* scratch,      \
+                               T* atomic, int n_threads) {                                         \
+    forward_pieces(plan, pieces, n_pieces, packed, features, feature_stride, rows, saved, scratch, \
+                   atomic, n_threads);                                                             \
   }                                                                                                \
-  void networks_forward_tiles(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles,    \
-                              const T* packed, const T* features, Index feature_stride,            \
-                              const Index* rows, T* saved, T* scratch, T* atomic, int n_threads) { \
-    forward(plan, tiles, n_tiles, packed, features, feature_stride, rows, saved, scratch, atomic,  \
-            n_threads);                                                                            \
-  }                                                                                                \
-  void networks_backward_tiles(const NetworkPlan& plan, const NetworkTile* tiles, Index n_tiles,   \
-                               const T* packed, const T* saved, const T* grad_atomic, T* deltas,   \
-                               T* grad_features, Index feature_stride, const Index* rows,          \
-                               int n_threads) {                                                    \
-    backward(plan, tiles, n_tiles, packed, saved, grad_atomic, deltas, grad_features,              \
-             feature_stride, rows, n_threads);                                                     \
+  void networks_backward_pieces(const NetworkPlan& plan, const NetworkPiece* pieces,               \
+                                Index n_pieces, const T* packed, const T* saved,                   \
+                                const T* grad_atomic, T* deltas, T* grad_features,                 \
+                                Index feature_stride, const Index* rows, int n_threads) {          \
+    backward_pieces(plan, pieces, n_pieces, packed, saved, grad_atomic, deltas, grad_features,     \
+                    feature_stride, rows, n_threads);                                              \
   }                                                                                                \
   void networks_weight_gradients(const NetworkPlan& plan, const NetworkSegment* segments,          \
                                  Index n_segments, const T* features, Index feature_stride,        \
@@ -718,6 +984,28 @@ void weight_gradients(const NetworkPlan& plan, const NetworkSegment* segments, I
                                  T* grad_parameters, int n_threads) {                              \
     weight_gradients(plan, segments, n_segments, features, feature_stride, rows, saved, deltas,    \
                      grad_parameters, n_threads);                                                  \
+  }                                                                                                \
+  void networks_tile_forward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile, \
+                             T* atomic) {                                                          \
+    tile_forward(plan, packed, tile, atomic);                                                      \
+  }                                                                                                \
+  void networks_tile_backward(const NetworkPlan& plan, const T* packed,                            \
+                              const NetworkTile<T>& tile, const T* seeds, T* grad_features,        \
+                              Index stride) {                                                      \
+    tile_backward(plan, packed, tile, seeds, grad_features, stride);                               \
+  }                                                                                                \
+  void networks_tile_tangent(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile, \
+                             T* derivatives) {                                                     \
+    tile_tangent(plan, packed, tile, derivatives);                                                 \
+  }                                                                                                \
+  void networks_tile_second_backward(const NetworkPlan& plan, const T* packed,                     \
+                                     const NetworkTile<T>& tile, const T* seeds, T* grad_features, \
+                                     Index stride) {                                               \
+    tile_second_backward(plan, packed, tile, seeds, grad_features, stride);                        \
+  }                                                                                                \
+  void networks_tile_weight_gradients(const NetworkPlan& plan, const NetworkTile<T>& tile,         \
+                                      T* grad_parameters, bool add) {                              \
+    tile_weight_gradients(plan, tile, grad_parameters, add);                                       \
   }
 KINML_DEFINE_NETWORKS(double)
 KINML_DEFINE_NETWORKS(float)

@@ -12,8 +12,8 @@ struct NetworkLayer {
   std::int64_t column;      // sum of the strides of the layers before
   std::int64_t weights;     // offset in the parameters of W [out, in]
   std::int64_t biases;      // offset in the parameters of b [out], or -1
-  std::int64_t packed;      // offset in the packed parameters, for the forward pass
-  std::int64_t transposed;  // the same for the backward pass, or -1: not needed
+  std::int64_t packed;      // offset in the packed parameters, for z = W h, or -1: not needed
+  std::int64_t transposed;  // the same for W^T delta
 };
 
 struct NetworkPlan {
@@ -21,9 +21,8 @@ struct NetworkPlan {
   std::int64_t n_layers;
   const NetworkLayer* layers;       // [n_species, n_layers]
   const std::int64_t* activations;  // [n_layers]
-  const std::int64_t* starts;       // [n_species + 1]
-  std::int64_t saved_per_atom;
-  std::int64_t scratch_per_atom;  // for one of z, h, delta of all layers
+  const std::int64_t* starts;       // [n_species + 1], or null: a tile brings its own
+  std::int64_t scratch_per_atom;    // for one of z, h, delta of all layers
 
   const NetworkLayer* of(std::int64_t species) const { return layers + species * n_layers; }
 };
@@ -36,16 +35,19 @@ struct NetworkSegment {
 };
 
 // The piece of a segment that one thread takes at a time.
-struct NetworkTile {
+struct NetworkPiece {
   const NetworkSegment* segment;
   std::int64_t first, count;  // first counts from the beginning of the segment
 };
 
-// Atoms of one tile at most, a multiple of the rows of every register block.
-inline constexpr std::int64_t kTileAtoms = 48;
+// Atoms of one piece at most, a multiple of the rows of every register block.
+inline constexpr std::int64_t kPieceAtoms = 48;
 // Atoms over which weight gradients are summed in registers before they are added to memory.
 inline constexpr std::int64_t kSumAtoms = 64;
 // Numbers that may be read behind scratch matrices.
 inline constexpr std::int64_t kSlack = 64;
+// What a tile keeps of every layer: z, h, delta, curve, dh, mu, scratch_per_atom numbers an atom
+// each.
+inline constexpr std::int64_t kTileValues = 6;
 
 }  // namespace kinml::cpu

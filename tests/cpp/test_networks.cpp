@@ -310,12 +310,197 @@ void check_problem(const Problem<T>& p) {
   }
 }
 
+// ---- tiles ----------------------------------------------------------------------------------
+
+// What the passes of a tile should give.
+struct TileReference {
+  std::vector<Sum> atomic, first_features, derivatives, second_features, first_parameters,
+      second_parameters;
+};
+
+// seeds t are p.grad_atomic; tangents are rows like the features.
+template <class T>
+TileReference tile_reference(const Problem<T>& p, const std::vector<T>& tangents,
+                             const std::vector<T>& seeds) {
+  const NetworkShape shape = p.shape();
+  TileReference r;
+  r.atomic.resize(p.n_atoms());
+  r.derivatives.resize(p.n_atoms());
+  r.first_features.resize(p.features.size());
+  r.second_features.resize(p.features.size());
+  r.first_parameters.resize(p.parameters.size());
+  r.second_parameters.resize(p.parameters.size());
+  const Index L = p.n_layers;
+  Index base = 0;
+  for (Index s = 0; s < p.n_species; ++s) {
+    std::vector<Index> offsets;
+    Index at = base;
+    for (Index l = 0; l < L; ++l) {
+      offsets.push_back(at);
+      at += shape.size(s, l + 1) * (shape.size(s, l) + (p.biases ? 1 : 0));
+    }
+    for (Index i = p.starts[s]; i < p.starts[s + 1]; ++i) {
+      const Index row = p.rows[i] * p.feature_stride;
+      const auto w = [&](Index l, Index j, Index k) {
+        return static_cast<Real>(p.parameters[offsets[l] + j * shape.size(s, l) + k]);
+      };
+      std::vector<std::vector<Real>> h(L + 1), z(L), dh(L + 1), dz(L);
+      for (Index k = 0; k < shape.size(s, 0); ++k) {
+        h[0].push_back(p.features[row + k]);
+        dh[0].push_back(tangents[row + k]);
+      }
+      Real size = 1;
+      for (Index l = 0; l < L; ++l) {
+        const int code = static_cast<int>(p.activations[l]);
+        for (Index j = 0; j < shape.size(s, l + 1); ++j) {
+          const Index in = shape.size(s, l);
+          Real sum = p.biases ? p.parameters[offsets[l] + shape.size(s, l + 1) * in + j] : T(0);
+          Real tangent = 0;
+          for (Index k = 0; k < in; ++k) {
+            sum += w(l, j, k) * h[l][k];
+            tangent += w(l, j, k) * dh[l][k];
+            size += std::fabs(w(l, j, k)) * (std::fabs(h[l][k]) + std::fabs(dh[l][k]));
+          }
+          z[l].push_back(sum);
+          dz[l].push_back(tangent);
+          h[l + 1].push_back(value(code, sum));
+          dh[l + 1].push_back(slope(code, sum) * tangent);
+        }
+      }
+      r.atomic[i].add(h[L][0], size);
+      r.derivatives[i].add(dh[L][0], size);
+      std::vector<Real> delta(1, p.grad_atomic[i]), mu(1, seeds[i]);
+      for (Index l = L - 1; l >= 0; --l) {
+        const int code = static_cast<int>(p.activations[l]);
+        const Index in = shape.size(s, l), out = shape.size(s, l + 1);
+        std::vector<Real> delta_before(in, 0), mu_before(in, 0);
+        for (Index j = 0; j < out; ++j) {
+          const Real f1 = slope(code, z[l][j]), f2 = curvature(code, z[l][j]);
+          const Real of_h = delta[j];
+          delta[j] = of_h * f1;
+          mu[j] = mu[j] * f1 + of_h * f2 * dz[l][j];
+          // A rounding error of z moves f' by f'' and f'' by what may be some times larger.
+          const Real magnitude = size * (1 + std::fabs(of_h) + std::fabs(mu[j])) *
+                                 (1 + std::fabs(dz[l][j])) * (code == 5 ? 100 : 10);
+          for (Index k = 0; k < in; ++k) {
+            delta_before[k] += delta[j] * w(l, j, k);
+            mu_before[k] += mu[j] * w(l, j, k);
+            const Index at_w = offsets[l] + j * in + k;
+            const Real factor = 1 + std::fabs(h[l][k]) + std::fabs(dh[l][k]);
+            r.first_parameters[at_w].add(delta[j] * h[l][k], magnitude * factor);
+            r.second_parameters[at_w].add(mu[j] * h[l][k] + delta[j] * dh[l][k],
+                                          magnitude * factor);
+          }
+          if (p.biases) {
+            r.first_parameters[offsets[l] + in * out + j].add(delta[j], magnitude);
+            r.second_parameters[offsets[l] + in * out + j].add(mu[j], magnitude);
+          }
+          if (l == 0)
+            for (Index k = 0; k < in; ++k) {
+              r.first_features[row + k].add(0, magnitude * (1 + std::fabs(w(l, j, k))));
+              r.second_features[row + k].add(0, magnitude * (1 + std::fabs(w(l, j, k))));
+            }
+        }
+        delta = delta_before;
+        mu = mu_before;
+        if (l == 0)
+          for (Index k = 0; k < in; ++k) {
+            r.first_features[row + k].add(delta[k], 0);
+            r.second_features[row + k].add(mu[k], 0);
+          }
+      }
+    }
+    base += shape.parameters_of(s);
+  }
+  return r;
+}
+
+// Rows of atoms that are not named must keep kUntouched.
+std::vector<Sum> rest_untouched(std::vector<Sum> sums) {
+  for (Sum& sum : sums)
+    if (sum.size == 0) sum.value = kUntouched;
+  return sums;
+}
+
+template <class T>
+struct TileResult {
+  std::vector<T> atomic, first_features, derivatives, second_features, parameters;
+};
+
+// All passes; memory and results start as junk. Without tangents only those of energies.
+template <class T>
+TileResult<T> run_tile(const kinml::cpu::PackedNetworks<T>& networks, const Problem<T>& p,
+                       const std::vector<T>& tangents, const std::vector<T>& seeds,
+                       const std::vector<T>* add_to) {
+  const T junk = std::numeric_limits<T>::quiet_NaN();
+  std::vector<T> memory(networks.tile_memory(p.n_atoms()) + 16, junk);
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+  kinml::cpu::NetworkTile<T> tile = {p.features.data(), p.feature_stride, p.rows.data(),
+                                     p.starts.data(),
+                                     memory.data() + (64 - address % 64) % 64 / sizeof(T)};
+  if (!tangents.empty()) {
+    tile.tangents = tangents.data();
+    tile.tangent_stride = p.feature_stride;
+  }
+  TileResult<T> r;
+  r.atomic.assign(p.n_atoms(), junk);
+  networks.forward(tile, r.atomic.data());
+  r.first_features.assign(p.features.size(), T(kUntouched));
+  networks.backward(tile, p.grad_atomic.data(), r.first_features.data(), p.feature_stride);
+  if (!tangents.empty()) {
+    r.derivatives.assign(p.n_atoms(), junk);
+    networks.tangent(tile, r.derivatives.data());
+    r.second_features.assign(p.features.size(), T(kUntouched));
+    networks.second_backward(tile, seeds.data(), r.second_features.data(), p.feature_stride);
+  }
+  r.parameters.assign(p.parameters.size(), junk);
+  if (add_to != nullptr) r.parameters = *add_to;
+  networks.weight_gradients(tile, r.parameters.data(), add_to != nullptr);
+  return r;
+}
+
+template <class T>
+void check_tile(const Problem<T>& p) {
+  std::vector<T> tangents(p.features.size(), std::numeric_limits<T>::quiet_NaN());
+  for (std::size_t i = 0; i < tangents.size(); ++i)
+    if (!std::isnan(p.features[i])) tangents[i] = static_cast<T>(random_normal());
+  std::vector<T> seeds(p.n_atoms());
+  for (T& seed : seeds) seed = static_cast<T>(random_normal());
+
+  const TileReference expected = tile_reference(p, tangents, seeds);
+  const kinml::cpu::PackedNetworks<T> networks(p.shape(), p.parameters.data(), 1);
+  const kinml::cpu::PackedNetworks<T> others(p.shape(), p.parameters.data(), 2);
+  const TileResult<T> r = run_tile<T>(networks, p, tangents, seeds, nullptr);
+  check_sums(r.atomic, expected.atomic, 100);
+  check_sums(r.first_features, rest_untouched(expected.first_features), 1);
+  check_sums(r.derivatives, expected.derivatives, 100);
+  check_sums(r.second_features, rest_untouched(expected.second_features), 1);
+  check_sums(r.parameters, expected.second_parameters, 1);
+
+  const TileResult<T> again = run_tile<T>(others, p, tangents, seeds, nullptr);
+  CHECK(same_bits(r.parameters, again.parameters));
+  CHECK(same_bits(r.second_features, again.second_features));
+  const TileResult<T> energies = run_tile<T>(networks, p, {}, seeds, nullptr);
+  check_sums(energies.parameters, expected.first_parameters, 1);
+  // Added to what is there: the first half of the sum may round differently.
+  const TileResult<T> sum = run_tile<T>(networks, p, tangents, seeds, &energies.parameters);
+  for (std::size_t i = 0; i < sum.parameters.size(); ++i)
+    CHECK_CLOSE(sum.parameters[i], static_cast<Real>(r.parameters[i]) + energies.parameters[i], 0,
+                4 * std::numeric_limits<T>::epsilon() * expected.second_parameters[i].size);
+}
+
 // ---- tests ----------------------------------------------------------------------------------
 
 template <class T>
 void test_random_shapes(int n) {
   check::section(sizeof(T) == 8 ? "random shapes, float64" : "random shapes, float32");
   for (int i = 0; i < n; ++i) check_problem(random_problem<T>());
+}
+
+template <class T>
+void test_tiles(int n) {
+  check::section(sizeof(T) == 8 ? "tiles, float64" : "tiles, float32");
+  for (int i = 0; i < n; ++i) check_tile(random_problem<T>());
 }
 
 template <class T>
@@ -330,6 +515,7 @@ void test_every_activation() {
     p.biases = code % 2 == 0;
     p.fill({70, 33}, 3, 2);
     check_problem(p);
+    check_tile(p);
   }
 }
 
@@ -344,6 +530,8 @@ void test_usual_shape() {
   p.biases = true;
   p.fill({250, 250}, 0, 100);
   check_problem(p);
+  p.fill({33, 32}, 0, 100);
+  check_tile(p);
 }
 
 // More atoms than are worked on at one time, and wide layers.
@@ -381,6 +569,54 @@ void test_empty() {
   const Result<double> r = run(p, 2, true, true);
   CHECK(r.grad_parameters.size() == 38);
   for (const double g : r.grad_parameters) CHECK(g == 0);
+  const kinml::cpu::PackedNetworks<double> networks(p.shape(), p.parameters.data(), 1);
+  const TileResult<double> tile = run_tile<double>(networks, p, {0.0}, {}, nullptr);
+  for (const double g : tile.parameters) CHECK(g == 0);
+}
+
+// dS/dW and dS/da of S = e f(a) + t grad f(a) . v, where grad f . v is a difference of gradients.
+void test_finite_differences_of_tiles() {
+  check::section("finite differences, tiles");
+  Problem<double> p;
+  p.n_species = 2;
+  p.n_layers = 4;
+  p.sizes = {13, 10, 8, 5, 1, 13, 9, 7, 3, 1};
+  p.activations = {1, 6, 4, 2};
+  p.biases = true;
+  p.fill({5, 4}, 0, 0);
+  std::vector<double> tangents(p.features.size()), seeds(p.n_atoms());
+  for (double& v : tangents) v = random_normal();
+  for (double& e : seeds) e = random_normal();
+  const auto pass = [&](const Problem<double>& q) {
+    const kinml::cpu::PackedNetworks<double> networks(q.shape(), q.parameters.data(), 1);
+    return run_tile<double>(networks, q, tangents, seeds, nullptr);
+  };
+  const auto loss = [&](const Problem<double>& q) {
+    const Result<double> s = run(q, 1, true, false);
+    double sum = 0;
+    for (Index i = 0; i < q.n_atoms(); ++i) sum += seeds[i] * s.atomic[i];
+    for (std::size_t i = 0; i < tangents.size(); ++i) sum += tangents[i] * s.grad_features[i];
+    return sum;
+  };
+  const double step = 1e-5;
+  Problem<double> q = p;
+  const auto difference = [&](double& number) {
+    const double old = number;
+    number = old + step;
+    const double up = loss(q);
+    number = old - step;
+    const double down = loss(q);
+    number = old;
+    return (up - down) / (2 * step);
+  };
+  const TileResult<double> r = pass(p);
+  for (std::size_t i = 0; i < p.parameters.size(); ++i)
+    CHECK_CLOSE(r.parameters[i], difference(q.parameters[i]), 1e-7, 1e-7);
+  for (std::size_t i = 0; i < p.features.size(); ++i)
+    CHECK_CLOSE(r.second_features[i], difference(q.features[i]), 1e-7, 1e-7);
+  // dS/dt
+  for (Index i = 0; i < p.n_atoms(); ++i)
+    CHECK_CLOSE(r.derivatives[i], difference(q.grad_atomic[i]), 1e-7, 1e-7);
 }
 
 void test_finite_differences() {
@@ -498,12 +734,15 @@ int main() {
   test_every_activation<float>();
   test_random_shapes<double>(60);
   test_random_shapes<float>(60);
+  test_tiles<double>(60);
+  test_tiles<float>(60);
   test_usual_shape<double>();
   test_usual_shape<float>();
   test_large<double>();
   test_large<float>();
   test_empty();
   test_finite_differences();
+  test_finite_differences_of_tiles();
   test_nan_stays();
   return check::finish();
 }
