@@ -60,7 +60,7 @@ class DataConfig(Section):
     """Seed of the random division."""
     sae: str | dict[str, float] = "fit"
     """Single-atom energies: `fit` to the training energies, `none`, or an energy (eV) for each element."""
-    weights: str | dict[str, NotNegative] | None = None
+    weights: str | dict[str, float] | None = None
     """Weights of structures in the loss, of their energies and forces: numbers by label (`C5H5/17`) or SQL pattern of
     labels (`C5H5/%`), or a text file with a line `C5H5/17 2.5` for each. The last that fits counts; other structures
     have 1, and 0 leaves one out. They are taken as they are, not normalised, and change no reported error."""
@@ -76,13 +76,18 @@ class DataConfig(Section):
             raise ValueError("it must be three numbers that are not negative: training, validation, test")
         return split
 
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _check_weights(cls, weights: Any) -> Any:
+        numbers = _are_numbers(weights) and min(weights.values(), default=0) >= 0
+        if not numbers and not isinstance(weights, str | None):
+            raise ValueError("it must be a file, or a number that is not negative for each label, like {C5H5/17: 2.5}")
+        return weights
+
     @field_validator("sae", mode="before")
     @classmethod
     def _check_sae(cls, sae: Any) -> Any:
-        numbers = isinstance(sae, dict) and all(
-            isinstance(k, str) and isinstance(v, int | float) and not isinstance(v, bool) for k, v in sae.items()
-        )
-        if not numbers and sae not in ("fit", "none"):
+        if not _are_numbers(sae) and sae not in ("fit", "none"):
             raise ValueError("it must be fit, none, or an energy in eV for each element, like {C: -1035.4, H: -17.0}")
         return sae
 
@@ -212,8 +217,9 @@ class SchedulerConfig(Section):
 
 
 class LossConfig(Section):
-    """What is minimised, batch by batch. L_E is the mean over structures of the squared energy error (eV²), L_F the
-    mean over structures of the mean squared error of their force components (eV²/Å²)."""
+    """What is minimised, batch by batch. L_E is the mean over structures of weight times squared energy error (eV²), L_F
+    that of weight times mean squared error of the structure's force components (eV²/Å²); for weights see data.weights.
+    """
 
     forces: bool = False
     """Whether forces are trained on, judged and reported; structures without forces count with their energies only."""
@@ -536,6 +542,13 @@ def _nearest(key: str) -> str:
     if close := difflib.get_close_matches(name, last, 1):
         return f": did you mean {last[close[0]]}?"
     return f": the keys there are {', '.join(beside)}"
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether it is a mapping of text to numbers."""
+    return isinstance(value, dict) and all(
+        isinstance(k, str) and isinstance(v, int | float) and not isinstance(v, bool) for k, v in value.items()
+    )
 
 
 def _changed(section: Section, names: set[str]) -> list[str]:
