@@ -217,9 +217,8 @@ class SchedulerConfig(Section):
 
 
 class LossConfig(Section):
-    """What is minimised, batch by batch. L_E is the mean over structures of weight times squared energy error (eV²), L_F
-    that of weight times mean squared error of the structure's force components (eV²/Å²); for weights see data.weights.
-    """
+    """What is minimised, batch by batch. L_E is the mean over structures of weight times squared energy error (eV²),
+    L_F that of weight times mean squared error of the structure's force components (eV²/Å²); weights: data.weights."""
 
     forces: bool = False
     """Whether forces are trained on, judged and reported; structures without forces count with their energies only."""
