@@ -26,7 +26,7 @@ config = load(
         "training.dtype=float32",  # half the time of float64, and the same errors
         f"training.epochs={3 if options.smoke else 120}",
         "training.scheduler.gamma=0.97",
-        # The loss is (1 - force_weight) L_E + force_weight L_F; training.loss.weighting=learned finds the weights itself,
+        # The loss is (1 - force_weight) L_E + force_weight L_F; training.loss.weighting=learned finds its own weights,
         # forces_from and forces_until give phases without forces. Structures without forces count with their energies.
         "training.loss.forces=true",
         "training.loss.force_weight=0.9",
