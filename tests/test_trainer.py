@@ -35,7 +35,7 @@ from kinml_fast.train.config import OptimizerConfig, SchedulerConfig
 from kinml_fast.train.metrics import COLUMNS
 from kinml_fast.train.optimizers import FusedAdam, WeightAverage, make_optimizer
 from kinml_fast.train.progress import LiveProgress
-from kinml_fast.train.schedulers import advance, make_scheduler
+from kinml_fast.train.schedulers import advance, forget_best, make_scheduler
 from kinml_fast.units import KCAL_PER_MOL
 
 
@@ -129,6 +129,20 @@ def test_schedules(keys, rmse, expected):
         advance(scheduler, float(value))
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_plateau_can_begin_anew():
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimizerConfig(learning_rate=1.0))
+    scheduler = make_scheduler(optimizer, SchedulerConfig(patience=1))
+    rates = []
+    for score in (1.0, 1.0, 5.0, 5.0, 5.0):
+        if score == 5.0 and len(rates) == 2:
+            forget_best(scheduler)
+        advance(scheduler, score)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [1, 1, 1, 1, 0.5]
+    forget_best(make_scheduler(optimizer, SchedulerConfig(name="exp")))
+    forget_best(None)
 
 
 def test_weight_average():

@@ -246,6 +246,8 @@ class Trainer:
         started = time.perf_counter() - self._elapsed
         if with_forces:
             self._steps.pop(False, None)  # what an energy-only phase kept takes memory
+        else:
+            self._force_errors.zero_()
         step, tasks, extra, clip = self._step(with_forces), self._tasks, self._extra, self.config.gradient_clip
         order = self._order(epoch)
         batches = step.batches(order, size, self._residuals, self._force_errors)
@@ -482,7 +484,8 @@ class Trainer:
             else:
                 log.info("the score is another one than before: the best model is looked for from here on")
                 forget_best(self._scheduler)
-                self._best["weights"] = self._weights()
+                with self._evaluated():
+                    self._best["weights"] = self._weights()
             length = state["metrics_length"]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InputError(f"{path}: does not hold a whole run ({error}): put an intact checkpoint there") from error
