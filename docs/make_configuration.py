@@ -37,7 +37,7 @@ def type_name(kind: object) -> str:
     if origin is list:
         return f"list of {type_name(arguments[0])}"
     if origin is dict:
-        return "energies by element"
+        return "numbers by name"
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(kind, str(kind))
 

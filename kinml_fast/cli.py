@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--energy-key", metavar="KEY", help="name of the energy in XYZ files")
     evaluate.add_argument("--forces-key", metavar="KEY", help="name of the forces in XYZ files")
     evaluate.add_argument("--csv", metavar="FILE", help="write the errors of each structure")
+    evaluate.add_argument("--plots", metavar="FOLDER", help="draw predicted against reference energies and forces")
     evaluate.set_defaults(command=_evaluate)
 
     predict = commands.add_parser("predict", help="energies and forces of molecules")
@@ -152,6 +153,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         energy_key=options.energy_key,
         forces_key=options.forces_key,
         csv_path=options.csv,
+        plots=options.plots,
     )
 
 

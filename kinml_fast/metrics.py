@@ -27,6 +27,18 @@ class Errors:
             max=float(absolute.max()) * KCAL_PER_MOL,
         )
 
+    @classmethod
+    def of_sums(cls, sums: np.ndarray, count: int) -> Errors:
+        """The errors of `count` residuals of which sums are known.
+
+        `sums` [n, 3]: sum, sum of squares and largest of the absolute values of each of n groups, eV (or eV/Å).
+        """
+        return cls(
+            mae=float(sums[:, 0].sum() / count) * KCAL_PER_MOL,
+            rmse=float(np.sqrt(sums[:, 1].sum() / count)) * KCAL_PER_MOL,
+            max=float(sums[:, 2].max()) * KCAL_PER_MOL,
+        )
+
 
 def r_squared(reference: np.ndarray, predicted: np.ndarray) -> float:
     """Coefficient of determination, 1 − Σ(y − f)²/Σ(y − ȳ)²; NaN for fewer than two different references."""

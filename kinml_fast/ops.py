@@ -86,6 +86,156 @@ def networks(
     return _OPS.networks(features, rows, owners, starts, parameters, sae, sizes, activations, biases, n_structures)
 
 
+def energy_forces(
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    parameters: Tensor,
+    sae: Tensor | None,
+    descriptor: list[float],
+    sizes: list[int],
+    activations: list[int],
+    biases: bool,
+) -> tuple[Tensor, Tensor]:
+    """Energies [n_structures] (float64, eV) and forces [n_atoms, 3] (-dE/dx, eV/Å, of the coordinates' dtype).
+
+    ``parameters``, ``sae``, ``sizes``, ``activations``, ``biases`` as for :func:`networks`. Differentiable once, with
+    respect to ``parameters``, through energies and forces; coordinates that require a gradient are refused.
+    """
+    return _OPS.energy_forces(coordinates, species, offsets, parameters, sae, descriptor, sizes, activations, biases)
+
+
+def energy_forces_stored(
+    features: Tensor,
+    jacobian: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    parameters: Tensor,
+    sae: Tensor | None,
+    sizes: list[int],
+    activations: list[int],
+    biases: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same from ``features`` [n_atoms, D] and stored Jacobians [n_atoms, D, C] as `aev_jacobian` gives them.
+
+    C is at least three times the atoms of the largest structure; columns beyond those of a structure's own atoms are
+    padding, which no sum reads.
+    """
+    return _OPS.energy_forces_stored(features, jacobian, species, offsets, parameters, sae, sizes, activations, biases)
+
+
+def force_step(
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    structures: Tensor,
+    parameters: Tensor,
+    energy_targets: Tensor,
+    force_targets: Tensor,
+    energy_weights: Tensor,
+    force_weights: Tensor,
+    scales: Tensor,
+    energy_residuals: Tensor,
+    force_errors: Tensor,
+    losses: Tensor,
+    gradient: Tensor,
+    descriptor: list[float],
+    sizes: list[int],
+    activations: list[int],
+    biases: bool,
+) -> None:
+    """Forward and backward pass of a training batch on energies and forces, in one call and without autograd.
+
+    Parameters
+    ----------
+    coordinates, species, offsets
+        The whole data set, N atoms in M structures.
+    structures
+        [n] int64, the batch.
+    energy_targets, force_targets
+        [M] without single-atom energies, eV, and [N, 3], eV/Å; float64. Forces of structures whose force weight is 0
+        are not read.
+    energy_weights, force_weights
+        [M] float64: w and u below.
+    scales
+        [2] float64: factors of both terms in the loss.
+    energy_residuals
+        [n] float64, receives predicted - target in the order of the batch.
+    force_errors
+        [n, 3] float64, receives the sum, the sum of squares and the largest of the absolute errors of each structure's
+        force components; zeros where its force weight is 0.
+    losses
+        [2] float64, receives L_E = sum_s w_s dE_s^2 / n_E and L_F = sum_s u_s mean_c(dF_sc^2) / n_F: sums over the
+        batch's structures, mean over the 3 n_s components of a structure, n_E and n_F the numbers of structures whose
+        weight is not 0. A term without such structures is 0.
+    gradient
+        Like ``parameters``, receives d(scales[0] L_E + scales[1] L_F)/dparameters.
+    """
+    _OPS.force_step(
+        coordinates,
+        species,
+        offsets,
+        structures,
+        parameters,
+        energy_targets,
+        force_targets,
+        energy_weights,
+        force_weights,
+        scales,
+        energy_residuals,
+        force_errors,
+        losses,
+        gradient,
+        descriptor,
+        sizes,
+        activations,
+        biases,
+    )
+
+
+def force_step_stored(
+    features: Tensor,
+    jacobian: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    structures: Tensor,
+    parameters: Tensor,
+    energy_targets: Tensor,
+    force_targets: Tensor,
+    energy_weights: Tensor,
+    force_weights: Tensor,
+    scales: Tensor,
+    energy_residuals: Tensor,
+    force_errors: Tensor,
+    losses: Tensor,
+    gradient: Tensor,
+    sizes: list[int],
+    activations: list[int],
+    biases: bool,
+) -> None:
+    """:func:`force_step` from ``features`` [N, D] and stored Jacobians [N, D, C], see `energy_forces_stored`."""
+    _OPS.force_step_stored(
+        features,
+        jacobian,
+        species,
+        offsets,
+        structures,
+        parameters,
+        energy_targets,
+        force_targets,
+        energy_weights,
+        force_weights,
+        scales,
+        energy_residuals,
+        force_errors,
+        losses,
+        gradient,
+        sizes,
+        activations,
+        biases,
+    )
+
+
 def adam_step(
     parameter: Tensor,
     gradient: Tensor,

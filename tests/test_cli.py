@@ -95,6 +95,38 @@ def test_from_data_to_predictions(tmp_path, capsys):
     assert frames[0].get_forces().shape == (4, 3)
 
 
+def test_training_on_forces_with_weights(tmp_path, capsys):
+    config = write_config(tmp_path, "loss: {forces: true, weighting: learned}, test_every: 1", forces="some")
+    weights = tmp_path / "weights.txt"
+    weights.write_text("data.xyz/% 2\ndata.xyz/3 0\n")
+    assert main(["train", str(config), f"data.weights={weights}"]) == 0
+    text = capsys.readouterr().out
+    assert "weights in the loss: 0 (1 structures), 2 (59)" in text
+    assert re.search(r"forces: \d+ of 42 train, \d of 9 validation, \d of 9 test", text)
+    assert re.search(r"epoch 3/3: train RMSE \S+ and \S+, validation RMSE \S+ and \S+ kcal/mol and kcal/mol/Å", text)
+    run = tmp_path / "run"
+    (head, *_) = (run / "metrics.csv").read_text().splitlines()
+    assert head.endswith("structures_per_second,log_sigma_energy,log_sigma_forces")
+    for row in rows(run):
+        assert float(row["forces_rmse"]) > 0
+        assert (row["log_sigma_forces"] == "") == (row["split"] != "train")
+
+    # The run has its own copy of the weights.
+    weights.unlink()
+    assert main(["train", "--resume", str(run), "training.epochs=5", "training.loss.forces_until=4"]) == 0
+    assert [r["forces_rmse"] == "" for r in rows(run) if r["split"] == "train"] == [False] * 4 + [True]
+    assert main(["evaluate", str(run / "model.pt"), str(tmp_path / "data.xyz"), "--plots", str(tmp_path / "p")]) == 0
+    assert "forces MAE" in capsys.readouterr().out
+    assert (tmp_path / "p" / "parity_evaluated.png").exists()
+
+
+def test_forces_that_are_not_there(tmp_path, capsys):
+    config = write_config(tmp_path)
+    message = complaint(capsys, "train", config, "training.loss.forces=true")
+    assert "no training structure has forces (data: data.xyz)" in message
+    assert "set training.loss.forces=false" in message
+
+
 def test_resume_with_more_epochs_from_another_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)

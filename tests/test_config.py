@@ -133,6 +133,16 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
         ("training.optimizer.nesterov=true", ["training.optimizer", "momentum above 0"]),
         ("training.optimizer=adam", ["training.optimizer = 'adam'", "a section with keys (name, learning_rate"]),
         ("training.scheduler.factor=1", ["training.scheduler.factor = 1", "less than 1"]),
+        ("training.loss.forces=yes", ["training.loss.forces = 'yes'", "boolean"]),
+        ("training.loss.force_weight=1.1", ["training.loss.force_weight = 1.1", "less than or equal to 1"]),
+        ("training.loss.weighting=fixed", ["'fixed'", "'static' or 'learned'"]),
+        ("training.loss.forces_until=0", ["training.loss.forces_until = 0", "greater than 0"]),
+        ("training.loss={forces_from: 5, forces_until: 5}", ["training.loss", "later than forces_from, which is 5"]),
+        ("training.loss.extra_weights={dipole: -1}", ["training.loss.extra_weights", "greater than or equal to 0"]),
+        ("training.score.energy=0", ["training is not allowed", "score.energy is 0 and nothing else is judged"]),
+        ("training.jacobian=none", ["'none'", "'recompute' or 'stored'"]),
+        ("data.weights={C5H5/1: -1}", ["data.weights", "a number that is not negative for each label"]),
+        ("data.weights=2", ["data.weights = 2", "it must be a file, or a number"]),
         ("training.ema_decay=1.5", ["training.ema_decay = 1.5", "less than 1"]),
         ("network.layers=[]", ["network.layers = []", "the last layer must be 1"]),
         ("network.layers=[48, 2]", ["network.layers = [48, 2]", "the last layer must be 1"]),
@@ -159,6 +169,18 @@ def test_values_that_are_not_allowed(tmp_path, override, parts):
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_epochs_with_forces(tmp_path):
+    def phases(*overrides):
+        loss = load(tmp_path, MINIMAL, *(f"training.loss.{override}" for override in overrides)).training.loss
+        return [loss.has_forces(epoch) for epoch in range(4)]
+
+    assert phases() == [False] * 4
+    assert phases("forces=true") == [True] * 4
+    assert phases("forces=true", "forces_from=1") == [False, True, True, True]
+    assert phases("forces=true", "forces_from=1", "forces_until=3") == [False, True, True, False]
+    assert phases("forces_from=1") == [False] * 4
 
 
 @pytest.mark.parametrize(
@@ -198,5 +220,15 @@ def test_options_without_effect_are_named(tmp_path):
         "training.optimizer.momentum has no effect with training.optimizer.name = adam",
         "training.scheduler.gamma has no effect with training.scheduler.name = rop",
     ]
+    forces = ["training.jacobian=stored", "training.loss.forces_from=3", "training.score.forces=2"]
+    assert load(tmp_path, MINIMAL, *forces).training.ignored() == [
+        f"training.{key} has no effect with training.loss.forces = false"
+        for key in ("loss.forces_from", "score.forces", "jacobian")
+    ]
+    learned = ["training.loss.forces=true", "training.loss.weighting=learned", "training.loss.force_weight=0.5"]
+    assert load(tmp_path, MINIMAL, *learned).training.ignored() == [
+        "training.loss.force_weight has no effect with training.loss.weighting = learned"
+    ]
+    assert load(tmp_path, MINIMAL, *forces, "training.loss.forces=true").training.ignored() == []
     sgd = ["training.optimizer.momentum=0.9", "training.optimizer.name=sgd"]
     assert load(tmp_path, MINIMAL, *sgd).training.ignored() == []

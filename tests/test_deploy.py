@@ -307,6 +307,20 @@ def assert_close(a: Errors, b: Errors) -> None:
     assert (a.mae, a.rmse, a.max) == pytest.approx((b.mae, b.rmse, b.max), rel=1e-5, abs=1e-5)
 
 
+def test_evaluation_draws_on_request(tmp_path, model, caplog):
+    model_file.save(tmp_path / "model.pt", model)
+    data = write_xyz(tmp_path / "mixed.xyz", concatenate([waters(3), hydrogens(2)]))
+    with caplog.at_level(logging.INFO):
+        rows = evaluate.run_evaluate(tmp_path / "model.pt", data, plots=tmp_path / "plots")
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["errors.csv", "parity_evaluated.png"]
+    with (tmp_path / "plots" / "errors.csv").open(encoding="utf-8", newline="") as file:
+        written = {w["quantity"]: w for w in csv.DictReader(file)}
+    assert {name: int(w["count"]) for name, w in written.items()} == {"energy": 5, "forces": 27}
+    for name, errors in (("energy", rows[-1].energy), ("forces", rows[-1].forces)):
+        assert float(written[name]["rmse"]) == pytest.approx(errors.rmse, rel=1e-9)
+    assert f"wrote parity plots to {tmp_path}/plots" in caplog.text
+
+
 def test_one_formula_has_no_row_for_all_and_no_columns_for_forces(tmp_path, model):
     model_file.save(tmp_path / "model.pt", model)
     rows = evaluate.run_evaluate(tmp_path / "model.pt", write_xyz(tmp_path / "h.xyz", hydrogens(3)))

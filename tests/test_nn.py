@@ -141,6 +141,23 @@ def test_energy_of_a_structure_does_not_depend_on_its_company():
     assert energies[2] == 0  # no atoms
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_energies_and_forces_in_one_pass(dtype):
+    ours = model(dtype)
+    inputs = batch(dtype=dtype)
+    energies, found = ours.energies_and_forces(*inputs)
+    assert (energies.dtype, found.dtype) == (torch.float64, dtype)
+    tolerance = 1e-11 if dtype == torch.float64 else 5e-5
+    torch.testing.assert_close(energies, ours(*inputs), rtol=1e-12, atol=tolerance)
+    torch.testing.assert_close(found, forces(ours, *inputs), rtol=10 * tolerance, atol=10 * tolerance)
+    with torch.inference_mode():
+        again = ours.energies_and_forces(*inputs)
+    scripted = torch.jit.script(ours).energies_and_forces(*inputs)
+    for other in (again, scripted):
+        assert torch.equal(other[0], energies)
+        assert torch.equal(other[1], found)
+
+
 def test_inference_mode_and_no_grad_give_the_same_bits():
     ours = model()
     inputs = batch()

@@ -50,6 +50,9 @@ def test_errors_and_r_squared():
     assert errors.rmse == pytest.approx((0.14 / 4) ** 0.5 * KCAL_PER_MOL, rel=1e-14)
     assert errors.max == pytest.approx(0.3 * KCAL_PER_MOL, rel=1e-14)
     assert np.isnan(Errors.of([np.nan, 0.0]).rmse)
+    sums = np.array([[0.4, 0.1, 0.3], [0.2, 0.04, 0.2]])
+    both = Errors.of_sums(sums, 4)
+    assert (both.mae, both.rmse, both.max) == pytest.approx((errors.mae, errors.rmse, errors.max), rel=1e-14)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 50))
     assert r_squared(x, x) == 1
@@ -121,6 +124,17 @@ def test_forces_get_a_panel_and_rows_of_their_own(tmp_path):
     assert size(tmp_path / "b" / "parity_train.png") == (height, 2 * width)
     assert size(tmp_path / "b" / "parity_test.png") == (height, width)
     assert size(tmp_path / "b" / "learning_curves.png")[0] > size(tmp_path / "a" / "learning_curves.png")[0]
+
+
+def test_the_epoch_that_was_chosen_is_marked(tmp_path):
+    """The best score need not have the lowest energy error."""
+    curves = report.read_metrics(metrics_csv(tmp_path, forces=True))
+    title = "best validation RMSE {} kcal/mol, {} kcal/mol/Å (epoch {})"
+    for best, expected in ((None, ("4.00", "12.0", 4)), (1, ("10.0", "30.0", 1))):
+        axes = report.draw_learning_curves(curves, best).axes
+        assert axes[0].get_title(loc="left") == title.format(*expected)
+        assert [list(ax.lines[-1].get_xdata()) for ax in axes[:2]] == [[expected[2]]] * 2
+    assert report.draw_learning_curves(curves, 99).axes[0].get_title(loc="left") == ""
 
 
 def test_of_many_points_the_worst_are_drawn():

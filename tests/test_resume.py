@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from training_helpers import assert_same_bits, assert_same_run, write_config
 
 from kinml_fast.deploy import model_file
@@ -39,11 +40,13 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, err
 
 
-def test_killed_at_random_moments(tmp_path):
+@pytest.mark.parametrize("forces", [False, True])
+def test_killed_at_random_moments(tmp_path, forces):
     runs = {}
+    options = OPTIONS + f", loss: {{forces: {str(forces).lower()}, forces_from: 20, weighting: learned}}"
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-        runs[name] = tmp_path / name / "run", write_config(tmp_path / name, OPTIONS)
+        runs[name] = tmp_path / name / "run", write_config(tmp_path / name, options, forces="some")
     whole, config = runs["whole"]
     finish(train(config, f"training.epochs={EPOCHS}"))
 

@@ -8,33 +8,51 @@ from pathlib import Path
 import ase
 import ase.io
 import numpy as np
+import pytest
 import torch
 from data_helpers import molecules
 
 from kinml_fast.data.splits import Split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.nn import AEVParameters, EnergyModel
-from kinml_fast.train import TrainingData, checkpoint
+from kinml_fast.train import Trainer, TrainingData, checkpoint
+from kinml_fast.train.progress import Progress
 
 SAE = np.array([-100.5, -99.5])
 
 
-def structures(count: int = 30) -> Structures:
-    """`count` structures of each of two formulas, with energies of a few tenths of an eV around single-atom ones."""
-    both = concatenate([molecules("CCHH", count, 1, forces=False), molecules("CHHH", count, 2, forces=False)])
-    energies = both.counts() @ SAE
+def structures(count: int = 30, forces: str = "none", formulas: tuple[str, ...] = ("CCHH", "CHHH")) -> Structures:
+    """`count` structures of each formula, with energies of a few tenths of an eV around single-atom ones.
+
+    `forces`: "none", "all", or "some": every third structure has none.
+    """
+    parts = [molecules(formula, count, seed, forces=False) for seed, formula in enumerate(formulas, start=1)]
+    both = concatenate(parts, ("C", "H"))
+    energies, slopes = both.counts() @ SAE, np.zeros_like(both.coordinates)
     for i in range(len(both)):
-        x = both.coordinates[both.offsets[i] : both.offsets[i + 1]]
-        energies[i] += 0.3 * np.sin(3 * np.linalg.norm(x[0] - x[1:], axis=1)).sum()
-    return Structures(both.elements, both.species, both.coordinates, both.offsets, energies, None, both.labels)
+        x, own = both.coordinates[both.offsets[i] : both.offsets[i + 1]], slice(both.offsets[i], both.offsets[i + 1])
+        arms = x[0] - x[1:]
+        lengths = np.linalg.norm(arms, axis=1)
+        energies[i] += 0.3 * np.sin(3 * lengths).sum()
+        pull = (0.9 * np.cos(3 * lengths) / lengths)[:, None] * arms
+        slopes[own] = np.concatenate([pull.sum(axis=0)[None], -pull])
+        if forces == "some" and i % 3 == 0:
+            slopes[own] = np.nan
+    values = None if forces == "none" else -slopes
+    return Structures(both.elements, both.species, both.coordinates, both.offsets, energies, values, both.labels)
 
 
-def training_data(count: int = 30) -> TrainingData:
+def training_data(
+    count: int = 30,
+    forces: str = "none",
+    formulas: tuple[str, ...] = ("CCHH", "CHHH"),
+    weights: np.ndarray | None = None,
+) -> TrainingData:
     """A data set with 2/3 of the structures for training, 1/6 for validation and 1/6 for testing."""
-    everything = structures(count)
+    everything = structures(count, forces, formulas)
     order = np.random.default_rng(0).permutation(len(everything))
     first, second = len(order) * 2 // 3, len(order) * 5 // 6
-    return TrainingData(everything, Split(order[:first], order[first:second], order[second:]), SAE)
+    return TrainingData(everything, Split(order[:first], order[first:second], order[second:]), SAE, weights)
 
 
 def model(seed: int = 0, layers: tuple[int, ...] = (8, 4, 1), dtype: torch.dtype = torch.float64) -> EnergyModel:
@@ -44,21 +62,23 @@ def model(seed: int = 0, layers: tuple[int, ...] = (8, 4, 1), dtype: torch.dtype
     return EnergyModel(descriptor, list(layers), ["gaussian"] * (len(layers) - 1) + ["identity"], True, dtype)
 
 
-def write_xyz(path: Path, count: int = 30) -> None:
+def write_xyz(path: Path, count: int = 30, forces: str = "none") -> None:
     """The structures as an extended XYZ file."""
-    everything = structures(count)
+    everything = structures(count, forces)
     frames = []
     for i in range(len(everything)):
         atoms = slice(everything.offsets[i], everything.offsets[i + 1])
         frame = ase.Atoms(everything.symbols(i), everything.coordinates[atoms])
         frame.info["REF_energy"] = everything.energies[i]
+        if everything.forces is not None and not np.isnan(everything.forces[atoms]).any():
+            frame.arrays["REF_forces"] = everything.forces[atoms]
         frames.append(frame)
     ase.io.write(path, frames, format="extxyz")
 
 
-def write_config(folder: Path, training: str = "", count: int = 30) -> Path:
+def write_config(folder: Path, training: str = "", count: int = 30, forces: str = "none") -> Path:
     """A configuration of a small run in `folder`, and its data."""
-    write_xyz(folder / "data.xyz", count)
+    write_xyz(folder / "data.xyz", count, forces)
     path = folder / "small.yaml"
     path.write_text(
         f"run: {folder / 'run'}\n"
@@ -69,6 +89,51 @@ def write_config(folder: Path, training: str = "", count: int = 30) -> Path:
         encoding="utf-8",
     )
     return path
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+class Interrupter(Progress):
+    """Raises Killed, or sends SIGINT, after so many batches that were reported."""
+
+    def __init__(self, stop_at, act):
+        self.left, self.act = stop_at, act
+
+    def batch(self, epoch, fraction):
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+
+
+def interrupted_run(folder, config, stop_at, act=None, data=None, dtype=torch.float64):
+    """A run that ends after `stop_at` batches; last.pt is of the batch before that."""
+
+    def kill():
+        raise Killed
+
+    progress = Interrupter(stop_at, act or kill)
+    trainer = Trainer(model(dtype=dtype), data or training_data(), config, folder, progress=progress)
+    every_batch(trainer)
+    with pytest.raises((Killed, KeyboardInterrupt)):
+        trainer.fit()
+    return trainer
+
+
+def every_batch(trainer, saving=True):
+    """Let the trainer report, and write last.pt, after every batch."""
+    tick = trainer._tick
+
+    def always(n_batches):
+        trainer._next_drawing = 0.0
+        if saving:
+            trainer._next_save = 0.0
+        tick(n_batches)
+        trainer._next_tick = 0.0
+
+    trainer._tick = always
+    trainer.progress.begin, begin = lambda *a: (begin(*a), setattr(trainer, "_next_tick", 0.0)), trainer.progress.begin
 
 
 def rows(run: Path) -> list[dict[str, str]]:

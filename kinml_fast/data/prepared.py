@@ -15,6 +15,7 @@ import numpy as np
 
 from kinml_fast.data import sae as sae_module
 from kinml_fast.data import sources, splits
+from kinml_fast.data import weights as weights_module
 from kinml_fast.data.files import expand, is_hdf5, is_sqlite, replacing
 from kinml_fast.data.sources import DescriptorSource, file_digest
 from kinml_fast.data.splits import PARTS, Split
@@ -45,6 +46,8 @@ class Prepared:
         sha256 (hexadecimal) of the contents of all files and of all settings.
     source
         Where stored descriptors come from. They stay in their files: only what is used of them is read, when it is.
+    weights
+        Weights of the structures in the loss, float64 [n_structures]; None: all 1.
     """
 
     structures: Structures
@@ -53,6 +56,7 @@ class Prepared:
     descriptor: dict = field(default_factory=dict)
     hash: str = ""
     source: DescriptorSource = field(default_factory=DescriptorSource)
+    weights: np.ndarray | None = None
 
 
 def prepare(
@@ -67,6 +71,7 @@ def prepare(
     split_file: str | os.PathLike | None = None,
     split_seed: int = 0,
     sae: str | Mapping[str, float] = "fit",
+    weights: str | os.PathLike | Mapping[str, float] | None = None,
     elements: Sequence[str] | None = None,
     descriptor: Mapping[str, object] | None = None,
     path: str | os.PathLike | None = None,
@@ -83,6 +88,8 @@ def prepare(
         See `splits.make_split`. With a split file only the ids that it lists are read from databases.
     sae
         "fit" (to training and validation structures), "none", or energies by element (eV).
+    weights
+        Weights of structures in the loss, or their file, see `weights.resolve`; None: all 1.
     descriptor
         Plain settings of the descriptor, kept with the data; `backend` is what computes stored descriptors.
     path
@@ -105,10 +112,12 @@ def prepare(
         "split": [float(amount) for amount in split],
         "split_seed": int(split_seed),
         "sae": dict(sae) if isinstance(sae, Mapping) else sae,
+        "weights": list(weights.items()) if isinstance(weights, Mapping) else weights is not None,
         "elements": None if elements is None else list(elements),
         "descriptor": json.loads(json.dumps(dict(descriptor or {}))),  # as it will be read back: lists, not tuples
     }
-    digest = _digest(digests, split_file, settings)
+    others = {"split": split_file, "weights": None if isinstance(weights, Mapping) else weights}
+    digest = _digest(digests, others, settings)
     source = DescriptorSource(
         settings["descriptor"].get("backend", "native"),
         tuple((path.resolve(), digests[path]) for path in paths if is_hdf5(path)),
@@ -135,14 +144,16 @@ def prepare(
         )
     except MissingIdsError as error:
         raise InputError(f"{split_file}: {error}") from error
+    loss_weights = None if weights is None else weights_module.resolve(weights, structures.labels)
     chosen = splits.make_split(structures, split, split_seed, split_file)
     used = np.sort(chosen.used)
     if len(used) < len(structures):
         structures = structures.select(used)
+        loss_weights = None if loss_weights is None else loss_weights[used]
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
     fitted = np.concatenate([chosen.train, chosen.validation])
     energies = sae_module.resolve(sae, structures.counts()[fitted], structures.energies[fitted], structures.elements)
-    result = Prepared(structures, chosen, energies, settings["descriptor"], digest, source)
+    result = Prepared(structures, chosen, energies, settings["descriptor"], digest, source, loss_weights)
     if path is not None:
         save(path, result)
     return result
@@ -166,6 +177,7 @@ def save(path: str | os.PathLike, prepared: Prepared) -> None:
         "forces": structures.forces,
         "labels": np.array([label.encode() for label in structures.labels]),
         "sae": prepared.sae,
+        "weights": prepared.weights,
         **{f"split/{part}": getattr(prepared.split, part) for part in PARTS},
     }
     # HDF5 does not recover from a full disk, so the file is built in memory and written like any other.
@@ -227,6 +239,7 @@ def load(path: str | os.PathLike) -> Prepared:
             json.loads(attributes["descriptor"]),
             attributes["hash"],
             DescriptorSource(attributes["backend"], files),
+            arrays.get("weights"),
         )
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, InputError) and str(error).startswith(str(path)):
@@ -249,7 +262,9 @@ def _up_to_date(path: Path, digest: str) -> Prepared | None:
     return ready
 
 
-def _digest(digests: Mapping[Path, str], split_file: str | os.PathLike | None, settings: Mapping[str, object]) -> str:
+def _digest(
+    digests: Mapping[Path, str], others: Mapping[str, str | os.PathLike | None], settings: Mapping[str, object]
+) -> str:
     # Folders do not matter, names do: labels and formulas come from them.
     total = hashlib.sha256(json.dumps([_FORMAT, _VERSION, settings], sort_keys=True).encode())
     for path, own in digests.items():
@@ -258,6 +273,7 @@ def _digest(digests: Mapping[Path, str], split_file: str | os.PathLike | None, s
         journal = path.with_name(path.name + "-wal")
         if is_sqlite(path) and journal.exists():
             total.update(f" {file_digest(journal)}".encode())
-    if split_file is not None:
-        total.update(f"\nsplit {file_digest(Path(split_file))}".encode())
+    for kind, other in others.items():
+        if other is not None:
+            total.update(f"\n{kind} {file_digest(Path(other))}".encode())
     return total.hexdigest()

@@ -84,18 +84,19 @@ def evaluate(
     species = torch.from_numpy(structures.species).to(device)
     coordinates = torch.from_numpy(structures.coordinates).to(device, model.dtype)
     energies: list[np.ndarray] = [np.empty(0)]
-    gradients: list[np.ndarray] = [np.empty((0, 3))]
-    with torch.set_grad_enabled(with_forces):
+    computed: list[np.ndarray] = [np.empty((0, 3))]
+    with torch.inference_mode():
         for first in range(0, len(structures), batch_size):
             offsets = structures.offsets[first : first + batch_size + 1]
             atoms = slice(int(offsets[0]), int(offsets[-1]))
-            x = coordinates[atoms].requires_grad_(with_forces)
-            energy = model(x, species[atoms], torch.from_numpy(offsets - offsets[0]).to(device))
-            energies.append(energy.detach().cpu().numpy())
+            batch = (coordinates[atoms], species[atoms], torch.from_numpy(offsets - offsets[0]).to(device))
             if with_forces:
-                (gradient,) = torch.autograd.grad(energy.sum(), x)
-                gradients.append(gradient.double().cpu().numpy())
-    return Predictions(np.concatenate(energies), -np.concatenate(gradients) if with_forces else None)
+                energy, force = model.energies_and_forces(*batch)
+                computed.append(force.double().cpu().numpy())
+            else:
+                energy = model(*batch)
+            energies.append(energy.cpu().numpy())
+    return Predictions(np.concatenate(energies), np.concatenate(computed) if with_forces else None)
 
 
 def groups(structures: Structures, predictions: Predictions, file: str) -> list[Group]:
@@ -118,8 +119,9 @@ def run_evaluate(
     forces_key: str | None = None,
     batch_size: int = BATCH_SIZE,
     csv_path: str | os.PathLike | None = None,
+    plots: str | os.PathLike | None = None,
 ) -> list[Group]:
-    """Compare a model with data, log a table of its errors, and write each structure's on request.
+    """Compare a model with data, log a table of its errors, and write each structure's and draw all on request.
 
     Parameters
     ----------
@@ -134,6 +136,8 @@ def run_evaluate(
     csv_path
         File to write with a row for each structure: energies in eV; errors in kcal/mol and kcal/mol/Å (forces: root
         mean square and largest over the structure's components).
+    plots
+        Folder for a parity plot of all structures, parity_evaluated.png, and errors.csv; made if it is not there.
 
     Returns
     -------
@@ -169,6 +173,9 @@ def run_evaluate(
     if csv_path is not None:
         _write_csv(Path(csv_path), parts)
         log.info("wrote the errors of every structure to %s", csv_path)
+    if plots is not None:
+        _draw(Path(plots), model, parts)
+        log.info("wrote parity plots to %s", plots)
     return rows
 
 
@@ -213,6 +220,30 @@ def _total(parts: Sequence[tuple[Structures, Predictions]]) -> Group:
     forces = np.concatenate([np.empty(0), *residuals])
     forces = forces[~np.isnan(forces)]
     return Group("all", "all", len(energy), Errors.of(energy), Errors.of(forces) if forces.size else None)
+
+
+def _draw(folder: Path, model: EnergyModel, parts: Sequence[tuple[Structures, Predictions]]) -> None:
+    from kinml_fast.train import report  # matplotlib takes a second to import
+
+    labels: list[str] = []
+    of_forces: list[str] = []
+    energies = [np.empty((2, 0))]
+    forces = [np.empty((2, 0))]
+    sae = dict(zip(model.elements, model.sae.tolist(), strict=True))
+    for structures, predictions in parts:
+        labels += structures.labels
+        both = np.stack([structures.energies, predictions.energies])
+        energies.append(both - structures.counts() @ [sae[element] for element in structures.elements])
+        if structures.forces is not None and predictions.forces is not None:
+            known = ~np.isnan(structures.forces[:, 0])
+            forces.append(np.stack([structures.forces[known].ravel(), predictions.forces[known].ravel()]))
+            of_forces += [structures.labels[i] for i in np.repeat(structures.owners[known], 3)]
+    split = "evaluated"
+    report.write_parity(
+        folder,
+        {split: (labels, *np.concatenate(energies, axis=1))},
+        {split: (of_forces, *np.concatenate(forces, axis=1))},
+    )
 
 
 def _write_csv(path: Path, parts: Sequence[tuple[Structures, Predictions]]) -> None:

@@ -74,6 +74,34 @@ class EnergyModel(torch.nn.Module):
         """
         return self.networks(self.aev(coordinates, species, offsets), species, offsets, self.sae)
 
+    @torch.jit.export
+    def energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies and forces in one pass; the arguments are those of :meth:`forward`.
+
+        Returns
+        -------
+        energies : Tensor
+            [n_structures] in eV, float64.
+        forces : Tensor
+            [n_atoms, 3], -dE/dx in eV/Å, of the model's dtype.
+
+        Notes
+        -----
+        Both can be differentiated with respect to the weights, not with respect to the coordinates: for those, take
+        the gradient of what :meth:`forward` gives.
+        """
+        return torch.ops.kinml_fast.energy_forces(
+            coordinates,
+            species,
+            offsets,
+            self.networks.weights,
+            self.sae,
+            self.aev.packed,
+            self.networks.sizes,
+            self.networks.activation_codes,
+            self.networks.biases,
+        )
+
     @torch.jit.unused
     def to_dict(self) -> dict[str, Any]:
         """The architecture, as plain lists, strings and numbers."""

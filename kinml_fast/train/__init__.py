@@ -1,11 +1,14 @@
 """Training: configuration, trainer, run folder."""
 
 from kinml_fast.train.config import Config, TrainingConfig, load
+from kinml_fast.train.dataset import TrainingData
+from kinml_fast.train.loss import LossBatch
 from kinml_fast.train.runs import make_model, prepare, resume, start
-from kinml_fast.train.trainer import Summary, Trainer, TrainingData
+from kinml_fast.train.trainer import Summary, Trainer
 
 __all__ = [
     "Config",
+    "LossBatch",
     "Summary",
     "Trainer",
     "TrainingConfig",

@@ -15,7 +15,7 @@ from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError
 
 FORMAT = "kinml_fast checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:

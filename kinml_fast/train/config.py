@@ -60,6 +60,10 @@ class DataConfig(Section):
     """Seed of the random division."""
     sae: str | dict[str, float] = "fit"
     """Single-atom energies: `fit` to the training energies, `none`, or an energy (eV) for each element."""
+    weights: str | dict[str, float] | None = None
+    """Weights of structures in the loss, of their energies and forces: numbers by label (`C5H5/17`) or SQL pattern of
+    labels (`C5H5/%`), or a text file with a line `C5H5/17 2.5` for each. The last that fits counts; other structures
+    have 1, and 0 leaves one out. They are taken as they are, not normalised, and change no reported error."""
     elements: list[str] | None = None
     """Order of the elements in the descriptor; null: those present, alphabetically."""
     prepared: str | None = None
@@ -72,13 +76,18 @@ class DataConfig(Section):
             raise ValueError("it must be three numbers that are not negative: training, validation, test")
         return split
 
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _check_weights(cls, weights: Any) -> Any:
+        numbers = _are_numbers(weights) and min(weights.values(), default=0) >= 0
+        if not numbers and not isinstance(weights, str | None):
+            raise ValueError("it must be a file, or a number that is not negative for each label, like {C5H5/17: 2.5}")
+        return weights
+
     @field_validator("sae", mode="before")
     @classmethod
     def _check_sae(cls, sae: Any) -> Any:
-        numbers = isinstance(sae, dict) and all(
-            isinstance(k, str) and isinstance(v, int | float) and not isinstance(v, bool) for k, v in sae.items()
-        )
-        if not numbers and sae not in ("fit", "none"):
+        if not _are_numbers(sae) and sae not in ("fit", "none"):
             raise ValueError("it must be fit, none, or an energy in eV for each element, like {C: -1035.4, H: -17.0}")
         return sae
 
@@ -178,15 +187,15 @@ class SchedulerConfig(Section):
     """The learning rate's schedule."""
 
     name: Literal["rop", "exp", "step", "none"] = "rop"
-    """rop (reduce on plateau of the validation RMSE), exp (every epoch), step (every step_size epochs), or none."""
+    """rop (reduce on plateau of the score), exp (every epoch), step (every step_size epochs), or none."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """rop: factor of the learning rate."""
     patience: Annotated[int, Field(ge=0)] = 25
     """rop: epochs without improvement that are waited for."""
     threshold: NotNegative = 0.05
-    """rop: how much better the validation RMSE must be to count as improved."""
+    """rop: how much better the score must be to count as improved."""
     threshold_mode: Literal["rel", "abs"] = "rel"
-    """rop: whether the threshold is a fraction of the best RMSE (rel) or in kcal/mol (abs)."""
+    """rop: whether the threshold is a fraction of the best score (rel) or in kcal/mol (abs)."""
     cooldown: Annotated[int, Field(ge=0)] = 0
     """rop: epochs after a reduction during which none are counted."""
     min_lr: NotNegative = 0.0
@@ -207,13 +216,59 @@ class SchedulerConfig(Section):
         return _changed(self, set(type(self).model_fields) - {"name"} - own[self.name])
 
 
+class LossConfig(Section):
+    """What is minimised, batch by batch. L_E is the mean over structures of weight times squared energy error (eV²),
+    L_F that of weight times mean squared error of the structure's force components (eV²/Å²); weights: data.weights."""
+
+    forces: bool = False
+    """Whether forces are trained on, judged and reported; structures without forces count with their energies only."""
+    forces_from: Annotated[int, Field(ge=0)] = 0
+    """forces: first epoch (counted from 0) whose loss has L_F; before it, training is on energies only, and faster."""
+    forces_until: Count | None = None
+    """forces: first epoch whose loss no longer has L_F; null: it stays."""
+    weighting: Literal["static", "learned"] = "static"
+    """static: (1 - force_weight) L_E + force_weight L_F; learned: exp(-s_E) L_E + s_E + exp(-s_F) L_F + s_F, where the
+    optimizer also moves the s, which start at 0 (Kendall et al., CVPR 2018). A term that stands alone has factor 1."""
+    force_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """static: the share of L_F."""
+    energy_per_atom: bool = False
+    """Take L_E of energies divided by the number of atoms, so that molecules of all sizes count alike."""
+    extra_weights: dict[str, NotNegative] = {}
+    """static: factors, by name, of further terms that a Python program gives (Trainer's extra_losses); by default 1."""
+
+    @model_validator(mode="after")
+    def _check_epochs(self) -> LossConfig:
+        if self.forces_until is not None and self.forces_until <= self.forces_from:
+            raise ValueError(f"forces_until must be later than forces_from, which is {self.forces_from}")
+        return self
+
+    def has_forces(self, epoch: int) -> bool:
+        """Whether the loss of an epoch has a force term."""
+        ended = self.forces_until is not None and epoch >= self.forces_until
+        return self.forces and epoch >= self.forces_from and not ended
+
+    def ignored(self) -> list[str]:
+        """Keys that were changed but have no effect without forces."""
+        return [] if self.forces else _changed(self, {"forces_from", "forces_until", "force_weight"})
+
+
+class ScoreConfig(Section):
+    """What a model is judged by, after each epoch, to choose the best one, to stop early and to lower the learning rate
+    (rop): energy · RMSE of the validation energies (kcal/mol) + forces · RMSE of the validation forces (kcal/mol/Å)."""
+
+    energy: NotNegative = 1.0
+    """Factor of the energy RMSE."""
+    forces: NotNegative = 1.0
+    """Factor of the force RMSE; it counts when training.loss.forces is true, in all epochs."""
+
+
 class EarlyStoppingConfig(Section):
     """When to stop before the last epoch."""
 
     patience: Count | None = None
-    """Stop after this many epochs without a better validation RMSE; null: never."""
+    """Stop after this many epochs without a better score; null: never."""
     min_delta: NotNegative = 0.0
-    """Improvement (kcal/mol) that counts as better."""
+    """Improvement of the score (kcal/mol) that counts as better."""
 
 
 class TrainingConfig(Section):
@@ -237,6 +292,13 @@ class TrainingConfig(Section):
     """CPU threads; null: PyTorch's choice. The results do not depend on it."""
     gradient_clip: Positive | None = None
     """Longest gradient (Euclidean norm); longer ones are shortened to it. null: off."""
+    jacobian: Literal["recompute", "stored"] = "recompute"
+    """With forces: recompute the descriptor's derivatives in every step, in a few fused kernels, or keep the Jacobians
+    of all atoms in memory (in float64, 24 bytes times length of the descriptor times largest molecule for each)."""
+    loss: LossConfig = LossConfig()
+    """See the section."""
+    score: ScoreConfig = ScoreConfig()
+    """See the section."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """See the section."""
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -252,14 +314,29 @@ class TrainingConfig(Section):
     checkpoint_seconds: NotNegative = 30.0
     """Seconds between two writings of checkpoints/last.pt, from which a run resumes."""
 
+    @model_validator(mode="after")
+    def _check_score(self) -> TrainingConfig:
+        if self.score.energy == 0 and (self.score.forces == 0 or not self.loss.forces):
+            raise ValueError("score.energy is 0 and nothing else is judged: give it, or score.forces and loss.forces")
+        return self
+
     def ignored(self) -> list[str]:
         """Sentences about keys that were changed but have no effect."""
         sections = {"optimizer": self.optimizer, "scheduler": self.scheduler}
-        return [
+        sentences = [
             f"training.{name}.{key} has no effect with training.{name}.name = {section.name}"
             for name, section in sections.items()
             for key in section.ignored()
         ]
+        without = [f"loss.{key}" for key in self.loss.ignored()]
+        if not self.loss.forces:
+            without += [f"score.{key}" for key in _changed(self.score, {"forces"})]
+            without += _changed(self, {"jacobian"})
+        sentences += [f"training.{key} has no effect with training.loss.forces = false" for key in without]
+        if self.loss.weighting == "learned":
+            keys = _changed(self.loss, {"force_weight", "extra_weights"})
+            sentences += [f"training.loss.{key} has no effect with training.loss.weighting = learned" for key in keys]
+        return sentences
 
 
 class Config(Section):
@@ -464,6 +541,13 @@ def _nearest(key: str) -> str:
     if close := difflib.get_close_matches(name, last, 1):
         return f": did you mean {last[close[0]]}?"
     return f": the keys there are {', '.join(beside)}"
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether it is a mapping of text to numbers."""
+    return isinstance(value, dict) and all(
+        isinstance(k, str) and isinstance(v, int | float) and not isinstance(v, bool) for k, v in value.items()
+    )
 
 
 def _changed(section: Section, names: set[str]) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kinml_fast.errors import InputError
@@ -24,14 +25,15 @@ COLUMNS = (
     "seconds",
     "structures_per_second",
 )
-"""Columns of metrics.csv: errors in kcal/mol and kcal/mol/Å, empty where there are none."""
+"""Columns of metrics.csv: errors in kcal/mol and kcal/mol/Å, empty where there are none. A run whose loss learns its
+weights has more, log_sigma_energy and so on, in the rows of the training set: its state at the end of the epoch."""
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the table: the errors of one split in one epoch.
 
-    `seconds` is what the pass over the split took.
+    `seconds` is what the pass over the split took, `more` are further columns.
     """
 
     epoch: int
@@ -41,6 +43,7 @@ class Row:
     lr: float
     seconds: float
     structures_per_second: float
+    more: Mapping[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, float | int | str]:
         """What stands in each column, without the empty ones."""
@@ -52,6 +55,7 @@ class Row:
             "lr": self.lr,
             "seconds": self.seconds,
             "structures_per_second": self.structures_per_second,
+            **self.more,
         }
 
 
@@ -68,14 +72,17 @@ class MetricsTable:
         Length of metrics.csv in bytes that a checkpoint belongs to; what follows is cut off. None: a new table.
     epoch
         First epoch that rows will come for; TensorBoard forgets what an earlier event file says about it.
+    more
+        Columns besides COLUMNS.
     """
 
-    def __init__(self, folder: Path, resume_at: int | None = None, epoch: int = 0) -> None:
+    def __init__(self, folder: Path, resume_at: int | None = None, epoch: int = 0, more: Sequence[str] = ()) -> None:
+        self._columns = (*COLUMNS, *more)
         self._path = folder / "metrics.csv"
         self._events = _EventFile(folder, epoch)
         self._rows: list[tuple[float, Row]] = []
         if resume_at is None:
-            self._path.write_text(",".join(COLUMNS) + "\n", encoding="ascii")
+            self._path.write_text(",".join(self._columns) + "\n", encoding="ascii")
         else:
             length = self._path.stat().st_size if self._path.exists() else 0
             if length < resume_at:
@@ -97,7 +104,7 @@ class MetricsTable:
         with self._path.open("ab") as file:
             for moment, row in self._rows:
                 values = row.values()
-                file.write((",".join(str(values.get(column, "")) for column in COLUMNS) + "\n").encode("ascii"))
+                file.write((",".join(str(values.get(column, "")) for column in self._columns) + "\n").encode("ascii"))
                 self._events.add(moment, row)
             self._rows.clear()
             file.flush()

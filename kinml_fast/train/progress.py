@@ -50,7 +50,7 @@ class Progress:
     def line(self, train: Row, validation: Row) -> str:
         """An epoch in words."""
         return (
-            f"epoch {train.epoch}/{self.epochs - 1}: {_losses(train, validation)} kcal/mol, lr {train.lr:.3g}, "
+            f"epoch {train.epoch}/{self.epochs - 1}: {_errors(train, validation)}, lr {train.lr:.3g}, "
             f"{train.structures_per_second:,.0f} structures/s, {_clock(self.seconds_left(train.epoch + 1))} left"
         )
 
@@ -88,15 +88,20 @@ class LiveProgress(Progress):
     def epoch(self, train: Row, validation: Row) -> None:
         """An epoch is done."""
         super().epoch(train, validation)
-        self.text = f"{_losses(train, validation)} kcal/mol  {train.structures_per_second:,.0f} structures/s"
+        self.text = f"{_errors(train, validation)}  {train.structures_per_second:,.0f} structures/s"
 
     def end(self) -> None:
         """The run has ended, for whatever reason."""
         self.bar.stop()
 
 
-def _losses(train: Row, validation: Row) -> str:
-    return f"train RMSE {train.energy.rmse:.4f}, validation RMSE {validation.energy.rmse:.4f}"
+def _errors(train: Row, validation: Row) -> str:
+    unit = "kcal/mol" if validation.forces is None else "kcal/mol and kcal/mol/Å"
+    return f"train RMSE {_rmse(train)}, validation RMSE {_rmse(validation)} {unit}"
+
+
+def _rmse(row: Row) -> str:
+    return f"{row.energy.rmse:.4f}" + ("" if row.forces is None else f" and {row.forces.rmse:.4f}")
 
 
 def _clock(seconds: float) -> str:

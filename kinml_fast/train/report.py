@@ -92,6 +92,7 @@ def write_report(
     metrics_csv: str | os.PathLike,
     energies: Mapping[str, Comparison],
     forces: Mapping[str, Comparison] | None = None,
+    best: int | None = None,
 ) -> list[ErrorRow]:
     """Write learning_curves.png, parity_SPLIT.png for each split, and errors.csv.
 
@@ -106,6 +107,8 @@ def write_report(
         single-atom energies, or the axes span the differences between formulas.
     forces
         The same for force components in eV/Å, labels repeated; they get a panel of their own.
+    best
+        The epoch to mark in the learning curves; None: that of the lowest validation RMSE of energies.
 
     Returns
     -------
@@ -117,12 +120,22 @@ def write_report(
     InputError
         metrics.csv is missing or damaged, or the folder cannot be written.
     """
+    curves = read_metrics(metrics_csv)
+    rows = write_parity(folder, energies, forces)
+    with matplotlib.rc_context(_STYLE):
+        _save(draw_learning_curves(curves, best), Path(folder) / "learning_curves.png")
+    return rows
+
+
+def write_parity(
+    folder: str | os.PathLike, energies: Mapping[str, Comparison], forces: Mapping[str, Comparison] | None = None
+) -> list[ErrorRow]:
+    """Write parity_SPLIT.png for each split, and errors.csv: what `write_report` does without learning curves."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
-    curves = read_metrics(metrics_csv)
     quantities = {ENERGY: energies, FORCES: forces or {}}
     splits = [split for split in energies if len(energies[split][1])]
     rows = [
@@ -132,7 +145,6 @@ def write_report(
         if split in comparisons and len(comparisons[split][1])
     ]
     with matplotlib.rc_context(_STYLE):
-        _save(draw_learning_curves(curves), folder / "learning_curves.png")
         limits = {quantity: _limits(quantity, comparisons) for quantity, comparisons in quantities.items()}
         for split in splits:
             own = [row for row in rows if row.split == split]
@@ -187,8 +199,8 @@ def read_metrics(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """RMSE and MAE of every split against the epoch, and the learning rate below."""
+def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: int | None = None) -> Figure:
+    """RMSE and MAE of every split against the epoch, the best one marked, and the learning rate below."""
     with_forces = any(_positive(columns, f"{FORCES.name}_rmse").any() for columns in metrics.values())
     quantities = [ENERGY, FORCES] if with_forces else [ENERGY]
     figure = Figure(figsize=(8.0, 1.8 + 3.4 * len(quantities)), layout="constrained")
@@ -208,7 +220,7 @@ def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> Fig
         if ax.lines:
             _make_logarithmic(ax)
             ax.legend(ncols=2, fontsize=10, loc="upper right")
-    _mark_best(axes[0], metrics)
+    _mark_best(axes, quantities, metrics, best)
     rates = metrics.get("train", next(iter(metrics.values())))
     there = _positive(rates, "lr")
     if there.any():
@@ -337,14 +349,27 @@ def _error_row(
     )
 
 
-def _mark_best(ax: Axes, metrics: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def _mark_best(
+    axes: Sequence[Axes],
+    quantities: Sequence[Quantity],
+    metrics: Mapping[str, Mapping[str, np.ndarray]],
+    best: int | None,
+) -> None:
     columns = metrics.get("validation")
     if columns is None or not _positive(columns, "energy_rmse").any():
         return
-    best = int(np.nanargmin(columns["energy_rmse"]))
-    epoch, value = columns["epoch"][best], columns["energy_rmse"][best]
-    ax.plot([epoch], [value], "o", ms=8, mfc="none", mec="black", mew=1.4, zorder=4)
-    ax.set_title(f"best validation RMSE {_three_digits(value)} {ENERGY.unit} (epoch {epoch:.0f})", loc="left")
+    if best is None:
+        best = int(columns["epoch"][np.nanargmin(columns["energy_rmse"])])
+    (place,) = np.flatnonzero(columns["epoch"] == best)[:1] if best in columns["epoch"] else (None,)
+    if place is None:
+        return
+    values = []
+    for ax, quantity in zip(axes, quantities, strict=False):
+        if _positive(columns, f"{quantity.name}_rmse")[place]:
+            value = columns[f"{quantity.name}_rmse"][place]
+            ax.plot([best], [value], "o", ms=8, mfc="none", mec="black", mew=1.4, zorder=4)
+            values.append(f"{_three_digits(value)} {quantity.unit}")
+    axes[0].set_title(f"best validation RMSE {', '.join(values)} (epoch {best})", loc="left")
 
 
 def _make_logarithmic(ax: Axes) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kinml_fast.data import prepared, splits
+from kinml_fast.data import prepared, splits, weights
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
@@ -107,6 +107,8 @@ def prepare(config: Config) -> Prepared:
     splits.write_tvtmsk(folder.split, data.structures, data.split)
     energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, data.sae, strict=True))
     log.info("single-atom energies, eV: %s", energies)
+    if data.weights is not None:
+        log.info("weights in the loss: %s", weights.table(data.weights))
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from torch.optim import Optimizer
@@ -30,21 +31,27 @@ def make_scheduler(optimizer: Optimizer, config: SchedulerConfig) -> LRScheduler
     return None
 
 
-def advance(scheduler: LRScheduler | None, validation_rmse: float) -> None:
+def advance(scheduler: LRScheduler | None, score: float) -> None:
     """Take the step at the end of an epoch.
 
     Parameters
     ----------
     scheduler
         From `make_scheduler`.
-    validation_rmse
-        kcal/mol; what a plateau is judged by.
+    score
+        What a plateau is judged by (`train.config.ScoreConfig`).
     """
     if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(validation_rmse)
+        scheduler.step(score)
     elif scheduler is not None:
         with warnings.catch_warnings():
             # torch warns when the optimizer has made no step before this, which is so if a run resumes at the very end
             # of its first epoch.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             scheduler.step()
+
+
+def forget_best(scheduler: LRScheduler | None) -> None:
+    """Start a plateau anew, because the score is another one than before."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter = math.inf, 0, 0

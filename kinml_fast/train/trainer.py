@@ -1,38 +1,37 @@
-"""The training loop: energies of structures whose descriptors are computed once and kept."""
+"""The training loop, on energies or on energies and forces."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
 import logging
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kinml_fast import ops
-from kinml_fast.data.splits import PARTS, Split
-from kinml_fast.data.structures import Structures
+from kinml_fast.data.splits import PARTS
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import TrainingConfig, save_yaml
+from kinml_fast.train.dataset import Data, Dataset
 from kinml_fast.train.folder import RunFolder
+from kinml_fast.train.loss import ExtraLoss, ExtraLosses, LossBatch, TaskWeights
 from kinml_fast.train.metrics import MetricsTable, Row
 from kinml_fast.train.optimizers import WeightAverage, make_optimizer
 from kinml_fast.train.progress import Progress
-from kinml_fast.train.schedulers import advance, make_scheduler
+from kinml_fast.train.schedulers import advance, forget_best, make_scheduler
+from kinml_fast.train.steps import EnergyStep, ForceStep, Step, StoredForceStep
 
 log = logging.getLogger(__name__)
 
@@ -45,59 +44,40 @@ CHANGEABLE = {
     "save_every",
     "test_every",
     "checkpoint_seconds",
+    "loss.forces",
+    "loss.forces_from",
+    "loss.forces_until",
+    "loss.force_weight",
+    "score",
 }
-"""Keys of the training configuration that may change when a run is resumed; any other makes it another run."""
+"""Keys and sections of the training configuration that may change when a run is resumed; others make it another run.
+
+Forces can thus be taken up by a run on energies, and given up."""
 
 _SECONDS_BETWEEN_DRAWINGS = 0.25
 _SECONDS_BETWEEN_FLUSHES = 1.0
-
-
-class Data(Protocol):
-    """What a trainer needs of a data set: `TrainingData`, or a prepared data set."""
-
-    structures: Structures
-    split: Split
-    sae: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Structures and their division.
-
-    Parameters
-    ----------
-    structures
-        With energies.
-    split
-        Indices of the structures for training, validation and test. Training without reshuffling keeps their order.
-    sae
-        Single-atom energies, float64 [n_elements] in the order of `structures.elements`, eV, which the model is given;
-        None: those that the model has.
-    """
-
-    structures: Structures
-    split: Split
-    sae: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
     """How a run ended.
 
-    `errors` are those of the best model (lowest validation RMSE) on each split that is not empty.
+    `errors` are those of the energies of the best model (lowest score) on each split that is not empty, `forces` those
+    of its forces on each split that has any.
     """
 
     epochs: int
     best_epoch: int
     errors: dict[str, Errors]
     seconds: float
+    forces: dict[str, Errors] = field(default_factory=dict)
 
 
 class Trainer:
-    """Trains a model on energies.
+    """Trains a model on energies, or on energies and forces.
 
-    The loss is the mean over a batch's structures of (network energy − target)², in eV², where the target is the
-    structure's energy without single-atom energies.
+    Targets are the structures' energies without single-atom energies, and their forces; `LossConfig` says what the loss
+    is.
 
     Parameters
     ----------
@@ -115,12 +95,15 @@ class Trainer:
         Replace an earlier run in the folder.
     progress
         What shows the progress; by default log lines.
+    extra_losses
+        Further terms of the loss by name: functions of the model and a `LossBatch` that return a scalar tensor, whose
+        gradient autograd adds. Their factors are training.loss.extra_weights, or learned like those of the others.
 
     Raises
     ------
     InputError
-        Elements that the model does not have; an empty training or validation set; a folder that holds a run already; a
-        checkpoint that does not belong to this model, data or configuration.
+        Elements that the model does not have; an empty training or validation set; no forces where they are asked
+        for; a folder that holds a run already; a checkpoint that does not belong to this model, data or configuration.
     """
 
     def __init__(
@@ -133,15 +116,20 @@ class Trainer:
         resume: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
+        extra_losses: Mapping[str, ExtraLoss] | None = None,
     ) -> None:
         self.model = model
         self.config = config or TrainingConfig()
         self.folder = None if folder is None else RunFolder(folder)
         self.progress = progress or Progress()
-        self._set_data(data)
+        self._data = Dataset(model, data, self.config)
+        self._steps: dict[bool, Step] = {}
 
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = make_optimizer(self._parameters, self.config.optimizer)
+        self._tasks = TaskWeights(self.config.loss, list(extra_losses or {}), model.sae.device)
+        self._extra = ExtraLosses(extra_losses, model, self._tasks) if extra_losses else None
+        trained = self._parameters + ([] if self._tasks.log_sigma is None else [self._tasks.log_sigma])
+        self._optimizer = make_optimizer(trained, self.config.optimizer)
         self._scheduler = make_scheduler(self._optimizer, self.config.scheduler)
         decay = self.config.ema_decay
         self._average = None if decay is None else WeightAverage(self._parameters, decay)
@@ -149,10 +137,12 @@ class Trainer:
         # Where the run is: `_batch` batches of epoch `_epoch` are done, in `_elapsed` seconds.
         self._epoch = self._batch = 0
         self._elapsed = 0.0
-        self._residuals = torch.zeros(self._sizes["train"], dtype=torch.float64, device=self._targets.device)
-        self._best = {"epoch": -1, "rmse": math.inf, "weights": self._weights()}
+        like = {"dtype": torch.float64, "device": model.sae.device}
+        self._residuals = torch.zeros(self._data.sizes["train"], **like)
+        self._force_errors = torch.zeros(self._data.sizes["train"], 3, **like)
+        self._best = {"epoch": -1, "score": math.inf, "weights": self._weights()}
         self._best_on_disk = -1
-        self._stopping = {"rmse": math.inf, "waited": 0}
+        self._stopping = {"score": math.inf, "waited": 0}
 
         self._table: MetricsTable | None = None
         self._interrupted = False
@@ -187,72 +177,38 @@ class Trainer:
 
     # Data
 
-    def _set_data(self, data: Data) -> None:
-        split = {name: np.asarray(getattr(data.split, name), dtype=np.int64) for name in PARTS}
-        for name in ("train", "validation"):
-            if split[name].size == 0:
-                raise InputError(f"the {name} set is empty: give it at least one structure")
-        self._sizes = {name: len(indices) for name, indices in split.items()}
-        # Only what is used, split by split: a pass in the order of the split then goes through memory in order.
-        elements = self.model.descriptor.elements
-        structures = data.structures.with_elements(elements).select(np.concatenate(list(split.values())))
-        if structures.energies is None:
-            raise InputError("the structures have no energies: training needs them")
-        if data.sae is not None:
-            given = dict(zip(data.structures.elements, data.sae, strict=True))
-            values = torch.tensor([given.get(element, 0.0) for element in elements], dtype=torch.float64)
-            self.model.sae.copy_(values)
-        sae = self.model.sae.cpu().numpy()
-        targets = structures.energies - (structures.counts() * sae).sum(axis=1)
-
-        device = self.model.sae.device
-        self._coordinates = torch.from_numpy(structures.coordinates).to(device)
-        self._species = torch.from_numpy(structures.species).to(device)
-        self._offsets = torch.from_numpy(structures.offsets).to(device)
-        self._targets = torch.from_numpy(targets).to(device)
-        self._labels = structures.labels
-        digest = hashlib.sha256(" ".join(structures.elements).encode())
-        for array in (structures.species, structures.coordinates, structures.offsets, targets):
-            digest.update(array.tobytes())
-        digest.update(repr(self._sizes).encode())
-        self._fingerprint = digest.hexdigest()
-
     def prepare(self) -> None:
-        """Compute the descriptors of all atoms, which stay in memory; `fit` begins with this."""
-        started = time.monotonic()
-        with torch.no_grad():
-            self._features = self.model.aev(
-                self._coordinates.to(self._parameters[0].dtype), self._species, self._offsets
-            )
-        self._ordered_batches = {name: self._plan(name, self._range(name)) for name in PARTS}
-        log.info(
-            "descriptors of %d atoms in %.2f s; structures: %s",
-            len(self._species),
-            time.monotonic() - started,
-            ", ".join(f"{size} {name}" for name, size in self._sizes.items()),
-        )
+        """Compute what the first epoch needs and keeps in memory, such as descriptors; `fit` begins with this."""
+        numbers = ", ".join(f"{size} {name}" for name, size in self._data.sizes.items())
+        log.info("structures: %s", numbers)
+        known = {name: int(self._data.known[self._data.range(name)].sum()) for name in PARTS}
+        if self.config.loss.forces:
+            log.info("forces: %s", ", ".join(f"{known[name]} of {self._data.sizes[name]} {name}" for name in PARTS))
+        elif any(known.values()):
+            log.info("the data have forces, which training.loss.forces=true would train on")
+        self._step(self.config.loss.has_forces(self._epoch))
 
-    def _range(self, part: str) -> Tensor:
-        """The indices of a part's structures."""
-        first = sum(self._sizes[name] for name in PARTS[: PARTS.index(part)])
-        return torch.arange(first, first + self._sizes[part], device=self._targets.device)
+    def _step(self, with_forces: bool) -> Step:
+        """What trains an epoch on energies, or on energies and forces."""
+        if with_forces not in self._steps:
+            started = time.monotonic()
+            if with_forces:
+                kind = {"recompute": ForceStep, "stored": StoredForceStep}[self.config.jacobian]
+            else:
+                kind = EnergyStep
+            self._steps[with_forces] = kind(self.model, self._data, self._tasks)
+            if kind is not ForceStep:
+                kept = "descriptors" if kind is EnergyStep else "descriptors and Jacobians"
+                log.info("%s of %d atoms in %.2f s", kept, len(self._data.species), time.monotonic() - started)
+        return self._steps[with_forces]
 
-    def _plan(self, part: str, structures: Tensor) -> list[ops.Batch]:
-        sizes = {
-            "train": self.config.batch_size,
-            "validation": self.config.validation_batch_size,
-            "test": self.config.test_batch_size,
-        }
-        n_species = len(self.model.descriptor.elements)
-        return ops.plan_batches(self._species, self._offsets, structures, sizes[part], n_species)
-
-    def _order(self, epoch: int) -> tuple[Tensor, list[ops.Batch]]:
+    def _order(self, epoch: int) -> Tensor:
         """The training structures in the order of an epoch, which depends on the seed and the epoch only."""
         if not self.config.shuffle:
-            return self._range("train"), self._ordered_batches["train"]
-        generator = np.random.default_rng([self.config.seed, epoch])
-        order = torch.from_numpy(generator.permutation(self._sizes["train"])).to(self._targets.device)
-        return order, self._plan("train", order)
+            order = np.arange(self._data.sizes["train"])
+        else:
+            order = np.random.default_rng([self.config.seed, epoch]).permutation(self._data.sizes["train"])
+        return torch.from_numpy(order).to(self._data.origin.device)
 
     # The loop
 
@@ -286,20 +242,31 @@ class Trainer:
             The errors of each structure before the update from its batch.
         """
         epoch, lr = self._epoch, self._optimizer.param_groups[0]["lr"]
+        with_forces, size = self.config.loss.has_forces(epoch), self.config.batch_size
         started = time.perf_counter() - self._elapsed
-        order, batches = self._order(epoch)
-        targets = self._targets[order]
-        weights = torch.ones_like(targets)
-        step = self.model.networks.energy_step
-        clip = self.config.gradient_clip
-        parts = zip(
-            batches, *(x.split(self.config.batch_size) for x in (targets, weights, self._residuals)), strict=True
-        )
-        for batch, wanted, weight, residuals in itertools.islice(parts, self._batch, None):
-            step(self._features, batch.rows, batch.owners, batch.starts, wanted, weight, residuals)
+        if with_forces:
+            self._steps.pop(False, None)  # what an energy-only phase kept takes memory
+        else:
+            self._force_errors.zero_()
+        step, tasks, extra, clip = self._step(with_forces), self._tasks, self._extra, self.config.gradient_clip
+        order = self._order(epoch)
+        batches = step.batches(order, size, self._residuals, self._force_errors)
+        tasks.begin(with_forces)
+        learning = tasks.learning
+        if learning:
+            counted = tasks.counted((self._data.energy_weights[order], self._data.force_weights[order]), size)
+        for number in range(self._batch, len(batches)):
+            step.run(*batches[number])
+            if extra is not None:
+                structures = order[number * size : (number + 1) * size]
+                extra.add(LossBatch(self._data.origin[structures], *self._data.gather(structures)))
+            if learning:
+                tasks.differentiate(counted[number])
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(self._parameters, clip)
             self._optimizer.step()
+            if learning:
+                tasks.refresh()
             if self._average is not None:
                 self._average.update()
             self._batch += 1
@@ -307,20 +274,27 @@ class Trainer:
                 self._elapsed = time.perf_counter() - started
                 self._tick(len(batches))
         self._epoch, self._batch, self._elapsed = epoch + 1, 0, 0.0
-        return self._row("train", epoch, lr, self._residuals, time.perf_counter() - started)
+        forces = None
+        if with_forces:
+            with np.errstate(over="ignore", invalid="ignore"):
+                forces = Errors.of_sums(self._force_errors.cpu().numpy(), self._data.trained_components)
+        seconds = time.perf_counter() - started
+        return self._row("train", epoch, lr, self._residuals.cpu().numpy(), forces, seconds, tasks.row())
 
     def _end_epoch(self, train: Row) -> None:
         epoch, lr = train.epoch, train.lr
         with self._evaluated():
-            validation = self._row("validation", epoch, lr, *self._evaluate("validation"))
-            if not math.isfinite(train.energy.rmse + validation.energy.rmse):
+            validation = self._evaluated_row("validation", epoch, lr)
+            score = self._score(validation)
+            of_forces = 0.0 if train.forces is None else train.forces.rmse
+            if not math.isfinite(train.energy.rmse + of_forces + score + sum(train.more.values())):
                 raise self._diverged(epoch)
-            self._judge(epoch, validation.energy.rmse)
-            advance(self._scheduler, validation.energy.rmse)
+            self._judge(epoch, score)
+            advance(self._scheduler, score)
             rows = [train, validation]
             kept = _every(self.config.save_every, epoch + 1)
-            if self._sizes["test"] and (kept or _every(self.config.test_every, epoch + 1) or self._finished):
-                rows.append(self._row("test", epoch, lr, *self._evaluate("test")))
+            if self._data.sizes["test"] and (kept or _every(self.config.test_every, epoch + 1) or self._finished):
+                rows.append(self._evaluated_row("test", epoch, lr))
         self.progress.epoch(train, validation)
         if self._table is None:
             return
@@ -332,35 +306,62 @@ class Trainer:
             self._table.flush()
             self._next_flush = time.monotonic() + _SECONDS_BETWEEN_FLUSHES
 
-    def _row(self, part: str, epoch: int, lr: float, residuals: Tensor, seconds: float) -> Row:
+    def _evaluated_row(self, part: str, epoch: int, lr: float) -> Row:
+        """The row of a part of the data with the present weights."""
+        started = time.perf_counter()
+        energies, forces = self._evaluate(part, self.config.loss.forces)
+        errors = Errors.of(forces) if forces is not None and forces.size else None
+        return self._row(part, epoch, lr, energies, errors, time.perf_counter() - started)
+
+    def _row(
+        self,
+        part: str,
+        epoch: int,
+        lr: float,
+        residuals: np.ndarray,
+        forces: Errors | None,
+        seconds: float,
+        more: Mapping[str, float] | None = None,
+    ) -> Row:
         rate = len(residuals) / max(seconds, 1e-9)
         with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
-            errors = Errors.of(residuals.cpu().numpy())
-        return Row(epoch, part, errors, None, lr, seconds, rate)
+            errors = Errors.of(residuals)
+        return Row(epoch, part, errors, forces, lr, seconds, rate, more or {})
 
-    def _evaluate(self, part: str) -> tuple[Tensor, float]:
-        """Residuals (eV) of a part with the present weights, and the seconds that took."""
-        started = time.perf_counter()
-        with torch.inference_mode():
-            energies = [
-                self.model.networks.energies(
-                    self._features, batch.rows, batch.owners, batch.starts, len(batch.structures)
-                )
-                for batch in self._ordered_batches[part]
-            ]
-            residuals = torch.cat(energies) - self._targets[self._range(part)]
-        return residuals, time.perf_counter() - started
+    def _evaluate(self, part: str, with_forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Residuals of a part with the present weights: energies [n] in eV, and forces in eV/Å where they are known.
+
+        The forces are [n_known_atoms, 3], or None if not asked for.
+        """
+        where = self._data.range(part)
+        size = self.config.validation_batch_size if part == "validation" else self.config.test_batch_size
+        energies, forces = self._step(with_forces).predict(where.start, where.stop, size)
+        residuals = (energies - self._data.energies[where]).cpu().numpy()
+        if forces is None:
+            return residuals, None
+        atoms, known = self._data.atoms(part)
+        return residuals, (forces.double() - self._data.forces[atoms]).cpu().numpy()[known]
+
+    def _score(self, validation: Row) -> float:
+        """What the model is judged by; see `ScoreConfig`."""
+        factors = self._score_factors()
+        forces = 0.0 if validation.forces is None else validation.forces.rmse
+        return factors["energy"] * validation.energy.rmse + factors["forces"] * forces
+
+    def _score_factors(self) -> dict[str, float]:
+        score = self.config.score
+        return {"energy": score.energy, "forces": score.forces if self.config.loss.forces else 0.0}
 
     def _evaluated(self) -> contextlib.AbstractContextManager[None]:
         """Lets the model have the weights that are judged and saved: their average, if there is one."""
         return contextlib.nullcontext() if self._average is None else self._average.applied()
 
-    def _judge(self, epoch: int, rmse: float) -> None:
-        """Remember the best weights, and count the epochs since the validation RMSE (kcal/mol) became better."""
-        if rmse < self._best["rmse"]:
-            self._best = {"epoch": epoch, "rmse": rmse, "weights": self._weights()}
-        if rmse < self._stopping["rmse"] - self.config.early_stopping.min_delta:
-            self._stopping = {"rmse": rmse, "waited": 0}
+    def _judge(self, epoch: int, score: float) -> None:
+        """Remember the best weights, and count the epochs since the score became better."""
+        if score < self._best["score"]:
+            self._best = {"epoch": epoch, "score": score, "weights": self._weights()}
+        if score < self._stopping["score"] - self.config.early_stopping.min_delta:
+            self._stopping = {"score": score, "waited": 0}
         else:
             self._stopping["waited"] += 1
 
@@ -422,13 +423,13 @@ class Trainer:
         folder.make()
         if not folder.config.exists():
             save_yaml(folder.config, {"training": self.config.model_dump()})
-        self._table = MetricsTable(folder.path)
+        self._table = MetricsTable(folder.path, more=self._tasks.columns())
 
     def _save(self) -> None:
         """Write last.pt, and before it the best weights if there are new ones."""
         if self._best["epoch"] != self._best_on_disk:
             checkpoint.save(self.folder.best, {"model": self.model.to_dict(), **self._best})
-            notes = {name: self._best[name] for name in ("epoch", "rmse")} | {"training": self.config.model_dump()}
+            notes = {name: self._best[name] for name in ("epoch", "score")} | {"training": self.config.model_dump()}
             present = self._weights()
             self.model.load_state_dict(self._best["weights"])
             model_file.save(self.folder.model, self.model, notes)
@@ -437,14 +438,17 @@ class Trainer:
         checkpoint.save(self.folder.last, self._state())
 
     def _state(self) -> dict[str, Any]:
-        done = self._residuals[: self._batch * self.config.batch_size]
-        if not torch.isfinite(done).all():
+        done = slice(0, self._batch * self.config.batch_size)
+        residuals, force_errors = self._residuals[done], self._force_errors[done]
+        finite = torch.isfinite(residuals).all() and torch.isfinite(force_errors).all()
+        if not finite:
             raise self._diverged(self._epoch)
         return {
             "model": self.model.to_dict(),
             "training": self.config.model_dump(),
-            "data": self._fingerprint,
+            "data": self._data.fingerprint,
             "weights": self._weights(),
+            "tasks": self._tasks.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
@@ -452,7 +456,9 @@ class Trainer:
             "epoch": self._epoch,
             "batch": self._batch,
             "elapsed": self._elapsed,
-            "residuals": done.clone(),
+            "residuals": residuals.clone(),
+            "force_errors": force_errors.clone(),
+            "score": self._score_factors(),
             "best": self._best,
             "stopping": self._stopping,
             "metrics_length": self._table.flush(sync=True),
@@ -463,6 +469,7 @@ class Trainer:
         self._check_belongs(state)
         try:
             self.model.load_state_dict(state["weights"])
+            self._tasks.load_state_dict(state["tasks"])
             self._optimizer.load_state_dict(state["optimizer"])
             if self._scheduler is not None:
                 self._scheduler.load_state_dict(state["scheduler"])
@@ -471,11 +478,18 @@ class Trainer:
             checkpoint.set_random_states(state["random"])
             self._epoch, self._batch, self._elapsed = state["epoch"], state["batch"], state["elapsed"]
             self._residuals[: len(state["residuals"])] = state["residuals"]
-            self._best, self._stopping = state["best"], state["stopping"]
+            self._force_errors[: len(state["force_errors"])] = state["force_errors"]
+            if state["score"] == self._score_factors():
+                self._best, self._stopping = state["best"], state["stopping"]
+            else:
+                log.info("the score is another one than before: the best model is looked for from here on")
+                forget_best(self._scheduler)
+                with self._evaluated():
+                    self._best["weights"] = self._weights()
             length = state["metrics_length"]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InputError(f"{path}: does not hold a whole run ({error}): put an intact checkpoint there") from error
-        self._table = MetricsTable(self.folder.path, length, self._epoch)
+        self._table = MetricsTable(self.folder.path, length, self._epoch, self._tasks.columns())
 
     def _check_belongs(self, state: dict[str, Any]) -> None:
         path = self.folder.last
@@ -485,38 +499,57 @@ class Trainer:
                     f"{path}: is a checkpoint of another architecture ({key} is {state['model'].get(key)} there and "
                     f"{value} here): resume with the configuration of that run"
                 )
-        for key, value in self.config.model_dump().items():
-            if key not in CHANGEABLE and state["training"].get(key) != value:
+        before = _flat(state["training"])
+        for key, value in _flat(self.config.model_dump()).items():
+            changeable = any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
+            if not changeable and before.get(key) != value:
                 raise InputError(
-                    f"{path}: was written with training.{key} = {state['training'].get(key)} and cannot go on with "
-                    f"{value}: keep it, or start a new run; what can be changed is {', '.join(sorted(CHANGEABLE))}"
+                    f"{path}: was written with training.{key} = {before.get(key)} and cannot go on with {value}: keep "
+                    f"it, or start a new run; what can be changed is {', '.join(sorted(CHANGEABLE))}"
                 )
-        if state["data"] != self._fingerprint:
+        if state["data"] != self._data.fingerprint:
             raise InputError(
-                f"{path}: belongs to other data (structures, energies, split or single-atom energies have changed): "
-                "resume with the data of that run, or start a new run"
+                f"{path}: belongs to other data (structures, energies, forces, weights, split or single-atom energies "
+                "have changed): resume with the data of that run, or start a new run"
             )
 
     # The end
 
     def _finish(self, started: float) -> Summary:
         self.model.load_state_dict(self._best["weights"])
-        residuals = {part: self._evaluate(part)[0].cpu().numpy() for part in PARTS if self._sizes[part]}
+        parts = [part for part in PARTS if self._data.sizes[part]]
+        residuals = {part: self._evaluate(part, self.config.loss.forces) for part in parts}
+        if not self.config.loss.forces and self._data.known.any():
+            # Forces that were not trained on are reported all the same.
+            residuals = {part: (residuals[part][0], self._evaluate(part, True)[1]) for part in parts}
         if self._table is not None and self._epoch > 0:
             self._report(residuals)
-        errors = {part: Errors.of(values) for part, values in residuals.items()}
-        return Summary(self._epoch, self._best["epoch"], errors, time.monotonic() - started)
+        errors = {part: Errors.of(energies) for part, (energies, _) in residuals.items()}
+        forces = {part: Errors.of(f) for part, (_, f) in residuals.items() if f is not None and f.size}
+        return Summary(self._epoch, self._best["epoch"], errors, time.monotonic() - started, forces)
 
-    def _report(self, residuals: dict[str, np.ndarray]) -> None:
+    def _report(self, residuals: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> None:
         from kinml_fast.train import report  # matplotlib takes a second to import
 
-        comparisons = {}
-        for part, values in residuals.items():
-            indices = self._range(part)
-            targets = self._targets[indices].cpu().numpy()
-            comparisons[part] = ([self._labels[i] for i in indices.tolist()], targets, targets + values)
-        rows = report.write_report(self.folder.report, self.folder.metrics, comparisons)
+        data, energies, forces = self._data, {}, {}
+        for part, (of_energies, of_forces) in residuals.items():
+            where = data.range(part)
+            targets = data.energies[where].cpu().numpy()
+            energies[part] = (data.labels[where], targets, targets + of_energies)
+            if of_forces is not None and of_forces.size:
+                atoms, known = data.atoms(part)
+                reference = data.forces[atoms].cpu().numpy()[known].ravel()
+                forces[part] = (data.component_labels(part), reference, reference + of_forces.ravel())
+        rows = report.write_report(self.folder.report, self.folder.metrics, energies, forces, self._best["epoch"])
         log.info("best epoch %d of %d, %s:\n%s", self._best["epoch"], self._epoch, self.folder, report.table(rows))
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a section and of the sections within it, by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _every(interval: int | None, epochs: int) -> bool:
