@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kinml_fast.data import read
 from kinml_fast.deploy import model_file
 from kinml_fast.nn import AEVParameters, EnergyModel
 
@@ -36,3 +37,12 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["energies"].shape == (1,)
     torch.testing.assert_close(names["forces"].sum(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
     assert Path("model.ts").exists()
+
+
+def test_python_of_the_page_on_stored_jacobians_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "stored.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block, names)
+    assert len(read("c2h3.h5")) == len(names["structures"]) > 0

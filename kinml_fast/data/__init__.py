@@ -1,8 +1,20 @@
 """Data: reading, splitting, single-atom energies, the prepared data set."""
 
 from kinml_fast.data.prepared import Prepared, prepare
-from kinml_fast.data.sources import read
+from kinml_fast.data.sources import DescriptorSource, read
 from kinml_fast.data.splits import Split, make_split, write_tvtmsk
+from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures, concatenate
 
-__all__ = ["Prepared", "Split", "Structures", "concatenate", "make_split", "prepare", "read", "write_tvtmsk"]
+__all__ = [
+    "DescriptorSource",
+    "Prepared",
+    "Split",
+    "StoredDescriptors",
+    "Structures",
+    "concatenate",
+    "make_split",
+    "prepare",
+    "read",
+    "write_tvtmsk",
+]

@@ -14,6 +14,7 @@ from kinml_fast.errors import InputError
 
 SHIPPED = "shipped:"
 _SQLITE_MAGIC = b"SQLite format 3\0"
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 def expand(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
@@ -39,9 +40,12 @@ def expand(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]
 
 def is_sqlite(path: Path) -> bool:
     """Whether the file is an SQLite database: by its first bytes, or by the suffix `.db` of a damaged one."""
-    with path.open("rb") as file:
-        head = file.read(len(_SQLITE_MAGIC))
-    return head == _SQLITE_MAGIC or path.suffix == ".db"
+    return _begins_with(path, _SQLITE_MAGIC) or path.suffix == ".db"
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether the file is an HDF5 file: by its first bytes, or by the suffix `.h5` or `.hdf5` of a damaged one."""
+    return not is_sqlite(path) and (_begins_with(path, _HDF5_MAGIC) or path.suffix in (".h5", ".hdf5"))
 
 
 def first_few(items: Sequence[object]) -> str:
@@ -94,6 +98,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"{path}: could not be written ({error.strerror or error}): nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _expand_one(entry: str) -> list[Path]:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -16,7 +16,8 @@ import numpy as np
 from kinml_fast.data import sae as sae_module
 from kinml_fast.data import sources, splits
 from kinml_fast.data import weights as weights_module
-from kinml_fast.data.files import expand, is_sqlite, replacing
+from kinml_fast.data.files import expand, is_hdf5, is_sqlite, replacing
+from kinml_fast.data.sources import DescriptorSource, file_digest
 from kinml_fast.data.splits import PARTS, Split
 from kinml_fast.data.sqlite import MissingIdsError
 from kinml_fast.data.structures import Structures
@@ -24,7 +25,7 @@ from kinml_fast.errors import InputError
 
 _log = logging.getLogger(__name__)
 _FORMAT = "kinml_fast prepared data"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class Prepared:
         Settings of the descriptor, carried along unread.
     hash
         sha256 (hexadecimal) of the contents of all files and of all settings.
+    source
+        Where stored descriptors come from. They stay in their files: only what is used of them is read, when it is.
     weights
         Weights of the structures in the loss, float64 [n_structures]; None: all 1.
     """
@@ -52,6 +55,7 @@ class Prepared:
     sae: np.ndarray
     descriptor: dict = field(default_factory=dict)
     hash: str = ""
+    source: DescriptorSource = field(default_factory=DescriptorSource)
     weights: np.ndarray | None = None
 
 
@@ -77,7 +81,7 @@ def prepare(
     Parameters
     ----------
     files
-        Databases and files that ASE reads: paths, glob patterns, `shipped:NAME`.
+        Databases, PyKinML's HDF5 files, and files that ASE reads: paths, glob patterns, `shipped:NAME`.
     fidelity, temperature, names, energy_key, forces_key, elements
         See `sources.read`.
     split, split_seed, split_file
@@ -87,7 +91,7 @@ def prepare(
     weights
         Weights of structures in the loss, or their file, see `weights.resolve`; None: all 1.
     descriptor
-        Plain settings of the descriptor, kept with the data.
+        Plain settings of the descriptor, kept with the data; `backend` is what computes stored descriptors.
     path
         HDF5 file of the prepared data. If it holds the result of the same contents and settings it is taken as it is,
         otherwise it is written; None: nothing is saved.
@@ -98,6 +102,7 @@ def prepare(
         As the functions named; `path` is one of the data files; the file cannot be written (nothing is changed then).
     """
     paths = expand(files)
+    digests = {path: file_digest(path) for path in paths}
     settings = {
         "fidelity": int(fidelity),
         "temperature": None if temperature is None else float(temperature),
@@ -112,14 +117,18 @@ def prepare(
         "descriptor": json.loads(json.dumps(dict(descriptor or {}))),  # as it will be read back: lists, not tuples
     }
     others = {"split": split_file, "weights": None if isinstance(weights, Mapping) else weights}
-    digest = _digest(paths, others, settings)
+    digest = _digest(digests, others, settings)
+    source = DescriptorSource(
+        settings["descriptor"].get("backend", "native"),
+        tuple((path.resolve(), digests[path]) for path in paths if is_hdf5(path)),
+    )
     if path is not None:
         path = Path(path)
         if path.resolve() in [p.resolve() for p in paths]:
             raise InputError(f"{path}: is one of the data files and would be overwritten: name another file")
         ready = _up_to_date(path, digest)
         if ready is not None:
-            return ready
+            return replace(ready, source=source)  # the files may have moved
 
     ids = None if split_file is None else splits.read_tvtmsk(split_file).ids()
     try:
@@ -144,7 +153,7 @@ def prepare(
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
     fitted = np.concatenate([chosen.train, chosen.validation])
     energies = sae_module.resolve(sae, structures.counts()[fitted], structures.energies[fitted], structures.elements)
-    result = Prepared(structures, chosen, energies, settings["descriptor"], digest, loss_weights)
+    result = Prepared(structures, chosen, energies, settings["descriptor"], digest, source, loss_weights)
     if path is not None:
         save(path, result)
     return result
@@ -180,6 +189,8 @@ def save(path: str | os.PathLike, prepared: Prepared) -> None:
             "hash": prepared.hash,
             "elements": json.dumps(structures.elements),
             "descriptor": json.dumps(prepared.descriptor),
+            "backend": prepared.source.backend,
+            "descriptor_files": json.dumps([[str(path), digest] for path, digest in prepared.source.files]),
             "units": "eV, angstrom, eV/angstrom",
         }
         file.attrs.update({name: np.bytes_(value.encode()) for name, value in attributes.items()})
@@ -215,9 +226,11 @@ def load(path: str | os.PathLike) -> Prepared:
         structures = Structures(
             elements=tuple(json.loads(attributes["elements"])),
             labels=tuple(label.decode() for label in arrays["labels"].tolist()),
+            coordinates=arrays.get("coordinates"),
             forces=arrays.get("forces"),
-            **{name: arrays[name] for name in ("species", "coordinates", "offsets", "energies")},
+            **{name: arrays[name] for name in ("species", "offsets", "energies")},
         )
+        files = tuple((Path(name), digest) for name, digest in json.loads(attributes["descriptor_files"]))
         split = Split(*(arrays[f"split/{part}"] for part in PARTS))
         return Prepared(
             structures,
@@ -225,6 +238,7 @@ def load(path: str | os.PathLike) -> Prepared:
             arrays["sae"],
             json.loads(attributes["descriptor"]),
             attributes["hash"],
+            DescriptorSource(attributes["backend"], files),
             arrays.get("weights"),
         )
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -249,28 +263,17 @@ def _up_to_date(path: Path, digest: str) -> Prepared | None:
 
 
 def _digest(
-    paths: Sequence[Path], others: Mapping[str, str | os.PathLike | None], settings: Mapping[str, object]
+    digests: Mapping[Path, str], others: Mapping[str, str | os.PathLike | None], settings: Mapping[str, object]
 ) -> str:
     # Folders do not matter, names do: labels and formulas come from them.
     total = hashlib.sha256(json.dumps([_FORMAT, _VERSION, settings], sort_keys=True).encode())
-    for path in paths:
-        total.update(f"\n{path.name} {_file_digest(path)}".encode())
+    for path, own in digests.items():
+        total.update(f"\n{path.name} {own}".encode())
         # What a running writer has not yet moved into the database itself.
         journal = path.with_name(path.name + "-wal")
         if is_sqlite(path) and journal.exists():
-            total.update(f" {_file_digest(journal)}".encode())
+            total.update(f" {file_digest(journal)}".encode())
     for kind, other in others.items():
         if other is not None:
-            total.update(f"\n{kind} {_file_digest(Path(other))}".encode())
+            total.update(f"\n{kind} {file_digest(Path(other))}".encode())
     return total.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
-    return digest.hexdigest()

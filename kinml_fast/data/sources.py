@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
-from kinml_fast.data import sqlite, xyz
-from kinml_fast.data.files import expand, is_sqlite
+import torch
+
+from kinml_fast.data import pykinml_hdf5, sqlite, stored, xyz
+from kinml_fast.data.files import expand, is_hdf5, is_sqlite
+from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures, concatenate
+from kinml_fast.errors import InputError
+from kinml_fast.nn import AEVParameters
+
+
+@dataclass(frozen=True)
+class DescriptorSource:
+    """Where the stored descriptors of a data set come from: a backend that computes them, or files that have them.
+
+    Parameters
+    ----------
+    backend
+        "native" or "aevmod", see `stored.compute`; not used where there are files.
+    files
+        PyKinML's HDF5 files with the sha256 (hexadecimal) of their contents, which have all structures.
+    """
+
+    backend: str = "native"
+    files: tuple[tuple[Path, str], ...] = ()
+
+    def load(
+        self, structures: Structures, parameters: AEVParameters, dtype: torch.dtype, *, jacobian: bool
+    ) -> StoredDescriptors:
+        """The descriptors of structures, and with `jacobian` their Jacobians, in the order of the structures.
+
+        Raises
+        ------
+        InputError
+            A file has changed, and what `stored.compute` and `pykinml_hdf5.read_descriptors` raise.
+        """
+        if not self.files:
+            return stored.compute(structures, parameters, dtype, jacobian=jacobian, backend=self.backend)
+        for path, digest in self.files:
+            if file_digest(path) != digest:
+                raise InputError(f"{path}: has changed since the data were prepared: prepare them again")
+        paths = [path for path, _ in self.files]
+        return pykinml_hdf5.read_descriptors(paths, structures, parameters, dtype, jacobian=jacobian)
 
 
 def read(
@@ -22,7 +65,9 @@ def read(
     forces_key: str | None = None,
     elements: Sequence[str] | None = None,
 ) -> Structures:
-    """Structures of databases and of files that ASE reads, in the order of the files.
+    """Structures of databases, of PyKinML's HDF5 files and of files that ASE reads, in the order of the files.
+
+    What HDF5 files hold beside the structures, `DescriptorSource.load` reads.
 
     Parameters
     ----------
@@ -40,12 +85,15 @@ def read(
     Raises
     ------
     InputError
-        As `sqlite.read` and `xyz.read`.
+        As `sqlite.read`, `pykinml_hdf5.read` and `xyz.read`.
     """
     parts: list[Structures] = []
-    for database, group in itertools.groupby(expand(files), key=is_sqlite):
+    for reader, group in itertools.groupby(expand(files), key=_reader):
         paths = list(group)
-        if not database:
+        if reader is pykinml_hdf5:
+            parts.append(pykinml_hdf5.read(paths, elements))
+            continue
+        if reader is xyz:
             parts.append(xyz.read(paths, energy_key, forces_key, elements))
             continue
         wanted = None if ids is None else {path.stem: ids[path.stem] for path in paths if ids.get(path.stem)}
@@ -56,3 +104,25 @@ def read(
             "none of the structures that are asked for is in one of the data files: name their files"
         )
     return concatenate(parts, elements)
+
+
+def _reader(path: Path) -> ModuleType:
+    return sqlite if is_sqlite(path) else pykinml_hdf5 if is_hdf5(path) else xyz
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 (hexadecimal) of a file.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
+    return digest.hexdigest()

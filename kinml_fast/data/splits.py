@@ -5,7 +5,8 @@ A split file has one line per structure, words separated by white space:
     C5H5/17 2 -5261.429334316677 train
 
 the label, 2 (training or validation) or -1 (test), the energy in eV (a note only), and the part. PyKinML writes and
-reads the first two words; `write_tvtmsk` writes all four, and then the split and its order are restored exactly.
+reads the first two words; `write_tvtmsk` writes all four, and then the split and its order are restored exactly. One of
+PyKinML's HDF5 files is a split file too: its tvtmsk says the part of each of its structures.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kinml_fast.data.files import first_few, replacing
+from kinml_fast.data import pykinml_hdf5
+from kinml_fast.data.files import first_few, is_hdf5, replacing
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError
 
@@ -122,12 +124,18 @@ def make_split(
 def read_tvtmsk(path: str | os.PathLike) -> SplitFile:
     """Read a split file (see the head of this module); empty lines and lines that begin with # are skipped.
 
+    In an HDF5 file tvtmsk is 1 for training, 0 for validation and −1 for test.
+
     Raises
     ------
     InputError
         The file cannot be read, has no lines, a malformed line, or a label twice.
     """
     path = Path(path)
+    if path.is_file() and is_hdf5(path):
+        labels, mask = pykinml_hdf5.read_split(path)
+        names = tuple({1: "train", 0: "validation", -1: "test"}[value] for value in mask.tolist())
+        return SplitFile(path, labels, np.array([_MASKS[name] for name in names]), names)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

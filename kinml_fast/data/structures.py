@@ -27,7 +27,7 @@ class Structures:
     species
         int64 [n_atoms], index into `elements`.
     coordinates
-        float64 [n_atoms, 3], Å.
+        float64 [n_atoms, 3], Å; None where only stored descriptors are known (some of PyKinML's HDF5 files).
     offsets
         int64 [n_structures + 1]; structure i owns the atoms offsets[i] to offsets[i + 1].
     energies
@@ -46,7 +46,7 @@ class Structures:
 
     elements: tuple[str, ...]
     species: np.ndarray
-    coordinates: np.ndarray
+    coordinates: np.ndarray | None
     offsets: np.ndarray
     energies: np.ndarray | None
     forces: np.ndarray | None
@@ -65,7 +65,8 @@ class Structures:
             array(name, np.float64)
         self._check_shapes()
         self._check_numbers()
-        self._check_distances()
+        if self.coordinates is not None:
+            self._check_distances()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -156,7 +157,7 @@ class Structures:
         return replace(
             self,
             species=self.species[atoms],
-            coordinates=self.coordinates[atoms],
+            coordinates=None if self.coordinates is None else self.coordinates[atoms],
             offsets=offsets,
             energies=None if self.energies is None else self.energies[indices],
             forces=None if self.forces is None else self.forces[atoms],
@@ -209,7 +210,8 @@ class Structures:
             raise InputError(f"species must lie between 0 and {len(self.elements) - 1}, the indices of `elements`")
 
     def _check_numbers(self) -> None:
-        self._require_finite(np.isfinite(self.coordinates).all(axis=1), "coordinate")
+        if self.coordinates is not None:
+            self._require_finite(np.isfinite(self.coordinates).all(axis=1), "coordinate")
         if self.energies is not None and not np.isfinite(self.energies).all():
             bad = int(np.argmin(np.isfinite(self.energies)))
             raise InputError(
@@ -277,16 +279,18 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
         return parts[0]
     if len({part.energies is None for part in parts}) > 1:
         raise InputError("structures with and without energies cannot be joined: take them from separate files")
+    if len({part.coordinates is None for part in parts}) > 1:
+        raise InputError("structures with and without coordinates cannot be joined: take them from separate files")
     shifts = np.cumsum([0] + [len(part.species) for part in parts])
     forces = None
     if any(part.forces is not None for part in parts):
         forces = np.concatenate(
-            [np.full_like(part.coordinates, np.nan) if part.forces is None else part.forces for part in parts]
+            [np.full((len(part.species), 3), np.nan) if part.forces is None else part.forces for part in parts]
         )
     return Structures(
         elements=order,
         species=np.concatenate([part.species for part in parts]),
-        coordinates=np.concatenate([part.coordinates for part in parts]),
+        coordinates=None if parts[0].coordinates is None else np.concatenate([part.coordinates for part in parts]),
         offsets=np.concatenate([[0], *(part.offsets[1:] + s for part, s in zip(parts, shifts, strict=False))]),
         energies=None if parts[0].energies is None else np.concatenate([part.energies for part in parts]),
         forces=forces,
