@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from conftest import PYKINML_C5H5
+from tasks import c5h5_file
 
-from kinml_fast import datasets
 from kinml_fast.data import sqlite
 from kinml_fast.data.structures import Structures
 from kinml_fast.nn import AEV, AEVParameters
 
 
-@pytest.fixture(scope="module")
-def file():
-    return PYKINML_C5H5 if PYKINML_C5H5.exists() else datasets.path("C5H5.db")
-
-
-def test_read_database(benchmark, file):
+def test_read_database(benchmark):
     benchmark.group = "prepare"
-    structures = benchmark.pedantic(lambda: sqlite.read([file], fidelity=1), rounds=15, warmup_rounds=2)
+    structures = benchmark.pedantic(lambda: sqlite.read([c5h5_file()], fidelity=1), rounds=15, warmup_rounds=2)
     benchmark.extra_info.update(form="read SQLite", structures=len(structures))
 
 
-def test_read_and_describe(benchmark, file):
+def test_read_and_describe(benchmark):
     benchmark.group = "prepare"
     aev = AEV(AEVParameters.aevmod(("C", "H")))
 
     def prepare() -> Structures:
-        structures = sqlite.read([file], fidelity=1)
+        structures = sqlite.read([c5h5_file()], fidelity=1)
         aev(*(torch.from_numpy(a) for a in (structures.coordinates, structures.species, structures.offsets)))
         return structures
 

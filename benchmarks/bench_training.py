@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
+import tasks
 import torch
 from baselines import LAYERS, PlainTorch, TorchANI
 
-from kinml_fast.data.splits import Split
 from kinml_fast.nn import AEVParameters, EnergyModel
-from kinml_fast.train import TrainingData
 from kinml_fast.train.config import TrainingConfig
 from kinml_fast.train.trainer import Trainer
 
@@ -34,16 +32,14 @@ def describe(benchmark, structures, form: str, dtype: str) -> None:
 
 @pytest.fixture(scope="module")
 def targets(c5h5) -> torch.Tensor:
-    return torch.from_numpy(c5h5.energies - c5h5.energies.mean())
+    return torch.from_numpy(tasks.targets(c5h5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kinml_fast(benchmark, c5h5, dtype):
     describe(benchmark, c5h5, "kinml_fast", dtype)
     model = EnergyModel(AEVParameters.aevmod(("C", "H")), biases=False, dtype=getattr(torch, dtype))
-    order = np.arange(len(c5h5))
-    data = TrainingData(c5h5, Split(order[:-48], order[-48:], order[:0]), np.full(2, c5h5.energies.mean() / 10))
-    trainer = Trainer(model, data, TrainingConfig(batch_size=50, dtype=dtype))
+    trainer = Trainer(model, tasks.training_data(c5h5), TrainingConfig(batch_size=50, dtype=dtype))
     trainer.prepare()
     benchmark.pedantic(trainer.train_epoch, rounds=60, warmup_rounds=10)
 

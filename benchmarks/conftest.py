@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
@@ -9,19 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tasks
 import torch
 
 import kinml_fast
-from kinml_fast import _library, datasets
-from kinml_fast.data import sqlite
+from kinml_fast import _library
 from kinml_fast.data.structures import Structures
-
-PYKINML_C5H5 = Path(__file__).parents[2] / "shared" / "data" / "pykinml" / "C5H5.db"
-N_STRUCTURES = 2000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=os.cpu_count(), help="threads of torch and of the ops")
+    parser.addoption("--kernels", type=Path, help="JSON list of {kernel, dtype, threads, seconds, flops or bytes}")
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +42,18 @@ def gemm_rate(dtype: torch.dtype, threads: int, rows: int = 1000) -> float:
     return threads * 2 * rows * 224 * 48 / statistics.median(seconds) / 1e9
 
 
+def read_rate(threads: int) -> float:
+    """GB/s of a sum over 1 GiB."""
+    torch.set_num_threads(threads)
+    memory = torch.ones(2**27, dtype=torch.float64)
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        memory.sum()
+        seconds.append(time.perf_counter() - started)
+    return memory.nbytes / statistics.median(seconds) / 1e9
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     threads = config.getoption("--threads")
     machine_info["kinml_fast"] = {
@@ -55,15 +66,24 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             name: max(gemm_rate(getattr(torch, name), threads, rows) for rows in (250, 1000))
             for name in ("float64", "float32")
         },
+        "read_gb_per_s": read_rate(threads),
     }
+    if kernels := config.getoption("--kernels"):
+        machine_info["kinml_fast"]["kernels"] = json.loads(kernels.read_text())
 
 
 @pytest.fixture(scope="session")
 def c5h5() -> Structures:
     """2000 structures of C5H5: PyKinML's example if it is at hand, else the shipped ones, repeated."""
-    file = PYKINML_C5H5 if PYKINML_C5H5.exists() else datasets.path("C5H5.db")
-    structures = sqlite.read([file], fidelity=1)
-    return structures.select(np.arange(N_STRUCTURES) % len(structures))
+    return tasks.c5h5()
+
+
+@pytest.fixture(scope="session")
+def mixed() -> Structures:
+    """2000 structures of twelve hydrocarbons, C2H2 to C10H16."""
+    if not tasks.MIXED.exists():
+        pytest.importorskip("tblite", reason="making the structures of mixed sizes needs tblite: pip install tblite")
+    return tasks.mixed()
 
 
 def count_triples(structures: Structures, cutoff: float) -> int:

@@ -16,6 +16,29 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
 KEPT = ("min", "median", "mean", "stddev", "max", "rounds")
+DTYPES = ("float64", "float32")
+
+# What stands above the tables that not every run has.
+SECTIONS = {
+    "forces": """## Training on energies and forces
+The same network and data. What the floor counts stands at the top of `bench_forces.py`. Each baseline has shown on
+its first batch that its energies, forces and gradient are ours.""",
+    "mixed": """### Molecules of mixed sizes
+Twelve hydrocarbons of 4 to 26 atoms, C2H2 to C10H16, 13.3 on average, in random order, made by
+`make_training_data.py mixed`.""",
+    "kernels": """### Where the time of a step goes
+Batches of 50 C5H5. The floor of a kernel is its arithmetic at the rate of torch.mm, or reading what it must read.""",
+    "batch": """### Growth with the batch
+µs per structure in an epoch of 2048 C5H5, optimizer and all.""",
+    "size": """### Growth with the molecule
+µs per atom in an epoch of 20,000 atoms of shaken alkanes from CH4 to C16H34, about 500 atoms in a batch.""",
+    "evaluation": "## Energies and forces of C5H5",
+    "memory": """## Memory
+Peak of a process that trains an epoch of 2000 C5H5 with forces, less its peak after `import torch`.""",
+    "cold_start": """## From a cold start to an accurate model
+`recipe_c5h5_forces.yaml`: seconds from the first line of a process until the test errors of C5H5 are below 1 kcal/mol
+in energy and 2.3 kcal/mol/Å in forces, with reading the data, validation and a test after every epoch.""",
+}
 
 
 def trim(run: dict) -> dict:
@@ -53,9 +76,14 @@ class Run:
         return found["stats"]["median"] if found else None
 
     def floor(self, benchmark: dict) -> float:
-        """Seconds of the arithmetic at the GEMM rate of this run."""
-        rate = self.about["gemm_gflops"][benchmark["extra_info"]["dtype"]] * 1e9
-        return benchmark["extra_info"]["flops"] / rate
+        """Seconds that the counted work takes at least."""
+        return self.seconds_of(benchmark["extra_info"], benchmark["extra_info"]["dtype"])
+
+    def seconds_of(self, work: dict, dtype: str) -> float:
+        """Seconds of `flops` at the GEMM rate of this run, or of `bytes` at its rate of reading memory."""
+        arithmetic = work.get("flops", 0) / (self.about["gemm_gflops"][dtype] * 1e9)
+        reading = work["bytes"] / (self.about["read_gb_per_s"] * 1e9) if "bytes" in work else 0.0
+        return max(arithmetic, reading)
 
     def machine(self) -> str:
         cpu = self.run["machine_info"]["cpu"]
@@ -66,31 +94,137 @@ class Run:
             f"torch {self.about['torch']}; torch.mm {rates}. Medians."
         )
 
-    def training(self) -> str:
-        rows = [["energy epoch, 2000 C5H5", "float64", "", "float32", ""]]
-        forms = list(dict.fromkeys(form for group, form in self.by if group.startswith("energy epoch")))
+    def epochs(self, group: str, head: str) -> str:
+        """Seconds of an epoch by form, and how many times ours; empty if the run has none."""
+        forms = [form for g, form in self.by if g == f"{group} float64"]
+        if not forms:
+            return ""
+        rows = [[head, "float64", "", "float32", ""]]
         for form in forms:
             row = [form]
-            for dtype in ("float64", "float32"):
-                ours = self.seconds(f"energy epoch {dtype}", "kinml_fast")
-                theirs = self.seconds(f"energy epoch {dtype}", form)
+            for dtype in DTYPES:
+                ours, theirs = (self.seconds(f"{group} {dtype}", name) for name in ("kinml_fast", form))
                 if theirs is None:
                     row += ["-", ""]
                 else:
                     row += [f"{theirs * 1e3:.1f} ms", "1" if form == "kinml_fast" else f"{theirs / ours:.1f} x"]
             rows.append(row)
-        row = ["floor (arithmetic at the rate of torch.mm)"]
-        for dtype in ("float64", "float32"):
-            b = self.by[f"energy epoch {dtype}", "kinml_fast"]
-            row += [f"{self.floor(b) * 1e3:.1f} ms", f"{self.floor(b) / b['stats']['median']:.2f} x"]
-        return table([*rows, row])
+        floors = {"flops": "floor (arithmetic at the rate of torch.mm)", "bytes": "floor of reading the Jacobians once"}
+        for counted, name in floors.items():
+            row = [name]
+            for dtype in DTYPES:
+                found = [self.by.get((f"{group} {dtype}", form)) for form in forms]
+                found = [b for b in found if b and counted in b["extra_info"]]
+                if found:
+                    floor = self.floor(found[0])
+                    ours = self.seconds(f"{group} {dtype}", "kinml_fast")
+                    row += [f"{floor * 1e3:.1f} ms", f"{floor / ours:.2f} x"]
+            if len(row) == len(rows[0]):
+                rows.append(row)
+        return table(rows)
+
+    def training(self) -> str:
+        return self.epochs("energy epoch", "energy epoch, 2000 C5H5")
+
+    def forces_epochs(self) -> str:
+        return self.epochs("forces epoch c5h5", "energy + force epoch, 2000 C5H5")
+
+    def mixed_epochs(self) -> str:
+        made = self.epochs("forces epoch mixed", "energy + force epoch, 2000 structures")
+        stored = self.by.get(("forces epoch mixed float64", "kinml_fast, Jacobians stored"))
+        if stored is None:
+            return made
+        padded, true = (stored["extra_info"][key] / 1e9 for key in ("padded", "bytes"))
+        return f"{made}\n\nIn float64 the Jacobians take {padded:.1f} GB; {true:.1f} GB of that is not padding."
+
+    def grown(self, group: str, head: str, unit: str) -> str:
+        """µs per structure or atom by what grows, for each type and number of threads."""
+        steps = list(dict.fromkeys(form for g, form in self.by if g.startswith(f"{group} ")))
+        if not steps:
+            return ""
+        columns = sorted({g.removeprefix(f"{group} ") for g, _ in self.by if g.startswith(f"{group} ")})
+        columns.sort(key=lambda column: column.endswith("float32"))
+        names = [f"{dtype}, {n} thread{'s' * (n != '1')}" for n, dtype in (column.split() for column in columns)]
+        rows = [[head, *names]]
+        for step in sorted(steps, key=int):
+            found = [self.by.get((f"{group} {column}", step)) for column in columns]
+            times = [b and f"{b['stats']['median'] / b['extra_info'][unit] * 1e6:.1f}" for b in found]
+            triples = [b["extra_info"].get("triples", 0) / b["extra_info"]["atoms"] for b in found if b]
+            name = f"{step} ({triples[0]:.0f} triples an atom)" if triples[0] else step
+            rows.append([name, *(time or "-" for time in times)])
+        return table(rows)
+
+    def evaluation(self) -> str:
+        groups = {"forces evaluation": "2000 at once, µs/structure", "forces call": "one, µs"}
+        forms = list(dict.fromkeys(form for group, form in self.by if group.rsplit(" ", 1)[0] in groups))
+        if not forms:
+            return ""
+        rows = [["", *(f"{name} {dtype}" for name in groups.values() for dtype in DTYPES)]]
+        for form in forms:
+            found = [self.by.get((f"{group} {dtype}", form)) for group in groups for dtype in DTYPES]
+            rows.append(
+                [
+                    form,
+                    *(f"{b['stats']['median'] / b['extra_info']['structures'] * 1e6:.1f}" if b else "-" for b in found),
+                ]
+            )
+        return table(rows)
+
+    def memory(self) -> str:
+        forms = list(dict.fromkeys(form for group, form in self.by if group.startswith("forces memory ")))
+        if not forms:
+            return ""
+        rows = [["MB above `import torch`", *DTYPES]]
+        for form in forms:
+            found = [self.by.get((f"forces memory {dtype}", form)) for dtype in DTYPES]
+            more = [b and (b["extra_info"]["peak"] - b["extra_info"]["imported"]) / 1e6 for b in found]
+            rows.append([form, *("-" if value is None else f"{value:.0f}" for value in more)])
+        return table(rows)
+
+    def cold_start(self) -> str:
+        runs = [(form, b["extra_info"]) for (group, form), b in self.by.items() if group == "cold start"]
+        if not runs:
+            return ""
+        rows = [["", "seconds", "of these training", "epochs", "energy RMSE", "force RMSE"]]
+        for name, info in runs:
+            if "epoch" in info:
+                times = [f"{info['seconds']:.1f}", f"{info['training_seconds']:.1f}", str(info["epoch"] + 1)]
+            else:
+                times = ["not reached", "", str(info["epochs"])]
+            errors = info.get("errors", info["last"])
+            rows.append([name, *times, *(f"{errors[kind]:.2f}" for kind in ("energy_rmse", "forces_rmse"))])
+        return table(rows)
+
+    def kernels(self) -> str:
+        """Share of the step and distance to the floor of each kernel of `--kernels`; a row "step" is the whole."""
+        measured = {(k["kernel"], k["dtype"]): k for k in self.about.get("kernels", ())}
+        if not measured:
+            return ""
+        rows = [["", *(f"{dtype} {what}" for dtype in DTYPES for what in ("µs", "share", "x floor"))]]
+        for kernel in dict.fromkeys(name for name, _ in measured):
+            row = [kernel]
+            for dtype in DTYPES:
+                k = measured.get((kernel, dtype))
+                if k is None:
+                    row += ["-"] * 3
+                    continue
+                parts = sum(x["seconds"] for (name, d), x in measured.items() if d == dtype and name != "step")
+                whole = measured.get(("step", dtype), {"seconds": parts})["seconds"]
+                floor = self.seconds_of(k, dtype) * self.about["threads"] / k.get("threads", 1)
+                row += [
+                    f"{k['seconds'] * 1e6:.1f}",
+                    f"{k['seconds'] / whole:.0%}",
+                    f"{k['seconds'] / floor:.1f}" if floor else "",
+                ]
+            rows.append(row)
+        return table(rows)
 
     def aev(self) -> str:
         rows = [["", "float64 µs/structure", "ns/triple", "x floor", "float32 µs/structure", "ns/triple", "x floor"]]
         names = {"aev": "AEV a", "vjp": "Jᵀ·g", "jvp": "J·v", "hvp": "d(g·J·v)/dx"}
         for form, name in names.items():
             row = [name]
-            for dtype in ("float64", "float32"):
+            for dtype in DTYPES:
                 b = self.by.get((f"{form} {dtype}", form))
                 if b is None:
                     row += ["-"] * 3
@@ -113,19 +247,37 @@ class Run:
         return table(rows)
 
     def parts(self) -> dict[str, str]:
-        return {
+        tables = {
             "machine": self.machine(),
             "training": self.training(),
             "aev": self.aev(),
             "prepare": self.prepare(),
+            "forces_epochs": self.forces_epochs(),
         }
+        return tables | {name: self.section(name) for name in SECTIONS}
+
+    def section(self, name: str) -> str:
+        """A section of benchmarks/README.md, empty if the run has nothing for it."""
+        of = {
+            "forces": self.forces_epochs,
+            "mixed": self.mixed_epochs,
+            "kernels": self.kernels,
+            "batch": lambda: self.grown("forces batch", "structures in a batch", "structures"),
+            "size": lambda: self.grown("forces size", "atoms in a molecule", "atoms"),
+            "evaluation": self.evaluation,
+            "memory": self.memory,
+            "cold_start": self.cold_start,
+        }
+        made = of[name]()
+        return f"{SECTIONS[name]}\n\n{made}" if made else ""
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
     """Replace what stands between `<!-- bench: NAME -->` and `<!-- /bench -->`."""
 
     def part(match: re.Match) -> str:
-        return f"<!-- bench: {match[1]} -->\n{parts[match[1]]}\n<!-- /bench -->"
+        body = parts[match[1]]
+        return f"<!-- bench: {match[1]} -->\n{body}{body and chr(10)}<!-- /bench -->"
 
     return re.sub(r"<!-- bench: (\w+) -->\n.*?<!-- /bench -->", part, text, flags=re.S)
 

@@ -75,7 +75,10 @@ def networks(
     biases: bool,
     n_structures: int,
 ) -> Tensor:
-    """Energies [n_structures] (float64): sums over atoms of network output and ``sae``; differentiable once.
+    """Energies [n_structures] (float64): sums over atoms of network output and ``sae``; differentiable twice.
+
+    The second derivative is the one that training on forces needs: of the gradient with respect to the features, with
+    respect to the features and the parameters. The gradient with respect to the parameters has none.
 
     ``features`` [*, D] are read through ``rows``, so a batch needs no copy. ``parameters`` is one flat tensor: species
     after species, layer after layer, W [out, in] row-major, then b [out]. ``sizes`` [S * (n_layers + 1)].

@@ -3,18 +3,19 @@
 
     pip install tblite
     python make_training_data.py                      # the sets that kinml_fast ships (kinml_fast/datasets)
-    python make_training_data.py C2H4O=300 C3H6=500   # others: FORMULA=NUMBER OF STRUCTURES
+    python make_training_data.py mixed --kinds modes  # twelve hydrocarbons from C2H2 to C10H16, 4 to 26 atoms (2 min)
+    python make_training_data.py C2H4O=300 C3H7=500   # others: FORMULA=NUMBER OF STRUCTURES
     python make_training_data.py --smoke              # a handful, to see that it works
 
 Every formula becomes FORMULA.db in PyKinML's SQLite layout, atoms in the formula's order. For each formula:
 
 1. Isomers. The skeletons of ``ISOMERS``, or random ones where the formula has none there, are laid out in space and
    optimised with GFN2 (ASE's BFGS) until no force exceeds 0.005 eV/Å. A saddle point is pushed off and optimised again.
-2. Surroundings of every minimum, in equal shares. ``modes``: displacements along the normal modes (Hessian by central
-   differences of forces), drawn from the classical harmonic distribution at each of ``TEMPERATURES``; modes softer
-   than 100 cm⁻¹ count as 100 cm⁻¹. A draw that lies more than n_modes·kT above the minimum (twice the mean) is where
-   the harmonic picture fails, and is drawn again. ``md``: snapshots, 50 fs apart, of Langevin dynamics at those
-   temperatures (BAOAB, steps of 0.5 fs, friction 0.02/fs).
+2. Surroundings of every minimum, in equal shares or by one of ``--kinds``. ``modes``: displacements along the normal
+   modes (Hessian by central differences of forces), drawn from the classical harmonic distribution at each of
+   ``TEMPERATURES``; modes softer than 100 cm⁻¹ count as 100 cm⁻¹. A draw that lies more than n_modes·kT above the
+   minimum (twice the mean) is where the harmonic picture fails, and is drawn again. ``md``: snapshots, 50 fs apart, of
+   Langevin dynamics at those temperatures (BAOAB, steps of 0.5 fs, friction 0.02/fs).
 3. Labels. Every SCF starts from the same guess, so that no label depends on the structure before. The spin is the
    lowest that the number of electrons allows. Left out: SCF not converged at either level, two atoms closer than
    0.5 Å, a force component above 30 eV/Å at either level, fragments (bonds longer than 1.6 times the sum of covalent
@@ -35,6 +36,7 @@ import os
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small molecules gain nothing from threads; and sums keep their order
@@ -53,7 +55,11 @@ from kinml_fast.data.structures import Structures
 
 log = logging.getLogger("make_training_data")
 
-SHIPPED = {"C5H5": 1100, "C2H2": 60, "C2H3": 80, "C3H2": 80, "C3H3": 100}
+MIXED = ("C2H2", "C2H4", "C2H6", "C3H6", "C4H6", "C3H8", "C6H6", "C7H8", "C6H12", "C10H8", "C7H16", "C10H16")
+SETS = {
+    "shipped": {"C5H5": 1100, "C2H2": 60, "C2H3": 80, "C3H2": 80, "C3H3": 100},
+    "mixed": dict.fromkeys(MIXED, 170),
+}
 METHODS = {1: "GFN2-xTB", 0: "GFN1-xTB"}
 TEMPERATURES = (300.0, 600.0, 1000.0, 2000.0)
 KINDS = ("modes", "md")
@@ -84,6 +90,17 @@ ISOMERS = {
         "propadienylidene": ("01 12", "200"),
     },
     "C3H3": {"propargyl": ("01 12", "201"), "cyclopropenyl": ("01 12 20", "111"), "propynyl": ("01 12", "300")},
+    "C2H4": {"ethylene": ("01", "22")},
+    "C2H6": {"ethane": ("01", "33")},
+    "C3H6": {"propene": ("01 12", "213")},
+    "C4H6": {"butadiene": ("01 12 23", "2112")},
+    "C3H8": {"propane": ("01 12", "323")},
+    "C6H6": {"benzene": ("01 12 23 34 45 50", "111111")},
+    "C7H8": {"toluene": ("01 12 23 34 45 50 06", "0111113")},
+    "C6H12": {"cyclohexane": ("01 12 23 34 45 50", "222222")},
+    "C10H8": {"naphthalene": ("01 12 23 34 45 50 46 67 78 89 95", "1111001111")},
+    "C7H16": {"heptane": ("01 12 23 34 45 56", "3222223")},
+    "C10H16": {"adamantane": ("04 41 05 52 06 63 17 72 18 83 29 93", "1111222222")},
 }
 
 
@@ -314,7 +331,15 @@ class Collection:
         return False
 
 
-def make(formula: str, count: int, folder: Path, seed: int, isomers: int, created_at: str | None) -> Path:
+def make(
+    formula: str,
+    count: int,
+    folder: Path,
+    seed: int,
+    isomers: int,
+    created_at: str | None,
+    kinds: Sequence[str] = KINDS,
+) -> Path:
     """Make ``count`` structures of ``formula`` and write them to ``folder/formula.db``; return that path."""
     symbols = [s for s, n in re.findall(r"([A-Z][a-z]?)(\d*)", formula) for _ in range(int(n or 1))]
     rng = np.random.default_rng([seed, *formula.encode()])
@@ -325,7 +350,7 @@ def make(formula: str, count: int, folder: Path, seed: int, isomers: int, create
     for n, (isomer, minimum) in enumerate(found.items()):
         collection.offer(minimum[0], 0.0, f"{isomer}:minimum")
         share = count // len(found) + (n < count % len(found)) - 1
-        sources = [(kind, temperature) for temperature in TEMPERATURES for kind in KINDS]
+        sources = [(kind, temperature) for temperature in TEMPERATURES for kind in kinds]
         for m, (kind, temperature) in enumerate(sources):
             wanted = share // len(sources) + (m < share % len(sources))
             snapshots = dynamics(minimum, temperature, rng)
@@ -357,7 +382,10 @@ def make(formula: str, count: int, folder: Path, seed: int, isomers: int, create
 def main() -> None:
     """Read the command line and make every set."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="*", metavar="FORMULA=NUMBER", help="default: the sets that kinml_fast ships")
+    parser.add_argument(
+        "sets", nargs="*", metavar="SET", help=f"FORMULA=NUMBER, or {' or '.join(SETS)} (default: shipped)"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="how to sample (default: both ways)")
     parser.add_argument("-o", "--output", type=Path, default=Path(), help="folder for the databases (default: here)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -367,10 +395,15 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a handful of structures in a temporary folder")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    wrong = [text for text in arguments.sets if not re.fullmatch(r"([A-Z][a-z]?\d*)+=\d+", text)]
-    if wrong:
-        parser.error(f"expected FORMULA=NUMBER, as in C2H4O=300, got {wrong[0]}")
-    wanted = {formula: int(number) for formula, number in (text.split("=") for text in arguments.sets)} or SHIPPED
+    wanted: dict[str, int] = {}
+    for text in arguments.sets or ["shipped"]:
+        if text in SETS:
+            wanted |= SETS[text]
+        elif re.fullmatch(r"([A-Z][a-z]?\d*)+=\d+", text):
+            formula, number = text.split("=")
+            wanted[formula] = int(number)
+        else:
+            parser.error(f"expected FORMULA=NUMBER, as in C2H4O=300, or {' or '.join(SETS)}, got {text}")
     if arguments.smoke:
         with tempfile.TemporaryDirectory() as folder:
             for formula in ("C2H3", "CH2O"):
@@ -380,7 +413,15 @@ def main() -> None:
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     for formula, count in wanted.items():
-        path = make(formula, count, arguments.output, arguments.seed, arguments.isomers, arguments.created_at)
+        path = make(
+            formula,
+            count,
+            arguments.output,
+            arguments.seed,
+            arguments.isomers,
+            arguments.created_at,
+            arguments.kinds,
+        )
         log.info("wrote %s", path)
 
 

@@ -55,9 +55,14 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
             True,
             len(o) - 1,
         )
-        gradients = torch.autograd.grad((normal(len(o) - 1) * energies).sum(), (features, networks.weights))
+        gradients = torch.autograd.grad(
+            (normal(len(o) - 1) * energies).sum(), (features, networks.weights), create_graph=True
+        )
         names = (f"energies {activation}", f"of features {activation}", f"of weights {activation}")
-        found |= dict(zip(names, (energies.detach(), *gradients), strict=True))
+        found |= dict(zip(names, (t.detach() for t in (energies, *gradients)), strict=True))
+        names = (f"second of features {activation}", f"second of weights {activation}")
+        seconds = torch.autograd.grad((gradients[0] ** 2).sum(), (features, networks.weights))
+        found |= dict(zip(names, seconds, strict=True))
 
     torch.manual_seed(0)
     model = EnergyModel(AEVParameters.aevmod(("C", "H")), dtype=dtype)

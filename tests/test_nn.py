@@ -64,6 +64,39 @@ def test_energies_forces_and_weight_gradients_match_the_oracle(layers, biases):
     assert ours.aev(x, z, o).shape == (17, 18)
 
 
+@pytest.mark.parametrize("activation", ["gaussian", "tanh", "silu", "gelu", "celu"])
+@pytest.mark.parametrize("biases", [True, False])
+def test_loss_on_forces_has_the_weight_gradients_of_the_oracle(activation, biases):
+    ours = model(biases=biases, activations=[activation, "tanh", "identity"])
+    x, z, o = batch()
+    arguments = (z, o, keywords(SMALL), layers_of(ours.networks), list(ours.networks.activations), SAE)
+    targets = normal(*x.shape, seed=2)
+    results = []
+    for energies_of in (lambda x: ours(x, z, o), lambda x: reference.energies(x, *arguments)):
+        moved = x.clone().requires_grad_()
+        energies = energies_of(moved)
+        (gradient,) = torch.autograd.grad(energies.sum(), moved, create_graph=True)
+        loss = (gradient + targets).square().mean() + energies.square().mean() * 1e-6
+        results.append((gradient.detach(), *torch.autograd.grad(loss, (ours.networks.weights, moved))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_hessian_is_the_differences_of_forces():
+    ours = model()
+    x, z, o = batch((4, 3), seed=3)
+    hessian = torch.autograd.functional.hessian(lambda x: ours(x, z, o).sum(), x).reshape(21, 21)
+    torch.testing.assert_close(hessian, hessian.T, rtol=1e-10, atol=1e-11)
+    assert hessian[:12, :12].abs().max() > 0.01
+    assert not hessian[:12, 12:].any()  # different molecules
+    step, columns = 1e-4, []
+    for move in step * torch.eye(21, dtype=torch.float64).reshape(21, 7, 3):
+        near = forces(ours, x - move, z, o) - forces(ours, x + move, z, o)
+        far = forces(ours, x - 2 * move, z, o) - forces(ours, x + 2 * move, z, o)
+        columns.append(((8 * near - far) / (12 * step)).reshape(-1))
+    torch.testing.assert_close(torch.stack(columns, 1), hessian, rtol=1e-7, atol=1e-9)
+
+
 def test_forces_are_the_differences_of_energies():
     ours = model()
     ours.sae.zero_()  # thousands of eV would hide the last digits of a difference

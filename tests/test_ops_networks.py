@@ -187,14 +187,144 @@ def test_gradients_alone_are_those_of_both():
     assert torch.equal(grads[True, True][1], grads[False, True][1])
 
 
-def test_second_derivative_is_an_error():
+# ---- Second derivatives --------------------------------------------------------------------------
+
+
+def second_derivatives(energies_of, tensors, n_structures: int) -> tuple[torch.Tensor, ...]:
+    """What training on forces needs: the gradient g of the features, its derivatives along a direction.
+
+    `tensors` are features and weights; `energies_of` gives their energies. The loss on g is not linear in it, and the
+    weights of the energies are differentiated too.
+    """
+    features, weights = (t.detach().clone().requires_grad_() for t in tensors)
+    slopes = normal(n_structures, seed=9).requires_grad_()
+    energies = energies_of(features, weights)
+    (g,) = torch.autograd.grad((slopes * energies).sum(), features, create_graph=True)
+    directions = normal(*features.shape, seed=10, dtype=features.dtype)
+    loss = (directions * g).sum() + 0.1 * (g**2).sum()
+    return (g.detach(), *torch.autograd.grad(loss, (slopes, features, weights)))
+
+
+def compare_second_derivatives(case: Case, rtol: float, atol: float) -> None:
+    tensors = case.features, case.networks.weights
+    ours = second_derivatives(lambda f, w: ops.networks(*case.arguments(f, w)), tensors, case.n_structures)
+    expected = second_derivatives(case.expected, tensors, case.n_structures)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+    assert all(b.any() for b in expected) or not len(case.species)
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-10, 1e-11), (torch.float32, 5e-4, 1e-4)])
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives_match_the_oracle(activation, biases, dtype, rtol, atol):
+    # Linear networks have a gradient that does not depend on the features.
+    first = "tanh" if activation in ("identity", "relu") else activation
+    compare_second_derivatives(Case((9, 4, 1), [first, activation, "identity"], biases, dtype), rtol, atol)
+    compare_second_derivatives(Case((6, 1), [first, activation], biases, dtype), rtol, atol)
+
+
+@pytest.mark.parametrize(
+    ("layers", "n_inputs"),
+    [((1,), 3), ((48, 24, 12, 1), 224), ((17, 33, 1), 65), ([[8, 4, 1], [3, 9, 1], [31, 2, 1]], 10)],
+)
+def test_second_derivatives_of_other_shapes_match_the_oracle(layers, n_inputs):
+    depth = len(layers[0]) if isinstance(layers, list) else len(layers)
+    activations = [*["gaussian", "silu", "tanh"][: depth - 1], "gaussian"]
+    case = Case(layers, activations, n_inputs=n_inputs, sizes=(4, 1, 0, 30, 2, 161))
+    compare_second_derivatives(case, 1e-9, 1e-10)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradgradcheck(activation, biases):
+    case = Case((4, 3, 1), (activation, "gaussian", activation), biases, n_inputs=5, sizes=(3, 0, 2, 1))
+    features, weights = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f, w: ops.networks(*case.arguments(f, w)), (features, weights))
+
+    def gradient(slopes, f, w):
+        energies = ops.networks(*case.arguments(f, w))
+        return torch.autograd.grad((slopes * energies).sum(), f, create_graph=True)
+
+    slopes = normal(case.n_structures, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(gradient, (slopes, features, weights))
+    # With respect to the features alone, torch's own double check can be used.
+    assert torch.autograd.gradgradcheck(lambda f: ops.networks(*case.arguments(f)), features)
+
+
+def test_second_derivatives_alone_are_those_of_all():
+    case = Case()
+    energies_of = lambda f, w: ops.networks(*case.arguments(f, w))  # noqa: E731
+    together = second_derivatives(energies_of, (case.features, case.networks.weights), case.n_structures)[1:]
+    for wanted in range(3):
+        leaves = [normal(case.n_structures, seed=9), case.features.clone(), case.networks.weights.detach().clone()]
+        leaves[1].requires_grad_()
+        leaves[wanted].requires_grad_()
+        slopes, features, weights = leaves
+        (g,) = torch.autograd.grad((slopes * energies_of(features, weights)).sum(), features, create_graph=True)
+        loss = (normal(*features.shape, seed=10) * g).sum() + 0.1 * (g**2).sum()
+        assert torch.equal(torch.autograd.grad(loss, leaves[wanted])[0], together[wanted])
+
+
+def test_second_derivatives_of_unusual_batches():
+    case = Case(sizes=(3, 2), n_species=3)
+    case.species = torch.tensor([2, 0, 0, 2, 2])  # none of species 1
+    case.order = ops.species_order(case.species, case.offsets, 3)
+    compare_second_derivatives(case, 1e-10, 1e-11)
+    for sizes in ((), (0, 0)):
+        empty = Case(sizes=sizes)
+        energies_of = lambda f, w: ops.networks(*empty.arguments(f, w))  # noqa: B023, E731
+        found = second_derivatives(energies_of, (empty.features, empty.networks.weights), len(sizes))
+        assert [t.shape for t in found] == [(0, 7), (len(sizes),), (0, 7), empty.networks.weights.shape]
+        assert not any(t.any() for t in found)
+    # A structure twice in a batch, another not at all.
+    case = Case()
+    (batch,) = ops.plan_batches(case.species, case.offsets, torch.tensor([3, 0, 3]), 3, 3)
+    zero = torch.zeros(3, dtype=torch.float64)
+    of_batch = lambda f, w: torch.func.functional_call(  # noqa: E731
+        case.networks, {"weights": w}, (f, case.species, case.offsets, zero)
+    )[batch.structures]
+    expected = second_derivatives(of_batch, (case.features, case.networks.weights), 3)
+
+    def ours_of(f, w):
+        arguments = case.arguments(f, w)
+        return ops.networks(f, batch.rows, batch.owners, batch.starts, *arguments[4:8], case.networks.biases, 3)
+
+    ours = second_derivatives(ours_of, (case.features, case.networks.weights), 3)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_layout_does_not_matter_to_second_derivatives(dtype):
+    case = Case(dtype=dtype, n_inputs=8)
+    features, rows, owners, starts, parameters, _, *shape, n = case.arguments()
+    arguments = [normal(*features.shape, seed=4, dtype=dtype), normal(n), features, rows, owners, starts, parameters]
+    results = []
+    for layout in (torch.clone, not_contiguous, lambda x: x.t().contiguous().t() if x.dim() == 2 else x):
+        results.append(OPS.networks_second_backward(*map(layout, arguments), *shape, True, True, True))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_what_has_no_derivative_is_an_error():
     case = Case()
     f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
+    energy = ops.networks(*case.arguments(f, w)).sum()
+    (of_weights,) = torch.autograd.grad(energy, w, create_graph=True)
+    with pytest.raises(RuntimeError, match="kinml_fast: the gradient of the networks' parameters has no derivative"):
+        (of_weights**2).sum().backward()
+    energy = ops.networks(*case.arguments(f, w)).sum()
+    (of_features,) = torch.autograd.grad(energy, f, create_graph=True)
     for wanted in (f, w):
-        energy = ops.networks(*case.arguments(f, w)).sum()
-        (first,) = torch.autograd.grad(energy, wanted, create_graph=True)
-        with pytest.raises(RuntimeError, match="the networks can be differentiated once; their gradient has no"):
-            (first**2).sum().backward()
+        (second,) = torch.autograd.grad((of_features**2).sum(), wanted, create_graph=True)
+        with pytest.raises(RuntimeError, match="kinml_fast: the networks can be differentiated twice, not a third"):
+            (second**2).sum().backward()
+    # Gradients of both at once: only that of the features is differentiated.
+    of_features, _ = torch.autograd.grad(ops.networks(*case.arguments(f, w)).sum(), (f, w), create_graph=True)
+    again = torch.autograd.grad((of_features**2).sum(), w)[0]
+    torch.testing.assert_close(again, second.detach(), rtol=0, atol=0)
 
 
 def test_single_atom_energies():
@@ -415,6 +545,14 @@ def test_opcheck(dtype, sizes):
         check(OPS.networks_backward.default, arguments)
         # Sources in other layouts give outputs of the shapes and strides that the Meta kernel promises.
         check(OPS.networks_backward.default, (arguments[0], features.t().contiguous().t(), *arguments[2:]))
+    tangents = normal(*features.shape, seed=4, dtype=dtype)
+    for wanted in itertools.product((True, False), repeat=3):
+        arguments = (tangents, normal(n), features, rows, owners, starts, parameters, *shape, *wanted)
+        check(OPS.networks_second_backward.default, arguments)
+        check(OPS.networks_second_backward.default, (tangents.t().contiguous().t(), *arguments[1:]))
+    f, w = features.clone().requires_grad_(), parameters.clone().requires_grad_()
+    arguments = (normal(n).requires_grad_(), f, rows, owners, starts, w, saved, *shape, True, False)
+    check(OPS.networks_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
     check(OPS.species_order.default, (case.species, case.offsets, 3))
     check(OPS.species_order.default, (not_contiguous(case.species), case.offsets, 3))
     # The shapes of its results depend on the values of its arguments: no fake tensors, hence no tracing.
@@ -489,26 +627,62 @@ def test_wrong_orders_say_what_was_expected_and_what_came():
         ops.plan_batches(species, offsets, structures.double(), 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda a: a.float(), "tangents is Float but features is Double; both must have one dtype"),
+        (0, lambda a: a[:, 1:], r"tangents must have shape \[13, 7\], got \[13, 6\]"),
+        (0, lambda a: a[1:], r"tangents must have shape \[13, 7\], got \[12, 7\]"),
+        (1, lambda a: a.float(), r"grad_energies must be float64 of shape \[n_structures\]"),
+        (1, lambda a: a[1:], r"owners\[\d+\] = 4 is not in \[0, 4\)"),
+        (6, lambda a: a[1:], "the networks have 186 parameters, got 185"),
+    ],
+)
+def test_wrong_arguments_of_second_derivatives(place, change, message):
+    features, rows, owners, starts, parameters, _, *shape, n = Case().arguments()
+    arguments = [normal(*features.shape), normal(n), features, rows, owners, starts, parameters, *shape]
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=f"kinml_fast: .*({message})"):
+        OPS.networks_second_backward(*arguments, True, True, True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("biases", [True, False])
-def test_energy_step_equals_autograd(dtype, biases):
+@pytest.mark.parametrize(("weights", "scale"), [([1.0, 1.0, 1.0], 1.0), ([0.5, 0.0, 2.0], 3.0), ([0.0, 0.0, 0.0], 1.0)])
+def test_energy_step_equals_autograd(weights, scale, dtype, biases):
     generator = torch.Generator().manual_seed(3)
     layers, species = [7, 5, 1], torch.tensor([0, 1, 1, 0, 1, 1, 0])
     networks = SpeciesNetworks(("C", "H"), 11, layers, ["gaussian", "tanh", "identity"], biases, dtype)
-    offsets = torch.tensor([0, 3, 3, 7])
+    offsets = torch.tensor([0, 3, 5, 7])
     features = torch.randn(7, 11, dtype=dtype, generator=generator)
     (batch,) = ops.plan_batches(species, offsets, torch.tensor([2, 0, 1]), 3, 2)
     targets = torch.randn(3, dtype=torch.float64, generator=generator)
+    weights = torch.tensor(weights, dtype=torch.float64)
+    counted = weights != 0
+    targets[~counted] = float("nan")
 
     residuals = networks.energies(features, batch.rows, batch.owners, batch.starts, 3) - targets
-    residuals.square().mean().backward()
+    loss = scale * (weights[counted] * residuals[counted].square()).sum() / max(int(counted.sum()), 1)
+    loss.backward()
     expected, networks.weights.grad = networks.weights.grad, None
+    assert expected.any() or not counted.any()
     ours = torch.full((3,), float("nan"), dtype=torch.float64)
     for _ in range(2):  # the gradient is overwritten, not added to
-        networks.energy_step(features, batch.rows, batch.owners, batch.starts, targets, ours)
+        networks.energy_step(features, batch.rows, batch.owners, batch.starts, targets, weights, ours, scale)
     tight = 1e-13 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(ours, residuals.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(ours, residuals.detach(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(networks.weights.grad, expected, rtol=tight, atol=tight)
 
-    with pytest.raises(RuntimeError, match=r"targets and residuals must be contiguous float64 tensors of shape \[3\]"):
-        networks.energy_step(features, batch.rows, batch.owners, batch.starts, targets, ours[:2])
+
+def test_wrong_arguments_of_the_energy_step():
+    case = Case()
+    targets, weights, residuals = (torch.ones(5, dtype=torch.float64) for _ in range(3))
+    message = r"targets, weights and residuals must be contiguous float64 tensors of shape \[5\]"
+    for wrong in (
+        (targets, weights, residuals[:2]),
+        (targets, weights[:2], residuals),
+        (targets, weights.float(), residuals),
+        (targets, not_contiguous(weights), residuals),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            case.networks.energy_step(case.features, *case.order, *wrong)

@@ -33,6 +33,9 @@ struct AevTableStorage : AevTables<T> {
     this->zeta = static_cast<T>(p.zeta);
     const bool whole = p.zeta >= 1 && p.zeta <= 1024 && p.zeta == std::floor(p.zeta);
     this->integer_zeta = whole ? static_cast<int>(p.zeta) : -1;
+    this->angular_step = static_cast<T>(even_step(p));
+    this->angular_shrink =
+        static_cast<T>(std::exp(-2 * p.angular_eta * even_step(p) * even_step(p)));
     std::vector<double> cosines, sines;
     for (const double alpha : p.sections) {
       cosines.push_back(std::cos(alpha));
@@ -48,6 +51,22 @@ struct AevTableStorage : AevTables<T> {
       while (storage.size() % kMaxLanes != 0) storage.push_back(storage.back());
     }
     for (int i = 0; i < 4; ++i) *places[i] = storage.data() + starts[i];
+  }
+
+ private:
+  // The distance of evenly spaced angular shifts, or 0: they are not, or the gaussian of the middle
+  // one leaves the range of T within the cutoff.
+  static double even_step(const AevParameters& p) {
+    const std::vector<double>& shifts = p.angular_shifts;
+    const double step = shifts.size() > 1 ? shifts[1] - shifts[0] : 0.0;
+    for (std::size_t l = 1; l < shifts.size(); ++l)
+      if (std::abs(shifts[l] - shifts[0] - l * step) > 1e-12 * p.angular_cutoff) return 0.0;
+    const double middle = shifts[shifts.size() / 2];
+    const double farthest = std::max(std::abs(middle), std::abs(p.angular_cutoff - middle));
+    const double limit = sizeof(T) == 8 ? 500.0 : 50.0;
+    const bool inside =
+        p.angular_eta * farthest * farthest < limit && 2 * p.angular_eta * step * farthest < limit;
+    return step > 0 && inside ? step : 0.0;
   }
 };
 

@@ -57,7 +57,6 @@ struct Lanes<T, false> {
   static KINML_HD L broadcast(Planes<T> p) { return V(*p.value); }
   static KINML_HD void store(Planes<T> p, L x) { x.store(p.value); }
   static KINML_HD void store_sum(Planes<T> p, L x) { *p.value = reduce_add(x); }
-  static KINML_HD void copy(Planes<T> from, Planes<T> to) { *to.value = *from.value; }
   static KINML_HD void clear(Planes<T> p) { *p.value = T(0); }
   static KINML_HD L scale(V a, L x) { return a * x; }
   static KINML_HD V result(L x) { return x; }  // the part that the caller wants
@@ -83,10 +82,6 @@ struct Lanes<T, true> {
   static KINML_HD void store_sum(Planes<T> p, L x) {
     *p.value = reduce_add(x.value);
     *p.tangent = reduce_add(x.tangent);
-  }
-  static KINML_HD void copy(Planes<T> from, Planes<T> to) {
-    *to.value = *from.value;
-    *to.tangent = *from.tangent;
   }
   static KINML_HD void clear(Planes<T> p) { *p.value = *p.tangent = T(0); }
   static KINML_HD L scale(V a, L x) { return L(a * x.value, a * x.tangent); }
@@ -200,11 +195,16 @@ struct View {
     const Index n = near[centre * n_species + a], m = near[centre * n_species + b];
     return a == b ? n * (n - 1) / 2 : n * m;
   }
-  // Calls f(a, b, n_triples) for the species pairs of a centre.
+  // Calls f(a, b, n_triples, g) for the species pairs of a centre; g is the first register of their
+  // triples, and moves to the first one of the next centre.
   template <class F>
-  void for_pairs(Index centre, const F& f) const {
+  void for_pairs(Index centre, Index& g, const F& f) const {
     for (Index a = 0; a < n_species; ++a)
-      for (Index b = a; b < n_species; ++b) f(a, b, n_triples(centre, a, b));
+      for (Index b = a; b < n_species; ++b) {
+        const Index n = n_triples(centre, a, b);
+        f(a, b, n, g);
+        g += (n + W - 1) / W;
+      }
   }
   // Calls f(j, k, count, place) for runs of triples with the same first neighbour j and the second
   // ones k, k + 1, ... in the order in which the triples are numbered.
@@ -327,26 +327,20 @@ void distances(const View<T, kDual>& v, Index n_pairs) {
 
 template <class T, bool kDual>
 void neighbours(const AevTables<T>& tables, Environment<T>& e) {
-  constexpr int W = kNativeWidth<T>;
   const View<T, kDual> v(tables, e);
   std::int32_t total = 0;
   Index registers = 0;
-  e.most_triples = e.most_near = e.most_neighbours = 0;
-  const auto keep_most = [](Index& most, Index n) { most = n > most ? n : most; };
+  e.most_near = 0;
   for (Index c = 0; c < e.n_centres(); ++c) {
-    const std::int32_t before = total;
     total = gather(v, e, e.begin + c, c * v.n_species, total);
-    keep_most(e.most_neighbours, total - before);
     Index near = 0;
     for (Index a = 0; a < v.n_species; ++a) near += v.near[c * v.n_species + a];
-    keep_most(e.most_near, near);
-    v.for_pairs(c, [&](Index, Index, Index n) {
-      keep_most(e.most_triples, n);
-      registers += (n + W - 1) / W;
-    });
+    e.most_near = near > e.most_near ? near : e.most_near;
+    v.for_pairs(c, registers, [](Index, Index, Index, Index) {});
   }
   v.first[e.n_centres() * v.n_species] = total;
   e.n_pairs = total;
+  e.n_triples = registers * kNativeWidth<T>;
   e.triple_numbers = registers * v.group;
   e.index = v.index;
   distances(v, total);
@@ -354,6 +348,8 @@ void neighbours(const AevTables<T>& tables, Environment<T>& e) {
 
 // ---- triples ------------------------------------------------------------------------------------
 
+// What goes over all triples is done in separate loops, by memory: a loop that reads whole
+// registers soon after they were put together from runs would wait for the stores.
 template <class T, bool kDual>
 void triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {
   using La = Lanes<T, kDual>;
@@ -362,52 +358,79 @@ void triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {
   constexpr int W = kNativeWidth<T>;
   const View<T, kDual> v(tables, e);
   Arena<T> arena{scratch, kDual ? 2 : 1};
-  const Index room = e.most_triples + 2 * W;
+  const Index room = e.n_triples + W;
   const Planes<T> cosines = arena.take(room), means = arena.take(room), weights = arena.take(room);
   const V half(T(0.5)), factor(tables.angular_factor), beta(tables.beta);
   const V unit(T(1)), minus_unit(T(-1));
   const L one = La::plain(unit), zero = La::plain(V(T(0)));
-  const V root_eta(sqrt(V(tables.angular_eta)));
-  const V smallest(T(16) * std::numeric_limits<T>::epsilon());
-  Index g = 0;
+  Index registers = 0;
   for (Index c = 0; c < e.n_centres(); ++c)
-    v.for_pairs(c, [&](Index a, Index b, Index n) {
-      if (n == 0) return;
+    v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
+      const Index begin = g * W;
       v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
         const L x = La::broadcast(v.ux + j), y = La::broadcast(v.uy + j),
                 z = La::broadcast(v.uz + j), r = La::scale(half, La::broadcast(v.r + j)),
                 w = La::scale(factor, La::broadcast(v.near_fc + j));
         for (Index q = 0; q < count; q += W) {
-          const Index p = k + q, to = place + q;
+          const Index p = k + q, to = begin + place + q;
           La::store(cosines + to,
                     x * La::load(v.ux + p) + y * La::load(v.uy + p) + z * La::load(v.uz + p));
           La::store(means + to, r + La::scale(half, La::load(v.r + p)));
           La::store(weights + to, w * La::load(v.near_fc + p));
         }
       });
-      for (Planes<T> p : {cosines, means, weights}) La::store(p + n, zero);
-      for (Index t = 0; t < n; t += W, ++g) {
-        const Planes<T> to = v.triple(g);
-        L cosine = La::scale(beta, La::load(cosines + t));
-        cosine = La::choose(La::value(cosine), unit, one, cosine);  // clip(c, -1, 1)
-        cosine = La::choose(minus_unit, La::value(cosine), -one, cosine);
-        // With beta = 1 and collinear atoms theta has a kink; there dsin/dcos is set to 0 and the
-        // derivative is the mean over all directions.
-        const L square = one - cosine * cosine;
-        const V s2 = La::value(square);
-        const L safe = La::root(La::choose(s2, smallest, square, one));
-        La::store(to, La::scale(half, cosine));
-        La::store(to + W, La::scale(half, La::choose(s2, smallest, safe, zero)));
-        La::store(to + 2 * W, La::choose(s2, smallest, cosine / safe, zero));
-        const L mean = La::load(means + t);
-        La::store(to + 3 * W, mean);
-        La::store(to + 4 * W, La::load(weights + t));
-        for (Index l = 0; l < tables.n_angular; ++l) {
-          const L x = mean - La::plain(V(tables.angular_shifts[l]));
-          La::store(to + (5 + l) * W, La::gauss(La::scale(root_eta, x)));
-        }
-      }
+      // The lanes behind the last triple; then the next pair begins.
+      for (Planes<T> p : {cosines, means, weights}) La::store(p + (begin + n), zero);
     });
+
+  const V root_eta(sqrt(V(tables.angular_eta)));
+  const V smallest(T(16) * std::numeric_limits<T>::epsilon());
+  for (Index g = 0; g < registers; ++g) {
+    const Planes<T> to = v.triple(g);
+    L cosine = La::scale(beta, La::load(cosines + g * W));
+    cosine = La::choose(La::value(cosine), unit, one, cosine);  // clip(c, -1, 1)
+    cosine = La::choose(minus_unit, La::value(cosine), -one, cosine);
+    // With beta = 1 and collinear atoms theta has a kink; there dsin/dcos is set to 0 and the
+    // derivative is the mean over all directions.
+    const L square = one - cosine * cosine;
+    const V s2 = La::value(square);
+    const L safe = La::root(La::choose(s2, smallest, square, one));
+    La::store(to, La::scale(half, cosine));
+    La::store(to + W, La::scale(half, La::choose(s2, smallest, safe, zero)));
+    La::store(to + 2 * W, La::choose(s2, smallest, cosine / safe, zero));
+    const L mean = La::load(means + g * W);
+    La::store(to + 3 * W, mean);
+    La::store(to + 4 * W, La::load(weights + g * W));
+    if (tables.angular_step > 0) {
+      // E_l+1 / E_l = exp(2 eta step (R - shift_l) - eta step^2), itself a geometric series: from
+      // the middle shift on both ways, where nothing leaves the range of the numbers.
+      const Index middle = tables.n_angular / 2;
+      const L x = mean - La::plain(V(tables.angular_shifts[middle]));
+      const L e = La::gauss(La::scale(root_eta, x));
+      const L bend = La::plain(V(-tables.angular_eta * tables.angular_step * tables.angular_step));
+      const L tilt = La::scale(V(2 * tables.angular_eta * tables.angular_step), x);
+      const V shrink(tables.angular_shrink);
+      La::store(to + (5 + middle) * W, e);
+      L ratio = exp(bend + tilt), product = e;
+      for (Index l = middle + 1; l < tables.n_angular; ++l) {
+        product = product * ratio;
+        ratio = La::scale(shrink, ratio);
+        La::store(to + (5 + l) * W, product);
+      }
+      ratio = exp(bend - tilt);
+      product = e;
+      for (Index l = middle; l-- > 0;) {
+        product = product * ratio;
+        ratio = La::scale(shrink, ratio);
+        La::store(to + (5 + l) * W, product);
+      }
+    } else {
+      for (Index l = 0; l < tables.n_angular; ++l) {
+        const L x = mean - La::plain(V(tables.angular_shifts[l]));
+        La::store(to + (5 + l) * W, La::gauss(La::scale(root_eta, x)));
+      }
+    }
+  }
 }
 
 // ---- rows ---------------------------------------------------------------------------------------
@@ -545,7 +568,7 @@ void rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index str
   choose_width(tables, [&](auto width, auto eight) {
     constexpr int M = width.value;
     constexpr bool kEight = eight.value;
-    Index g = 0;
+    Index registers = 0;
     for (Index c = 0; c < e.n_centres(); ++c) {
       T* const row = out + (e.begin + c) * stride;
       for (Index a = 0; a < v.n_species; ++a) {
@@ -558,13 +581,11 @@ void rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index str
                     row + v.layout.radial_begin(static_cast<int>(a)) + l, tables.n_radial - l);
         }
       }
-      v.for_pairs(c, [&](Index a, Index b, Index n) {
+      v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
         T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
-        const T* const from = v.triple(g).value;
         for_sections<M, kRowSums>(tables, [&](auto n_rows, Index l, Index m) {
-          row_block<kEight, M, n_rows.value>(tables, from, v.group, n, l, m, block);
+          row_block<kEight, M, n_rows.value>(tables, v.triple(g).value, v.group, n, l, m, block);
         });
-        g += (n + W - 1) / W;
       });
     }
   });
@@ -581,10 +602,10 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
   T* const dx = arena.numbers(e.pair_room());
   T* const dy = arena.numbers(e.pair_room());
   T* const dz = arena.numbers(e.pair_room());
-  const Index room = e.most_triples + 2 * W;
+  const Index room = e.n_triples + W;
   T* const by_slope = arena.numbers(room);  // first dcos, then what goes with dP/dc
   T* const by_value = arena.numbers(room);  // first dweight, then what goes with P
-  T* const by_mean = arena.numbers(room);   // first dR
+  T* const by_mean = arena.numbers(room);   // first dR, then what goes with (R - shift) P
 
   // Derivatives of distances and unit vectors.
   for (Index c = 0; c < e.n_centres(); ++c) {
@@ -608,14 +629,45 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
     ((z - along * uz) * inverse).store(dz + k);
   }
 
-  const T middle = tables.angular_shifts[tables.n_angular / 2];
-  const V minus_two_eta(T(-2) * tables.radial_eta), two_eta(T(2) * tables.angular_eta);
+  // Derivatives of the cosines, mean distances and weights of the triples.
   const V factor(tables.angular_factor), half(T(0.5));
-  const V to_slope(T(0.5) * tables.zeta * tables.beta);
+  Index n_registers = 0;
+  for (Index c = 0; c < e.n_centres(); ++c)
+    v.for_pairs(c, n_registers, [&](Index a, Index b, Index, Index g) {
+      v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
+        const V jx(v.ux.value[j]), jy(v.uy.value[j]), jz(v.uz.value[j]);
+        const V djx(dx[j]), djy(dy[j]), djz(dz[j]), djr(half * V(dr[j]));
+        const V jfc(factor * V(v.near_fc.value[j]));
+        const V djfc(factor * V(v.near_slope.value[j] * dr[j]));
+        for (Index q = 0; q < count; q += W) {
+          const Index p = k + q, to = g * W + place + q;
+          const V kr = V::load(dr + p);
+          const V first = jx * V::load(dx + p) + jy * V::load(dy + p) + jz * V::load(dz + p);
+          const V second = djx * V::load(v.ux.value + p) + djy * V::load(v.uy.value + p) +
+                           djz * V::load(v.uz.value + p);
+          (first + second).store(by_slope + to);
+          (djr + half * kr).store(by_mean + to);
+          (djfc * V::load(v.near_fc.value + p) + jfc * (V::load(v.near_slope.value + p) * kr))
+              .store(by_value + to);
+        }
+      });
+    });
+  const T middle = tables.angular_shifts[tables.n_angular / 2];
+  const V two_eta(T(2) * tables.angular_eta), to_slope(T(0.5) * tables.zeta * tables.beta);
+  for (Index g = 0; g < n_registers; ++g) {
+    const T* const p = v.triple(g).value;
+    const V mean = V::load(p + 3 * W), weight = V::load(p + 4 * W);
+    const V second = two_eta * weight * V::load(by_mean + g * W);
+    (to_slope * weight * V::load(by_slope + g * W)).store(by_slope + g * W);
+    (V::load(by_value + g * W) - (mean - V(middle)) * second).store(by_value + g * W);
+    second.store(by_mean + g * W);
+  }
+
+  const V minus_two_eta(T(-2) * tables.radial_eta);
   choose_width(tables, [&](auto width, auto eight) {
     constexpr int M = width.value;
     constexpr bool kEight = eight.value;
-    Index g = 0;
+    Index registers = 0;
     for (Index c = 0; c < e.n_centres(); ++c) {
       T* const row = out + (e.begin + c) * stride;
       for (Index a = 0; a < v.n_species; ++a) {
@@ -632,37 +684,12 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
                     row + v.layout.radial_begin(static_cast<int>(a)) + l, tables.n_radial - l);
         }
       }
-      v.for_pairs(c, [&](Index a, Index b, Index n) {
-        v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
-          const V jx(v.ux.value[j]), jy(v.uy.value[j]), jz(v.uz.value[j]);
-          const V djx(dx[j]), djy(dy[j]), djz(dz[j]), djr(half * V(dr[j]));
-          const V jfc(factor * V(v.near_fc.value[j]));
-          const V djfc(factor * V(v.near_slope.value[j] * dr[j]));
-          for (Index q = 0; q < count; q += W) {
-            const Index p = k + q, to = place + q;
-            const V kr = V::load(dr + p);
-            const V first = jx * V::load(dx + p) + jy * V::load(dy + p) + jz * V::load(dz + p);
-            const V second = djx * V::load(v.ux.value + p) + djy * V::load(v.uy.value + p) +
-                             djz * V::load(v.uz.value + p);
-            (first + second).store(by_slope + to);
-            (djr + half * kr).store(by_mean + to);
-            (djfc * V::load(v.near_fc.value + p) + jfc * (V::load(v.near_slope.value + p) * kr))
-                .store(by_value + to);
-          }
-        });
-        const T* const from = v.triple(g).value;
-        for (Index t = 0; t < n; t += W, ++g) {
-          const T* const p = v.triple(g).value;
-          const V mean = V::load(p + 3 * W), weight = V::load(p + 4 * W);
-          const V second = two_eta * weight * V::load(by_mean + t);
-          (to_slope * weight * V::load(by_slope + t)).store(by_slope + t);
-          (V::load(by_value + t) - (mean - V(middle)) * second).store(by_value + t);
-          second.store(by_mean + t);
-        }
+      v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
         T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
         for_sections<M, kRowSums>(tables, [&](auto n_rows, Index l, Index m) {
-          tangent_block<kEight, M, n_rows.value>(tables, from, v.group, n, by_slope, by_value,
-                                                 by_mean, middle, l, m, block);
+          tangent_block<kEight, M, n_rows.value>(tables, v.triple(g).value, v.group, n,
+                                                 by_slope + g * W, by_value + g * W,
+                                                 by_mean + g * W, middle, l, m, block);
         });
       });
     }
@@ -728,8 +755,10 @@ KINML_HD void triple_sums(const AevTables<T>& t, Planes<T> triple, const T* g, P
   La::store(sum_c, s_c);
 }
 
-// One centre at a time: symmetric matrices of the sums over near neighbours, in local numbers
-// (species after species), and from them the gradient of the displacements.
+// Some centres at a time: symmetric matrices of the sums over near neighbours, in local numbers
+// (species after species), and from them the gradient of the displacements. Each loop goes over
+// all these centres, because a register that is read soon after its numbers were stored one by one
+// waits for the stores.
 template <class T, bool kDual>
 class Transposed {
   using La = Lanes<T, kDual>;
@@ -739,40 +768,52 @@ class Transposed {
 
  public:
   Transposed(const AevTables<T>& tables, const Environment<T>& e, T* scratch)
-      : t_(tables), e_(e), v_(tables, e), stride_(padded(e.most_near + kMaxLanesHere, W)) {
+      : t_(tables), e_(e), v_(tables, e), stride_(padded(e.most_near + W, W)) {
     Arena<T> arena{scratch, kDual ? 2 : 1};
-    for (Planes<T>* p : {&list_[0], &list_[1], &list_[2]}) *p = arena.take(e.most_triples + 2 * W);
-    for (Planes<T>* p : {&matrix_[0], &matrix_[1], &matrix_[2]})
-      *p = arena.take(e.most_near * stride_ + W);
-    for (Planes<T>& p : known_) p = arena.take(stride_ + W);
+    list_room_ = padded(e.n_triples + W);
+    list_ = arena.take(3 * list_room_);
+    matrix_room_ = padded(cpu::kCentresAtOnce * e.most_near * stride_ + W);
+    matrix_ = arena.take(3 * matrix_room_);
+    for (Planes<T>& p : known_) p = arena.take(cpu::kCentresAtOnce * (stride_ + W));
     for (Planes<T>& p : sums_) p = arena.take(stride_ + W);
-    along_ = arena.take(e.most_neighbours + 2 * W);
-    for (T** p : {&gx_, &gy_, &gz_}) *p = arena.numbers(e.most_neighbours + 2 * W);
+    along_ = arena.take(e.n_pairs + 2 * W);
+    for (T** p : {&gx_, &gy_, &gz_}) *p = arena.numbers(e.n_pairs + 2 * W);
   }
 
   template <bool kEight, int kAngular>
   void run(const T* gradient, Index stride, T* out) {
+    Index registers = 0;
     for (Index c = 0; c < e_.n_centres(); ++c) {
       const T* const g = gradient + (e_.begin + c) * stride;
       radial(c, g);
-      v_.for_pairs(c, [&](Index a, Index b, Index n) {
-        if (n == 0) return;
+      v_.for_pairs(c, registers, [&](Index a, Index b, Index n, Index r) {
         const T* const block =
             g + v_.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
-        for (Index t = 0; t < n; t += W)
-          triple_sums<kEight, kAngular, T, kDual>(t_, v_.triple(register_++), block, list_[0] + t,
-                                                  list_[1] + t, list_[2] + t);
-        fill(c, a, b);
+        for (Index to = r * W; to < r * W + n; to += W)
+          triple_sums<kEight, kAngular, T, kDual>(t_, v_.triple(to / W), block, list_ + to,
+                                                  list_ + (list_room_ + to),
+                                                  list_ + (2 * list_room_ + to));
       });
-      multiply(c);
-      displacements(c);
-      scatter(c, out);
     }
+    registers = 0;
+    for (Index first = 0; first < e_.n_centres(); first += cpu::kCentresAtOnce) {
+      const Index last = first + cpu::kCentresAtOnce < e_.n_centres() ? first + cpu::kCentresAtOnce
+                                                                      : e_.n_centres();
+      for (Index c = first; c < last; ++c) {
+        select(c - first);
+        v_.for_pairs(c, registers, [&](Index a, Index b, Index, Index r) { fill(c, a, b, r * W); });
+        weigh(c);
+      }
+      for (Index c = first; c < last; ++c) {
+        select(c - first);
+        multiply(c);
+        displacements(c);
+      }
+    }
+    for (Index c = 0; c < e_.n_centres(); ++c) scatter(c, out);
   }
 
  private:
-  static constexpr Index kMaxLanesHere = W;
-
   Index first(Index c, Index a) const { return v_.first[c * v_.n_species + a]; }
   Index near(Index c, Index a) const { return v_.near[c * v_.n_species + a]; }
   Index local(Index c, Index a) const {  // local number of the first near neighbour of a species
@@ -780,11 +821,15 @@ class Transposed {
     for (Index b = 0; b < a; ++b) n += near(c, b);
     return n;
   }
+  // The matrices and vectors of the i-th of the centres at work.
+  void select(Index i) {
+    own_matrix_ = matrix_ + i * e_.most_near * stride_;
+    for (int p = 0; p < 4; ++p) own_known_[p] = known_[p] + i * (stride_ + W);
+  }
 
   // dE/dR of the radial part.
   void radial(Index c, const T* g) {
     const V minus_two_eta(T(-2) * t_.radial_eta), factor(t_.radial_factor);
-    const Index begin = first(c, 0);
     for (Index a = 0; a < v_.n_species; ++a) {
       const T* const block = g + v_.layout.radial_begin(static_cast<int>(a));
       for (Index k = first(c, a); k < first(c, a + 1); ++k) {
@@ -798,54 +843,69 @@ class Transposed {
           const L x = La::scale(minus_two_eta, r - La::plain(V::load(t_.radial_shifts + l)));
           sum += La::scale(gv, La::load(v_.radial + (k * v_.radial_row + l)) * (slope + x * fc));
         }
-        La::store_sum(along_ + (k - begin), La::scale(factor, sum));
+        La::store_sum(along_ + k, La::scale(factor, sum));
       }
     }
   }
 
   // The lists of a species pair into both triangles of the matrices.
-  void fill(Index c, Index a, Index b) {
+  void fill(Index c, Index a, Index b, Index begin) {
     const Index shift_a = local(c, a) - first(c, a), shift_b = local(c, b) - first(c, b);
     v_.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
-      j += shift_a;
-      k += shift_b;
-      for (int i = 0; i < 3; ++i) {
-        // Whole registers: what is written too far is written again by the next run of this row.
-        for (Index q = 0; q < count; q += W)
-          La::store(matrix_[i] + (j * stride_ + k + q), La::load(list_[i] + (place + q)));
-        for (Index q = 0; q < count; ++q)
-          La::copy(list_[i] + (place + q), matrix_[i] + ((k + q) * stride_ + j));
-      }
+      const Index row = (j + shift_a) * stride_ + k + shift_b;
+      const Index column = (k + shift_b) * stride_ + j + shift_a;
+      fill_run(list_.value + begin + place, own_matrix_.value, row, column, count);
+      if constexpr (kDual)
+        fill_run(list_.tangent + begin + place, own_matrix_.tangent, row, column, count);
     });
   }
+  void fill_run(const T* from, T* to, Index row, Index column, Index count) const {
+    const Index list = list_room_, matrix = matrix_room_, stride = stride_;
+    // Whole registers: what is written too far is written again by the next run of this row.
+    for (Index q = 0; q < count; q += W)
+      for (int i = 0; i < 3; ++i) V::load(from + i * list + q).store(to + i * matrix + row + q);
+    T* p = to + column;
+    for (Index q = 0; q < count; ++q, p += stride) {
+      const T x = from[q], y = from[list + q], z = from[2 * list + q];
+      p[0] = x;
+      p[matrix] = y;
+      p[2 * matrix] = z;
+    }
+  }
 
-  // sums_ = sum_k of (g.(E P) fc_k, g.(E' P) fc_k, g.(E P') fc_k u_k) for each near neighbour.
-  void multiply(Index c) {
+  // The vectors that the matrices are multiplied with: fc_k and fc_k u_k.
+  void weigh(Index c) {
     Index n = 0;
     for (Index a = 0; a < v_.n_species; ++a) {
       for (Index q = 0; q < near(c, a); q += W) {
         const Index k = first(c, a) + q;
         const L fc = La::load(v_.near_fc + k);
-        La::store(known_[0] + (n + q), fc);
-        La::store(known_[1] + (n + q), fc * La::load(v_.ux + k));
-        La::store(known_[2] + (n + q), fc * La::load(v_.uy + k));
-        La::store(known_[3] + (n + q), fc * La::load(v_.uz + k));
+        La::store(own_known_[0] + (n + q), fc);
+        La::store(own_known_[1] + (n + q), fc * La::load(v_.ux + k));
+        La::store(own_known_[2] + (n + q), fc * La::load(v_.uy + k));
+        La::store(own_known_[3] + (n + q), fc * La::load(v_.uz + k));
       }
       n += near(c, a);
     }
     for (int i = 0; i < 3; ++i)
-      for (Index k = 0; k < n; ++k) La::clear(matrix_[i] + k * (stride_ + 1));
+      for (Index k = 0; k < n; ++k) La::clear(own_matrix_ + (i * matrix_room_ + k * (stride_ + 1)));
+  }
+
+  // sums_ = sum_k of (g.(E P) fc_k, g.(E' P) fc_k, g.(E P') fc_k u_k) for each near neighbour.
+  void multiply(Index c) {
+    const Index n = local(c, v_.n_species);
     for (Index j = 0; j < n; j += W) {
       L sums[5];
       for (L& sum : sums) sum = La::plain(V(T(0)));
       for (Index k = 0; k < n; ++k) {
         const Index place = k * stride_ + j;
-        const L fc = La::broadcast(known_[0] + k), by_cos = La::load(matrix_[2] + place);
-        sums[0] += La::load(matrix_[0] + place) * fc;
-        sums[1] += La::load(matrix_[1] + place) * fc;
-        sums[2] += by_cos * La::broadcast(known_[1] + k);
-        sums[3] += by_cos * La::broadcast(known_[2] + k);
-        sums[4] += by_cos * La::broadcast(known_[3] + k);
+        const L fc = La::broadcast(own_known_[0] + k),
+                by_cos = La::load(own_matrix_ + (2 * matrix_room_ + place));
+        sums[0] += La::load(own_matrix_ + place) * fc;
+        sums[1] += La::load(own_matrix_ + (matrix_room_ + place)) * fc;
+        sums[2] += by_cos * La::broadcast(own_known_[1] + k);
+        sums[3] += by_cos * La::broadcast(own_known_[2] + k);
+        sums[4] += by_cos * La::broadcast(own_known_[3] + k);
       }
       for (int i = 0; i < 5; ++i) La::store(sums_[i] + j, sums[i]);
     }
@@ -856,7 +916,6 @@ class Transposed {
     const V factor(t_.angular_factor);
     const V by_mean(-t_.angular_eta * t_.angular_factor);  // -2 eta, and R = (R_ij + R_ik) / 2
     const V by_cos(T(0.5) * t_.zeta * t_.beta * t_.angular_factor);
-    const Index begin = first(c, 0);
     Index n = 0;
     for (Index a = 0; a < v_.n_species; ++a) {
       for (Index k = first(c, a); k < first(c, a + 1); k += W) {
@@ -865,32 +924,31 @@ class Transposed {
         for (int i = 0; i < 5; ++i)
           sums[i] = left > 0 ? keep_first(La::load(sums_[i] + (n + q)), left) : La::plain(V(T(0)));
         const L fc = La::load(v_.near_fc + k);
-        const L along = La::load(along_ + (k - begin)) +
+        const L along = La::load(along_ + k) +
                         La::scale(factor, La::load(v_.near_slope + k) * sums[0]) +
                         La::scale(by_mean, fc * sums[1]);
         const L ux = La::load(v_.ux + k), uy = La::load(v_.uy + k), uz = La::load(v_.uz + k);
         const L across = La::scale(by_cos, fc * La::load(v_.inverse_r + k));
         const L x = across * sums[2], y = across * sums[3], z = across * sums[4];
         const L rest = along - (ux * x + uy * y + uz * z);
-        La::result(rest * ux + x).store(gx_ + (k - begin));
-        La::result(rest * uy + y).store(gy_ + (k - begin));
-        La::result(rest * uz + z).store(gz_ + (k - begin));
+        La::result(rest * ux + x).store(gx_ + k);
+        La::result(rest * uy + y).store(gy_ + k);
+        La::result(rest * uz + z).store(gz_ + k);
       }
       n += near(c, a);
     }
   }
 
   void scatter(Index c, T* out) const {
-    const Index begin = first(c, 0), end = first(c + 1, 0);
     T x = 0, y = 0, z = 0;
-    for (Index k = begin; k < end; ++k) {
+    for (Index k = first(c, 0); k < first(c + 1, 0); ++k) {
       T* const o = out + 3 * Index(v_.index[k]);
-      o[0] += gx_[k - begin];
-      o[1] += gy_[k - begin];
-      o[2] += gz_[k - begin];
-      x += gx_[k - begin];
-      y += gy_[k - begin];
-      z += gz_[k - begin];
+      o[0] += gx_[k];
+      o[1] += gy_[k];
+      o[2] += gz_[k];
+      x += gx_[k];
+      y += gy_[k];
+      z += gz_[k];
     }
     T* const o = out + 3 * (e_.begin + c);
     o[0] -= x;
@@ -902,8 +960,9 @@ class Transposed {
   const Environment<T>& e_;
   const View<T, kDual> v_;
   Index stride_;
-  Index register_ = 0;
-  Planes<T> list_[3], matrix_[3], known_[4], sums_[5], along_;
+  Index list_room_, matrix_room_;  // numbers of one of the three lists, of one of the matrices
+  Planes<T> list_, matrix_, known_[4], sums_[5], along_;
+  Planes<T> own_matrix_, own_known_[4];
   T *gx_, *gy_, *gz_;
 };
 

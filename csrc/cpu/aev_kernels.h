@@ -20,6 +20,9 @@ namespace kinml::cpu {
 // rows are padded to a multiple of it.
 inline constexpr int kMaxLanes = 16;
 
+// Centres whose sums over triples are in memory at one time.
+inline constexpr std::int64_t kCentresAtOnce = 8;
+
 constexpr std::int64_t padded(std::int64_t n, std::int64_t lanes = kMaxLanes) {
   return (n + lanes - 1) / lanes * lanes;
 }
@@ -32,6 +35,8 @@ struct AevTables {
   T beta;
   T zeta;
   int integer_zeta;         // zeta when it is a whole number >= 1, else -1
+  T angular_step;           // distance of the angular shifts if that is even, else 0
+  T angular_shrink;         // exp(-2 eta step^2)
   const T* radial_shifts;   // [n_radial], padded with the last one
   const T* angular_shifts;  // [n_angular], padded
   const T* section_cos;     // [n_sections] cos(alpha_m), padded
@@ -64,10 +69,10 @@ struct Environment {
   // Set by aev_neighbours.
   std::int64_t n_pairs;
   std::int64_t triple_numbers;
-  std::int64_t most_triples;     // of one centre and species pair
-  std::int64_t most_near;        // neighbours of one centre within the angular cutoff
-  std::int64_t most_neighbours;  // of one centre
-  const std::int32_t* index;     // [n_pairs] atom at the other end, centre after centre
+  std::int64_t n_triples;     // with the lanes that stay free: each species pair of a centre
+                              // begins a register
+  std::int64_t most_near;     // neighbours of one centre within the angular cutoff
+  const std::int32_t* index;  // [n_pairs] atom at the other end, centre after centre
 
   int planes() const { return direction == nullptr ? 1 : 2; }
   std::int64_t n_centres() const { return end - begin; }
@@ -88,11 +93,12 @@ std::int64_t pair_memory(const AevTables<T>& tables, const Environment<T>& envir
 }
 template <class T>
 std::int64_t scratch_memory(const AevTables<T>&, const Environment<T>& environment) {
-  const std::int64_t triples = padded(environment.most_triples + 2 * kMaxLanes);
-  const std::int64_t near = padded(environment.most_near + 2 * kMaxLanes);
-  const std::int64_t neighbours = padded(environment.most_neighbours + 2 * kMaxLanes);
-  return environment.planes() * (4 * triples + 3 * near * near + 10 * near + neighbours) +
-         3 * neighbours + 4 * environment.pair_room();
+  const std::int64_t triples = padded(environment.n_triples + kMaxLanes);
+  const std::int64_t near = padded(environment.most_near + 3 * kMaxLanes);
+  const std::int64_t pairs = environment.pair_room();
+  return environment.planes() * (3 * triples + 3 * (kCentresAtOnce * near * near + kMaxLanes) +
+                                 4 * kCentresAtOnce * near + 5 * near + pairs) +
+         4 * pairs;
 }
 
 }  // namespace kinml::cpu

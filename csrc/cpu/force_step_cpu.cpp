@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "aev_environments.h"
+#include "force_step_kernels.h"
 #include "guarded.h"
 #include "jacobian_kernels.h"
 
@@ -295,9 +296,10 @@ void differentiate(const NetworkShape& shape, const T* weights, const ForceBatch
   const Index block = 2048;
   parallel_for((n_weights + block - 1) / block, n_threads, [&](Index item) {
     const Index begin = item * block, end = std::min(n_weights, begin + block);
-    std::fill(gradient + begin, gradient + end, T(0));
-    for (Index p = 0; p < n_parts; ++p)
-      for (Index i = begin; i < end; ++i) gradient[i] += sums[p * room + i];
+    if (n_parts == 0)
+      std::fill(gradient + begin, gradient + end, T(0));
+    else
+      KINML_CALL_KERNEL(sum_parts, sums + begin, n_parts, room, end - begin, gradient + begin);
   });
 }
 

@@ -46,6 +46,9 @@ namespace {
 
 // Atoms whose deltas are in memory at one time, for each thread: about what its cache holds.
 constexpr Index kAtomsPerThread = 1024;
+// Second derivatives: atoms of a tile, and groups of tiles that sum weight gradients.
+constexpr Index kTileAtoms = 128;
+constexpr Index kTileGroups = 16;
 // A thread keeps its buffer between calls up to this size, because new memory costs page faults.
 constexpr std::size_t kKeptBytes = std::size_t(64) << 20;
 
@@ -315,11 +318,76 @@ void PackedNetworks<T>::weight_gradients(const NetworkTile<T>& tile, T* grad_par
   KINML_CALL_KERNEL(networks_tile_weight_gradients, plan, tile, grad_parameters, add);
 }
 
+// ---- second derivatives -------------------------------------------------------------------------
+
+template <class T>
+void networks_second_backward(const NetworkShape& shape, const T* parameters, const T* features,
+                              Index feature_stride, const Index* rows, const Index* starts,
+                              const T* grad_atomic, const T* tangents, T* derivatives,
+                              T* grad_features, T* grad_parameters, int n_threads) {
+  const PackedNetworks<T> networks(shape, parameters, n_threads);
+  const Index n_species = shape.n_species;
+  const Index n_atoms = starts[n_species];
+  const Index n_tiles = (n_atoms + kTileAtoms - 1) / kTileAtoms;
+  // Groups of tiles sum their weight gradients on their own; their number depends on nothing but
+  // the batch, and they are added in their order: the same bits for any number of threads.
+  const Index n_groups = n_tiles < kTileGroups ? n_tiles : kTileGroups;
+  Index n_parameters = 0;
+  for (Index s = 0; s < n_species; ++s) n_parameters += shape.parameters_of(s);
+  const Index room = padded(n_parameters);
+  const int slots = (n_threads > 1 ? n_threads : 1) + thread_index();
+  const Index tile_numbers = padded(networks.tile_memory(kTileAtoms));
+  static thread_local Buffer buffer, indices;
+  T* const sums = buffer.get<T>((grad_parameters ? n_groups * room : 0) + slots * tile_numbers);
+  T* const memory = sums + (grad_parameters ? n_groups * room : 0);
+  Index* const tile_starts = indices.get<Index>(slots * (n_species + 1));
+
+  parallel_for(n_groups, n_threads, [&](Index group) {
+    const Index begin = n_tiles * group / n_groups, end = n_tiles * (group + 1) / n_groups;
+    for (Index t = begin; t < end; ++t) {
+      const Index first = t * kTileAtoms;
+      const Index count = std::min(kTileAtoms, n_atoms - first);
+      Index* const own_starts = tile_starts + thread_index() * (n_species + 1);
+      for (Index s = 0; s <= n_species; ++s)
+        own_starts[s] = std::clamp<Index>(starts[s] - first, 0, count);
+      const NetworkTile<T> tile = {features,
+                                   feature_stride,
+                                   rows + first,
+                                   own_starts,
+                                   memory + thread_index() * tile_numbers,
+                                   tangents,
+                                   feature_stride};
+      networks.forward(tile, nullptr);
+      networks.backward(tile, grad_atomic + first, nullptr, 0);
+      networks.tangent(tile, derivatives ? derivatives + first : nullptr);
+      if (grad_features == nullptr && grad_parameters == nullptr) continue;
+      networks.second_backward(tile, nullptr, grad_features, feature_stride);
+      if (grad_parameters != nullptr)
+        networks.weight_gradients(tile, sums + group * room, t > begin);
+    }
+  });
+  if (grad_parameters != nullptr) {
+    constexpr Index chunk = 4096;
+    parallel_for((n_parameters + chunk - 1) / chunk, n_threads, [&](Index item) {
+      const Index end = std::min(n_parameters, (item + 1) * chunk);
+      for (Index i = item * chunk; i < end; ++i) {
+        T sum = T(0);
+        for (Index group = 0; group < n_groups; ++group) sum += sums[group * room + i];
+        grad_parameters[i] = sum;
+      }
+    });
+  }
+  buffer.trim();
+}
+
 #define KINML_INSTANTIATE_NETWORKS(T)                                                              \
   template void networks_forward<T>(const NetworkShape&, const T*, const T*, Index, const Index*,  \
                                     const Index*, T*, T*, int);                                    \
   template void networks_backward<T>(const NetworkShape&, const T*, const T*, Index, const Index*, \
                                      const Index*, const T*, const T*, T*, T*, int);               \
+  template void networks_second_backward<T>(const NetworkShape&, const T*, const T*, Index,        \
+                                            const Index*, const Index*, const T*, const T*, T*,    \
+                                            T*, T*, int);                                          \
   template class PackedNetworks<T>;
 KINML_INSTANTIATE_NETWORKS(double)
 KINML_INSTANTIATE_NETWORKS(float)

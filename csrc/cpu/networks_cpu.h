@@ -18,9 +18,8 @@
 // Atoms come sorted by species, through an index into the feature matrix, so nothing is copied to
 // form a batch. Float64 and float32 (instantiated for both).
 //
-// networks_forward and networks_backward work on a batch with all threads. PackedNetworks is for
-// callers that take a few molecules (a tile) through all passes on one thread, while they are in
-// its cache.
+// The functions work on a batch with all threads. PackedNetworks is for callers that take a few
+// molecules (a tile) through all passes on one thread, while they are in its cache.
 #pragma once
 
 #include <cstdint>
@@ -90,6 +89,19 @@ void networks_backward(const NetworkShape& shape, const T* parameters, const T* 
                        const std::int64_t* starts, const T* saved, const T* grad_atomic,
                        T* grad_features, T* grad_parameters, int n_threads);
 
+// Derivatives of S = sum_i t_i grad f(a_i) . v_i, with t = grad_atomic.
+//
+// grad_atomic     // [n_atoms] t, in species order
+// tangents        // [*, feature_stride] row rows[i] = v_i
+// derivatives     // [n_atoms] dS/dt = grad f . v, in species order; or null
+// grad_features   // [*, feature_stride] row rows[i] is overwritten by dS/da_i; or null
+// grad_parameters // as parameters, overwritten by dS/dW and dS/db; or null
+template <class T>
+void networks_second_backward(const NetworkShape& shape, const T* parameters, const T* features,
+                              std::int64_t feature_stride, const std::int64_t* rows,
+                              const std::int64_t* starts, const T* grad_atomic, const T* tangents,
+                              T* derivatives, T* grad_features, T* grad_parameters, int n_threads);
+
 // A few molecules. n = starts[n_species] atoms, sorted by species.
 template <class T>
 struct NetworkTile {
@@ -117,7 +129,7 @@ class PackedNetworks {
   // Numbers that a tile of so many atoms needs.
   std::int64_t tile_memory(std::int64_t n_atoms) const;
 
-  // atomic         // [n] energies f
+  // atomic         // [n] energies f; or null
   void forward(const NetworkTile<T>& tile, T* atomic) const;
   // seeds          // [n] t, or null: 1
   // grad_features  // [*, stride] row rows[i] = t grad f; or null
@@ -125,7 +137,7 @@ class PackedNetworks {
                 std::int64_t stride) const;
   // derivatives    // [n] grad f . v; or null
   void tangent(const NetworkTile<T>& tile, T* derivatives) const;
-  // seeds          // [n] e
+  // seeds          // [n] e, or null: 0
   // grad_features  // [*, stride] row rows[i] = dS/da; or null
   void second_backward(const NetworkTile<T>& tile, const T* seeds, T* grad_features,
                        std::int64_t stride) const;

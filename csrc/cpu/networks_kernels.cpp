@@ -438,10 +438,10 @@ void up(const NetworkPlan& plan, Index species, Index n, const T* packed, bool b
 }
 
 // For l = L .. 1: delta_l = dS/dh_l, then activation(l, layer), which makes dS/dz_l of it,
-// dS/dh_{l-1} = W_l^T delta_l; dS/dh_L = seeds (null: 1), dS/dh_0 goes to grad_features (base null:
-// not wanted).
+// dS/dh_{l-1} = W_l^T delta_l; dS/dh_L = seeds (null: all are `seed`), dS/dh_0 goes to
+// grad_features (base null: not wanted).
 template <class T, class Function>
-void down(const NetworkPlan& plan, Index species, Index n, const T* packed, const T* seeds,
+void down(const NetworkPlan& plan, Index species, Index n, const T* packed, const T* seeds, T seed,
           Stack<T> deltas, Rows<T> grad_features, const Function& activation) {
   const NetworkLayer* const layers = plan.of(species);
   Rows<T> delta = {};
@@ -449,7 +449,7 @@ void down(const NetworkPlan& plan, Index species, Index n, const T* packed, cons
     const Rows<const T> after = {delta.base, delta.stride, nullptr};
     delta = deltas.of(layers[l]);
     if (l == plan.n_layers - 1)
-      for (Index i = 0; i < n; ++i) *delta[i] = seeds ? seeds[i] : T(1);
+      for (Index i = 0; i < n; ++i) *delta[i] = seeds ? seeds[i] : seed;
     else
       multiply<T>(after, after, n, layers[l + 1].out, packed + layers[l + 1].transposed, nullptr,
                   delta, layers[l].out, true);
@@ -468,7 +468,7 @@ void forward(const NetworkPlan& plan, Index species, Index n, const T* packed, R
     activate<T>(plan.activations[l], layer, n, z.of(layer).base, h.of(layer).base);
   });
   const Rows<T> energies = h.of(plan.of(species)[plan.n_layers - 1]);
-  for (Index i = 0; i < n; ++i) atomic[i] = *energies[i];
+  for (Index i = 0; atomic != nullptr && i < n; ++i) atomic[i] = *energies[i];
 }
 
 // ---- pieces of a batch ----------------------------------------------------------------------
@@ -523,7 +523,7 @@ void backward_pieces(const NetworkPlan& plan, const NetworkPiece* pieces, Index 
     const Stack<const T> h = kept(plan, segment, saved, 1).from(piece.first);
     const Stack<T> delta = {deltas + segment.offset * plan.scratch_per_atom, segment.count,
                             piece.first};
-    down<T>(plan, segment.species, piece.count, packed, grad_atomic + first, delta,
+    down<T>(plan, segment.species, piece.count, packed, grad_atomic + first, T(0), delta,
             {grad_features, feature_stride, rows + first}, [&](Index l, const NetworkLayer& layer) {
               multiply_slope<T>(plan.activations[l], layer, piece.count, z.of(layer).base,
                                 h.of(layer).base, delta.of(layer).base);
@@ -856,7 +856,7 @@ void tile_forward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>
       const Rows<const T> rows = {tile.features, tile.feature_stride,
                                   tile.rows + part.first + first};
       forward<T>(plan, part.species, n, packed, rows, rows, part.z().from(first),
-                 part.h().from(first), atomic + part.first + first);
+                 part.h().from(first), atomic ? atomic + part.first + first : nullptr);
     });
   });
 }
@@ -869,7 +869,7 @@ void tile_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T
       const Stack<T> z = part.z().from(first), h = part.h().from(first),
                      delta = part.delta().from(first), curve = part.curve().from(first);
       const Index atom = part.first + first;
-      down<T>(plan, part.species, n, packed, seeds ? seeds + atom : nullptr, delta,
+      down<T>(plan, part.species, n, packed, seeds ? seeds + atom : nullptr, T(1), delta,
               {grad_features, stride, tile.rows + atom}, [&](Index l, const NetworkLayer& layer) {
                 multiply_slope<T>(plan.activations[l], layer, n, z.of(layer).base, h.of(layer).base,
                                   delta.of(layer).base, curve.of(layer).base);
@@ -915,7 +915,7 @@ void tile_second_backward(const NetworkPlan& plan, const T* packed, const Networ
       const Stack<T> slope = part.z().from(first), curve = part.curve().from(first),
                      mu = part.mu().from(first);
       const Index atom = part.first + first;
-      down<T>(plan, part.species, n, packed, seeds + atom, mu,
+      down<T>(plan, part.species, n, packed, seeds ? seeds + atom : nullptr, T(0), mu,
               {grad_features, stride, tile.rows + atom}, [&](Index, const NetworkLayer& layer) {
                 const T* const s = slope.of(layer).base;
                 const T* const c = curve.of(layer).base;

@@ -67,37 +67,27 @@ struct Aev : Function<Aev> {
   }
 };
 
-struct AevVjp : Function<AevVjp> {
-  static Tensor forward(AutogradContext* ctx, T x, T z, T o, T g, Doubles d) {
+// J^T g (with g) and J v (with v): each is the other's derivative.
+template <bool transposed>
+struct AevProduct : Function<AevProduct<transposed>> {
+  static Tensor call(bool transpose, const variable_list& batch, T input, Doubles d) {
+    return (transpose ? call_vjp : call_jvp)(batch[0], batch[1], batch[2], input, d);
+  }
+  static Tensor forward(AutogradContext* ctx, T x, T z, T o, T input, Doubles d) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, z, o, g});
+    ctx->save_for_backward({x, z, o, input});
     ctx->saved_data["descriptor"] = d.vec();
-    return call_vjp(x, z, o, g, d);
+    return call(transposed, {x, z, o}, input, d);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const variable_list s = ctx->get_saved_variables();
     const std::vector<double> d = descriptor_of(ctx);
-    Tensor of_x, of_g;
-    if (ctx->needs_input_grad(0)) of_x = call_hvp(s[0], s[1], s[2], s[3], grad[0], d);
-    if (ctx->needs_input_grad(3)) of_g = call_jvp(s[0], s[1], s[2], grad[0], d);
-    return {of_x, Tensor(), Tensor(), of_g, Tensor()};
-  }
-};
-
-struct AevJvp : Function<AevJvp> {
-  static Tensor forward(AutogradContext* ctx, T x, T z, T o, T v, Doubles d) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, z, o, v});
-    ctx->saved_data["descriptor"] = d.vec();
-    return call_jvp(x, z, o, v, d);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    const variable_list s = ctx->get_saved_variables();
-    const std::vector<double> d = descriptor_of(ctx);
-    Tensor of_x, of_v;
-    if (ctx->needs_input_grad(0)) of_x = call_hvp(s[0], s[1], s[2], grad[0], s[3], d);
-    if (ctx->needs_input_grad(3)) of_v = call_vjp(s[0], s[1], s[2], grad[0], d);
-    return {of_x, Tensor(), Tensor(), of_v, Tensor()};
+    Tensor of_x, of_input;
+    if (ctx->needs_input_grad(0))
+      of_x =
+          call_hvp(s[0], s[1], s[2], transposed ? s[3] : grad[0], transposed ? grad[0] : s[3], d);
+    if (ctx->needs_input_grad(3)) of_input = call(!transposed, s, grad[0], d);
+    return {of_x, Tensor(), Tensor(), of_input, Tensor()};
   }
 };
 
@@ -130,6 +120,15 @@ using ForwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, const std::optional<
                                              Ints, bool, c10::SymInt, bool);
 using BackwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, bool, bool, bool);
 
+using SecondBackwardOp = std::tuple<Tensor, Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, bool,
+                                                            bool, bool, bool);
+
+void keep_shape(AutogradContext* ctx, Ints sizes, Ints activations, bool biases) {
+  ctx->saved_data["sizes"] = sizes.vec();
+  ctx->saved_data["activations"] = activations.vec();
+  ctx->saved_data["biases"] = biases;
+}
+
 struct Networks : Function<Networks> {
   static Tensor forward(AutogradContext* ctx, T features, T rows, T owners, T starts, T parameters,
                         const std::optional<Tensor>& sae, Ints sizes, Ints activations, bool biases,
@@ -139,9 +138,7 @@ struct Networks : Function<Networks> {
     auto [energies, saved] = op(features, rows, owners, starts, parameters, sae, sizes, activations,
                                 biases, n_structures, true);
     ctx->save_for_backward({features, rows, owners, starts, parameters, saved});
-    ctx->saved_data["sizes"] = sizes.vec();
-    ctx->saved_data["activations"] = activations.vec();
-    ctx->saved_data["biases"] = biases;
+    keep_shape(ctx, sizes, activations, biases);
     return energies;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
@@ -152,16 +149,10 @@ struct Networks : Function<Networks> {
         op(grad[0], s[0], s[1], s[2], s[3], s[4], s[5], ctx->saved_data["sizes"].toIntVector(),
            ctx->saved_data["activations"].toIntVector(), ctx->saved_data["biases"].toBool(),
            of_features, of_parameters);
-    return {of_features ? grad_features : Tensor(),
-            Tensor(),
-            Tensor(),
-            Tensor(),
-            of_parameters ? grad_parameters : Tensor(),
-            Tensor(),
-            Tensor(),
-            Tensor(),
-            Tensor(),
-            Tensor()};
+    variable_list result(10);
+    if (of_features) result[0] = grad_features;
+    if (of_parameters) result[4] = grad_parameters;
+    return result;
   }
 };
 
@@ -182,19 +173,51 @@ struct NetworksForward : Function<NetworksForward> {
 };
 
 struct NetworksBackward : Function<NetworksBackward> {
-  static variable_list forward(AutogradContext*, T g, T features, T rows, T owners, T starts,
+  static variable_list forward(AutogradContext* ctx, T g, T features, T rows, T owners, T starts,
                                T parameters, T saved, Ints sizes, Ints activations, bool biases,
                                bool of_features, bool of_parameters) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<BackwardOp> op("kinml_fast::networks_backward");
     auto [a, b] = op(g, features, rows, owners, starts, parameters, saved, sizes, activations,
                      biases, of_features, of_parameters);
+    ctx->save_for_backward({g, features, rows, owners, starts, parameters});
+    keep_shape(ctx, sizes, activations, biases);
+    ctx->set_materialize_grads(false);
     return {a, b};
   }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    TORCH_CHECK(!grad[1].defined(),
+                "kinml_fast: the gradient of the networks' parameters has no derivative; that of "
+                "their features has");
+    variable_list result(12);
+    if (!grad[0].defined()) return result;
+    static const Op<SecondBackwardOp> op("kinml_fast::networks_second_backward");
+    const variable_list s = ctx->get_saved_variables();
+    const bool of_g = ctx->needs_input_grad(0), of_features = ctx->needs_input_grad(1),
+               of_parameters = ctx->needs_input_grad(5);
+    auto [a, b, c] =
+        op(grad[0], s[0], s[1], s[2], s[3], s[4], s[5], ctx->saved_data["sizes"].toIntVector(),
+           ctx->saved_data["activations"].toIntVector(), ctx->saved_data["biases"].toBool(), of_g,
+           of_features, of_parameters);
+    if (of_g) result[0] = a;
+    if (of_features) result[1] = b;
+    if (of_parameters) result[5] = c;
+    return result;
+  }
+};
+
+struct NetworksSecondBackward : Function<NetworksSecondBackward> {
+  static variable_list forward(AutogradContext*, T tangents, T g, T features, T rows, T owners,
+                               T starts, T parameters, Ints sizes, Ints activations, bool biases,
+                               bool of_g, bool of_features, bool of_parameters) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<SecondBackwardOp> op("kinml_fast::networks_second_backward");
+    auto [a, b, c] = op(tangents, g, features, rows, owners, starts, parameters, sizes, activations,
+                        biases, of_g, of_features, of_parameters);
+    return {a, b, c};
+  }
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false,
-                "kinml_fast: the networks can be differentiated once; their gradient has no "
-                "derivative");
+    TORCH_CHECK(false, "kinml_fast: the networks can be differentiated twice, not a third time");
   }
 };
 
@@ -202,10 +225,10 @@ Tensor aev(T x, T z, T o, Doubles d) {
   return Aev::apply(x, z, o, d);
 }
 Tensor aev_vjp(T x, T z, T o, T g, Doubles d) {
-  return AevVjp::apply(x, z, o, g, d);
+  return AevProduct<true>::apply(x, z, o, g, d);
 }
 Tensor aev_jvp(T x, T z, T o, T v, Doubles d) {
-  return AevJvp::apply(x, z, o, v, d);
+  return AevProduct<false>::apply(x, z, o, v, d);
 }
 Tensor aev_hvp(T x, T z, T o, T g, T v, Doubles d) {
   return AevHvp::apply(x, z, o, g, v, d);
@@ -243,6 +266,17 @@ std::tuple<Tensor, Tensor> networks_backward(T g, T features, T rows, T owners, 
   variable_list r = NetworksBackward::apply(g, features, rows, owners, starts, parameters, saved,
                                             sizes, activations, biases, of_features, of_parameters);
   return {r[0], r[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> networks_second_backward(T tangents, T g, T features, T rows,
+                                                            T owners, T starts, T parameters,
+                                                            Ints sizes, Ints activations,
+                                                            bool biases, bool of_g,
+                                                            bool of_features, bool of_parameters) {
+  variable_list r =
+      NetworksSecondBackward::apply(tangents, g, features, rows, owners, starts, parameters, sizes,
+                                    activations, biases, of_g, of_features, of_parameters);
+  return {r[0], r[1], r[2]};
 }
 
 // Energies and forces of one call, differentiated with respect to the weights. The sources differ
@@ -369,6 +403,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
   m.impl("networks", networks);
   m.impl("networks_forward", networks_forward);
   m.impl("networks_backward", networks_backward);
+  m.impl("networks_second_backward", networks_second_backward);
   m.impl("energy_forces", energy_forces);
   m.impl("energy_forces_stored", energy_forces_stored);
   m.impl("energy_forces_backward", energy_forces_backward);

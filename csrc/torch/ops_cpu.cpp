@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
 #include <tuple>
 
@@ -324,6 +325,22 @@ bool any_twice(const Tensor& rows_, int64_t n_features) {
   return false;
 }
 
+// dL/dE of its structure for every atom.
+Tensor of_atoms(const Tensor& grad_energies, const Tensor& owners, const Tensor& like) {
+  TORCH_CHECK(grad_energies.scalar_type() == at::kDouble && grad_energies.dim() == 1,
+              "kinml_fast: grad_energies must be float64 of shape [n_structures]");
+  const Tensor grad = grad_energies.contiguous();
+  Tensor result = at::empty({owners.size(0)}, like.options());
+  with_type(like, [&](auto zero) {
+    using T = decltype(zero);
+    const double* g = grad.const_data_ptr<double>();
+    const int64_t* owner = owners.const_data_ptr<int64_t>();
+    T* out = result.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < owners.size(0); ++i) out[i] = static_cast<T>(g[owner[i]]);
+  });
+  return result;
+}
+
 std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const Tensor& features,
                                              const Tensor& rows, const Tensor& owners,
                                              const Tensor& starts, const Tensor& parameters,
@@ -336,49 +353,92 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const 
                      parameters, sizes, activations, biases, n_structures);
   if (of_features && any_twice(net.rows, features.size(0))) {
     // The kernel writes each row once: give every atom a row of its own, and add afterwards.
-    auto [of_atoms, grad_parameters] =
+    auto [grad_rows, grad_parameters] =
         networks_backward(grad_energies, features.index_select(0, net.rows),
                           at::arange(net.rows.size(0), net.rows.options()), owners, starts,
                           parameters, saved, sizes, activations, biases, true, of_parameters);
-    return {at::zeros(features.sizes(), features.options()).index_add_(0, net.rows, of_atoms),
+    return {at::zeros(features.sizes(), features.options()).index_add_(0, net.rows, grad_rows),
             grad_parameters};
   }
   const int64_t n = net.rows.size(0);
-  TORCH_CHECK(grad_energies.scalar_type() == at::kDouble && grad_energies.dim() == 1,
-              "kinml_fast: grad_energies must be float64 of shape [n_structures]");
   check_same_type(saved, "saved", features, "features");
   check_matrix(saved, "saved", n, net.shape.saved_per_atom());
-  const Tensor kept = saved.contiguous(), grad = grad_energies.contiguous();
+  const Tensor kept = saved.contiguous();
+  const Tensor grad_atomic = of_atoms(grad_energies, net.owners, features);
   Tensor grad_features = of_features ? at::zeros(features.sizes(), features.options())
                                      : at::empty({0}, features.options());
   Tensor grad_parameters =
       of_parameters ? at::empty_like(net.parameters) : at::empty({0}, features.options());
-  Tensor grad_atomic = at::empty({n}, features.options());
   with_type(features, [&](auto zero) {
     using T = decltype(zero);
-    const double* g = grad.const_data_ptr<double>();
-    const int64_t* owner = net.owners.const_data_ptr<int64_t>();
-    T* ga = grad_atomic.mutable_data_ptr<T>();
-    for (int64_t i = 0; i < n; ++i) ga[i] = static_cast<T>(g[owner[i]]);
     cpu::networks_backward<T>(
         net.shape, net.parameters.const_data_ptr<T>(), net.features.const_data_ptr<T>(),
         net.features.stride(0), net.rows.const_data_ptr<int64_t>(),
-        net.starts.const_data_ptr<int64_t>(), kept.const_data_ptr<T>(), ga,
+        net.starts.const_data_ptr<int64_t>(), kept.const_data_ptr<T>(),
+        grad_atomic.const_data_ptr<T>(),
         of_features ? grad_features.mutable_data_ptr<T>() : nullptr,
         of_parameters ? grad_parameters.mutable_data_ptr<T>() : nullptr, threads());
   });
   return {grad_features, grad_parameters};
 }
 
+std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
+    const Tensor& tangents, const Tensor& grad_energies, const Tensor& features, const Tensor& rows,
+    const Tensor& owners, const Tensor& starts, const Tensor& parameters, at::IntArrayRef sizes,
+    at::IntArrayRef activations, bool biases, bool of_grad_energies, bool of_features,
+    bool of_parameters) {
+  const int64_t n_structures = grad_energies.size(0);
+  // Both are read, and the gradient written, at one stride.
+  const Networks net(features.contiguous(), rows, owners, starts, parameters, sizes, activations,
+                     biases, n_structures);
+  check_same_type(tangents, "tangents", features, "features");
+  check_matrix(tangents, "tangents", features.size(0), features.size(1));
+  if (of_features && any_twice(net.rows, features.size(0))) {
+    auto [derivatives, grad_rows, grad_parameters] = networks_second_backward(
+        tangents.index_select(0, net.rows), grad_energies, features.index_select(0, net.rows),
+        at::arange(net.rows.size(0), net.rows.options()), owners, starts, parameters, sizes,
+        activations, biases, of_grad_energies, true, of_parameters);
+    return {derivatives,
+            at::zeros(features.sizes(), features.options()).index_add_(0, net.rows, grad_rows),
+            grad_parameters};
+  }
+  const int64_t n = net.rows.size(0);
+  const Tensor directions = tangents.contiguous();
+  const Tensor grad_atomic = of_atoms(grad_energies, net.owners, features);
+  Tensor derivatives = at::zeros({of_grad_energies ? n_structures : 0}, grad_energies.options());
+  Tensor grad_features = of_features ? at::zeros(features.sizes(), features.options())
+                                     : at::empty({0}, features.options());
+  Tensor grad_parameters =
+      of_parameters ? at::empty_like(net.parameters) : at::empty({0}, features.options());
+  Tensor atomic = at::empty({of_grad_energies ? n : 0}, features.options());
+  with_type(features, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::networks_second_backward<T>(
+        net.shape, net.parameters.const_data_ptr<T>(), net.features.const_data_ptr<T>(),
+        net.features.size(1), net.rows.const_data_ptr<int64_t>(),
+        net.starts.const_data_ptr<int64_t>(), grad_atomic.const_data_ptr<T>(),
+        directions.const_data_ptr<T>(), of_grad_energies ? atomic.mutable_data_ptr<T>() : nullptr,
+        of_features ? grad_features.mutable_data_ptr<T>() : nullptr,
+        of_parameters ? grad_parameters.mutable_data_ptr<T>() : nullptr, threads());
+    if (!of_grad_energies) return;
+    const int64_t* owner = net.owners.const_data_ptr<int64_t>();
+    const T* derivative = atomic.const_data_ptr<T>();
+    double* sum = derivatives.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < n; ++i) sum[owner[i]] += static_cast<double>(derivative[i]);
+  });
+  return {derivatives, grad_features, grad_parameters};
+}
+
 void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owners,
                  const Tensor& starts, const Tensor& parameters, const Tensor& targets,
-                 Tensor residuals, Tensor gradient, at::IntArrayRef sizes,
-                 at::IntArrayRef activations, bool biases) {
-  const int64_t n = targets.size(0);
-  for (const Tensor* t : {&targets, static_cast<const Tensor*>(&residuals)})
+                 const Tensor& weights, Tensor residuals, Tensor gradient, double scale,
+                 at::IntArrayRef sizes, at::IntArrayRef activations, bool biases) {
+  const int64_t n = targets.numel();
+  for (const Tensor* t : {&targets, &weights, static_cast<const Tensor*>(&residuals)})
     TORCH_CHECK(
         t->scalar_type() == at::kDouble && t->dim() == 1 && t->size(0) == n && t->is_contiguous(),
-        "kinml_fast: targets and residuals must be contiguous float64 tensors of shape [", n, "]");
+        "kinml_fast: targets, weights and residuals must be contiguous float64 tensors of shape [",
+        n, "]");
   check_same_type(gradient, "gradient", parameters, "parameters");
   TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
               "kinml_fast: gradient must be contiguous and have the shape of parameters, ",
@@ -403,8 +463,14 @@ void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owner
     std::fill(residual, residual + n, 0.0);
     for (int64_t i = 0; i < n_atoms; ++i) residual[owner[i]] += static_cast<double>(e[i]);
     for (int64_t s = 0; s < n; ++s) residual[s] -= target[s];
-    const double factor = 2.0 / static_cast<double>(n);
-    for (int64_t i = 0; i < n_atoms; ++i) e[i] = static_cast<T>(residual[owner[i]] * factor);
+    const double* weight = weights.const_data_ptr<double>();
+    const auto counted = n - std::count(weight, weight + n, 0.0);
+    const double factor = 2.0 * scale / static_cast<double>(counted);
+    // A structure without weight may have no target (NaN).
+    for (int64_t i = 0; i < n_atoms; ++i) {
+      const int64_t s = owner[i];
+      e[i] = static_cast<T>(weight[s] == 0 ? 0.0 : weight[s] * residual[s] * factor);
+    }
     cpu::networks_backward<T>(net.shape, p, x, stride, row, start, kept, e, nullptr,
                               gradient.mutable_data_ptr<T>(), threads());
   });
@@ -493,8 +559,20 @@ std::tuple<Tensor, Tensor> networks_backward_meta(const Tensor&, const Tensor& f
           of_parameters ? at::empty_like(parameters) : at::empty({0}, features.options())};
 }
 
+std::tuple<Tensor, Tensor, Tensor> networks_second_backward_meta(
+    const Tensor&, const Tensor& grad_energies, const Tensor& features, const Tensor&,
+    const Tensor&, const Tensor&, const Tensor& parameters, at::IntArrayRef, at::IntArrayRef, bool,
+    bool of_grad_energies, bool of_features, bool of_parameters) {
+  return {of_grad_energies ? at::empty_symint(grad_energies.sym_sizes(), grad_energies.options())
+                           : at::empty({0}, grad_energies.options()),
+          of_features ? at::empty_symint(features.sym_sizes(), features.options())
+                      : at::empty({0}, features.options()),
+          of_parameters ? at::empty_like(parameters) : at::empty({0}, features.options())};
+}
+
 void energy_step_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                      const Tensor&, Tensor, Tensor, at::IntArrayRef, at::IntArrayRef, bool) {}
+                      const Tensor&, const Tensor&, Tensor, Tensor, double, at::IntArrayRef,
+                      at::IntArrayRef, bool) {}
 void adam_step_meta(Tensor, const Tensor&, Tensor, Tensor, const std::optional<Tensor>&, double,
                     double, double, double, double, bool, int64_t) {}
 
@@ -511,6 +589,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
   m.impl("networks", networks);
   m.impl("networks_forward", networks_forward);
   m.impl("networks_backward", networks_backward);
+  m.impl("networks_second_backward", networks_second_backward);
   m.impl("energy_step", energy_step);
   m.impl("adam_step", adam_step);
 }
@@ -525,6 +604,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("networks", networks_meta);
   m.impl("networks_forward", networks_forward_meta);
   m.impl("networks_backward", networks_backward_meta);
+  m.impl("networks_second_backward", networks_second_backward_meta);
   m.impl("energy_step", energy_step_meta);
   m.impl("adam_step", adam_step_meta);
 }

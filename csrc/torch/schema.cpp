@@ -5,7 +5,7 @@
 //
 // Differentiation (autograd.cpp), C++ only, so that scripted modules keep it without Python:
 //   aev -> aev_vjp -> aev_jvp, aev_hvp; aev_jvp -> aev_vjp, aev_hvp; aev_hvp -> error
-//   networks -> networks_backward -> error; networks_forward -> error
+//   networks -> networks_backward -> networks_second_backward -> error; networks_forward -> error
 //   energy_forces, energy_forces_stored -> their backward (of the parameters) -> error
 #include <torch/library.h>
 
@@ -60,13 +60,22 @@ TORCH_LIBRARY(kinml_fast, m) {
       "Tensor starts, Tensor parameters, Tensor saved, int[] sizes, int[] activations, "
       "bool biases, bool of_features, bool of_parameters) -> "
       "(Tensor grad_features, Tensor grad_parameters)");
+  // Derivatives of sum(grad_features * tangents), with the grad_features [*, D] of
+  // networks_backward: with respect to grad_energies, features and parameters; each empty unless
+  // asked for.
+  m.def(
+      "networks_second_backward(Tensor tangents, Tensor grad_energies, Tensor features, "
+      "Tensor rows, Tensor owners, Tensor starts, Tensor parameters, int[] sizes, "
+      "int[] activations, bool biases, bool of_grad_energies, bool of_features, "
+      "bool of_parameters) -> (Tensor, Tensor, Tensor)");
   // Forward and backward pass of a training batch on energies: residuals = energies - targets
-  // [n_structures] float64, gradient = that of the mean of their squares with respect to the
-  // parameters. What networks and its derivative give, in one call; no autograd.
+  // [n_structures] float64; gradient, with respect to the parameters, of
+  //   scale * sum_s weights[s] residuals[s]^2 / (number of weights that are not 0)
+  // (zero if there is none). What networks and its derivative give, in one call; no autograd.
   m.def(
       "energy_step(Tensor features, Tensor rows, Tensor owners, Tensor starts, Tensor parameters, "
-      "Tensor targets, Tensor(a!) residuals, Tensor(b!) gradient, int[] sizes, int[] activations, "
-      "bool biases) -> ()");
+      "Tensor targets, Tensor weights, Tensor(a!) residuals, Tensor(b!) gradient, float scale, "
+      "int[] sizes, int[] activations, bool biases) -> ()");
 
   // Energies [n_structures] float64 (with sae) and forces [n_atoms, 3] = -dE/dx, in one pass over
   // the molecules. Differentiable with respect to the parameters.

@@ -133,7 +133,15 @@ class SpeciesNetworks(torch.nn.Module):
 
     @torch.jit.unused
     def energy_step(
-        self, features: Tensor, rows: Tensor, owners: Tensor, starts: Tensor, targets: Tensor, residuals: Tensor
+        self,
+        features: Tensor,
+        rows: Tensor,
+        owners: Tensor,
+        starts: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        residuals: Tensor,
+        scale: float = 1.0,
     ) -> None:
         """Forward and backward pass of a training batch on energies, in one call and without autograd.
 
@@ -142,27 +150,34 @@ class SpeciesNetworks(torch.nn.Module):
         features, rows, owners, starts
             A planned batch, as for :meth:`energies`.
         targets
-            [n_structures] energies without single-atom energies in eV, float64.
+            [n_structures] energies without single-atom energies in eV, float64. NaN where the weight is 0 is allowed.
+        weights
+            [n_structures] what each structure counts in the loss, float64.
         residuals
             [n_structures], receives energies - targets.
+        scale
+            Factor of the whole loss.
 
         Notes
         -----
-        ``weights.grad`` is overwritten with the gradient of the mean of the squared residuals: the same numbers as
-        ``((energies - targets) ** 2).mean().backward()`` after ``weights.grad = None``.
+        The loss is ``scale * (weights * residuals ** 2).sum() / (weights != 0).sum()``, 0 if all weights are 0. The
+        parameter's ``grad`` is overwritten with the loss's gradient: the same numbers as ``loss.backward()`` after
+        ``self.weights.grad = None``.
         """
-        weights = self.weights.detach()
+        parameters = self.weights.detach()
         if self.weights.grad is None:
-            self.weights.grad = torch.empty_like(weights)
+            self.weights.grad = torch.empty_like(parameters)
         torch.ops.kinml_fast.energy_step(
             features,
             rows,
             owners,
             starts,
-            weights,
+            parameters,
             targets,
+            weights,
             residuals,
             self.weights.grad,
+            scale,
             self.sizes,
             self.activation_codes,
             self.biases,
