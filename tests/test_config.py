@@ -216,19 +216,19 @@ def test_missing_binary_and_malformed_input(tmp_path):
 
 def test_options_without_effect_are_named(tmp_path):
     c = load(tmp_path, MINIMAL, "training.optimizer.momentum=0.9", "training.scheduler.gamma=0.5")
-    assert c.training.ignored() == [
+    assert c.ignored() == [
         "training.optimizer.momentum has no effect with training.optimizer.name = adam",
         "training.scheduler.gamma has no effect with training.scheduler.name = rop",
     ]
-    forces = ["training.jacobian=stored", "training.loss.forces_from=3", "training.score.forces=2"]
-    assert load(tmp_path, MINIMAL, *forces).training.ignored() == [
+    forces = ["descriptor.backend=aevmod", "training.loss.forces_from=3", "training.score.forces=2"]
+    assert load(tmp_path, MINIMAL, *forces).ignored() == [
         f"training.{key} has no effect with training.loss.forces = false"
-        for key in ("loss.forces_from", "score.forces", "jacobian")
-    ]
+        for key in ("loss.forces_from", "score.forces")
+    ] + ["descriptor.backend has no effect with training.jacobian = recompute"]
     learned = ["training.loss.forces=true", "training.loss.weighting=learned", "training.loss.force_weight=0.5"]
-    assert load(tmp_path, MINIMAL, *learned).training.ignored() == [
+    assert load(tmp_path, MINIMAL, *learned).ignored() == [
         "training.loss.force_weight has no effect with training.loss.weighting = learned"
     ]
-    assert load(tmp_path, MINIMAL, *forces, "training.loss.forces=true").training.ignored() == []
+    assert load(tmp_path, MINIMAL, *forces, "training.loss.forces=true", "training.jacobian=stored").ignored() == []
     sgd = ["training.optimizer.momentum=0.9", "training.optimizer.name=sgd"]
-    assert load(tmp_path, MINIMAL, *sgd).training.ignored() == []
+    assert load(tmp_path, MINIMAL, *sgd).ignored() == []

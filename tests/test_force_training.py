@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from test_ops_networks import layers_of
 from training_helpers import SAE, assert_same_bits, assert_same_run, interrupted_run, model, rows, training_data
 
 from kinml_fast import reference
+from kinml_fast.data import DescriptorSource, pykinml_hdf5, read, stored
+from kinml_fast.data.sources import file_digest
 from kinml_fast.data.splits import Split
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
@@ -205,10 +208,37 @@ def test_terms_of_the_loss_that_are_none():
             Trainer(model(), data, settings(), extra_losses={"t": term}).fit()
 
 
-def test_both_sources_of_jacobians_give_the_same_training(tmp_path):
-    data = training_data(15, "some", MIXED)
-    weights = [fitted(settings(epochs=10, jacobian=j), data)[0].networks.weights for j in ("recompute", "stored")]
-    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("source", ["native", "aevmod", "hdf5", "hdf5 without coordinates"])
+def test_all_sources_of_jacobians_give_the_same_training(tmp_path, source):
+    """Ten epochs of Adam on molecules of all sizes, some without carbon and some without forces."""
+    data = training_data(6 if source == "aevmod" else 12, "some", MIXED)
+    expected, _ = fitted(settings(epochs=10), data)
+    if source == "aevmod":
+        pytest.importorskip("aevmod")
+        data = replace(data, source=DescriptorSource("aevmod"))
+    elif source != "native":
+        path = tmp_path / "data.h5"
+        made = stored.compute(data.structures, model().descriptor, torch.float64, jacobian=True)
+        pykinml_hdf5.write(path, data.structures, made)
+        structures = read(path, elements=("C", "H"))
+        assert np.array_equal(structures.forces, data.structures.forces, equal_nan=True)
+        if source != "hdf5":
+            structures = replace(structures, coordinates=None)
+        data = replace(data, structures=structures, source=DescriptorSource(files=((path, file_digest(path)),)))
+    found, summary = fitted(settings(epochs=10, jacobian="stored"), data)
+    torch.testing.assert_close(found.networks.weights, expected.networks.weights, rtol=1e-9, atol=1e-9)
+    assert set(summary.forces) == {"train", "validation", "test"}
+
+    # Energy-only training takes its descriptors from there, too.
+    expected, _ = fitted(
+        settings(epochs=2, loss={"forces": False}), training_data(len(data.structures) // 4, "some", MIXED)
+    )
+    found, summary = fitted(settings(epochs=2, loss={"forces": False}, jacobian="stored"), data)
+    torch.testing.assert_close(found.networks.weights, expected.networks.weights, rtol=1e-9, atol=1e-9)
+    assert bool(summary.forces) == (data.structures.coordinates is not None)
+    if data.structures.coordinates is None:
+        with pytest.raises(InputError, match=r"has no coordinates, only stored descriptors: set training\.jacobian"):
+            Trainer(model(), data, settings())
 
 
 def test_float32_follows_float64():
@@ -420,3 +450,13 @@ def test_what_cannot_change_when_resuming(tmp_path):
     other = TrainingData(data.structures, data.split, data.sae, np.full(60, 2.0))
     with pytest.raises(InputError, match=r"belongs to other data \(structures, energies, forces, weights"):
         Trainer(model(), other, settings(), tmp_path / "run", resume=True)
+
+
+def test_stored_descriptors_are_part_of_the_data_of_a_run(tmp_path):
+    data = training_data(forces="some")
+    fitted(settings(jacobian="stored"), data, tmp_path / "run")
+    other = replace(data, source=DescriptorSource("aevmod"))
+    with pytest.raises(InputError, match="belongs to other data"):
+        Trainer(model(), other, settings(jacobian="stored"), tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match=r"training\.jacobian = stored and cannot go on with recompute"):
+        Trainer(model(), data, settings(), tmp_path / "run", resume=True)

@@ -76,9 +76,11 @@ def evaluate(
     Raises
     ------
     InputError
-        An element that the model does not know.
+        An element that the model does not know, or no coordinates.
     """
     structures = structures.with_elements(model.elements)
+    if structures.coordinates is None:
+        raise InputError(f"{structures.labels[0]} has no coordinates, only stored descriptors: take files with both")
     with_forces = structures.forces is not None if forces is None else forces
     device = model.networks.weights.device
     species = torch.from_numpy(structures.species).to(device)

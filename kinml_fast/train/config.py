@@ -105,6 +105,8 @@ class DescriptorConfig(Section):
     """Radial and angular cutoff, Å."""
     beta: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Factor of the cosine of the angle, which keeps the derivative finite at 0 and π."""
+    backend: Literal["native", "aevmod"] = "native"
+    """What computes descriptors that are stored (training.jacobian): the op of this package, or the package aevmod."""
 
 
 class NetworkConfig(Section):
@@ -293,8 +295,8 @@ class TrainingConfig(Section):
     gradient_clip: Positive | None = None
     """Longest gradient (Euclidean norm); longer ones are shortened to it. null: off."""
     jacobian: Literal["recompute", "stored"] = "recompute"
-    """With forces: recompute the descriptor's derivatives in every step, in a few fused kernels, or keep the Jacobians
-    of all atoms in memory (in float64, 24 bytes times length of the descriptor times largest molecule for each)."""
+    """recompute the derivatives of the descriptor from the coordinates in every step, or take descriptors and, with
+    forces, Jacobians that are kept in memory: of descriptor.backend, or from PyKinML's HDF5 files (docs/stored.md)."""
     loss: LossConfig = LossConfig()
     """See the section."""
     score: ScoreConfig = ScoreConfig()
@@ -331,7 +333,6 @@ class TrainingConfig(Section):
         without = [f"loss.{key}" for key in self.loss.ignored()]
         if not self.loss.forces:
             without += [f"score.{key}" for key in _changed(self.score, {"forces"})]
-            without += _changed(self, {"jacobian"})
         sentences += [f"training.{key} has no effect with training.loss.forces = false" for key in without]
         if self.loss.weighting == "learned":
             keys = _changed(self.loss, {"force_weight", "extra_weights"})
@@ -352,6 +353,14 @@ class Config(Section):
     """See the section."""
     training: TrainingConfig = TrainingConfig()
     """See the section."""
+
+    def ignored(self) -> list[str]:
+        """Sentences about keys that were changed but have no effect."""
+        sentences = self.training.ignored()
+        if self.training.jacobian == "recompute":
+            keys = _changed(self.descriptor, {"backend"})
+            sentences += [f"descriptor.{key} has no effect with training.jacobian = recompute" for key in keys]
+        return sentences
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kinml_fast.data import stored
 from kinml_fast.data.files import first_few
+from kinml_fast.data.sources import DescriptorSource
 from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError
 from kinml_fast.nn import EnergyModel
@@ -25,6 +28,7 @@ class Data(Protocol):
     split: Split
     sae: np.ndarray | None
     weights: np.ndarray | None
+    source: DescriptorSource
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,15 @@ class TrainingData:
         None: those that the model has.
     weights
         Weights of the structures in the loss, float64 [n_structures]; None: all 1.
+    source
+        Where stored descriptors come from (training.jacobian: stored).
     """
 
     structures: Structures
     split: Split
     sae: np.ndarray | None = None
     weights: np.ndarray | None = None
+    source: DescriptorSource = field(default_factory=DescriptorSource)
 
 
 class Dataset:
@@ -60,30 +67,30 @@ class Dataset:
     model
         Its elements, precision, device and single-atom energies; it is given those of the data, if they have any.
     data
-        Structures, split, single-atom energies, weights.
+        Structures, split, single-atom energies, weights, source of descriptors.
     config
-        Says whether forces are needed, and what the energies of a structure weigh.
+        Says whether forces are needed, whether descriptors are stored ones, and what the energies of a structure weigh.
 
     Attributes
     ----------
-    coordinates : [N, 3], Å, of the model's dtype
+    coordinates : [N, 3], Å, of the model's dtype; None where only stored descriptors are known
     species : [N] int64
     offsets : [M + 1] int64
     energies : [M] float64, eV, without single-atom energies
     forces : [N, 3] float64, eV/Å; NaN for structures without forces
+    n_atoms : int, N
     energy_weights, force_weights : [M] float64, weights in L_E and L_F; the latter 0 without forces
     origin : [M] int64, where each structure is in the data that were given
     known : numpy bool [M], which structures have forces
     sizes : dict, number of structures of each part
     labels : tuple of str, what each structure is called
-    largest : int, atoms of the largest structure
     fingerprint : str, by which a checkpoint knows its data
 
     Raises
     ------
     InputError
         Elements that the model does not have, an empty training or validation set, no energies, no forces where they
-        are asked for, weights that are none.
+        are asked for, weights that are none, no coordinates where nothing is stored.
     """
 
     def __init__(self, model: EnergyModel, data: Data, config: TrainingConfig) -> None:
@@ -96,9 +103,14 @@ class Dataset:
         structures = data.structures.with_elements(model.elements).select(origin)
         if structures.energies is None:
             raise InputError("the structures have no energies: training needs them")
+        if structures.coordinates is None and config.jacobian == "recompute":
+            raise InputError(
+                f"{structures.labels[0]} has no coordinates, only stored descriptors: set training.jacobian=stored"
+            )
         self.labels = structures.labels
         atoms = structures.sizes
-        self.largest = int(atoms.max())
+        self.n_atoms = len(structures.species)
+        self._structures, self._source = structures, data.source if config.jacobian == "stored" else None
 
         if data.sae is not None:
             given = dict(zip(data.structures.elements, data.sae, strict=True))
@@ -106,7 +118,7 @@ class Dataset:
             model.sae.copy_(values)
         targets = structures.energies - (structures.counts() * model.sae.cpu().numpy()).sum(axis=1)
         if structures.forces is None:
-            forces, self.known = np.full_like(structures.coordinates, np.nan), np.zeros(len(structures), dtype=bool)
+            forces, self.known = np.full((self.n_atoms, 3), np.nan), np.zeros(len(structures), dtype=bool)
         else:
             forces, self.known = structures.forces, ~np.isnan(structures.forces[structures.offsets[:-1], 0])
         self._check_forces(config)
@@ -115,7 +127,7 @@ class Dataset:
         def tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
             return torch.from_numpy(array).to(model.sae.device, dtype)
 
-        self.coordinates = tensor(structures.coordinates, model.dtype)
+        self.coordinates = None if structures.coordinates is None else tensor(structures.coordinates, model.dtype)
         self.species, self.offsets = tensor(structures.species), tensor(structures.offsets)
         self.energies, self.forces, self.origin = tensor(targets), tensor(forces), tensor(origin)
         self.energy_weights = tensor(weights / atoms**2 if config.loss.energy_per_atom else weights)
@@ -127,8 +139,10 @@ class Dataset:
 
         digest = hashlib.sha256(" ".join(structures.elements).encode())
         for array in (structures.species, structures.coordinates, structures.offsets, targets, forces, weights):
-            digest.update(array.tobytes())
+            digest.update(b"" if array is None else array.tobytes())
         digest.update(repr(self.sizes).encode())
+        if self._source is not None:
+            digest.update(repr((self._source.backend, [own for _, own in self._source.files])).encode())
         self.fingerprint = digest.hexdigest()
 
     def range(self, part: str) -> slice:
@@ -142,13 +156,22 @@ class Dataset:
         atoms = slice(int(self._first_atoms[where.start]), int(self._first_atoms[where.stop]))
         return atoms, self._atoms_known[atoms]
 
-    def gather(self, structures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def descriptors(self, model: EnergyModel, jacobian: bool) -> StoredDescriptors:
+        """Descriptors of all atoms, and their Jacobians, from where the configuration says, on the model's device."""
+        if self._source is None:
+            found = stored.compute(self._structures, model.descriptor, model.dtype, jacobian=jacobian)
+        else:
+            found = self._source.load(self._structures, model.descriptor, model.dtype, jacobian=jacobian)
+        tensors = (found.features, found.jacobian)
+        return StoredDescriptors(*(None if x is None else x.to(model.sae.device) for x in tensors))
+
+    def gather(self, structures: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Coordinates, species and offsets of some structures as a ragged batch of their own."""
         sizes = self.offsets.diff()[structures]
         offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         shifts = torch.repeat_interleave(self.offsets[structures] - offsets[:-1], sizes)
         atoms = torch.arange(len(shifts), device=shifts.device) + shifts
-        return self.coordinates[atoms], self.species[atoms], offsets
+        return None if self.coordinates is None else self.coordinates[atoms], self.species[atoms], offsets
 
     def component_labels(self, part: str) -> list[str]:
         """The structure's label for each force component of a part that is known."""

@@ -20,11 +20,12 @@ class LossBatch:
     """What a further term of the loss is computed from: the structures of a training batch.
 
     `structures` [n] int64 are indices into the structures that the trainer was given. `coordinates` [n_atoms, 3] in Å
-    (of the model's dtype), `species` [n_atoms] and `offsets` [n + 1] are a ragged batch, as the model takes it.
+    (of the model's dtype), `species` [n_atoms] and `offsets` [n + 1] are a ragged batch, as the model takes it. There
+    are no coordinates where only stored descriptors are known.
     """
 
     structures: Tensor
-    coordinates: Tensor
+    coordinates: Tensor | None
     species: Tensor
     offsets: Tensor
 

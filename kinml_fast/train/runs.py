@@ -44,7 +44,7 @@ def start(config: Config, *, overwrite: bool = False, progress: Progress | None 
     folder.create(overwrite)
     configuration.save(config, folder.config)
     with folder.logged():
-        for sentence in config.training.ignored():
+        for sentence in config.ignored():
             log.warning("%s", sentence)
         data = prepare(config)
         model = make_model(config, data.structures.elements)
@@ -117,7 +117,7 @@ def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
     network = config.network
     torch.manual_seed(network.seed)
     return EnergyModel(
-        AEVParameters.aevmod(tuple(elements), **config.descriptor.model_dump()),
+        AEVParameters.aevmod(tuple(elements), **config.descriptor.model_dump(exclude={"backend"})),
         layers=network.layers,
         activations=network.layer_activations,
         biases=network.biases,

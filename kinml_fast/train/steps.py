@@ -51,8 +51,7 @@ class EnergyStep:
     def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         self._networks, self._data, self._tasks = model.networks, data, tasks
         self._n_species = len(model.elements)
-        with torch.no_grad():
-            self._features = model.aev(data.coordinates, data.species, data.offsets)
+        self._features = data.descriptors(model, jacobian=False).features
         self._plans: dict[tuple[int, int, int], list[ops.Batch]] = {}
 
     def batches(self, order: Tensor, size: int, residuals: Tensor, errors: Tensor) -> list[tuple]:
@@ -99,9 +98,12 @@ class ForceStep:
     def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         networks = model.networks
         self._networks, self._data, self._tasks = networks, data, tasks
-        self._sources: tuple[Tensor, ...] = (data.coordinates,)
+        self._sources = self._sources_of(model)
         self._settings: tuple = (model.aev.packed, networks.sizes, networks.activation_codes, networks.biases)
         self.run, self._predict = ops.force_step, ops.energy_forces
+
+    def _sources_of(self, model: EnergyModel) -> tuple[Tensor, ...]:
+        return (self._data.coordinates,)
 
     def batches(self, order: Tensor, size: int, residuals: Tensor, errors: Tensor) -> list[tuple]:
         """See `Step`."""
@@ -125,7 +127,7 @@ class ForceStep:
         """See `Step`."""
         data, weights = self._data, self._networks.weights
         offsets = data.offsets[first : last + 1].tolist()
-        energies, forces = [data.energies[:0]], [data.coordinates[:0]]
+        energies, forces = [data.energies[:0]], [weights.detach().new_empty(0, 3)]
         with torch.inference_mode():
             for low in range(0, last - first, size):
                 high = min(low + size, last - first)
@@ -143,8 +145,9 @@ class StoredForceStep(ForceStep):
 
     def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         super().__init__(model, data, tasks)
-        batch = (data.coordinates, data.species, data.offsets)
-        with torch.no_grad():
-            self._sources = (model.aev(*batch), ops.aev_jacobian(*batch, data.largest, model.aev.packed))
         self._settings = self._settings[1:]  # without the descriptor
         self.run, self._predict = ops.force_step_stored, ops.energy_forces_stored
+
+    def _sources_of(self, model: EnergyModel) -> tuple[Tensor, ...]:
+        found = self._data.descriptors(model, jacobian=True)
+        return found.features, found.jacobian

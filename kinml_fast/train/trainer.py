@@ -192,14 +192,16 @@ class Trainer:
         """What trains an epoch on energies, or on energies and forces."""
         if with_forces not in self._steps:
             started = time.monotonic()
-            if with_forces:
-                kind = {"recompute": ForceStep, "stored": StoredForceStep}[self.config.jacobian]
-            else:
+            if not with_forces:
                 kind = EnergyStep
+            elif self.config.loss.forces and self.config.jacobian == "stored":
+                kind = StoredForceStep
+            else:
+                kind = ForceStep
             self._steps[with_forces] = kind(self.model, self._data, self._tasks)
             if kind is not ForceStep:
                 kept = "descriptors" if kind is EnergyStep else "descriptors and Jacobians"
-                log.info("%s of %d atoms in %.2f s", kept, len(self._data.species), time.monotonic() - started)
+                log.info("%s of %d atoms in %.2f s", kept, self._data.n_atoms, time.monotonic() - started)
         return self._steps[with_forces]
 
     def _order(self, epoch: int) -> Tensor:
@@ -519,7 +521,7 @@ class Trainer:
         self.model.load_state_dict(self._best["weights"])
         parts = [part for part in PARTS if self._data.sizes[part]]
         residuals = {part: self._evaluate(part, self.config.loss.forces) for part in parts}
-        if not self.config.loss.forces and self._data.known.any():
+        if not self.config.loss.forces and self._data.known.any() and self._data.coordinates is not None:
             # Forces that were not trained on are reported all the same.
             residuals = {part: (residuals[part][0], self._evaluate(part, True)[1]) for part in parts}
         if self._table is not None and self._epoch > 0:
