@@ -18,8 +18,9 @@ HEAD = """\
 # The configuration of a run
 
 One YAML file; `kinml-fast train FILE key=value …` changes any key, with a dot between section and key
-(`training.optimizer.learning_rate=1e-4`). `kinml-fast train example` uses the file that comes with the package. An
-unknown key or a value that is not allowed ends with one sentence and exit code 2. Only `data.files` has no default.
+(`training.optimizer.learning_rate=1e-4`). `kinml-fast train example` (energies) and `kinml-fast train forces`
+(energies and forces) use the files that come with the package. An unknown key or a value that is not allowed ends with
+one sentence and exit code 2. Only `data.files` has no default.
 
 This page is made from `kinml_fast/train/config.py` by `python docs/make_configuration.py`.
 """

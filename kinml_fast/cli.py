@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(command=_info)
 
     prepare = commands.add_parser("prepare", help="read, check and divide the data of a configuration")
-    prepare.add_argument("config", metavar="CONFIG", help="YAML file, or `example`")
+    prepare.add_argument("config", metavar="CONFIG", help="YAML file, or `example`, or `forces`")
     prepare.add_argument("arguments", metavar="key=value", nargs="*", help="change a key of the configuration")
     prepare.set_defaults(command=_prepare)
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="kinml-fast train CONFIG [key=value …] [--overwrite]\n       kinml-fast train --resume RUN [key=value …]",
     )
     train.add_argument(
-        "arguments", metavar="CONFIG key=value", nargs="*", help="YAML file or `example`, and changes of its keys"
+        "arguments", metavar="CONFIG key=value", nargs="*", help="YAML file, `example` or `forces`, and changes of its keys"
     )
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the configuration's folder")
@@ -119,7 +119,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     if options.resume is None and not options.arguments:
-        raise InputError("kinml-fast train: give a configuration file, `example`, or --resume RUN")
+        raise InputError("kinml-fast train: give a configuration file, `example`, `forces`, or --resume RUN")
     if options.resume is not None and options.overwrite:
         raise InputError("kinml-fast train: --resume continues a run and --overwrite replaces one: give one of them")
     from kinml_fast.train import config, runs

@@ -203,7 +203,7 @@ def test_files_that_are_no_configuration(tmp_path, text, parts):
 
 
 def test_missing_binary_and_malformed_input(tmp_path):
-    with pytest.raises(InputError, match="no such file; give a configuration file, or `example`"):
+    with pytest.raises(InputError, match="no such file; give a configuration file, or example or forces"):
         config.load(tmp_path / "nothing.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as a configuration"):

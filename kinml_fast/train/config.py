@@ -19,8 +19,8 @@ from kinml_fast.nn import ACTIVATIONS
 
 log = logging.getLogger(__name__)
 
-EXAMPLE = "example"
-"""The name that stands for the configuration that comes with the package."""
+SHIPPED = ("example", "forces")
+"""Names that stand for configurations that come with the package: training on energies, on energies and forces."""
 
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -188,8 +188,9 @@ class OptimizerConfig(Section):
 class SchedulerConfig(Section):
     """The learning rate's schedule."""
 
-    name: Literal["rop", "exp", "step", "none"] = "rop"
-    """rop (reduce on plateau of the score), exp (every epoch), step (every step_size epochs), or none."""
+    name: Literal["rop", "exp", "step", "cosine", "none"] = "rop"
+    """rop (reduce on plateau of the score), exp (every epoch), step (every step_size epochs), cosine (half a wave from the
+    initial learning rate to min_lr), or none."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """rop: factor of the learning rate."""
     patience: Annotated[int, Field(ge=0)] = 25
@@ -201,11 +202,13 @@ class SchedulerConfig(Section):
     cooldown: Annotated[int, Field(ge=0)] = 0
     """rop: epochs after a reduction during which none are counted."""
     min_lr: NotNegative = 0.0
-    """rop: the learning rate is not reduced below this."""
+    """rop, cosine: the learning rate is not reduced below this."""
     gamma: Annotated[float, Field(gt=0, le=1)] | None = None
     """exp, step: factor of the learning rate; null: 0.99 for exp, 0.5 for step."""
     step_size: Count = 30
     """step: epochs between two reductions."""
+    length: Count | None = None
+    """cosine: epochs of the descent; null: training.epochs, also when a resumed run changes it."""
 
     def ignored(self) -> list[str]:
         """Keys that were changed but that this schedule does not have."""
@@ -213,6 +216,7 @@ class SchedulerConfig(Section):
             "rop": {"factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr"},
             "exp": {"gamma"},
             "step": {"gamma", "step_size"},
+            "cosine": {"min_lr", "length"},
             "none": set(),
         }
         return _changed(self, set(type(self).model_fields) - {"name"} - own[self.name])
@@ -369,7 +373,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Parameters
     ----------
     path
-        YAML file, or `example` for the one that comes with the package.
+        YAML file, or one of `SHIPPED`.
     overrides
         `key=value` with a dotted key and a value in YAML, as in `training.optimizer.learning_rate=1e-4`.
 
@@ -378,7 +382,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     InputError
         No such file, no YAML, an unknown key, a value that is not allowed.
     """
-    path = datasets.path("example.yaml") if str(path) == EXAMPLE else Path(path)
+    path = datasets.path(f"{path}.yaml") if str(path) in SHIPPED else Path(path)
     return with_overrides({"run": f"runs/{path.stem}"} | read_yaml(path), overrides, str(path))
 
 
@@ -431,7 +435,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file; give a configuration file, or `{EXAMPLE}` for the one of the package"
+            f"{path}: no such file; give a configuration file, or {_either(SHIPPED)} for those of the package"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a configuration ({error}): give a YAML file") from None

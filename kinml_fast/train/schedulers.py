@@ -6,13 +6,13 @@ import math
 import warnings
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler, ReduceLROnPlateau, StepLR
 
 from kinml_fast.train.config import SchedulerConfig
 
 
-def make_scheduler(optimizer: Optimizer, config: SchedulerConfig) -> LRScheduler | None:
-    """The schedule that the configuration names; None for none."""
+def make_scheduler(optimizer: Optimizer, config: SchedulerConfig, epochs: int = 1) -> LRScheduler | None:
+    """The schedule that the configuration names, for a training of so many epochs; None for none."""
     if config.name == "rop":
         return ReduceLROnPlateau(
             optimizer,
@@ -28,6 +28,14 @@ def make_scheduler(optimizer: Optimizer, config: SchedulerConfig) -> LRScheduler
         return ExponentialLR(optimizer, gamma=0.99 if config.gamma is None else config.gamma)
     if config.name == "step":
         return StepLR(optimizer, config.step_size, gamma=0.5 if config.gamma is None else config.gamma)
+    if config.name == "cosine":
+        length = max(config.length or epochs, 1)
+        lowest = config.min_lr / optimizer.defaults["lr"]
+
+        def factor(epoch: int) -> float:
+            return lowest + (1 - lowest) * (1 + math.cos(math.pi * min(epoch / length, 1))) / 2
+
+        return LambdaLR(optimizer, factor)
     return None
 
 

@@ -130,7 +130,7 @@ class Trainer:
         self._extra = ExtraLosses(extra_losses, model, self._tasks) if extra_losses else None
         trained = self._parameters + ([] if self._tasks.log_sigma is None else [self._tasks.log_sigma])
         self._optimizer = make_optimizer(trained, self.config.optimizer)
-        self._scheduler = make_scheduler(self._optimizer, self.config.scheduler)
+        self._scheduler = make_scheduler(self._optimizer, self.config.scheduler, self.config.epochs)
         decay = self.config.ema_decay
         self._average = None if decay is None else WeightAverage(self._parameters, decay)
 
