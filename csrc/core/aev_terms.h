@@ -16,7 +16,7 @@
 namespace kinml {
 inline namespace KINML_ISA {
 
-// sin(x) and cos(x) for |x| <= pi/2 by their Taylor series, to 1.5 units in the last place of 1.
+// sin(x) and cos(x) for |x| <= pi/4 by their Taylor series, to half a unit in the last place of 1.
 template <class T>
 struct SineCosine {
   T sine;
@@ -24,11 +24,11 @@ struct SineCosine {
 };
 template <class Scalar, class T>
 KINML_HD SineCosine<T> sine_cosine_series(T x) {
-  constexpr int terms = sizeof(Scalar) == 8 ? 11 : 6;
+  constexpr int terms = sizeof(Scalar) == 8 ? 8 : 5;
   const T one(Scalar(1));
   const T z = x * x;
   T s = one, c = one;
-#pragma GCC unroll 16
+#pragma GCC unroll 8
   for (int i = terms; i >= 1; --i) {
     s = one - z * s * T(Scalar(1.0 / ((2.0 * i) * (2.0 * i + 1.0))));
     c = one - z * c * T(Scalar(1.0 / ((2.0 * i - 1.0) * (2.0 * i))));
@@ -47,17 +47,20 @@ KINML_HD SineCosine<Dual<T>> sine_cosine(Dual<T> x) {
   return {{r.sine, r.cosine * x.tangent}, {r.cosine, -(r.sine * x.tangent)}};
 }
 
-// fc(R) and dfc/dR for R <= Rc; pi, inverse = 1 / Rc and half as numbers of the same type.
+// fc(R) and dfc/dR for 0 <= R <= Rc; inverse = 1 / Rc, half_pi and half as numbers of the same
+// type. With y = pi/2 (R / Rc - 1/2), |y| <= pi/4: fc = (cos y - sin y)^2 / 2, which is never
+// negative, and dfc/dR = -pi / (2 Rc) (cos y - sin y) (cos y + sin y).
 template <class N>
 struct Cutoff {
   N value;
   N slope;
 };
 template <class N>
-KINML_HD Cutoff<N> cutoff_function(N r, N inverse, N pi, N half) {
-  // cos(pi x) = -sin(pi (x - 1/2)), whose argument stays within +-pi/2.
-  const SineCosine<N> sc = sine_cosine(pi * (r * inverse - half));
-  return {half - half * sc.sine, -(half * pi * inverse) * sc.cosine};
+KINML_HD Cutoff<N> cutoff_function(N r, N inverse, N half_pi, N half) {
+  const SineCosine<N> sc = sine_cosine(half_pi * (r * inverse - half));
+  const N difference = sc.cosine - sc.sine;
+  return {half * difference * difference,
+          -(half_pi * inverse) * (difference * (sc.cosine + sc.sine))};
 }
 
 // x^n for n >= 0 by squaring. n is the same for all atoms, so its branches predict well.

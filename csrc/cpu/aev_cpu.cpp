@@ -1,14 +1,10 @@
 #include "aev_cpu.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <new>
 
 #include "../core/aev_layout.h"
-#include "aev_kernels.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "aev_environments.h"
+#include "guarded.h"
 
 namespace kinml::cpu {
 
@@ -18,181 +14,101 @@ std::int64_t AevParameters::length() const {
       .length();
 }
 
-template <class T>
-std::int64_t aev_workspace(const AevTables<T>& tables, std::int64_t max_candidates) {
-  const std::int64_t room = padded(max_candidates + 2 * kMaxLanes);
-  const std::int64_t triples = kChunk + kMaxLanes;
-  const std::int64_t neighbours = 40 * room + 2 * padded(tables.n_species + 1);
-  const std::int64_t chunk = 16 * padded(triples) + 4 * triples * padded(tables.n_angular) +
-                             4 * triples * padded(tables.n_sections) + 8 * kMaxLanes;
-  const std::int64_t pairs = std::int64_t(tables.n_species) * (tables.n_species + 1) / 2;
-  const std::int64_t row = tables.n_species * padded(tables.n_radial) +
-                           pairs * tables.n_angular * padded(tables.n_sections);
-  return neighbours + chunk + 2 * padded(row) + 4 * kMaxLanes;
-}
-
 namespace {
 
-// A structure with more atoms is cut into several tasks; smaller ones share a task.
-constexpr std::int64_t kLargeStructure = 512;
+// Smaller structures share a task.
 constexpr std::int64_t kTaskAtoms = 64;
+// Centres whose environments are in memory at one time.
+constexpr std::int64_t kCentres = 32;
 // Gradients of a large structure are summed in this many parts, each in the order of its centres.
 constexpr std::int64_t kParts = 32;
-// Up to this many atoms all pairs are tried: a cell list would cost more.
-constexpr std::int64_t kOneCell = 64;
 
-// Parameters in the type of the computation, padded for whole registers.
+enum class Product { forward, jvp, vjp, hvp, jacobian };
+
+// Arguments of one call, with the rows of the first atom of a structure.
 template <class T>
-struct Tables : AevTables<T> {
-  std::vector<T> storage;
+struct Task {
+  Product product;
+  std::int64_t length;   // D
+  std::int64_t columns;  // of the Jacobian
+  const T* gradient;     // [n_atoms, D]
+  const T* tangent;      // [n_atoms, 3]
+  T* out;
 
-  explicit Tables(const AevParameters& p) {
-    this->n_species = static_cast<int>(p.n_species);
-    this->n_radial = static_cast<int>(p.radial_shifts.size());
-    this->n_angular = static_cast<int>(p.angular_shifts.size());
-    this->n_sections = static_cast<int>(p.sections.size());
-    this->radial_eta = static_cast<T>(p.radial_eta);
-    this->radial_cutoff = static_cast<T>(p.radial_cutoff);
-    this->radial_factor = static_cast<T>(p.radial_factor);
-    this->angular_eta = static_cast<T>(p.angular_eta);
-    this->angular_cutoff = static_cast<T>(p.angular_cutoff);
-    this->angular_factor = static_cast<T>(p.angular_factor);
-    this->beta = static_cast<T>(p.beta);
-    this->zeta = static_cast<T>(p.zeta);
-    const bool whole = p.zeta >= 1 && p.zeta <= 1024 && p.zeta == std::floor(p.zeta);
-    this->integer_zeta = whole ? static_cast<int>(p.zeta) : -1;
-    std::vector<double> cosines, sines;
-    for (const double alpha : p.sections) {
-      cosines.push_back(std::cos(alpha));
-      sines.push_back(std::sin(alpha));
-    }
-    const std::vector<double>* lists[] = {&p.radial_shifts, &p.angular_shifts, &cosines, &sines};
-    const T** places[] = {&this->radial_shifts, &this->angular_shifts, &this->section_cos,
-                          &this->section_sin};
-    std::size_t starts[4];
-    for (int i = 0; i < 4; ++i) {
-      starts[i] = storage.size();
-      for (const double x : *lists[i]) storage.push_back(static_cast<T>(x));
-      while (storage.size() % kMaxLanes != 0) storage.push_back(storage.back());
-    }
-    for (int i = 0; i < 4; ++i) *places[i] = storage.data() + starts[i];
+  bool to_coordinates() const { return product == Product::vjp || product == Product::hvp; }
+  std::int64_t out_stride() const {
+    return to_coordinates() ? 3 : product == Product::jacobian ? length * columns : length;
   }
-};
-
-// Sorts the atoms of one structure into cells.
-class CellGrid {
- public:
-  template <class T>
-  void build(const T* x, std::int64_t n, double cell_size) {
-    dims_[0] = dims_[1] = dims_[2] = 1;
-    double low[3] = {0, 0, 0};
-    if (n > kOneCell) {
-      for (int d = 0; d < 3; ++d) {
-        double lo = x[d], hi = x[d];
-        for (std::int64_t i = 1; i < n; ++i) {
-          lo = std::min<double>(lo, x[3 * i + d]);
-          hi = std::max<double>(hi, x[3 * i + d]);
-        }
-        low[d] = lo;
-        // The bound keeps the grid small when atoms are far apart.
-        const double cells = std::floor((hi - lo) / cell_size);
-        // Coordinates that are not finite give one cell.
-        dims_[d] = cells >= 1 ? static_cast<int>(std::min(cells, std::cbrt(8.0 * n) + 1)) : 1;
-        inverse_[d] = hi > lo ? dims_[d] / (hi - lo) : 0.0;
-      }
-    }
-    const std::int64_t n_cells = std::int64_t(dims_[0]) * dims_[1] * dims_[2];
-    starts_.assign(n_cells + 1, 0);
-    atoms_.resize(n);
-    cell_.resize(n);
-    for (std::int64_t i = 0; i < n; ++i) {
-      std::int64_t cell = 0;
-      for (int d = 0; d < 3; ++d) {
-        std::int64_t c = 0;
-        if (dims_[d] > 1) {
-          const double place = (x[3 * i + d] - low[d]) * inverse_[d];
-          c = place >= 1 ? static_cast<std::int64_t>(std::min(place, dims_[d] - 1.0)) : 0;
-        }
-        cell = cell * dims_[d] + c;
-      }
-      cell_[i] = static_cast<std::int32_t>(cell);
-      ++starts_[cell + 1];
-    }
-    for (std::int64_t c = 0; c < n_cells; ++c) starts_[c + 1] += starts_[c];
-    next_.assign(starts_.begin(), starts_.end() - 1);
-    for (std::int64_t i = 0; i < n; ++i) atoms_[next_[cell_[i]]++] = static_cast<std::int32_t>(i);
-    max_candidates_ = 0;
-    for (int ix = 0; ix < dims_[0]; ++ix)
-      for (int iy = 0; iy < dims_[1]; ++iy)
-        for (int iz = 0; iz < dims_[2]; ++iz)
-          max_candidates_ = std::max(max_candidates_, around(ix, iy, iz));
-  }
-
-  template <class T>
-  void describe(StructureView<T>& view) const {
-    view.cell_starts = starts_.data();
-    view.cell_atoms = atoms_.data();
-    view.atom_cell = cell_.data();
-    view.nx = dims_[0];
-    view.ny = dims_[1];
-    view.nz = dims_[2];
-    view.max_candidates = max_candidates_;
-  }
-
- private:
-  std::int64_t around(int cx, int cy, int cz) const {
-    std::int64_t total = 0;
-    for (int ix = std::max(cx - 1, 0); ix <= std::min(cx + 1, dims_[0] - 1); ++ix)
-      for (int iy = std::max(cy - 1, 0); iy <= std::min(cy + 1, dims_[1] - 1); ++iy) {
-        const std::int64_t row = (std::int64_t(ix) * dims_[1] + iy) * dims_[2];
-        total +=
-            starts_[row + std::min(cz + 1, dims_[2] - 1) + 1] - starts_[row + std::max(cz - 1, 0)];
-      }
-    return total;
-  }
-
-  int dims_[3] = {1, 1, 1};
-  double inverse_[3] = {0, 0, 0};
-  std::vector<std::int32_t> starts_, atoms_, cell_, next_;
-  std::int64_t max_candidates_ = 0;
-};
-
-template <class T>
-StructureView<T> view_of(const AevBatch<T>& batch, const T* tangent, std::int64_t structure) {
-  const std::int64_t first = batch.offsets[structure];
-  StructureView<T> view{};
-  view.n_atoms = batch.offsets[structure + 1] - first;
-  view.coordinates = batch.coordinates + 3 * first;
-  view.species = batch.species + first;
-  view.tangent = tangent == nullptr ? nullptr : tangent + 3 * first;
-  return view;
-}
-
-Scratch& thread_workspace() {
-  thread_local Scratch scratch;
-  return scratch;
-}
-
-template <class T>
-void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode, const T* gradient,
-         const T* tangent, std::int64_t columns, T* out, int n_threads) {
-  const Tables<T> tables(parameters);
-  const std::int64_t length = parameters.length();
-  const double cell_size = std::max(parameters.radial_cutoff, parameters.angular_cutoff);
-  const bool to_coordinates = mode == AevMode::vjp || mode == AevMode::hvp;
-  // Numbers per atom in the output and in the gradient.
-  const std::int64_t out_stride = to_coordinates              ? 3
-                                  : mode == AevMode::jacobian ? length * columns
-                                                              : length;
-  const auto task_of = [&](std::int64_t first) {
-    AevTask<T> task{};
-    task.mode = mode;
-    task.gradient = gradient == nullptr ? nullptr : gradient + first * length;
-    task.out = out + first * out_stride;
-    task.columns = columns;
+  Task from(std::int64_t atom) const {
+    Task task = *this;
+    if (gradient != nullptr) task.gradient += atom * length;
+    if (tangent != nullptr) task.tangent += atom * 3;
+    task.out += atom * out_stride();
     return task;
+  }
+};
+
+// Column 3 q + d of J_i is J_i v for the unit vector v of coordinate d of atom q.
+template <class T>
+void jacobian(const AevTables<T>& tables, Environments<T>& environments, const Environment<T>& e,
+              const Task<T>& task) {
+  const std::int64_t i = e.begin, size = task.length * task.columns;
+  std::vector<T> direction(3 * e.structure.n_atoms, T(0)), column(task.length);
+  T* const out = task.out + i * size;
+  std::fill(out, out + size, T(0));
+  T* const scratch = environments.scratch(e);
+  for (std::int64_t p = -1; p < e.n_pairs; ++p) {  // -1: the centre itself
+    const std::int64_t atom = p < 0 ? i : e.index[p];
+    for (std::int64_t c = 3 * atom; c < 3 * atom + 3; ++c) {
+      direction[c] = T(1);
+      // The kernel writes the row of atom i.
+      KINML_CALL_KERNEL(aev_tangent_rows, tables, e, direction.data(), column.data(), 0, scratch);
+      direction[c] = T(0);
+      for (std::int64_t d = 0; d < task.length; ++d) out[d * task.columns + c] = column[d];
+    }
+  }
+}
+
+// Centres [begin, end) of the structure that the environments were last set to.
+template <class T>
+void run_centres(const AevTables<T>& tables, Environments<T>& environments, const Task<T>& task,
+                 std::int64_t begin, std::int64_t end) {
+  const std::int64_t step = task.product == Product::jacobian ? 1 : kCentres;
+  for (std::int64_t first = begin; first < end; first += step) {
+    environments.clear();
+    const Environment<T> e = environments.make(
+        first, std::min(first + step, end), task.product == Product::hvp ? task.tangent : nullptr);
+    switch (task.product) {
+      case Product::forward:
+        KINML_CALL_KERNEL(aev_rows, tables, e, task.out, task.length);
+        break;
+      case Product::jvp:
+        KINML_CALL_KERNEL(aev_tangent_rows, tables, e, task.tangent, task.out, task.length,
+                          environments.scratch(e));
+        break;
+      case Product::vjp:
+      case Product::hvp:
+        KINML_CALL_KERNEL(aev_transposed, tables, e, task.gradient, task.length, task.out,
+                          environments.scratch(e));
+        break;
+      case Product::jacobian:
+        jacobian(tables, environments, e, task);
+        break;
+    }
+  }
+}
+
+template <class T>
+void run(const AevParameters& parameters, const AevBatch<T>& batch, Product product,
+         const T* gradient, const T* tangent, std::int64_t columns, T* out, int n_threads) {
+  const AevTableStorage<T> tables(parameters);
+  const Task<T> all{product, parameters.length(), columns, gradient, tangent, out};
+  const auto set_structure = [&](Environments<T>& environments, std::int64_t s) {
+    const std::int64_t first = batch.offsets[s];
+    environments.set_structure(batch.offsets[s + 1] - first, batch.coordinates + 3 * first,
+                               batch.species + first);
   };
-  if (to_coordinates) std::fill(out, out + 3 * batch.offsets[batch.n_structures], T(0));
+  if (all.to_coordinates()) std::fill(out, out + 3 * batch.offsets[batch.n_structures], T(0));
 
   // Small structures: tasks of whole structures.
   struct Range {
@@ -216,55 +132,35 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
       atoms += n;
     }
   }
-  // An exception must not leave a parallel region: it is raised again behind it.
-  std::atomic<bool> out_of_memory{false};
-  const auto guarded = [&](const auto& work) {
-    return [&](std::int64_t item) {
-      try {
-        work(item);
-      } catch (const std::bad_alloc&) {
-        out_of_memory = true;
-      }
-    };
-  };
   const auto small_structures = [&](std::int64_t item) {
-    thread_local CellGrid grid;
+    Environments<T> environments(tables);
     for (std::int64_t s = ranges[item].first; s < ranges[item].last; ++s) {
-      StructureView<T> view = view_of(batch, tangent, s);
-      if (view.n_atoms == 0) continue;
-      grid.build(view.coordinates, view.n_atoms, cell_size);
-      grid.describe(view);
-      AevTask<T> task = task_of(batch.offsets[s]);
-      task.begin = 0;
-      task.end = view.n_atoms;
-      task.workspace = thread_workspace().get<T>(aev_workspace<T>(tables, view.max_candidates));
-      KINML_CALL_KERNEL(aev_centres, tables, view, task);
+      const std::int64_t n = batch.offsets[s + 1] - batch.offsets[s];
+      if (n == 0) continue;
+      set_structure(environments, s);
+      run_centres(tables, environments, all.from(batch.offsets[s]), 0, n);
     }
   };
-  parallel_for(static_cast<std::int64_t>(ranges.size()), n_threads, guarded(small_structures));
+  guarded_parallel_for(static_cast<std::int64_t>(ranges.size()), n_threads, small_structures);
 
   // Large structures: tasks of some centres; gradients in parts that are then added in order.
   for (const std::int64_t s : large) {
-    StructureView<T> view = view_of(batch, tangent, s);
-    CellGrid grid;
-    grid.build(view.coordinates, view.n_atoms, cell_size);
-    grid.describe(view);
-    const std::int64_t n = view.n_atoms;
-    const std::int64_t n_tasks = to_coordinates
-                                     ? std::min(kParts, (n + kTaskAtoms - 1) / kTaskAtoms)
-                                     : (n + kTaskAtoms - 1) / kTaskAtoms;
-    std::vector<T> parts(to_coordinates ? n_tasks * 3 * n : 0);
-    const AevTask<T> whole = task_of(batch.offsets[s]);
+    const std::int64_t n = batch.offsets[s + 1] - batch.offsets[s];
+    const std::int64_t wanted = (n + kTaskAtoms - 1) / kTaskAtoms;
+    const std::int64_t n_tasks = all.to_coordinates() ? std::min(kParts, wanted) : wanted;
+    std::vector<T> parts(all.to_coordinates() ? n_tasks * 3 * n : 0);
+    const Task<T> whole = all.from(batch.offsets[s]);
+    Environments<T> shared(tables);
+    set_structure(shared, s);
     const auto some_centres = [&](std::int64_t item) {
-      AevTask<T> task = whole;
-      task.begin = item * n / n_tasks;
-      task.end = (item + 1) * n / n_tasks;
-      if (to_coordinates) task.out = parts.data() + item * 3 * n;
-      task.workspace = thread_workspace().get<T>(aev_workspace<T>(tables, view.max_candidates));
-      KINML_CALL_KERNEL(aev_centres, tables, view, task);
+      Environments<T> environments(tables);
+      environments.share_structure(shared);
+      Task<T> task = whole;
+      if (task.to_coordinates()) task.out = parts.data() + item * 3 * n;
+      run_centres(tables, environments, task, item * n / n_tasks, (item + 1) * n / n_tasks);
     };
-    parallel_for(n_tasks, n_threads, guarded(some_centres));
-    if (to_coordinates) {
+    guarded_parallel_for(n_tasks, n_threads, some_centres);
+    if (all.to_coordinates()) {
       const std::int64_t block = 4096;
       parallel_for((3 * n + block - 1) / block, n_threads, [&](std::int64_t item) {
         const std::int64_t end = std::min(3 * n, (item + 1) * block);
@@ -273,34 +169,33 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, AevMode mode
       });
     }
   }
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace
 
 template <class T>
 void aev_forward(const AevParameters& parameters, const AevBatch<T>& batch, T* aev, int n_threads) {
-  run<T>(parameters, batch, AevMode::forward, nullptr, nullptr, 0, aev, n_threads);
+  run<T>(parameters, batch, Product::forward, nullptr, nullptr, 0, aev, n_threads);
 }
 template <class T>
 void aev_jvp(const AevParameters& parameters, const AevBatch<T>& batch, const T* tangent, T* out,
              int n_threads) {
-  run<T>(parameters, batch, AevMode::jvp, nullptr, tangent, 0, out, n_threads);
+  run<T>(parameters, batch, Product::jvp, nullptr, tangent, 0, out, n_threads);
 }
 template <class T>
 void aev_vjp(const AevParameters& parameters, const AevBatch<T>& batch, const T* gradient, T* out,
              int n_threads) {
-  run<T>(parameters, batch, AevMode::vjp, gradient, nullptr, 0, out, n_threads);
+  run<T>(parameters, batch, Product::vjp, gradient, nullptr, 0, out, n_threads);
 }
 template <class T>
 void aev_hvp(const AevParameters& parameters, const AevBatch<T>& batch, const T* gradient,
              const T* tangent, T* out, int n_threads) {
-  run<T>(parameters, batch, AevMode::hvp, gradient, tangent, 0, out, n_threads);
+  run<T>(parameters, batch, Product::hvp, gradient, tangent, 0, out, n_threads);
 }
 template <class T>
 void aev_jacobian(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t columns,
                   T* out, int n_threads) {
-  run<T>(parameters, batch, AevMode::jacobian, nullptr, nullptr, columns, out, n_threads);
+  run<T>(parameters, batch, Product::jacobian, nullptr, nullptr, columns, out, n_threads);
 }
 
 #define KINML_INSTANTIATE(T)                                                                       \

@@ -1,810 +1,985 @@
 // Atomic environment vectors, their Jacobian products and their Hessian product on the CPU.
 //
-// One template does all: with plain numbers it gives the vector a_i (forward) and the product
-// J_i^T g (vjp); with dual numbers, whose tangents move along a direction v, it gives J_i v (jvp)
-// and the derivative of g . J_i v (hvp).
+// Everything that does not depend on what the vectors are multiplied with is computed once for an
+// Environment and read by all passes: unit vectors, distances, cutoff functions and radial factors
+// of the neighbours; half the cosine and sine, mean distance, weight fc fc and angular factors E_l
+// of the triples. Elementary functions run over whole registers of neighbours or triples.
 //
-// A centre is worked through in three steps, each over whole registers:
-//   neighbours  cells -> neighbours sorted by species, with unit vectors, distances, cutoffs
-//   radial      one neighbour at a time, lanes over the shifts
-//   angular     for each species pair, triples in chunks: geometry (lanes over triples), factors
-//               E_l (lanes over shifts) and P_m (lanes over sections), then the contraction
-//               out[l][m] += F_l P_m, or its transpose for the products with g
-// A triple so costs n_angular + n_sections factors and an outer product, no arccos, no J.
+//   rows          out[l][m] += E_l (weight P_m): lanes over the sections m, E_l a broadcast
+//   transposed    lanes over triples: the sums  g.(E P), g.(E' P), g.(E P')  of each triple need no
+//                 addition across lanes. They are symmetric in the two neighbours j, k, so the
+//                 gradient of all displacements is five products of symmetric matrices with vectors
+//   tangent rows  as rows, with out[l] = sum E_l X + shift_l sum E_l Y, since E_l' ~ (R - shift)
+//   E_l
+// With dual numbers, whose tangents move along a direction v, `transposed` is d/dx (g . J v).
 #include "aev_kernels.h"
 
-#include <initializer_list>
+#include <limits>
 
 #include "../core/aev_layout.h"
 #include "../core/aev_terms.h"
 #include "denormals.h"
-#include "simd.h"
+#include "simd_functions.h"
 
 namespace kinml {
 inline namespace KINML_ISA {
 
 // Found by argument-dependent lookup from the formulas of core.
 template <class T, int W>
-KINML_HD Vec<T, W> square_root(Vec<T, W> x) {
-  return sqrt(x);
-}
-template <class T>
-KINML_HD Dual<T> square_root(Dual<T> x) {
-  const T r = square_root(x.value);
-  return {r, x.tangent / (r + r)};
-}
-template <class T, int W>
 KINML_HD SineCosine<Vec<T, W>> sine_cosine(Vec<T, W> x) {
   return sine_cosine_series<T>(x);
 }
 namespace {
 
-using cpu::AevMode;
 using cpu::AevTables;
-using cpu::AevTask;
-using cpu::kChunk;
-using cpu::kMaxLanes;
+using cpu::Environment;
 using cpu::padded;
-using cpu::StructureView;
-
-constexpr int kChunkRoom = kChunk + kMaxLanes;  // registers are stored whole
+using Index = std::int64_t;
 
 // Numbers in memory: a plane of values and, for dual numbers, a plane of tangents.
 template <class T>
 struct Planes {
   T* value;
   T* tangent;
+  KINML_HD Planes operator+(Index n) const { return {value + n, tangent + n}; }
 };
 
 // The register type and the memory access of plain (kDual = false) or dual numbers.
-template <class T, int W, bool kDual>
+template <class T, bool kDual>
 struct Lanes;
 
-template <class T, int W>
-struct Lanes<T, W, false> {
-  using V = Vec<T, W>;
+template <class T>
+struct Lanes<T, false> {
+  using V = Vec<T, kNativeWidth<T>>;
   using L = V;
-  static KINML_HD L constant(T x) { return V(x); }
   static KINML_HD L plain(V x) { return x; }
-  static KINML_HD L load(Planes<T> p, std::int64_t i) { return V::load(p.value + i); }
-  static KINML_HD L broadcast(Planes<T> p, std::int64_t i) { return V(p.value[i]); }
-  static KINML_HD void store(Planes<T> p, std::int64_t i, L x) { x.store(p.value + i); }
-  // The sum of the lanes, in addition to what is there already if `add`.
-  static KINML_HD void store_sum(Planes<T> p, std::int64_t i, L x, bool add) {
-    p.value[i] = (add ? p.value[i] : T(0)) + reduce_add(x);
-  }
+  static KINML_HD L load(Planes<T> p) { return V::load(p.value); }
+  static KINML_HD L broadcast(Planes<T> p) { return V(*p.value); }
+  static KINML_HD void store(Planes<T> p, L x) { x.store(p.value); }
+  static KINML_HD void store_sum(Planes<T> p, L x) { *p.value = reduce_add(x); }
+  static KINML_HD void copy(Planes<T> from, Planes<T> to) { *to.value = *from.value; }
+  static KINML_HD void clear(Planes<T> p) { *p.value = T(0); }
   static KINML_HD L scale(V a, L x) { return a * x; }
   static KINML_HD V result(L x) { return x; }  // the part that the caller wants
+  static KINML_HD V value(L x) { return x; }
   static KINML_HD L choose(V a, V b, L if_ge, L otherwise) {
     return select_ge(a, b, if_ge, otherwise);
   }
+  static KINML_HD L root(L x) { return sqrt(x); }
+  static KINML_HD L gauss(L x) { return gaussian(x); }
 };
 
-template <class T, int W>
-struct Lanes<T, W, true> {
-  using V = Vec<T, W>;
+template <class T>
+struct Lanes<T, true> {
+  using V = Vec<T, kNativeWidth<T>>;
   using L = Dual<V>;
-  static KINML_HD L constant(T x) { return L(V(x), V(T(0))); }
   static KINML_HD L plain(V x) { return L(x, V(T(0))); }
-  static KINML_HD L load(Planes<T> p, std::int64_t i) {
-    return L(V::load(p.value + i), V::load(p.tangent + i));
+  static KINML_HD L load(Planes<T> p) { return L(V::load(p.value), V::load(p.tangent)); }
+  static KINML_HD L broadcast(Planes<T> p) { return L(V(*p.value), V(*p.tangent)); }
+  static KINML_HD void store(Planes<T> p, L x) {
+    x.value.store(p.value);
+    x.tangent.store(p.tangent);
   }
-  static KINML_HD L broadcast(Planes<T> p, std::int64_t i) {
-    return L(V(p.value[i]), V(p.tangent[i]));
+  static KINML_HD void store_sum(Planes<T> p, L x) {
+    *p.value = reduce_add(x.value);
+    *p.tangent = reduce_add(x.tangent);
   }
-  static KINML_HD void store(Planes<T> p, std::int64_t i, L x) {
-    x.value.store(p.value + i);
-    x.tangent.store(p.tangent + i);
+  static KINML_HD void copy(Planes<T> from, Planes<T> to) {
+    *to.value = *from.value;
+    *to.tangent = *from.tangent;
   }
-  static KINML_HD void store_sum(Planes<T> p, std::int64_t i, L x, bool add) {
-    p.value[i] = (add ? p.value[i] : T(0)) + reduce_add(x.value);
-    p.tangent[i] = (add ? p.tangent[i] : T(0)) + reduce_add(x.tangent);
-  }
+  static KINML_HD void clear(Planes<T> p) { *p.value = *p.tangent = T(0); }
   static KINML_HD L scale(V a, L x) { return L(a * x.value, a * x.tangent); }
   static KINML_HD V result(L x) { return x.tangent; }
+  static KINML_HD V value(L x) { return x.value; }
   static KINML_HD L choose(V a, V b, L if_ge, L otherwise) {
     return L(select_ge(a, b, if_ge.value, otherwise.value),
              select_ge(a, b, if_ge.tangent, otherwise.tangent));
   }
+  static KINML_HD L root(L x) {
+    const V r = sqrt(x.value);
+    return L(r, x.tangent / (r + r));
+  }
+  static KINML_HD L gauss(L x) {
+    const V g = gaussian(x.value);
+    return L(g, V(T(-2)) * x.value * g * x.tangent);
+  }
 };
-
-template <class T, int W>
-KINML_HD Vec<T, W> value_of_lanes(Vec<T, W> x) {
-  return x;
-}
-template <class T, int W>
-KINML_HD Vec<T, W> value_of_lanes(Dual<Vec<T, W>> x) {
-  return x.value;
-}
 
 // The first `count` lanes, zero in the others.
 template <class T, int W>
-KINML_HD Vec<T, W> keep_first(Vec<T, W> x, std::int64_t count) {
+KINML_HD Vec<T, W> keep_first(Vec<T, W> x, Index count) {
   Vec<T, W> lane;
   for (int i = 0; i < W; ++i) lane.raw[i] = static_cast<T>(i);
   return lane.raw < Vec<T, W>(static_cast<T>(count)).raw ? x.raw : Vec<T, W>(T(0)).raw;
 }
+template <class V>
+KINML_HD Dual<V> keep_first(Dual<V> x, Index count) {
+  return {keep_first(x.value, count), keep_first(x.tangent, count)};
+}
 
-// Takes aligned pieces from the workspace of a task.
+// x^(zeta - 1). zeta = 8 is what aevmod and so everybody has.
+template <bool kEight, class T, class N, class Choose>
+KINML_HD N power_below(const AevTables<T>& t, N x, N one, const Choose& at_least) {
+  if constexpr (kEight) {
+    const N square = x * x;
+    return (square * square) * (square * x);
+  } else {
+    if (t.integer_zeta > 0) return integer_power(x, one, t.integer_zeta - 1);
+    return exp(N(t.zeta - T(1)) * log(at_least(x, sizeof(T) == 8 ? T(1e-60) : T(1e-12))));
+  }
+}
+
+// Takes aligned pieces from memory.
 template <class T>
 struct Arena {
   T* next;
-  T* numbers(std::int64_t n) {
+  int planes = 1;
+
+  T* numbers(Index n) {
     T* p = next;
     next += padded(n);
     return p;
   }
-  std::int32_t* integers(std::int64_t n) {  // an int32 is never longer than a T
+  std::int32_t* integers(Index n) {  // an int32 is never longer than a T
     return reinterpret_cast<std::int32_t*>(numbers(n));
   }
-  Planes<T> planes(std::int64_t n) {
+  Planes<T> take(Index n) {
     T* value = numbers(n);
-    return {value, numbers(n)};
+    return {value, planes == 2 ? numbers(n) : value};
   }
 };
 
-// Neighbours of one centre, all arrays in species order.
-template <class T>
-struct Neighbours {
-  std::int32_t* index;          // [n] atom
-  std::int32_t* species_start;  // [n_species + 1]
-  Planes<T> ux, uy, uz;         // [n] unit vector from the centre
-  Planes<T> r, inverse_r;       // [n]
-  Planes<T> fc, slope;          // [n] radial cutoff function, 0 beyond it
-  T *gx, *gy, *gz;              // [n] derivative with respect to the displacement (vjp, hvp)
-  // The angular ones among them, compact.
-  std::int32_t* position;                             // [m] place among the neighbours
-  std::int32_t* angular_species_start;                // [n_species + 1]
-  Planes<T> ax, ay, az, ar, inverse_ar, afc, aslope;  // [m]
-  T *hx, *hy, *hz;                                    // [m]
-  // Candidates before they are sorted.
-  std::int32_t* candidate;
-  T* candidate_r2;
+// Where everything of an environment stands.
+template <class T, bool kDual>
+struct View {
+  static constexpr int W = kNativeWidth<T>;
+  const AevTables<T>& t;
+  AevLayout layout;
+  Index n_species, radial_row;
+  Planes<T> ux, uy, uz, r, inverse_r;  // [n_pairs] unit vector from the centre, distance
+  Planes<T> fc, slope;                 // [n_pairs] radial cutoff function and its derivative
+  Planes<T> near_fc, near_slope;       // [n_pairs] angular; of any value beyond its cutoff
+  Planes<T> radial;                    // [n_pairs, radial_row] exp(-eta (R - shift_l)^2)
+  std::int32_t* index;                 // [n_pairs] atom
+  std::int32_t* first;                 // [n_centres * n_species + 1] first pair of each segment
+  std::int32_t* near;       // [n_centres * n_species] so many pairs at its front are angular ones
+  std::int32_t* candidate;  // [max_candidates]
+  std::int32_t* key;        // [max_candidates]
+  std::int32_t* counts;     // [2 n_species + 1]
+  T* triples;
+  Index group;  // numbers of a register of triples
 
-  static Neighbours from(Arena<T>& arena, std::int64_t room, int n_species) {
-    Neighbours nb;
-    nb.index = arena.integers(room);
-    nb.species_start = arena.integers(n_species + 1);
-    for (Planes<T>* p : {&nb.ux, &nb.uy, &nb.uz, &nb.r, &nb.inverse_r, &nb.fc, &nb.slope, &nb.ax,
-                         &nb.ay, &nb.az, &nb.ar, &nb.inverse_ar, &nb.afc, &nb.aslope})
-      *p = arena.planes(room);
-    for (T** p : {&nb.gx, &nb.gy, &nb.gz, &nb.hx, &nb.hy, &nb.hz, &nb.candidate_r2})
-      *p = arena.numbers(room);
-    nb.position = arena.integers(room);
-    nb.angular_species_start = arena.integers(n_species + 1);
-    nb.candidate = arena.integers(room);
-    return nb;
+  View(const AevTables<T>& tables, const Environment<T>& e)
+      : t(tables),
+        layout{tables.n_species, tables.n_radial, tables.n_angular, tables.n_sections},
+        n_species(tables.n_species),
+        radial_row(padded(tables.n_radial, W)),
+        triples(e.triples),
+        group((kDual ? 2 : 1) * Index(5 + tables.n_angular) * W) {
+    Arena<T> arena{e.pairs, kDual ? 2 : 1};
+    const Index room = e.pair_room();
+    for (Planes<T>* p : {&ux, &uy, &uz, &r, &inverse_r, &fc, &slope, &near_fc, &near_slope})
+      *p = arena.take(room);
+    radial = arena.take(room * radial_row);
+    index = arena.integers(room);
+    first = arena.integers(e.n_centres() * n_species + 1);
+    near = arena.integers(e.n_centres() * n_species);
+    candidate = arena.integers(e.structure.max_candidates);
+    key = arena.integers(e.structure.max_candidates);
+    counts = arena.integers(2 * n_species + 1);
+  }
+
+  // Register g of the triples, as [5 + n_angular, W]: half cos(theta), half sin(theta),
+  // dsin/dcos = -ratio, mean distance, weight, E_0, E_1, ...
+  KINML_HD Planes<T> triple(Index g) const {
+    T* p = triples + g * group;
+    return {p, kDual ? p + group / 2 : p};
+  }
+  Index n_triples(Index centre, Index a, Index b) const {
+    const Index n = near[centre * n_species + a], m = near[centre * n_species + b];
+    return a == b ? n * (n - 1) / 2 : n * m;
+  }
+  // Calls f(a, b, n_triples, g) for the species pairs of a centre; g is the first register of their
+  // triples, and moves to the first one of the next centre.
+  template <class F>
+  void for_pairs(Index centre, Index& g, const F& f) const {
+    for (Index a = 0; a < n_species; ++a)
+      for (Index b = a; b < n_species; ++b) {
+        const Index n = n_triples(centre, a, b);
+        f(a, b, n, g);
+        g += (n + W - 1) / W;
+      }
+  }
+  // Calls f(j, k, count, place) for runs of triples with the same first neighbour j and the second
+  // ones k, k + 1, ... in the order in which the triples are numbered.
+  template <class F>
+  void for_runs(Index centre, Index a, Index b, const F& f) const {
+    const Index fa = first[centre * n_species + a], ja = fa + near[centre * n_species + a];
+    const Index fb = first[centre * n_species + b], kb = fb + near[centre * n_species + b];
+    Index place = 0;
+    for (Index j = fa; j < ja; ++j) {
+      const Index k = a == b ? j + 1 : fb;
+      if (k < kb) f(j, k, kb - k, place);
+      place += kb - k;
+    }
   }
 };
 
-// Triples of a chunk and their factors.
-template <class T>
-struct Chunk {
-  Planes<T> c, s, ratio;             // cos(theta), sin(theta), dsin/dcos = -ratio
-  Planes<T> mean_r;                  // (R_ij + R_ik) / 2
-  Planes<T> weight;                  // factor fc(R_ij) fc(R_ik)
-  Planes<T> radial, radial_slope;    // [kChunkRoom, padded n_angular] E_l, dE_l/dR
-  Planes<T> section, section_slope;  // [kChunkRoom, padded n_sections] P_m, dP_m/dc
-  Planes<T> sum, sum_r, sum_c;       // g.EP, g.E'P, g.EP'
+// ---- neighbours ---------------------------------------------------------------------------------
 
-  static Chunk from(Arena<T>& arena, std::int64_t angular_row, std::int64_t section_row) {
-    Chunk chunk;
-    for (Planes<T>* p : {&chunk.c, &chunk.s, &chunk.ratio, &chunk.mean_r, &chunk.weight, &chunk.sum,
-                         &chunk.sum_r, &chunk.sum_c})
-      *p = arena.planes(kChunkRoom);
-    chunk.radial = arena.planes(kChunkRoom * angular_row);
-    chunk.radial_slope = arena.planes(kChunkRoom * angular_row);
-    chunk.section = arena.planes(kChunkRoom * section_row);
-    chunk.section_slope = arena.planes(kChunkRoom * section_row);
-    return chunk;
+// Pairs of one centre from `total` on, sorted by species and, within one, the angular ones first;
+// displacements into ux, uy, uz. Returns where they end.
+template <class T, bool kDual>
+std::int32_t gather(const View<T, kDual>& v, const Environment<T>& e, Index centre, Index segment,
+                    std::int32_t total) {
+  const cpu::StructureView<T>& s = e.structure;
+  const T near2 = v.t.angular_cutoff * v.t.angular_cutoff;
+  const T radial2 = v.t.radial_cutoff * v.t.radial_cutoff;
+  const T limit = radial2 > near2 ? radial2 : near2;
+  const T* const xi = s.coordinates + 3 * centre;
+  std::int32_t* const next = v.counts;
+  for (Index a = 0; a <= 2 * v.n_species; ++a) next[a] = 0;
+  std::int32_t found = 0;
+  const std::int32_t cell = s.atom_cell[centre];
+  const int cz = cell % s.nz, cy = cell / s.nz % s.ny, cx = cell / s.nz / s.ny;
+  const int z0 = cz > 0 ? cz - 1 : 0, z1 = cz + 1 < s.nz ? cz + 1 : s.nz - 1;
+  for (int ix = cx > 0 ? cx - 1 : 0; ix <= cx + 1 && ix < s.nx; ++ix)
+    for (int iy = cy > 0 ? cy - 1 : 0; iy <= cy + 1 && iy < s.ny; ++iy) {
+      const std::int32_t* row = s.cell_starts + (Index(ix) * s.ny + iy) * s.nz;
+      for (std::int32_t p = row[z0]; p < row[z1 + 1]; ++p) {
+        const std::int32_t atom = s.cell_atoms[p];
+        const T* const xj = s.coordinates + 3 * Index(atom);
+        const T dx = xj[0] - xi[0], dy = xj[1] - xi[1], dz = xj[2] - xi[2];
+        const T r2 = dx * dx + dy * dy + dz * dz;
+        // Without a branch that depends on the distance. NaN counts as a neighbour.
+        const std::int32_t key =
+            static_cast<std::int32_t>(2 * s.species[atom]) + static_cast<std::int32_t>(r2 > near2);
+        const std::int32_t taken = static_cast<std::int32_t>(!(r2 > limit) & (atom != centre));
+        v.candidate[found] = atom;
+        v.key[found] = key;
+        next[key + 1] += taken;
+        found += taken;
+      }
+    }
+  for (Index a = 0; a < v.n_species; ++a) {
+    v.near[segment + a] = next[2 * a + 1];
+    v.first[segment + a] = total + next[2 * a];
+    next[2 * a + 1] += next[2 * a];
+    next[2 * a + 2] += next[2 * a + 1];
   }
-};
+  for (std::int32_t p = 0; p < found; ++p) {
+    const Index atom = v.candidate[p];
+    const std::int32_t k = total + next[v.key[p]]++;
+    v.index[k] = static_cast<std::int32_t>(atom);
+    const T* const xj = s.coordinates + 3 * atom;
+    v.ux.value[k] = xj[0] - xi[0];
+    v.uy.value[k] = xj[1] - xi[1];
+    v.uz.value[k] = xj[2] - xi[2];
+    if constexpr (kDual) {
+      const T *const vi = e.direction + 3 * centre, *const vj = e.direction + 3 * atom;
+      v.ux.tangent[k] = vj[0] - vi[0];
+      v.uy.tangent[k] = vj[1] - vi[1];
+      v.uz.tangent[k] = vj[2] - vi[2];
+    }
+  }
+  return total + found;
+}
 
-// Triples of one first atom j with consecutive second atoms k.
-struct Run {
-  std::int32_t j, k, count, first;
-};
-
-template <class T, int W, bool kDual, bool kTranspose>
-class Centre {
-  using La = Lanes<T, W, kDual>;
+// From displacements to unit vectors, distances, cutoff functions and radial factors.
+template <class T, bool kDual>
+void distances(const View<T, kDual>& v, Index n_pairs) {
+  using La = Lanes<T, kDual>;
   using V = typename La::V;
   using L = typename La::L;
-
- public:
-  Centre(const AevTables<T>& tables, const StructureView<T>& structure, T* workspace)
-      : t_(tables),
-        s_(structure),
-        layout_{tables.n_species, tables.n_radial, tables.n_angular, tables.n_sections},
-        radial_row_(padded(tables.n_radial, W)),
-        angular_row_(padded(tables.n_angular, W)),
-        section_row_(padded(tables.n_sections, W)) {
-    Arena<T> arena{workspace};
-    room_ = structure.max_candidates + 2 * kMaxLanes;
-    nb_ = Neighbours<T>::from(arena, room_, tables.n_species);
-    chunk_ = Chunk<T>::from(arena, angular_row_, section_row_);
-    row_ = arena.numbers(row_length());
-    column_ = arena.numbers(layout_.length());
+  constexpr int W = kNativeWidth<T>;
+  const L one = La::plain(V(T(1))), zero = La::plain(V(T(0)));
+  const L half = La::plain(V(T(0.5))), half_pi = La::plain(V(T(1.57079632679489661923)));
+  const L radial_inverse = La::plain(V(T(1) / v.t.radial_cutoff));
+  const L near_inverse = La::plain(V(T(1) / v.t.angular_cutoff));
+  const V radial_cutoff(v.t.radial_cutoff);
+  const V tiny(std::numeric_limits<T>::min());
+  for (Planes<T> p : {v.ux, v.uy, v.uz}) La::store(p + n_pairs, zero);
+  for (Index k = 0; k < n_pairs; k += W) {
+    const L x = La::load(v.ux + k), y = La::load(v.uy + k), z = La::load(v.uz + k);
+    const L r2 = x * x + y * y + z * z;
+    // Coincident atoms have no direction: their unit vector and its derivatives are zero.
+    const V square = La::value(r2);
+    const L safe = La::root(La::choose(square, tiny, r2, one));
+    const L inverse = La::choose(square, tiny, one / safe, zero);
+    const L r = La::choose(square, tiny, safe, zero);
+    La::store(v.ux + k, x * inverse);
+    La::store(v.uy + k, y * inverse);
+    La::store(v.uz + k, z * inverse);
+    La::store(v.r + k, r);
+    La::store(v.inverse_r + k, inverse);
+    const Cutoff<L> fc = cutoff_function(r, radial_inverse, half_pi, half);
+    La::store(v.fc + k, La::choose(radial_cutoff, La::value(r), fc.value, zero));
+    La::store(v.slope + k, La::choose(radial_cutoff, La::value(r), fc.slope, zero));
+    const Cutoff<L> near = cutoff_function(r, near_inverse, half_pi, half);
+    La::store(v.near_fc + k, near.value);
+    La::store(v.near_slope + k, near.slope);
   }
-
-  // Neighbours of `centre`; the displacement's tangent is v_j - v_i.
-  void find_neighbours(std::int64_t centre) {
-    gather_candidates(centre);
-    const std::int32_t n = nb_.species_start[t_.n_species];
-    const V zero(T(0));
-    const L one = La::constant(T(1));
-    const V radial_cutoff(t_.radial_cutoff);
-    for (std::int32_t k = 0; k < n; k += W) {
-      const L x = La::load(nb_.ux, k), y = La::load(nb_.uy, k), z = La::load(nb_.uz, k);
-      const L r2 = x * x + y * y + z * z;
-      const V r2_value = value_of_lanes(r2);
-      // Coincident atoms have no direction: their unit vector and its derivatives are zero.
-      const V tiny(std::numeric_limits<T>::min());
-      const L safe = La::choose(r2_value, tiny, r2, one);
-      const L r_safe = square_root(safe);
-      const L inverse = La::choose(r2_value, tiny, one / r_safe, La::constant(T(0)));
-      const L r = La::choose(r2_value, tiny, r_safe, La::constant(T(0)));
-      La::store(nb_.ux, k, x * inverse);
-      La::store(nb_.uy, k, y * inverse);
-      La::store(nb_.uz, k, z * inverse);
-      La::store(nb_.r, k, r);
-      La::store(nb_.inverse_r, k, inverse);
-      const Cutoff<L> fc = cutoff(r, t_.radial_cutoff);
-      const V rv = value_of_lanes(r);
-      La::store(nb_.fc, k, La::choose(radial_cutoff, rv, fc.value, La::constant(T(0))));
-      La::store(nb_.slope, k, La::choose(radial_cutoff, rv, fc.slope, La::constant(T(0))));
-      if constexpr (kTranspose) {
-        zero.store(nb_.gx + k);
-        zero.store(nb_.gy + k);
-        zero.store(nb_.gz + k);
-      }
-    }
-    compact_angular();
-    const std::int32_t m = nb_.angular_species_start[t_.n_species];
-    for (std::int32_t k = 0; k < m; k += W) {
-      const Cutoff<L> fc = cutoff(La::load(nb_.ar, k), t_.angular_cutoff);
-      La::store(nb_.afc, k, fc.value);
-      La::store(nb_.aslope, k, fc.slope);
-      if constexpr (kTranspose) {
-        zero.store(nb_.hx + k);
-        zero.store(nb_.hy + k);
-        zero.store(nb_.hz + k);
-      }
-    }
-  }
-
-  // out [D] = a_i (plain) or J_i v (dual)
-  void row(T* out) {
-    for (std::int64_t i = 0; i < row_length(); i += W) V(T(0)).store(row_ + i);
-    radial_forward();
-    angular<false>();
-    unpad<true>(out);
-  }
-
-  // Adds J_i^T g (plain) or its derivative along v (dual) to out [n_atoms, 3].
-  void transpose(std::int64_t centre, const T* gradient, T* out) {
-    unpad<false>(const_cast<T*>(gradient));
-    radial_transpose();
-    angular<true>();
-    const std::int32_t m = nb_.angular_species_start[t_.n_species];
-    for (std::int32_t k = 0; k < m; ++k) {
-      const std::int32_t p = nb_.position[k];
-      nb_.gx[p] += nb_.hx[k];
-      nb_.gy[p] += nb_.hy[k];
-      nb_.gz[p] += nb_.hz[k];
-    }
-    T x = 0, y = 0, z = 0;
-    const std::int32_t n = nb_.species_start[t_.n_species];
-    for (std::int32_t k = 0; k < n; ++k) {
-      T* o = out + 3 * std::int64_t(nb_.index[k]);
-      o[0] += nb_.gx[k];
-      o[1] += nb_.gy[k];
-      o[2] += nb_.gz[k];
-      x += nb_.gx[k];
-      y += nb_.gy[k];
-      z += nb_.gz[k];
-    }
-    out[3 * centre] -= x;
-    out[3 * centre + 1] -= y;
-    out[3 * centre + 2] -= z;
-  }
-
-  // out [D, columns]: column 3 q + d is the derivative with respect to coordinate d of atom q.
-  void jacobian(std::int64_t centre, T* out, std::int64_t columns)
-    requires kDual
-  {
-    const std::int64_t length = layout_.length();
-    for (std::int64_t i = 0; i < length * columns; ++i) out[i] = T(0);
-    unit_direction_ = 0;
-    unit_atom_ = centre;
-    find_neighbours(centre);  // how many there are
-    const std::int32_t n = nb_.species_start[t_.n_species];
-    for (std::int32_t q = -1; q < n; ++q) {  // -1: the centre itself
-      for (int d = 0; d < 3; ++d) {
-        unit_direction_ = d;
-        unit_atom_ = q < 0 ? centre : nb_.index[q];
-        find_neighbours(centre);
-        row(column_);
-        for (std::int64_t i = 0; i < length; ++i)
-          out[i * columns + 3 * unit_atom_ + d] = column_[i];
-      }
-    }
-    unit_direction_ = -1;
-  }
-
- private:
-  std::int64_t row_length() const {
-    return layout_.n_species * radial_row_ +
-           std::int64_t(layout_.n_pairs()) * layout_.n_angular * section_row_;
-  }
-  T* radial_block(int species) { return row_ + species * radial_row_; }
-  T* angular_block(int a, int b) {
-    return row_ + layout_.n_species * radial_row_ +
-           std::int64_t(layout_.pair(a, b)) * layout_.n_angular * section_row_;
-  }
-
-  static KINML_HD Cutoff<L> cutoff(L r, T radius) {
-    return cutoff_function(r, La::constant(T(1) / radius), La::constant(T(3.14159265358979323846)),
-                           La::constant(T(0.5)));
-  }
-
-  T tangent_of(std::int64_t atom, int axis) const {
-    if (unit_direction_ >= 0) return atom == unit_atom_ && axis == unit_direction_ ? T(1) : T(0);
-    return s_.tangent[3 * atom + axis];
-  }
-
-  // Atoms within the longer cutoff, sorted by species; displacements into ux, uy, uz.
-  void gather_candidates(std::int64_t centre) {
-    const T longest = t_.radial_cutoff > t_.angular_cutoff ? t_.radial_cutoff : t_.angular_cutoff;
-    const T limit = longest * longest;
-    const T* xi = s_.coordinates + 3 * centre;
-    std::int32_t* start = nb_.species_start;
-    for (int a = 0; a <= t_.n_species; ++a) start[a] = 0;
-    std::int32_t found = 0;
-    const std::int32_t cell = s_.atom_cell[centre];
-    const int cz = cell % s_.nz, cy = cell / s_.nz % s_.ny, cx = cell / s_.nz / s_.ny;
-    for (int ix = cx > 0 ? cx - 1 : 0; ix <= cx + 1 && ix < s_.nx; ++ix)
-      for (int iy = cy > 0 ? cy - 1 : 0; iy <= cy + 1 && iy < s_.ny; ++iy) {
-        const int z0 = cz > 0 ? cz - 1 : 0;
-        const int z1 = cz + 1 < s_.nz ? cz + 1 : s_.nz - 1;
-        const std::int32_t* row = s_.cell_starts + (std::int64_t(ix) * s_.ny + iy) * s_.nz;
-        for (std::int32_t p = row[z0]; p < row[z1 + 1]; ++p) {
-          const std::int32_t atom = s_.cell_atoms[p];
-          const T* xj = s_.coordinates + 3 * std::int64_t(atom);
-          const T dx = xj[0] - xi[0], dy = xj[1] - xi[1], dz = xj[2] - xi[2];
-          const T r2 = dx * dx + dy * dy + dz * dz;
-          if (r2 > limit || atom == centre) continue;
-          nb_.candidate[found++] = atom;
-          ++start[s_.species[atom] + 1];
-        }
-      }
-    for (int a = 0; a < t_.n_species; ++a) start[a + 1] += start[a];
-    std::int32_t* next = nb_.angular_species_start;  // a free array for now
-    for (int a = 0; a < t_.n_species; ++a) next[a] = start[a];
-    for (std::int32_t p = 0; p < found; ++p) {
-      const std::int32_t atom = nb_.candidate[p];
-      const std::int32_t k = next[s_.species[atom]]++;
-      const T* xj = s_.coordinates + 3 * std::int64_t(atom);
-      nb_.index[k] = atom;
-      nb_.ux.value[k] = xj[0] - xi[0];
-      nb_.uy.value[k] = xj[1] - xi[1];
-      nb_.uz.value[k] = xj[2] - xi[2];
-      if constexpr (kDual) {
-        nb_.ux.tangent[k] = tangent_of(atom, 0) - tangent_of(centre, 0);
-        nb_.uy.tangent[k] = tangent_of(atom, 1) - tangent_of(centre, 1);
-        nb_.uz.tangent[k] = tangent_of(atom, 2) - tangent_of(centre, 2);
-      }
-    }
-    for (Planes<T> p : {nb_.ux, nb_.uy, nb_.uz})
-      for (int i = 0; i < W; ++i) {  // the lanes beyond the last neighbour
-        p.value[found + i] = T(0);
-        if constexpr (kDual) p.tangent[found + i] = T(0);
-      }
-  }
-
-  static void copy(Planes<T> from, std::int32_t i, Planes<T> to, std::int32_t j) {
-    to.value[j] = from.value[i];
-    if constexpr (kDual) to.tangent[j] = from.tangent[i];
-  }
-
-  void compact_angular() {
-    std::int32_t m = 0;
-    for (int a = 0; a < t_.n_species; ++a) {
-      nb_.angular_species_start[a] = m;
-      for (std::int32_t k = nb_.species_start[a]; k < nb_.species_start[a + 1]; ++k) {
-        if (nb_.r.value[k] > t_.angular_cutoff) continue;
-        nb_.position[m] = k;
-        copy(nb_.ux, k, nb_.ax, m);
-        copy(nb_.uy, k, nb_.ay, m);
-        copy(nb_.uz, k, nb_.az, m);
-        copy(nb_.r, k, nb_.ar, m);
-        copy(nb_.inverse_r, k, nb_.inverse_ar, m);
-        ++m;
-      }
-    }
-    nb_.angular_species_start[t_.n_species] = m;
-    for (Planes<T> p : {nb_.ax, nb_.ay, nb_.az, nb_.ar, nb_.inverse_ar})
-      for (int i = 0; i < W; ++i) {
-        p.value[m + i] = T(0);
-        if constexpr (kDual) p.tangent[m + i] = T(0);
-      }
-  }
-
-  void radial_forward() {
-    const V minus_eta(-t_.radial_eta);
-    for (int a = 0; a < t_.n_species; ++a) {
-      T* block = radial_block(a);
-      for (std::int32_t k = nb_.species_start[a]; k < nb_.species_start[a + 1]; ++k) {
-        const L r = La::broadcast(nb_.r, k);
-        const L fc = La::scale(V(t_.radial_factor), La::broadcast(nb_.fc, k));
-        for (std::int64_t l = 0; l < radial_row_; l += W) {
-          const L x = r - La::plain(V::load(t_.radial_shifts + l));
-          const L term = exp(La::scale(minus_eta, x * x)) * fc;
-          (V::load(block + l) + La::result(term)).store(block + l);
-        }
-      }
-    }
-  }
-
-  void radial_transpose() {
-    const V minus_eta(-t_.radial_eta);
-    for (int a = 0; a < t_.n_species; ++a) {
-      const T* g = radial_block(a);
-      for (std::int32_t k = nb_.species_start[a]; k < nb_.species_start[a + 1]; ++k) {
-        const L r = La::broadcast(nb_.r, k);
-        const L fc = La::broadcast(nb_.fc, k);
-        const L slope = La::broadcast(nb_.slope, k);
-        L sum = La::constant(T(0));
-        for (std::int64_t l = 0; l < radial_row_; l += W) {
-          const L x = r - La::plain(V::load(t_.radial_shifts + l));
-          const L e = exp(La::scale(minus_eta, x * x));
-          const L derivative = e * (slope + La::scale(V(T(-2) * t_.radial_eta), x * fc));
-          sum += La::scale(V::load(g + l), derivative);
-        }
-        // Lanes hold partial sums: g_k = (sum of lanes) * u, by linearity lane by lane.
-        sum = La::scale(V(t_.radial_factor), sum);
-        nb_.gx[k] += reduce_add(La::result(sum * La::broadcast(nb_.ux, k)));
-        nb_.gy[k] += reduce_add(La::result(sum * La::broadcast(nb_.uy, k)));
-        nb_.gz[k] += reduce_add(La::result(sum * La::broadcast(nb_.uz, k)));
-      }
-    }
-  }
-
-  // All triples, species pair by species pair, in chunks.
-  template <bool kTransposed>
-  void angular() {
-    const std::int32_t* start = nb_.angular_species_start;
-    Run runs[kChunk];
-    for (int a = 0; a < t_.n_species; ++a) {
-      if (start[a] == start[a + 1]) continue;
-      for (int b = a; b < t_.n_species; ++b) {
-        T* block = angular_block(a, b);
-        int n_runs = 0;
-        std::int32_t n_triples = 0;
-        for (std::int32_t j = start[a]; j < start[a + 1]; ++j) {
-          for (std::int32_t k = a == b ? j + 1 : start[b]; k < start[b + 1];) {
-            const std::int32_t left = start[b + 1] - k;
-            const std::int32_t free = kChunk - n_triples;
-            const std::int32_t count = left < free ? left : free;
-            runs[n_runs++] = {j, k, count, n_triples};
-            n_triples += count;
-            k += count;
-            if (n_triples == kChunk) {
-              chunk<kTransposed>(block, runs, n_runs, n_triples);
-              n_runs = 0;
-              n_triples = 0;
-            }
-          }
-        }
-        if (n_triples > 0) chunk<kTransposed>(block, runs, n_runs, n_triples);
-      }
-    }
-  }
-
-  template <bool kTransposed>
-  void chunk(T* block, const Run* runs, int n_runs, std::int32_t n) {
-    geometry(runs, n_runs);
-    factors<kTransposed>(n);
-    if constexpr (kTransposed) {
-      contract_transposed(block, n);
-      pull_back(runs, n_runs);
-    } else {
-      contract(block, n);
-    }
-  }
-
-  void geometry(const Run* runs, int n_runs) {
-    const L one = La::constant(T(1));
-    const V half(T(0.5));
-    const V unit(T(1)), minus_unit(T(-1));
-    for (int i = 0; i < n_runs; ++i) {
-      const Run run = runs[i];
-      const L jx = La::broadcast(nb_.ax, run.j), jy = La::broadcast(nb_.ay, run.j),
-              jz = La::broadcast(nb_.az, run.j), jr = La::broadcast(nb_.ar, run.j);
-      const L jw = La::scale(V(t_.angular_factor), La::broadcast(nb_.afc, run.j));
-      for (std::int32_t q = 0; q < run.count; q += W) {
-        const std::int32_t k = run.k + q, to = run.first + q;
-        const L cosine =
-            jx * La::load(nb_.ax, k) + jy * La::load(nb_.ay, k) + jz * La::load(nb_.az, k);
-        L c = La::scale(V(t_.beta), cosine);
-        c = La::choose(value_of_lanes(c), unit, one, c);  // clip(c, -1, 1)
-        c = La::choose(minus_unit, value_of_lanes(c), -one, c);
-        // With beta = 1 and collinear atoms theta has a kink; there dsin/dcos is set to 0 and the
-        // derivative is the mean over all directions.
-        const L s2 = one - c * c;
-        const V smallest(T(16) * std::numeric_limits<T>::epsilon());
-        const L s_safe = square_root(La::choose(value_of_lanes(s2), smallest, s2, one));
-        const L zero = La::constant(T(0));
-        La::store(chunk_.c, to, c);
-        La::store(chunk_.s, to, La::choose(value_of_lanes(s2), smallest, s_safe, zero));
-        La::store(chunk_.ratio, to, La::choose(value_of_lanes(s2), smallest, c / s_safe, zero));
-        La::store(chunk_.mean_r, to, La::scale(half, jr + La::load(nb_.ar, k)));
-        La::store(chunk_.weight, to, jw * La::load(nb_.afc, k));
-      }
-    }
-  }
-
-  // X^(zeta - 1)
-  KINML_HD L power(L x) const {
-    if (t_.integer_zeta > 0) return integer_power(x, La::constant(T(1)), t_.integer_zeta - 1);
-    const V tiny(sizeof(T) == 8 ? T(1e-60) : T(1e-12));
-    const L safe = La::choose(value_of_lanes(x), tiny, x, La::plain(tiny));
-    return exp(La::scale(V(t_.zeta - T(1)), log(safe)));
-  }
-
-  template <bool kTransposed>
-  void factors(std::int32_t n) {
-    const V minus_eta(-t_.angular_eta), minus_two_eta(T(-2) * t_.angular_eta);
-    const V half(T(0.5)), half_zeta(T(0.5) * t_.zeta);
-    const L half_lane = La::plain(half);
-    for (std::int32_t t = 0; t < n; ++t) {
-      const L r = La::broadcast(chunk_.mean_r, t);
-      [[maybe_unused]] L weight = La::broadcast(chunk_.weight, t);
-      for (std::int64_t l = 0; l < angular_row_; l += W) {
-        const L x = r - La::plain(V::load(t_.angular_shifts + l));
-        const L e = exp(La::scale(minus_eta, x * x));
-        const std::int64_t to = t * angular_row_ + l;
-        if constexpr (kTransposed) {
-          La::store(chunk_.radial, to, e);
-          La::store(chunk_.radial_slope, to, La::scale(minus_two_eta, x * e));
-        } else {
-          La::store(chunk_.radial, to, e * weight);
-        }
-      }
-    }
-    for (std::int32_t t = 0; t < n; ++t) {
-      const L c = La::broadcast(chunk_.c, t), s = La::broadcast(chunk_.s, t);
-      for (std::int64_t m = 0; m < section_row_; m += W) {
-        const V cos_m = V::load(t_.section_cos + m), sin_m = V::load(t_.section_sin + m);
-        const L x = half_lane + La::scale(half, La::scale(cos_m, c) + La::scale(sin_m, s));
-        const L below = power(x);
-        const std::int64_t to = t * section_row_ + m;
-        La::store(chunk_.section, to, below * x);
-        if constexpr (kTransposed) {
-          const L ratio = La::broadcast(chunk_.ratio, t);
-          const L slope = La::plain(cos_m) - La::scale(sin_m, ratio);
-          La::store(chunk_.section_slope, to, La::scale(half_zeta, below * slope));
-        }
-      }
-    }
-  }
-
-  // block[l][m] += sum_t left[t][l] right[t][m], eight rows at a time in registers.
-  template <int kRows>
-  void contract_rows(T* block, const T* left, const T* right, std::int32_t n) const {
-    for (std::int64_t m = 0; m < section_row_; m += W) {
-      V acc[kRows];
-      for (int l = 0; l < kRows; ++l) acc[l] = V::load(block + l * section_row_ + m);
-      for (std::int32_t t = 0; t < n; ++t) {
-        const V p = V::load(right + t * section_row_ + m);
-        for (int l = 0; l < kRows; ++l) acc[l] += V(left[t * angular_row_ + l]) * p;
-      }
-      for (int l = 0; l < kRows; ++l) acc[l].store(block + l * section_row_ + m);
-    }
-  }
-  void contract_planes(T* block, const T* left, const T* right, std::int32_t n) const {
-    int l = 0;
-    for (; l + 8 <= t_.n_angular; l += 8)
-      contract_rows<8>(block + l * section_row_, left + l, right, n);
-    for (; l + 4 <= t_.n_angular; l += 4)
-      contract_rows<4>(block + l * section_row_, left + l, right, n);
-    for (; l < t_.n_angular; ++l) contract_rows<1>(block + l * section_row_, left + l, right, n);
-  }
-  void contract(T* block, std::int32_t n) const {
-    if constexpr (kDual) {  // d(F P) = dF P + F dP
-      contract_planes(block, chunk_.radial.tangent, chunk_.section.value, n);
-      contract_planes(block, chunk_.radial.value, chunk_.section.tangent, n);
-    } else {
-      contract_planes(block, chunk_.radial.value, chunk_.section.value, n);
-    }
-  }
-
-  // For each triple: sum = g.(E P), sum_r = g.(dE/dR P), sum_c = g.(E dP/dc); kRows rows of g stay
-  // in registers (0: any number, from memory).
-  template <int kRows>
-  void contract_transposed_rows(const T* g, std::int32_t n) {
-    const int rows = kRows > 0 ? kRows : t_.n_angular;
-    for (std::int64_t m = 0; m < section_row_; m += W) {
-      V held[kRows > 0 ? kRows : 1];
-      if constexpr (kRows > 0)
-        for (int l = 0; l < kRows; ++l) held[l] = V::load(g + l * section_row_ + m);
-      for (std::int32_t t = 0; t < n; ++t) {
-        L h = La::constant(T(0)), h_r = h;
-        for (int l = 0; l < rows; ++l) {
-          const V gv = kRows > 0 ? held[kRows > 0 ? l : 0] : V::load(g + l * section_row_ + m);
-          h += La::scale(gv, La::broadcast(chunk_.radial, t * angular_row_ + l));
-          h_r += La::scale(gv, La::broadcast(chunk_.radial_slope, t * angular_row_ + l));
-        }
-        const L p = La::load(chunk_.section, t * section_row_ + m);
-        const L slope = La::load(chunk_.section_slope, t * section_row_ + m);
-        La::store_sum(chunk_.sum, t, h * p, m > 0);
-        La::store_sum(chunk_.sum_r, t, h_r * p, m > 0);
-        La::store_sum(chunk_.sum_c, t, h * slope, m > 0);
-      }
-    }
-  }
-  void contract_transposed(const T* g, std::int32_t n) {
-    if (t_.n_angular == 8)
-      contract_transposed_rows<8>(g, n);
-    else if (t_.n_angular == 4)
-      contract_transposed_rows<4>(g, n);
-    else
-      contract_transposed_rows<0>(g, n);
-  }
-
-  // From the three sums of a triple to the derivatives with respect to both displacements.
-  void pull_back(const Run* runs, int n_runs) {
-    const V factor(t_.angular_factor), half_factor(T(0.5) * t_.angular_factor);
-    const V beta_factor(t_.beta * t_.angular_factor);
-    for (int i = 0; i < n_runs; ++i) {
-      const Run run = runs[i];
-      const L jx = La::broadcast(nb_.ax, run.j), jy = La::broadcast(nb_.ay, run.j),
-              jz = La::broadcast(nb_.az, run.j), j_inverse = La::broadcast(nb_.inverse_ar, run.j);
-      const L jfc = La::broadcast(nb_.afc, run.j), jslope = La::broadcast(nb_.aslope, run.j);
-      V sum_x(T(0)), sum_y(T(0)), sum_z(T(0));
-      for (std::int32_t q = 0; q < run.count; q += W) {
-        const std::int32_t k = run.k + q, from = run.first + q;
-        const L kx = La::load(nb_.ax, k), ky = La::load(nb_.ay, k), kz = La::load(nb_.az, k);
-        const L kfc = La::load(nb_.afc, k), kslope = La::load(nb_.aslope, k);
-        const L k_inverse = La::load(nb_.inverse_ar, k);
-        const L s = La::scale(factor, La::load(chunk_.sum, from));
-        const L common = La::scale(half_factor, La::load(chunk_.sum_r, from)) * (jfc * kfc);
-        const L by_jr = s * (jslope * kfc) + common;
-        const L by_kr = s * (jfc * kslope) + common;
-        const L by_cos = La::scale(beta_factor, La::load(chunk_.sum_c, from)) * (jfc * kfc);
-        const L cosine = jx * kx + jy * ky + jz * kz;
-        const L on_j = by_cos * j_inverse, on_k = by_cos * k_inverse;
-        const L along_j = by_jr - on_j * cosine, along_k = by_kr - on_k * cosine;
-        const std::int32_t count = run.count - q;
-        sum_x += keep_first(La::result(along_j * jx + on_j * kx), count);
-        sum_y += keep_first(La::result(along_j * jy + on_j * ky), count);
-        sum_z += keep_first(La::result(along_j * jz + on_j * kz), count);
-        add(nb_.hx + k, keep_first(La::result(along_k * kx + on_k * jx), count));
-        add(nb_.hy + k, keep_first(La::result(along_k * ky + on_k * jy), count));
-        add(nb_.hz + k, keep_first(La::result(along_k * kz + on_k * jz), count));
-      }
-      nb_.hx[run.j] += reduce_add(sum_x);
-      nb_.hy[run.j] += reduce_add(sum_y);
-      nb_.hz[run.j] += reduce_add(sum_z);
-    }
-  }
-  static KINML_HD void add(T* p, V x) { (V::load(p) + x).store(p); }
-
-  // Between the padded row_ and the [D] vector: row_ -> vector, or vector -> row_ with zero
-  // padding.
-  template <bool kOut>
-  void unpad(T* vector) {
-    for (int a = 0; a < t_.n_species; ++a)
-      move<kOut>(radial_block(a), vector + layout_.radial_begin(a), t_.n_radial, radial_row_);
-    T* block = angular_block(0, 0);
-    vector += layout_.radial_length();
-    const std::int64_t rows = std::int64_t(layout_.n_pairs()) * t_.n_angular;
-    if (section_row_ == t_.n_sections) {
-      move<kOut>(block, vector, rows * section_row_, rows * section_row_);
-      return;
-    }
-    for (std::int64_t r = 0; r < rows; ++r)
-      move<kOut>(block + r * section_row_, vector + r * t_.n_sections, t_.n_sections, section_row_);
-  }
-  template <bool kOut>
-  static void move(T* row, T* vector, std::int64_t n, std::int64_t room) {
-    if constexpr (kOut) {
-      for (std::int64_t i = 0; i < n; ++i) vector[i] = row[i];
-    } else {
-      for (std::int64_t i = 0; i < n; ++i) row[i] = vector[i];
-      for (std::int64_t i = n; i < room; ++i) row[i] = T(0);
-    }
-  }
-
-  const AevTables<T>& t_;
-  const StructureView<T>& s_;
-  AevLayout layout_;
-  std::int64_t radial_row_, angular_row_, section_row_, room_;
-  Neighbours<T> nb_;
-  Chunk<T> chunk_;
-  T* row_;
-  T* column_;
-  int unit_direction_ = -1;  // jacobian: the coordinate whose derivative is taken
-  std::int64_t unit_atom_ = -1;
-};
-
-template <class T, int W>
-void run_task(const AevTables<T>& tables, const StructureView<T>& structure,
-              const AevTask<T>& task) {
-  const FlushDenormals<T> flush;
-  const AevLayout layout{tables.n_species, tables.n_radial, tables.n_angular, tables.n_sections};
-  const std::int64_t length = layout.length();
-  switch (task.mode) {
-    case AevMode::forward: {
-      Centre<T, W, false, false> centre(tables, structure, task.workspace);
-      for (std::int64_t i = task.begin; i < task.end; ++i) {
-        centre.find_neighbours(i);
-        centre.row(task.out + i * length);
-      }
-      return;
-    }
-    case AevMode::jvp: {
-      Centre<T, W, true, false> centre(tables, structure, task.workspace);
-      for (std::int64_t i = task.begin; i < task.end; ++i) {
-        centre.find_neighbours(i);
-        centre.row(task.out + i * length);
-      }
-      return;
-    }
-    case AevMode::vjp: {
-      Centre<T, W, false, true> centre(tables, structure, task.workspace);
-      for (std::int64_t i = task.begin; i < task.end; ++i) {
-        centre.find_neighbours(i);
-        centre.transpose(i, task.gradient + i * length, task.out);
-      }
-      return;
-    }
-    case AevMode::hvp: {
-      Centre<T, W, true, true> centre(tables, structure, task.workspace);
-      for (std::int64_t i = task.begin; i < task.end; ++i) {
-        centre.find_neighbours(i);
-        centre.transpose(i, task.gradient + i * length, task.out);
-      }
-      return;
-    }
-    case AevMode::jacobian: {
-      Centre<T, W, true, false> centre(tables, structure, task.workspace);
-      for (std::int64_t i = task.begin; i < task.end; ++i)
-        centre.jacobian(i, task.out + i * length * task.columns, task.columns);
-      return;
+  const V root_eta(sqrt(V(v.t.radial_eta)));
+  for (Index k = 0; k < n_pairs; ++k) {
+    const L r = La::broadcast(v.r + k);
+    for (Index l = 0; l < v.radial_row; l += W) {
+      const L x = r - La::plain(V::load(v.t.radial_shifts + l));
+      La::store(v.radial + (k * v.radial_row + l), La::gauss(La::scale(root_eta, x)));
     }
   }
 }
 
-// The register width: fewest registers for a row of sections, then the narrowest.
-template <class T>
-void choose_width(const AevTables<T>& tables, const StructureView<T>& structure,
-                  const AevTask<T>& task) {
+template <class T, bool kDual>
+void neighbours(const AevTables<T>& tables, Environment<T>& e) {
+  const View<T, kDual> v(tables, e);
+  std::int32_t total = 0;
+  Index registers = 0;
+  e.most_near = 0;
+  for (Index c = 0; c < e.n_centres(); ++c) {
+    total = gather(v, e, e.begin + c, c * v.n_species, total);
+    Index near = 0;
+    for (Index a = 0; a < v.n_species; ++a) near += v.near[c * v.n_species + a];
+    e.most_near = near > e.most_near ? near : e.most_near;
+    v.for_pairs(c, registers, [](Index, Index, Index, Index) {});
+  }
+  v.first[e.n_centres() * v.n_species] = total;
+  e.n_pairs = total;
+  e.n_triples = registers * kNativeWidth<T>;
+  e.triple_numbers = registers * v.group;
+  e.index = v.index;
+  distances(v, total);
+}
+
+// ---- triples ------------------------------------------------------------------------------------
+
+// What goes over all triples is done in separate loops, by memory: a loop that reads whole
+// registers soon after they were put together from runs would wait for the stores.
+template <class T, bool kDual>
+void triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {
+  using La = Lanes<T, kDual>;
+  using V = typename La::V;
+  using L = typename La::L;
+  constexpr int W = kNativeWidth<T>;
+  const View<T, kDual> v(tables, e);
+  Arena<T> arena{scratch, kDual ? 2 : 1};
+  const Index room = e.n_triples + W;
+  const Planes<T> cosines = arena.take(room), means = arena.take(room), weights = arena.take(room);
+  const V half(T(0.5)), factor(tables.angular_factor), beta(tables.beta);
+  const V unit(T(1)), minus_unit(T(-1));
+  const L one = La::plain(unit), zero = La::plain(V(T(0)));
+  Index registers = 0;
+  for (Index c = 0; c < e.n_centres(); ++c)
+    v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
+      const Index begin = g * W;
+      v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
+        const L x = La::broadcast(v.ux + j), y = La::broadcast(v.uy + j),
+                z = La::broadcast(v.uz + j), r = La::scale(half, La::broadcast(v.r + j)),
+                w = La::scale(factor, La::broadcast(v.near_fc + j));
+        for (Index q = 0; q < count; q += W) {
+          const Index p = k + q, to = begin + place + q;
+          La::store(cosines + to,
+                    x * La::load(v.ux + p) + y * La::load(v.uy + p) + z * La::load(v.uz + p));
+          La::store(means + to, r + La::scale(half, La::load(v.r + p)));
+          La::store(weights + to, w * La::load(v.near_fc + p));
+        }
+      });
+      // The lanes behind the last triple; then the next pair begins.
+      for (Planes<T> p : {cosines, means, weights}) La::store(p + (begin + n), zero);
+    });
+
+  const V root_eta(sqrt(V(tables.angular_eta)));
+  const V smallest(T(16) * std::numeric_limits<T>::epsilon());
+  for (Index g = 0; g < registers; ++g) {
+    const Planes<T> to = v.triple(g);
+    L cosine = La::scale(beta, La::load(cosines + g * W));
+    cosine = La::choose(La::value(cosine), unit, one, cosine);  // clip(c, -1, 1)
+    cosine = La::choose(minus_unit, La::value(cosine), -one, cosine);
+    // With beta = 1 and collinear atoms theta has a kink; there dsin/dcos is set to 0 and the
+    // derivative is the mean over all directions.
+    const L square = one - cosine * cosine;
+    const V s2 = La::value(square);
+    const L safe = La::root(La::choose(s2, smallest, square, one));
+    La::store(to, La::scale(half, cosine));
+    La::store(to + W, La::scale(half, La::choose(s2, smallest, safe, zero)));
+    La::store(to + 2 * W, La::choose(s2, smallest, cosine / safe, zero));
+    const L mean = La::load(means + g * W);
+    La::store(to + 3 * W, mean);
+    La::store(to + 4 * W, La::load(weights + g * W));
+    for (Index l = 0; l < tables.n_angular; ++l) {
+      const L x = mean - La::plain(V(tables.angular_shifts[l]));
+      La::store(to + (5 + l) * W, La::gauss(La::scale(root_eta, x)));
+    }
+  }
+}
+
+// ---- rows ---------------------------------------------------------------------------------------
+
+template <class T, int M>
+KINML_HD void store_row(Vec<T, M> x, T* out, Index left) {
+  if (left >= M)
+    x.store(out);
+  else
+    x.store_partial(out, static_cast<int>(left));
+}
+
+// P_m of a triple without its weight, and its derivative by cos(theta) divided by zeta / 2.
+template <bool kEight, class T, int M>
+struct Section {
+  Vec<T, M> cosine, sine, half, one;
+
+  KINML_HD Section(const AevTables<T>& t, Index m)
+      : cosine(Vec<T, M>::load(t.section_cos + m)),
+        sine(Vec<T, M>::load(t.section_sin + m)),
+        half(T(0.5)),
+        one(T(1)) {}
+  // p points at the triple's lane of a register of triples of W lanes
+  KINML_HD void factors(const AevTables<T>& t, const T* p, Vec<T, M>& value,
+                        Vec<T, M>& slope) const {
+    constexpr int W = kNativeWidth<T>;
+    using V = Vec<T, M>;
+    const V x = half + cosine * V(p[0]) + sine * V(p[W]);
+    const V below = power_below<kEight>(t, x, one, [](V a, T least) { return max(a, V(least)); });
+    value = below * x;
+    slope = below * (cosine - sine * V(p[2 * W]));
+  }
+};
+
+// out[l][m] for kRows shifts from l on and M sections from m on.
+template <bool kEight, int M, int kRows, class T>
+void row_block(const AevTables<T>& t, const T* triples, Index group, Index n, Index l, Index m,
+               T* out) {
+  using V = Vec<T, M>;
+  constexpr int W = kNativeWidth<T>;
+  const Section<kEight, T, M> section(t, m);
+  V sums[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) sums[i] = V(T(0));
+  for (; n > 0; n -= W, triples += group) {
+    const Index lanes = n < W ? n : W;
+    for (Index lane = 0; lane < lanes; ++lane) {
+      const T* const p = triples + lane;
+      V value, slope;
+      section.factors(t, p, value, slope);
+      value = value * V(p[4 * W]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) sums[i] += V(p[(5 + l + i) * W]) * value;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+    store_row(sums[i], out + (l + i) * t.n_sections + m, t.n_sections - m);
+}
+
+// The same of J v. For each triple x[t], y[t] and z[t] hold its weight times zeta / 2 dc, what goes
+// with P, and 2 eta weight dR.
+template <bool kEight, int M, int kRows, class T>
+void tangent_block(const AevTables<T>& t, const T* triples, Index group, Index n, const T* x,
+                   const T* y, const T* z, T middle, Index l, Index m, T* out) {
+  using V = Vec<T, M>;
+  constexpr int W = kNativeWidth<T>;
+  const Section<kEight, T, M> section(t, m);
+  V sums[kRows], more[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) sums[i] = more[i] = V(T(0));
+  for (; n > 0; n -= W, triples += group) {
+    const Index lanes = n < W ? n : W;
+    for (Index lane = 0; lane < lanes; ++lane) {
+      const T* const p = triples + lane;
+      V value, slope;
+      section.factors(t, p, value, slope);
+      const V first = V(*x++) * slope + V(*y++) * value;
+      const V second = V(*z++) * value;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const V e(p[(5 + l + i) * W]);
+        sums[i] += e * first;
+        more[i] += e * second;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+    store_row(sums[i] + V(t.angular_shifts[l + i] - middle) * more[i],
+              out + (l + i) * t.n_sections + m, t.n_sections - m);
+}
+
+// Calls block(Constant<kRows>, l, m) until all shifts and sections are done.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+template <int M, int kMost, class T, class F>
+void for_sections(const AevTables<T>& t, const F& block) {
+  for (Index m = 0; m < t.n_sections; m += M) {
+    Index l = 0;
+    for (; l + kMost <= t.n_angular; l += kMost) block(Constant<kMost>{}, l, m);
+    for (; l + 2 <= t.n_angular; l += 2) block(Constant<2>{}, l, m);
+    if (l < t.n_angular) block(Constant<1>{}, l, m);
+  }
+}
+
+// Rows of sums that fit into the registers, with two sums each in a tangent row.
+constexpr int kRowSums = KINML_VECTOR_BYTES == 64 ? 8 : 4;
+
+// Calls f(Constant<M>, Constant<kEight>): the register width M for the sections (fewest registers,
+// then the narrowest) and whether zeta is 8.
+template <class T, class F>
+void choose_width(const AevTables<T>& t, const F& f) {
   constexpr int native = kNativeWidth<T>;
-  const auto registers = [&](int width) { return (tables.n_sections + width - 1) / width; };
+  const auto chosen = [&](auto m) {
+    t.integer_zeta == 8 ? f(m, Constant<1>{}) : f(m, Constant<0>{});
+  };
+  const auto registers = [&](int width) { return (t.n_sections + width - 1) / width; };
   if constexpr (native >= 16) {
-    if (registers(16) < registers(8)) return run_task<T, 16>(tables, structure, task);
+    if (registers(16) < registers(8)) return chosen(Constant<16>{});
   }
   if constexpr (native >= 8) {
-    if (registers(8) < registers(4)) return run_task<T, 8>(tables, structure, task);
+    if (registers(8) < registers(4)) return chosen(Constant<8>{});
   }
-  if constexpr (native >= 4) {
-    return run_task<T, 4>(tables, structure, task);
-  } else {
-    return run_task<T, 2>(tables, structure, task);
+  chosen(Constant<native >= 4 ? 4 : 2>{});
+}
+
+template <class T>
+void rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index stride) {
+  using V = Vec<T, kNativeWidth<T>>;
+  constexpr int W = kNativeWidth<T>;
+  const View<T, false> v(tables, e);
+  choose_width(tables, [&](auto width, auto eight) {
+    constexpr int M = width.value;
+    constexpr bool kEight = eight.value;
+    Index registers = 0;
+    for (Index c = 0; c < e.n_centres(); ++c) {
+      T* const row = out + (e.begin + c) * stride;
+      for (Index a = 0; a < v.n_species; ++a) {
+        const Index segment = c * v.n_species + a;
+        for (Index l = 0; l < v.radial_row; l += W) {
+          V sum(T(0));
+          for (Index k = v.first[segment]; k < v.first[segment + 1]; ++k)
+            sum += V(v.fc.value[k]) * V::load(v.radial.value + k * v.radial_row + l);
+          store_row(sum * V(tables.radial_factor),
+                    row + v.layout.radial_begin(static_cast<int>(a)) + l, tables.n_radial - l);
+        }
+      }
+      v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
+        T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
+        for_sections<M, kRowSums>(tables, [&](auto n_rows, Index l, Index m) {
+          row_block<kEight, M, n_rows.value>(tables, v.triple(g).value, v.group, n, l, m, block);
+        });
+      });
+    }
+  });
+}
+
+template <class T>
+void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* direction, T* out,
+                  Index stride, T* scratch) {
+  using V = Vec<T, kNativeWidth<T>>;
+  constexpr int W = kNativeWidth<T>;
+  const View<T, false> v(tables, e);
+  Arena<T> arena{scratch};
+  T* const dr = arena.numbers(e.pair_room());
+  T* const dx = arena.numbers(e.pair_room());
+  T* const dy = arena.numbers(e.pair_room());
+  T* const dz = arena.numbers(e.pair_room());
+  const Index room = e.n_triples + W;
+  T* const by_slope = arena.numbers(room);  // first dcos, then what goes with dP/dc
+  T* const by_value = arena.numbers(room);  // first dweight, then what goes with P
+  T* const by_mean = arena.numbers(room);   // first dR, then what goes with (R - shift) P
+
+  // Derivatives of distances and unit vectors.
+  for (Index c = 0; c < e.n_centres(); ++c) {
+    const T* const vi = direction + 3 * (e.begin + c);
+    for (Index k = v.first[c * v.n_species]; k < v.first[(c + 1) * v.n_species]; ++k) {
+      const T* const vj = direction + 3 * Index(v.index[k]);
+      dx[k] = vj[0] - vi[0];
+      dy[k] = vj[1] - vi[1];
+      dz[k] = vj[2] - vi[2];
+    }
   }
+  for (T* p : {dx, dy, dz}) V(T(0)).store(p + e.n_pairs);
+  for (Index k = 0; k < e.n_pairs; k += W) {
+    const V ux = V::load(v.ux.value + k), uy = V::load(v.uy.value + k),
+            uz = V::load(v.uz.value + k), inverse = V::load(v.inverse_r.value + k);
+    const V x = V::load(dx + k), y = V::load(dy + k), z = V::load(dz + k);
+    const V along = ux * x + uy * y + uz * z;
+    along.store(dr + k);
+    ((x - along * ux) * inverse).store(dx + k);
+    ((y - along * uy) * inverse).store(dy + k);
+    ((z - along * uz) * inverse).store(dz + k);
+  }
+
+  // Derivatives of the cosines, mean distances and weights of the triples.
+  const V factor(tables.angular_factor), half(T(0.5));
+  Index n_registers = 0;
+  for (Index c = 0; c < e.n_centres(); ++c)
+    v.for_pairs(c, n_registers, [&](Index a, Index b, Index, Index g) {
+      v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
+        const V jx(v.ux.value[j]), jy(v.uy.value[j]), jz(v.uz.value[j]);
+        const V djx(dx[j]), djy(dy[j]), djz(dz[j]), djr(half * V(dr[j]));
+        const V jfc(factor * V(v.near_fc.value[j]));
+        const V djfc(factor * V(v.near_slope.value[j] * dr[j]));
+        for (Index q = 0; q < count; q += W) {
+          const Index p = k + q, to = g * W + place + q;
+          const V kr = V::load(dr + p);
+          const V first = jx * V::load(dx + p) + jy * V::load(dy + p) + jz * V::load(dz + p);
+          const V second = djx * V::load(v.ux.value + p) + djy * V::load(v.uy.value + p) +
+                           djz * V::load(v.uz.value + p);
+          (first + second).store(by_slope + to);
+          (djr + half * kr).store(by_mean + to);
+          (djfc * V::load(v.near_fc.value + p) + jfc * (V::load(v.near_slope.value + p) * kr))
+              .store(by_value + to);
+        }
+      });
+    });
+  const T middle = tables.angular_shifts[tables.n_angular / 2];
+  const V two_eta(T(2) * tables.angular_eta), to_slope(T(0.5) * tables.zeta * tables.beta);
+  for (Index g = 0; g < n_registers; ++g) {
+    const T* const p = v.triple(g).value;
+    const V mean = V::load(p + 3 * W), weight = V::load(p + 4 * W);
+    const V second = two_eta * weight * V::load(by_mean + g * W);
+    (to_slope * weight * V::load(by_slope + g * W)).store(by_slope + g * W);
+    (V::load(by_value + g * W) - (mean - V(middle)) * second).store(by_value + g * W);
+    second.store(by_mean + g * W);
+  }
+
+  const V minus_two_eta(T(-2) * tables.radial_eta);
+  choose_width(tables, [&](auto width, auto eight) {
+    constexpr int M = width.value;
+    constexpr bool kEight = eight.value;
+    Index registers = 0;
+    for (Index c = 0; c < e.n_centres(); ++c) {
+      T* const row = out + (e.begin + c) * stride;
+      for (Index a = 0; a < v.n_species; ++a) {
+        const Index segment = c * v.n_species + a;
+        for (Index l = 0; l < v.radial_row; l += W) {
+          const V shifts = V::load(tables.radial_shifts + l);
+          V sum(T(0));
+          for (Index k = v.first[segment]; k < v.first[segment + 1]; ++k) {
+            const V x = (V(v.r.value[k]) - shifts) * minus_two_eta;
+            const V derivative = V(v.slope.value[k]) + x * V(v.fc.value[k]);
+            sum += V(dr[k]) * V::load(v.radial.value + k * v.radial_row + l) * derivative;
+          }
+          store_row(sum * V(tables.radial_factor),
+                    row + v.layout.radial_begin(static_cast<int>(a)) + l, tables.n_radial - l);
+        }
+      }
+      v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
+        T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
+        for_sections<M, kRowSums>(tables, [&](auto n_rows, Index l, Index m) {
+          tangent_block<kEight, M, n_rows.value>(tables, v.triple(g).value, v.group, n,
+                                                 by_slope + g * W, by_value + g * W,
+                                                 by_mean + g * W, middle, l, m, block);
+        });
+      });
+    }
+  });
+}
+
+// ---- transposed ---------------------------------------------------------------------------------
+
+// For each triple of one register: sum = g.(E P), sum_r = g.((R - shift) E P), sum_c = g.(E P')
+// without the factors -2 eta and zeta / 2. kAngular shifts (0: any number).
+template <bool kEight, int kAngular, class T, bool kDual>
+KINML_HD void triple_sums(const AevTables<T>& t, Planes<T> triple, const T* g, Planes<T> sum,
+                          Planes<T> sum_r, Planes<T> sum_c) {
+  using La = Lanes<T, kDual>;
+  using V = typename La::V;
+  using L = typename La::L;
+  constexpr int W = kNativeWidth<T>;
+  constexpr int kHeld = kAngular > 0 ? kAngular : 1;
+  const int n_angular = kAngular > 0 ? kAngular : t.n_angular;
+  const L cosine = La::load(triple), sine = La::load(triple + W), ratio = La::load(triple + 2 * W);
+  const L mean = La::load(triple + 3 * W);
+  const L half = La::plain(V(T(0.5))), one = La::plain(V(T(1))), zero = La::plain(V(T(0)));
+  const auto at_least = [](L a, T least) {
+    return La::choose(La::value(a), V(least), a, La::plain(V(least)));
+  };
+  const auto factor = [&](int l) { return La::load(triple + (5 + l) * W); };
+  const auto away = [&](int l) { return mean - La::plain(V(t.angular_shifts[l])); };
+  L held[kHeld], moved[kHeld];
+  if constexpr (kAngular > 0) {
+#pragma GCC unroll 8
+    for (int l = 0; l < kAngular; ++l) {
+      held[l] = factor(l);
+      moved[l] = away(l) * held[l];
+    }
+  }
+  L s = zero, s_r = zero, s_c = zero;
+  for (int m = 0; m < t.n_sections; ++m) {
+    const V cos_m(t.section_cos[m]), sin_m(t.section_sin[m]);
+    const L x = half + La::scale(cos_m, cosine) + La::scale(sin_m, sine);
+    const L below = power_below<kEight>(t, x, one, at_least);
+    L h = zero, h_r = zero;
+    if constexpr (kAngular > 0) {
+#pragma GCC unroll 8
+      for (int l = 0; l < kAngular; ++l) {
+        const V gv(g[l * t.n_sections + m]);
+        h += La::scale(gv, held[l]);
+        h_r += La::scale(gv, moved[l]);
+      }
+    } else {
+      for (int l = 0; l < n_angular; ++l) {
+        const L e = La::scale(V(g[l * t.n_sections + m]), factor(l));
+        h += e;
+        h_r += away(l) * e;
+      }
+    }
+    const L value = below * x;
+    s += h * value;
+    s_r += h_r * value;
+    s_c += h * (below * (La::plain(cos_m) - La::scale(sin_m, ratio)));
+  }
+  La::store(sum, s);
+  La::store(sum_r, s_r);
+  La::store(sum_c, s_c);
+}
+
+// Some centres at a time: symmetric matrices of the sums over near neighbours, in local numbers
+// (species after species), and from them the gradient of the displacements. Each loop goes over
+// all these centres, because a register that is read soon after its numbers were stored one by one
+// waits for the stores.
+template <class T, bool kDual>
+class Transposed {
+  using La = Lanes<T, kDual>;
+  using V = typename La::V;
+  using L = typename La::L;
+  static constexpr int W = kNativeWidth<T>;
+
+ public:
+  Transposed(const AevTables<T>& tables, const Environment<T>& e, T* scratch)
+      : t_(tables), e_(e), v_(tables, e), stride_(padded(e.most_near + W, W)) {
+    Arena<T> arena{scratch, kDual ? 2 : 1};
+    for (Planes<T>& p : list_) p = arena.take(e.n_triples + W);
+    for (Planes<T>& p : matrix_) p = arena.take(cpu::kCentresAtOnce * e.most_near * stride_ + W);
+    for (Planes<T>& p : known_) p = arena.take(cpu::kCentresAtOnce * (stride_ + W));
+    for (Planes<T>& p : sums_) p = arena.take(stride_ + W);
+    along_ = arena.take(e.n_pairs + 2 * W);
+    for (T** p : {&gx_, &gy_, &gz_}) *p = arena.numbers(e.n_pairs + 2 * W);
+  }
+
+  template <bool kEight, int kAngular>
+  void run(const T* gradient, Index stride, T* out) {
+    Index registers = 0;
+    for (Index c = 0; c < e_.n_centres(); ++c) {
+      const T* const g = gradient + (e_.begin + c) * stride;
+      radial(c, g);
+      v_.for_pairs(c, registers, [&](Index a, Index b, Index n, Index r) {
+        const T* const block =
+            g + v_.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
+        for (Index to = r * W; to < r * W + n; to += W)
+          triple_sums<kEight, kAngular, T, kDual>(t_, v_.triple(to / W), block, list_[0] + to,
+                                                  list_[1] + to, list_[2] + to);
+      });
+    }
+    registers = 0;
+    for (Index first = 0; first < e_.n_centres(); first += cpu::kCentresAtOnce) {
+      const Index last = first + cpu::kCentresAtOnce < e_.n_centres() ? first + cpu::kCentresAtOnce
+                                                                      : e_.n_centres();
+      for (Index c = first; c < last; ++c) {
+        select(c - first);
+        v_.for_pairs(c, registers, [&](Index a, Index b, Index, Index r) { fill(c, a, b, r * W); });
+        weigh(c);
+      }
+      for (Index c = first; c < last; ++c) {
+        select(c - first);
+        multiply(c);
+        displacements(c);
+      }
+    }
+    for (Index c = 0; c < e_.n_centres(); ++c) scatter(c, out);
+  }
+
+ private:
+  Index first(Index c, Index a) const { return v_.first[c * v_.n_species + a]; }
+  Index near(Index c, Index a) const { return v_.near[c * v_.n_species + a]; }
+  Index local(Index c, Index a) const {  // local number of the first near neighbour of a species
+    Index n = 0;
+    for (Index b = 0; b < a; ++b) n += near(c, b);
+    return n;
+  }
+  // The matrices and vectors of the i-th of the centres at work.
+  void select(Index i) {
+    for (int p = 0; p < 3; ++p) own_matrix_[p] = matrix_[p] + i * e_.most_near * stride_;
+    for (int p = 0; p < 4; ++p) own_known_[p] = known_[p] + i * (stride_ + W);
+  }
+
+  // dE/dR of the radial part.
+  void radial(Index c, const T* g) {
+    const V minus_two_eta(T(-2) * t_.radial_eta), factor(t_.radial_factor);
+    for (Index a = 0; a < v_.n_species; ++a) {
+      const T* const block = g + v_.layout.radial_begin(static_cast<int>(a));
+      for (Index k = first(c, a); k < first(c, a + 1); ++k) {
+        const L r = La::broadcast(v_.r + k), fc = La::broadcast(v_.fc + k),
+                slope = La::broadcast(v_.slope + k);
+        L sum = La::plain(V(T(0)));
+        for (Index l = 0; l < v_.radial_row; l += W) {
+          const V gv = l + W <= t_.n_radial
+                           ? V::load(block + l)
+                           : V::load_partial(block + l, static_cast<int>(t_.n_radial - l));
+          const L x = La::scale(minus_two_eta, r - La::plain(V::load(t_.radial_shifts + l)));
+          sum += La::scale(gv, La::load(v_.radial + (k * v_.radial_row + l)) * (slope + x * fc));
+        }
+        La::store_sum(along_ + k, La::scale(factor, sum));
+      }
+    }
+  }
+
+  // The lists of a species pair into both triangles of the matrices.
+  void fill(Index c, Index a, Index b, Index begin) {
+    const Index shift_a = local(c, a) - first(c, a), shift_b = local(c, b) - first(c, b);
+    v_.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
+      j += shift_a;
+      k += shift_b;
+      place += begin;
+      for (int i = 0; i < 3; ++i) {
+        // Whole registers: what is written too far is written again by the next run of this row.
+        for (Index q = 0; q < count; q += W)
+          La::store(own_matrix_[i] + (j * stride_ + k + q), La::load(list_[i] + (place + q)));
+        for (Index q = 0; q < count; ++q)
+          La::copy(list_[i] + (place + q), own_matrix_[i] + ((k + q) * stride_ + j));
+      }
+    });
+  }
+
+  // The vectors that the matrices are multiplied with: fc_k and fc_k u_k.
+  void weigh(Index c) {
+    Index n = 0;
+    for (Index a = 0; a < v_.n_species; ++a) {
+      for (Index q = 0; q < near(c, a); q += W) {
+        const Index k = first(c, a) + q;
+        const L fc = La::load(v_.near_fc + k);
+        La::store(own_known_[0] + (n + q), fc);
+        La::store(own_known_[1] + (n + q), fc * La::load(v_.ux + k));
+        La::store(own_known_[2] + (n + q), fc * La::load(v_.uy + k));
+        La::store(own_known_[3] + (n + q), fc * La::load(v_.uz + k));
+      }
+      n += near(c, a);
+    }
+    for (int i = 0; i < 3; ++i)
+      for (Index k = 0; k < n; ++k) La::clear(own_matrix_[i] + k * (stride_ + 1));
+  }
+
+  // sums_ = sum_k of (g.(E P) fc_k, g.(E' P) fc_k, g.(E P') fc_k u_k) for each near neighbour.
+  void multiply(Index c) {
+    const Index n = local(c, v_.n_species);
+    for (Index j = 0; j < n; j += W) {
+      L sums[5];
+      for (L& sum : sums) sum = La::plain(V(T(0)));
+      for (Index k = 0; k < n; ++k) {
+        const Index place = k * stride_ + j;
+        const L fc = La::broadcast(own_known_[0] + k), by_cos = La::load(own_matrix_[2] + place);
+        sums[0] += La::load(own_matrix_[0] + place) * fc;
+        sums[1] += La::load(own_matrix_[1] + place) * fc;
+        sums[2] += by_cos * La::broadcast(own_known_[1] + k);
+        sums[3] += by_cos * La::broadcast(own_known_[2] + k);
+        sums[4] += by_cos * La::broadcast(own_known_[3] + k);
+      }
+      for (int i = 0; i < 5; ++i) La::store(sums_[i] + j, sums[i]);
+    }
+  }
+
+  // The gradient with respect to each displacement from the centre.
+  void displacements(Index c) {
+    const V factor(t_.angular_factor);
+    const V by_mean(-t_.angular_eta * t_.angular_factor);  // -2 eta, and R = (R_ij + R_ik) / 2
+    const V by_cos(T(0.5) * t_.zeta * t_.beta * t_.angular_factor);
+    Index n = 0;
+    for (Index a = 0; a < v_.n_species; ++a) {
+      for (Index k = first(c, a); k < first(c, a + 1); k += W) {
+        const Index q = k - first(c, a), left = near(c, a) - q;
+        L sums[5];
+        for (int i = 0; i < 5; ++i)
+          sums[i] = left > 0 ? keep_first(La::load(sums_[i] + (n + q)), left) : La::plain(V(T(0)));
+        const L fc = La::load(v_.near_fc + k);
+        const L along = La::load(along_ + k) +
+                        La::scale(factor, La::load(v_.near_slope + k) * sums[0]) +
+                        La::scale(by_mean, fc * sums[1]);
+        const L ux = La::load(v_.ux + k), uy = La::load(v_.uy + k), uz = La::load(v_.uz + k);
+        const L across = La::scale(by_cos, fc * La::load(v_.inverse_r + k));
+        const L x = across * sums[2], y = across * sums[3], z = across * sums[4];
+        const L rest = along - (ux * x + uy * y + uz * z);
+        La::result(rest * ux + x).store(gx_ + k);
+        La::result(rest * uy + y).store(gy_ + k);
+        La::result(rest * uz + z).store(gz_ + k);
+      }
+      n += near(c, a);
+    }
+  }
+
+  void scatter(Index c, T* out) const {
+    T x = 0, y = 0, z = 0;
+    for (Index k = first(c, 0); k < first(c + 1, 0); ++k) {
+      T* const o = out + 3 * Index(v_.index[k]);
+      o[0] += gx_[k];
+      o[1] += gy_[k];
+      o[2] += gz_[k];
+      x += gx_[k];
+      y += gy_[k];
+      z += gz_[k];
+    }
+    T* const o = out + 3 * (e_.begin + c);
+    o[0] -= x;
+    o[1] -= y;
+    o[2] -= z;
+  }
+
+  const AevTables<T>& t_;
+  const Environment<T>& e_;
+  const View<T, kDual> v_;
+  Index stride_;
+  Planes<T> list_[3], matrix_[3], known_[4], sums_[5], along_;
+  Planes<T> own_matrix_[3], own_known_[4];
+  T *gx_, *gy_, *gz_;
+};
+
+template <class T, bool kDual>
+void transposed(const AevTables<T>& tables, const Environment<T>& e, const T* g, Index stride,
+                T* out, T* scratch) {
+  Transposed<T, kDual> pass(tables, e, scratch);
+  const bool eight = tables.integer_zeta == 8;
+  if (eight && tables.n_angular == 8)
+    pass.template run<true, 8>(g, stride, out);
+  else if (eight && tables.n_angular == 4)
+    pass.template run<true, 4>(g, stride, out);
+  else if (tables.n_angular == 8)
+    pass.template run<false, 8>(g, stride, out);
+  else if (tables.n_angular == 4)
+    pass.template run<false, 4>(g, stride, out);
+  else
+    pass.template run<false, 0>(g, stride, out);
 }
 
 }  // namespace
 
-void aev_centres(const AevTables<double>& tables, const StructureView<double>& structure,
-                 const AevTask<double>& task) {
-  choose_width(tables, structure, task);
-}
-void aev_centres(const AevTables<float>& tables, const StructureView<float>& structure,
-                 const AevTask<float>& task) {
-  choose_width(tables, structure, task);
-}
+#define KINML_DEFINE_AEV(T)                                                                      \
+  void aev_neighbours(const AevTables<T>& tables, Environment<T>& e) {                           \
+    const FlushDenormals<T> flush;                                                               \
+    e.direction == nullptr ? neighbours<T, false>(tables, e) : neighbours<T, true>(tables, e);   \
+  }                                                                                              \
+  void aev_triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {            \
+    const FlushDenormals<T> flush;                                                               \
+    e.direction == nullptr ? triples<T, false>(tables, e, scratch)                               \
+                           : triples<T, true>(tables, e, scratch);                               \
+  }                                                                                              \
+  void aev_rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index stride) {     \
+    const FlushDenormals<T> flush;                                                               \
+    rows(tables, e, out, stride);                                                                \
+  }                                                                                              \
+  void aev_tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* v, T* out, \
+                        Index stride, T* scratch) {                                              \
+    const FlushDenormals<T> flush;                                                               \
+    tangent_rows(tables, e, v, out, stride, scratch);                                            \
+  }                                                                                              \
+  void aev_transposed(const AevTables<T>& tables, const Environment<T>& e, const T* g,           \
+                      Index stride, T* out, T* scratch) {                                        \
+    const FlushDenormals<T> flush;                                                               \
+    e.direction == nullptr ? transposed<T, false>(tables, e, g, stride, out, scratch)            \
+                           : transposed<T, true>(tables, e, g, stride, out, scratch);            \
+  }
+KINML_DEFINE_AEV(double)
+KINML_DEFINE_AEV(float)
+#undef KINML_DEFINE_AEV
 
 }  // namespace KINML_ISA
 }  // namespace kinml

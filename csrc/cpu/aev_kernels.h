@@ -1,4 +1,13 @@
-// What aev_cpu.cpp hands to the kernels of one instruction set (plain data, no instruction set).
+// What the host code hands to the AEV kernels of one instruction set (plain data, no instruction
+// set).
+//
+// Centres are worked on in two stages. First their environments are computed once: neighbours
+// (aev_neighbours), then triples with their factors (aev_triples). The passes then read them, as
+// often as needed and in any order:
+//   aev_rows          a_i
+//   aev_transposed    sum_i J_i^T g_i          (of a dual environment: its derivative along v)
+//   aev_tangent_rows  J_i v
+// The caller owns all memory.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +19,9 @@ namespace kinml::cpu {
 // The longest register of any instruction set, in numbers of the smallest type: tables and scratch
 // rows are padded to a multiple of it.
 inline constexpr int kMaxLanes = 16;
-// Triples worked on at a time: their factors stay in the first-level cache.
-inline constexpr int kChunk = 64;
+
+// Centres whose sums over triples are in memory at one time.
+inline constexpr std::int64_t kCentresAtOnce = 8;
 
 constexpr std::int64_t padded(std::int64_t n, std::int64_t lanes = kMaxLanes) {
   return (n + lanes - 1) / lanes * lanes;
@@ -37,7 +47,6 @@ struct StructureView {
   std::int64_t n_atoms;
   const T* coordinates;             // [n_atoms, 3]
   const std::int64_t* species;      // [n_atoms]
-  const T* tangent;                 // [n_atoms, 3] direction of differentiation, or null
   const std::int32_t* cell_starts;  // [nx * ny * nz + 1]
   const std::int32_t* cell_atoms;   // [n_atoms] atoms in cell order
   const std::int32_t* atom_cell;    // [n_atoms]
@@ -45,34 +54,70 @@ struct StructureView {
   std::int64_t max_candidates;  // atoms in any 27 neighbouring cells
 };
 
-enum class AevMode {
-  forward,  // out[i] = a_i
-  jvp,      // out[i] = J_i v
-  vjp,      // out += sum_i J_i^T g_i
-  hvp,      // out += d/dx sum_i g_i . J_i v
-  jacobian  // out[i] = J_i
-};
-
-// Centres [begin, end) of a structure.
+// Neighbours and triples of the centres [begin, end) of a structure. The cells of the structure are
+// read by aev_neighbours only.
 template <class T>
-struct AevTask {
-  AevMode mode;
+struct Environment {
+  StructureView<T> structure;
   std::int64_t begin, end;
-  const T* gradient;     // [n_atoms, D] for vjp and hvp
-  T* out;                // forward, jvp: [n_atoms, D]; vjp, hvp: [n_atoms, 3]; jacobian below
-  std::int64_t columns;  // jacobian: out is [n_atoms, D, columns], columns >= 3 n_atoms
-  T* workspace;          // aligned to 64 bytes, aev_workspace() numbers
+  const T* direction;  // [n_atoms, 3] of the derivative in a dual environment, or null
+  T* pairs;            // aligned to 64 bytes, pair_memory() numbers
+  T* triples;          // aligned, triple_numbers
+
+  // Set by aev_neighbours.
+  std::int64_t n_pairs;
+  std::int64_t triple_numbers;
+  std::int64_t n_triples;     // with the lanes that stay free: each species pair of a centre
+                              // begins a register
+  std::int64_t most_near;     // neighbours of one centre within the angular cutoff
+  const std::int32_t* index;  // [n_pairs] atom at the other end, centre after centre
+
+  int planes() const { return direction == nullptr ? 1 : 2; }
+  std::int64_t n_centres() const { return end - begin; }
+  std::int64_t pair_room() const {
+    return padded(n_centres() * structure.max_candidates + 2 * kMaxLanes);
+  }
 };
 
-// Scratch numbers that the kernels need; an upper bound over instruction sets and modes.
+// Sizes in numbers of T, upper bounds over instruction sets. scratch_memory is known once
+// aev_neighbours has counted.
 template <class T>
-std::int64_t aev_workspace(const AevTables<T>& tables, std::int64_t max_candidates);
+std::int64_t pair_memory(const AevTables<T>& tables, const Environment<T>& environment) {
+  const std::int64_t room = environment.pair_room();
+  const std::int64_t segments = environment.n_centres() * tables.n_species;
+  return environment.planes() * (9 + padded(tables.n_radial)) * room +
+         3 * padded(environment.structure.max_candidates + room) + 2 * padded(segments + 1) +
+         padded(2 * tables.n_species + 1);
+}
+template <class T>
+std::int64_t scratch_memory(const AevTables<T>&, const Environment<T>& environment) {
+  const std::int64_t triples = padded(environment.n_triples + kMaxLanes);
+  const std::int64_t near = padded(environment.most_near + 3 * kMaxLanes);
+  const std::int64_t pairs = environment.pair_room();
+  return environment.planes() * (3 * triples + 3 * (kCentresAtOnce * near * near + kMaxLanes) +
+                                 4 * kCentresAtOnce * near + 5 * near + pairs) +
+         4 * pairs;
+}
 
 }  // namespace kinml::cpu
 
 namespace kinml {
-KINML_DECLARE_KERNEL(void, aev_centres, const cpu::AevTables<double>&,
-                     const cpu::StructureView<double>&, const cpu::AevTask<double>&)
-KINML_DECLARE_KERNEL(void, aev_centres, const cpu::AevTables<float>&,
-                     const cpu::StructureView<float>&, const cpu::AevTask<float>&)
+// Finds and counts the neighbours of an environment whose `pairs` are allocated.
+#define KINML_DECLARE_AEV(T)                                                                       \
+  KINML_DECLARE_KERNEL(void, aev_neighbours, const cpu::AevTables<T>&, cpu::Environment<T>&)       \
+  KINML_DECLARE_KERNEL(void, aev_triples, const cpu::AevTables<T>&, const cpu::Environment<T>&,    \
+                       T* scratch)                                                                 \
+  /* out[i, :] = a_i for the centres i; rows of D numbers, `stride` apart, that of atom 0 first */ \
+  KINML_DECLARE_KERNEL(void, aev_rows, const cpu::AevTables<T>&, const cpu::Environment<T>&,       \
+                       T* out, std::int64_t stride)                                                \
+  /* out[i, :] = J_i v, v [n_atoms, 3] */                                                          \
+  KINML_DECLARE_KERNEL(void, aev_tangent_rows, const cpu::AevTables<T>&,                           \
+                       const cpu::Environment<T>&, const T* v, T* out, std::int64_t stride,        \
+                       T* scratch)                                                                 \
+  /* out [n_atoms, 3] += sum over the centres of J_i^T g_i, or its derivative */                   \
+  KINML_DECLARE_KERNEL(void, aev_transposed, const cpu::AevTables<T>&, const cpu::Environment<T>&, \
+                       const T* g, std::int64_t stride, T* out, T* scratch)
+KINML_DECLARE_AEV(double)
+KINML_DECLARE_AEV(float)
+#undef KINML_DECLARE_AEV
 }  // namespace kinml

@@ -123,7 +123,7 @@ using BackwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, b
 using SecondBackwardOp = std::tuple<Tensor, Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, bool,
                                                             bool, bool, bool);
 
-void keep_shape(AutogradContext* ctx, Ints sizes, Ints activations, bool biases) {
+void keep_networks(AutogradContext* ctx, Ints sizes, Ints activations, bool biases) {
   ctx->saved_data["sizes"] = sizes.vec();
   ctx->saved_data["activations"] = activations.vec();
   ctx->saved_data["biases"] = biases;
@@ -138,7 +138,7 @@ struct Networks : Function<Networks> {
     auto [energies, saved] = op(features, rows, owners, starts, parameters, sae, sizes, activations,
                                 biases, n_structures, true);
     ctx->save_for_backward({features, rows, owners, starts, parameters, saved});
-    keep_shape(ctx, sizes, activations, biases);
+    keep_networks(ctx, sizes, activations, biases);
     return energies;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
@@ -181,7 +181,7 @@ struct NetworksBackward : Function<NetworksBackward> {
     auto [a, b] = op(g, features, rows, owners, starts, parameters, saved, sizes, activations,
                      biases, of_features, of_parameters);
     ctx->save_for_backward({g, features, rows, owners, starts, parameters});
-    keep_shape(ctx, sizes, activations, biases);
+    keep_networks(ctx, sizes, activations, biases);
     ctx->set_materialize_grads(false);
     return {a, b};
   }
@@ -279,6 +279,114 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(T tangents, T g, T f
   return {r[0], r[1], r[2]};
 }
 
+// Energies and forces of one call, differentiated with respect to the weights. The sources differ
+// in what stands before the species: coordinates, or stored descriptors and Jacobians.
+using Outputs = std::tuple<Tensor, Tensor>;
+using MaybeTensor = const std::optional<Tensor>&;
+using EnergyForcesOp = Outputs(T, T, T, T, MaybeTensor, Doubles, Ints, Ints, bool);
+using EnergyForcesGrad = Tensor(T, T, T, T, T, T, Doubles, Ints, Ints, bool);
+using StoredOp = Outputs(T, T, T, T, T, MaybeTensor, Ints, Ints, bool);
+using StoredGrad = Tensor(T, T, T, T, T, T, T, Ints, Ints, bool);
+
+void check_constants(std::initializer_list<const Tensor*> constants, MaybeTensor sae) {
+  TORCH_CHECK(!sae.has_value() || !sae->requires_grad(), "kinml_fast: sae has no gradient");
+  for (const Tensor* t : constants)
+    TORCH_CHECK(!t->requires_grad(),
+                "kinml_fast: energy_forces is differentiated with respect to the weights only; "
+                "for derivatives with respect to coordinates or descriptors differentiate the "
+                "energies of EnergyModel.forward");
+}
+
+struct EnergyForces : Function<EnergyForces> {
+  static variable_list forward(AutogradContext* ctx, T x, T z, T o, T w, MaybeTensor sae, Doubles d,
+                               Ints sizes, Ints activations, bool biases) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<EnergyForcesOp> op("kinml_fast::energy_forces");
+    ctx->save_for_backward({x, z, o, w});
+    ctx->saved_data["descriptor"] = d.vec();
+    keep_networks(ctx, sizes, activations, biases);
+    auto [energies, forces] = op(x, z, o, w, sae, d, sizes, activations, biases);
+    return {energies, forces};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    static const Op<EnergyForcesGrad> op("kinml_fast::energy_forces_backward");
+    const variable_list s = ctx->get_saved_variables();
+    variable_list result(9);
+    result[3] =
+        op(grad[0], grad[1], s[0], s[1], s[2], s[3], descriptor_of(ctx),
+           ctx->saved_data["sizes"].toIntVector(), ctx->saved_data["activations"].toIntVector(),
+           ctx->saved_data["biases"].toBool());
+    return result;
+  }
+};
+
+struct EnergyForcesStored : Function<EnergyForcesStored> {
+  static variable_list forward(AutogradContext* ctx, T a, T jacobian, T z, T o, T w,
+                               MaybeTensor sae, Ints sizes, Ints activations, bool biases) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<StoredOp> op("kinml_fast::energy_forces_stored");
+    ctx->save_for_backward({a, jacobian, z, o, w});
+    keep_networks(ctx, sizes, activations, biases);
+    auto [energies, forces] = op(a, jacobian, z, o, w, sae, sizes, activations, biases);
+    return {energies, forces};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    static const Op<StoredGrad> op("kinml_fast::energy_forces_stored_backward");
+    const variable_list s = ctx->get_saved_variables();
+    variable_list result(9);
+    result[4] =
+        op(grad[0], grad[1], s[0], s[1], s[2], s[3], s[4], ctx->saved_data["sizes"].toIntVector(),
+           ctx->saved_data["activations"].toIntVector(), ctx->saved_data["biases"].toBool());
+    return result;
+  }
+};
+
+[[noreturn]] void no_second_derivative() {
+  TORCH_CHECK(false,
+              "kinml_fast: the gradient of energy_forces has no derivative; differentiate the "
+              "energies of EnergyModel.forward as often as needed");
+}
+struct EnergyForcesBackward : Function<EnergyForcesBackward> {
+  static Tensor forward(AutogradContext*, T e, T f, T x, T z, T o, T w, Doubles d, Ints sizes,
+                        Ints activations, bool biases) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<EnergyForcesGrad> op("kinml_fast::energy_forces_backward");
+    return op(e, f, x, z, o, w, d, sizes, activations, biases);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { no_second_derivative(); }
+};
+struct EnergyForcesStoredBackward : Function<EnergyForcesStoredBackward> {
+  static Tensor forward(AutogradContext*, T e, T f, T a, T jacobian, T z, T o, T w, Ints sizes,
+                        Ints activations, bool biases) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<StoredGrad> op("kinml_fast::energy_forces_stored_backward");
+    return op(e, f, a, jacobian, z, o, w, sizes, activations, biases);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { no_second_derivative(); }
+};
+
+Outputs energy_forces(T x, T z, T o, T w, MaybeTensor sae, Doubles d, Ints sizes, Ints activations,
+                      bool biases) {
+  if (at::GradMode::is_enabled()) check_constants({&x}, sae);
+  const variable_list r = EnergyForces::apply(x, z, o, w, sae, d, sizes, activations, biases);
+  return {r[0], r[1]};
+}
+Outputs energy_forces_stored(T a, T jacobian, T z, T o, T w, MaybeTensor sae, Ints sizes,
+                             Ints activations, bool biases) {
+  if (at::GradMode::is_enabled()) check_constants({&a, &jacobian}, sae);
+  const variable_list r =
+      EnergyForcesStored::apply(a, jacobian, z, o, w, sae, sizes, activations, biases);
+  return {r[0], r[1]};
+}
+Tensor energy_forces_backward(T e, T f, T x, T z, T o, T w, Doubles d, Ints sizes, Ints activations,
+                              bool biases) {
+  return EnergyForcesBackward::apply(e, f, x, z, o, w, d, sizes, activations, biases);
+}
+Tensor energy_forces_stored_backward(T e, T f, T a, T jacobian, T z, T o, T w, Ints sizes,
+                                     Ints activations, bool biases) {
+  return EnergyForcesStoredBackward::apply(e, f, a, jacobian, z, o, w, sizes, activations, biases);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
@@ -291,6 +399,10 @@ TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
   m.impl("networks_forward", networks_forward);
   m.impl("networks_backward", networks_backward);
   m.impl("networks_second_backward", networks_second_backward);
+  m.impl("energy_forces", energy_forces);
+  m.impl("energy_forces_stored", energy_forces_stored);
+  m.impl("energy_forces_backward", energy_forces_backward);
+  m.impl("energy_forces_stored_backward", energy_forces_stored_backward);
 }
 
 }  // namespace kinml::ops

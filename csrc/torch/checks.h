@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/aev_cpu.h"
+#include "../cpu/networks_cpu.h"
 
 namespace kinml::ops {
 
@@ -82,6 +83,33 @@ inline cpu::AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
   next += n_angular;
   p.sections.assign(next, next + n_sections);
   return p;
+}
+
+// The description of the networks for features of `length` numbers; the lists must outlive it.
+inline cpu::NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n_species,
+                                         int64_t length, at::IntArrayRef sizes,
+                                         at::IntArrayRef activations, bool biases) {
+  const auto n_layers = static_cast<int64_t>(activations.size());
+  TORCH_CHECK(n_layers >= 1 && n_species >= 1 &&
+                  static_cast<int64_t>(sizes.size()) == n_species * (n_layers + 1),
+              "kinml_fast: ", n_layers, " layers and ", n_species, " species need ",
+              n_species * (n_layers + 1), " sizes, got ", sizes.size());
+  const cpu::NetworkShape shape{n_species, n_layers, sizes.data(), activations.data(), biases};
+  int64_t n_parameters = 0;
+  for (int64_t s = 0; s < n_species; ++s) {
+    n_parameters += shape.parameters_of(s);
+    TORCH_CHECK(shape.size(s, 0) == length, "kinml_fast: the network of species ", s, " takes ",
+                shape.size(s, 0), " inputs, the features have ", length);
+    TORCH_CHECK(shape.size(s, n_layers) == 1, "kinml_fast: the last layer must have one output, ",
+                "that of species ", s, " has ", shape.size(s, n_layers));
+  }
+  for (const int64_t a : activations)
+    TORCH_CHECK(a >= 0 && a <= 6, "kinml_fast: unknown activation code ", a);
+  TORCH_CHECK(parameters.dim() == 1, "kinml_fast: parameters must be one flat tensor, got shape ",
+              parameters.sizes());
+  TORCH_CHECK(parameters.size(0) == n_parameters, "kinml_fast: the networks have ", n_parameters,
+              " parameters, got ", parameters.size(0));
+  return shape;
 }
 
 // Offsets and species in host memory: increasing from 0 to n_atoms, species within the list.

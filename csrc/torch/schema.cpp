@@ -6,6 +6,7 @@
 // Differentiation (autograd.cpp), C++ only, so that scripted modules keep it without Python:
 //   aev -> aev_vjp -> aev_jvp, aev_hvp; aev_jvp -> aev_vjp, aev_hvp; aev_hvp -> error
 //   networks -> networks_backward -> networks_second_backward -> error; networks_forward -> error
+//   energy_forces, energy_forces_stored -> their backward (of the parameters) -> error
 #include <torch/library.h>
 
 TORCH_LIBRARY(kinml_fast, m) {
@@ -75,6 +76,47 @@ TORCH_LIBRARY(kinml_fast, m) {
       "energy_step(Tensor features, Tensor rows, Tensor owners, Tensor starts, Tensor parameters, "
       "Tensor targets, Tensor weights, Tensor(a!) residuals, Tensor(b!) gradient, float scale, "
       "int[] sizes, int[] activations, bool biases) -> ()");
+
+  // Energies [n_structures] float64 (with sae) and forces [n_atoms, 3] = -dE/dx, in one pass over
+  // the molecules. Differentiable with respect to the parameters.
+  m.def(
+      "energy_forces(Tensor coordinates, Tensor species, Tensor offsets, Tensor parameters, "
+      "Tensor? sae, float[] descriptor, int[] sizes, int[] activations, bool biases) -> "
+      "(Tensor energies, Tensor forces)");
+  // The same from stored descriptors [n_atoms, D] and Jacobians [n_atoms, D, columns], of which a
+  // structure of n atoms has the first 3 n columns; the rest is padding of any content.
+  m.def(
+      "energy_forces_stored(Tensor features, Tensor jacobian, Tensor species, Tensor offsets, "
+      "Tensor parameters, Tensor? sae, int[] sizes, int[] activations, bool biases) -> "
+      "(Tensor energies, Tensor forces)");
+  // Gradient of sum grad_energies E + sum grad_forces F with respect to the parameters.
+  m.def(
+      "energy_forces_backward(Tensor grad_energies, Tensor grad_forces, Tensor coordinates, "
+      "Tensor species, Tensor offsets, Tensor parameters, float[] descriptor, int[] sizes, "
+      "int[] activations, bool biases) -> Tensor");
+  m.def(
+      "energy_forces_stored_backward(Tensor grad_energies, Tensor grad_forces, Tensor features, "
+      "Tensor jacobian, Tensor species, Tensor offsets, Tensor parameters, int[] sizes, "
+      "int[] activations, bool biases) -> Tensor");
+  // Forward and backward pass of a training batch on energies and forces: `structures` [n] of a
+  // data set, whose targets and weights are float64 with one row per structure or atom.
+  //   L_E = sum_s energy_weights_s dE_s^2 / n_E          n_E, n_F: structures of the batch whose
+  //   L_F = sum_s force_weights_s mean_c dF_sc^2 / n_F   weight is not 0
+  // energy_residuals [n] = E - target; force_errors [n, 3] = sum |dF|, sum dF^2, max |dF| over the
+  // components of a structure, 0 without weight; losses = L_E, L_F; gradient = that of
+  // scales[0] L_E + scales[1] L_F with respect to the parameters. No autograd.
+  m.def(
+      "force_step(Tensor coordinates, Tensor species, Tensor offsets, Tensor structures, "
+      "Tensor parameters, Tensor energy_targets, Tensor force_targets, Tensor energy_weights, "
+      "Tensor force_weights, Tensor scales, Tensor(a!) energy_residuals, "
+      "Tensor(b!) force_errors, Tensor(c!) losses, Tensor(d!) gradient, float[] descriptor, "
+      "int[] sizes, int[] activations, bool biases) -> ()");
+  m.def(
+      "force_step_stored(Tensor features, Tensor jacobian, Tensor species, Tensor offsets, "
+      "Tensor structures, Tensor parameters, Tensor energy_targets, Tensor force_targets, "
+      "Tensor energy_weights, Tensor force_weights, Tensor scales, "
+      "Tensor(a!) energy_residuals, Tensor(b!) force_errors, Tensor(c!) losses, "
+      "Tensor(d!) gradient, int[] sizes, int[] activations, bool biases) -> ()");
 
   // One step of Adam or AdamW (csrc/cpu/adam_cpu.h) on a flat parameter, in place; largest for
   // amsgrad. No autograd.
