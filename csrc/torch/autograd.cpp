@@ -123,7 +123,7 @@ using BackwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, b
 using SecondBackwardOp = std::tuple<Tensor, Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, bool,
                                                             bool, bool, bool);
 
-void keep_shape(AutogradContext* ctx, Ints sizes, Ints activations, bool biases) {
+void keep_networks(AutogradContext* ctx, Ints sizes, Ints activations, bool biases) {
   ctx->saved_data["sizes"] = sizes.vec();
   ctx->saved_data["activations"] = activations.vec();
   ctx->saved_data["biases"] = biases;
@@ -138,7 +138,7 @@ struct Networks : Function<Networks> {
     auto [energies, saved] = op(features, rows, owners, starts, parameters, sae, sizes, activations,
                                 biases, n_structures, true);
     ctx->save_for_backward({features, rows, owners, starts, parameters, saved});
-    keep_shape(ctx, sizes, activations, biases);
+    keep_networks(ctx, sizes, activations, biases);
     return energies;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
@@ -181,7 +181,7 @@ struct NetworksBackward : Function<NetworksBackward> {
     auto [a, b] = op(g, features, rows, owners, starts, parameters, saved, sizes, activations,
                      biases, of_features, of_parameters);
     ctx->save_for_backward({g, features, rows, owners, starts, parameters});
-    keep_shape(ctx, sizes, activations, biases);
+    keep_networks(ctx, sizes, activations, biases);
     ctx->set_materialize_grads(false);
     return {a, b};
   }
@@ -288,11 +288,6 @@ using EnergyForcesGrad = Tensor(T, T, T, T, T, T, Doubles, Ints, Ints, bool);
 using StoredOp = Outputs(T, T, T, T, T, MaybeTensor, Ints, Ints, bool);
 using StoredGrad = Tensor(T, T, T, T, T, T, T, Ints, Ints, bool);
 
-void keep_networks(AutogradContext* ctx, Ints sizes, Ints activations, bool biases) {
-  ctx->saved_data["sizes"] = sizes.vec();
-  ctx->saved_data["activations"] = activations.vec();
-  ctx->saved_data["biases"] = biases;
-}
 void check_constants(std::initializer_list<const Tensor*> constants, MaybeTensor sae) {
   TORCH_CHECK(!sae.has_value() || !sae->requires_grad(), "kinml_fast: sae has no gradient");
   for (const Tensor* t : constants)

@@ -58,55 +58,57 @@ Tensor aev(const Tensor& coordinates, const Tensor& species, const Tensor& offse
   return out;
 }
 
-Tensor aev_vjp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-               const Tensor& gradient, at::ArrayRef<double> descriptor) {
+// What aev_vjp, aev_jvp and aev_hvp share. gradient [n_atoms, D] and tangent [n_atoms, 3] may be
+// null; with a gradient the result has one row of coordinates per atom, else one vector.
+template <class Kernel>
+Tensor aev_product(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
+                   const Tensor* gradient, const Tensor* tangent, at::ArrayRef<double> descriptor,
+                   const Kernel& kernel) {
   check_batch_shapes(coordinates, species, offsets);
   const cpu::AevParameters p = unpack_descriptor(descriptor);
-  check_same_type(gradient, "gradient", coordinates, "coordinates");
-  check_matrix(gradient, "gradient", coordinates.size(0), p.length());
+  Tensor g, v;
+  if (gradient != nullptr) {
+    check_same_type(*gradient, "gradient", coordinates, "coordinates");
+    check_matrix(*gradient, "gradient", coordinates.size(0), p.length());
+    g = gradient->contiguous();
+  }
+  if (tangent != nullptr) {
+    check_same_type(*tangent, "tangent", coordinates, "coordinates");
+    check_matrix(*tangent, "tangent", coordinates.size(0), 3);
+    v = tangent->contiguous();
+  }
   const Batch batch(coordinates, species, offsets, p.n_species);
-  const Tensor g = gradient.contiguous();
-  Tensor out = at::empty({coordinates.size(0), 3}, coordinates.options());
+  Tensor out = at::empty({coordinates.size(0), gradient ? 3 : p.length()}, coordinates.options());
   with_type(coordinates, [&](auto zero) {
     using T = decltype(zero);
-    cpu::aev_vjp<T>(p, batch.as<T>(), g.const_data_ptr<T>(), out.mutable_data_ptr<T>(), threads());
+    kernel(p, batch.as<T>(), gradient ? g.const_data_ptr<T>() : nullptr,
+           tangent ? v.const_data_ptr<T>() : nullptr, out.mutable_data_ptr<T>());
   });
   return out;
+}
+
+Tensor aev_vjp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
+               const Tensor& gradient, at::ArrayRef<double> descriptor) {
+  return aev_product(coordinates, species, offsets, &gradient, nullptr, descriptor,
+                     [](const auto& p, const auto& batch, auto* g, auto*, auto* out) {
+                       cpu::aev_vjp(p, batch, g, out, threads());
+                     });
 }
 
 Tensor aev_jvp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
                const Tensor& tangent, at::ArrayRef<double> descriptor) {
-  check_batch_shapes(coordinates, species, offsets);
-  const cpu::AevParameters p = unpack_descriptor(descriptor);
-  check_same_type(tangent, "tangent", coordinates, "coordinates");
-  check_matrix(tangent, "tangent", coordinates.size(0), 3);
-  const Batch batch(coordinates, species, offsets, p.n_species);
-  const Tensor v = tangent.contiguous();
-  Tensor out = at::empty({coordinates.size(0), p.length()}, coordinates.options());
-  with_type(coordinates, [&](auto zero) {
-    using T = decltype(zero);
-    cpu::aev_jvp<T>(p, batch.as<T>(), v.const_data_ptr<T>(), out.mutable_data_ptr<T>(), threads());
-  });
-  return out;
+  return aev_product(coordinates, species, offsets, nullptr, &tangent, descriptor,
+                     [](const auto& p, const auto& batch, auto*, auto* v, auto* out) {
+                       cpu::aev_jvp(p, batch, v, out, threads());
+                     });
 }
 
 Tensor aev_hvp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
                const Tensor& gradient, const Tensor& tangent, at::ArrayRef<double> descriptor) {
-  check_batch_shapes(coordinates, species, offsets);
-  const cpu::AevParameters p = unpack_descriptor(descriptor);
-  check_same_type(gradient, "gradient", coordinates, "coordinates");
-  check_same_type(tangent, "tangent", coordinates, "coordinates");
-  check_matrix(gradient, "gradient", coordinates.size(0), p.length());
-  check_matrix(tangent, "tangent", coordinates.size(0), 3);
-  const Batch batch(coordinates, species, offsets, p.n_species);
-  const Tensor g = gradient.contiguous(), v = tangent.contiguous();
-  Tensor out = at::empty({coordinates.size(0), 3}, coordinates.options());
-  with_type(coordinates, [&](auto zero) {
-    using T = decltype(zero);
-    cpu::aev_hvp<T>(p, batch.as<T>(), g.const_data_ptr<T>(), v.const_data_ptr<T>(),
-                    out.mutable_data_ptr<T>(), threads());
-  });
-  return out;
+  return aev_product(coordinates, species, offsets, &gradient, &tangent, descriptor,
+                     [](const auto& p, const auto& batch, auto* g, auto* v, auto* out) {
+                       cpu::aev_hvp(p, batch, g, v, out, threads());
+                     });
 }
 
 Tensor aev_jacobian(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
@@ -222,30 +224,11 @@ struct Networks {
     check_same_type(parameters, "parameters", features, "features");
     TORCH_CHECK(features.dim() == 2, "kinml_fast: features must have shape [n, D], got ",
                 features.sizes());
-    TORCH_CHECK(parameters.dim() == 1, "kinml_fast: parameters must be one flat tensor, got shape ",
-                parameters.sizes());
     check_index(rows, "rows");
     check_index(owners, "owners");
     check_index(starts, "starts");
-    const int64_t n_layers = static_cast<int64_t>(activations.size());
     const int64_t n_species = starts.size(0) - 1;
-    TORCH_CHECK(n_layers >= 1 && n_species >= 1 &&
-                    static_cast<int64_t>(sizes.size()) == n_species * (n_layers + 1),
-                "kinml_fast: ", n_layers, " layers and ", n_species, " species need ",
-                n_species * (n_layers + 1), " sizes, got ", sizes.size());
-    shape = {n_species, n_layers, sizes.data(), activations.data(), biases};
-    int64_t n_parameters = 0;
-    for (int64_t s = 0; s < n_species; ++s) {
-      n_parameters += shape.parameters_of(s);
-      TORCH_CHECK(shape.size(s, 0) == features.size(1), "kinml_fast: the network of species ", s,
-                  " takes ", shape.size(s, 0), " inputs, the features have ", features.size(1));
-      TORCH_CHECK(shape.size(s, n_layers) == 1, "kinml_fast: the last layer must have one output, ",
-                  "that of species ", s, " has ", shape.size(s, n_layers));
-    }
-    for (const int64_t a : activations)
-      TORCH_CHECK(a >= 0 && a <= 6, "kinml_fast: unknown activation code ", a);
-    TORCH_CHECK(parameters.size(0) == n_parameters, "kinml_fast: the networks have ", n_parameters,
-                " parameters, got ", parameters.size(0));
+    shape = unpack_networks(parameters, n_species, features.size(1), sizes, activations, biases);
     const int64_t n = rows.size(0);
     TORCH_CHECK(owners.size(0) == n, "kinml_fast: rows has ", n, " atoms, owners has ",
                 owners.size(0));
@@ -513,10 +496,9 @@ Tensor aev_vjp_meta(const Tensor& coordinates, const Tensor&, const Tensor&, con
                     at::ArrayRef<double>) {
   return at::empty_symint({coordinates.sym_size(0), 3}, coordinates.options());
 }
-Tensor aev_jvp_meta(const Tensor& coordinates, const Tensor&, const Tensor&, const Tensor&,
-                    at::ArrayRef<double> descriptor) {
-  return at::empty_symint({coordinates.sym_size(0), unpack_descriptor(descriptor).length()},
-                          coordinates.options());
+Tensor aev_jvp_meta(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
+                    const Tensor&, at::ArrayRef<double> descriptor) {
+  return aev_meta(coordinates, species, offsets, descriptor);
 }
 Tensor aev_hvp_meta(const Tensor& coordinates, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&, at::ArrayRef<double>) {
