@@ -220,10 +220,10 @@ def test_options_without_effect_are_named(tmp_path):
         "training.optimizer.momentum has no effect with training.optimizer.name = adam",
         "training.scheduler.gamma has no effect with training.scheduler.name = rop",
     ]
-    forces = ["training.jacobian=stored", "training.loss.forces_from=3", "training.score.forces=2"]
+    forces = ["training.loss.forces_from=3", "training.score.forces=2"]
     assert load(tmp_path, MINIMAL, *forces).training.ignored() == [
         f"training.{key} has no effect with training.loss.forces = false"
-        for key in ("loss.forces_from", "score.forces", "jacobian")
+        for key in ("loss.forces_from", "score.forces")
     ]
     learned = ["training.loss.forces=true", "training.loss.weighting=learned", "training.loss.force_weight=0.5"]
     assert load(tmp_path, MINIMAL, *learned).training.ignored() == [

@@ -41,7 +41,8 @@ class DataConfig(Section):
     """Which structures to take, and how to divide them."""
 
     files: Annotated[list[str], Field(min_length=1)]
-    """SQLite databases or extended XYZ files: paths, glob patterns, or `shipped:NAME` for data of the package."""
+    """SQLite databases, extended XYZ files or PyKinML's HDF5 files of descriptors: paths, glob patterns, or
+    `shipped:NAME` for data of the package."""
     fidelity: int = 1
     """Level of theory to take from SQLite files."""
     temperature: float | None = None
@@ -55,7 +56,8 @@ class DataConfig(Section):
     split: list[int | float] = [0.8, 0.1, 0.1]
     """Training, validation, test: numbers of structures, or fractions that sum to at most 1."""
     split_file: str | None = None
-    """File of lines `C5H5/17 2` (2: training or validation, -1: test) that says which structures are for testing."""
+    """File of lines `C5H5/17 2` (2: training or validation, -1: test) that says which structures are for testing; or
+    an HDF5 file of PyKinML, whose tvtmsk says the part of each."""
     split_seed: Seed = 0
     """Seed of the random division."""
     sae: str | dict[str, float] = "fit"
@@ -105,6 +107,8 @@ class DescriptorConfig(Section):
     """Radial and angular cutoff, Å."""
     beta: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Factor of the cosine of the angle, which keeps the derivative finite at 0 and π."""
+    backend: Literal["native", "aevmod"] = "native"
+    """What computes descriptors that are stored: the op of this package, or the package aevmod (pip install aevmod)."""
 
 
 class NetworkConfig(Section):
@@ -294,7 +298,8 @@ class TrainingConfig(Section):
     """Longest gradient (Euclidean norm); longer ones are shortened to it. null: off."""
     jacobian: Literal["recompute", "stored"] = "recompute"
     """With forces: recompute the descriptor's derivatives in every step, in a few fused kernels, or keep the Jacobians
-    of all atoms in memory (in float64, 24 bytes times length of the descriptor times largest molecule for each)."""
+    of all atoms in memory (in float64, 24 bytes times length of the descriptor times largest molecule for each). With
+    stored, descriptors are those of the HDF5 files in data.files, or of descriptor.backend (docs/stored.md)."""
     loss: LossConfig = LossConfig()
     """See the section."""
     score: ScoreConfig = ScoreConfig()
@@ -331,7 +336,6 @@ class TrainingConfig(Section):
         without = [f"loss.{key}" for key in self.loss.ignored()]
         if not self.loss.forces:
             without += [f"score.{key}" for key in _changed(self.score, {"forces"})]
-            without += _changed(self, {"jacobian"})
         sentences += [f"training.{key} has no effect with training.loss.forces = false" for key in without]
         if self.loss.weighting == "learned":
             keys = _changed(self.loss, {"force_weight", "extra_weights"})
@@ -352,6 +356,15 @@ class Config(Section):
     """See the section."""
     training: TrainingConfig = TrainingConfig()
     """See the section."""
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> Config:
+        if self.descriptor.backend != "native" and self.training.jacobian != "stored":
+            raise ValueError(
+                f"descriptor.backend is {self.descriptor.backend}, which computes only what is stored: set "
+                "training.jacobian=stored too"
+            )
+        return self
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kinml_fast.data.files import first_few
+from kinml_fast.data.sources import DescriptorSource
 from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError
 from kinml_fast.nn import EnergyModel
@@ -25,6 +27,7 @@ class Data(Protocol):
     split: Split
     sae: np.ndarray | None
     weights: np.ndarray | None
+    source: DescriptorSource
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,15 @@ class TrainingData:
         None: those that the model has.
     weights
         Weights of the structures in the loss, float64 [n_structures]; None: all 1.
+    source
+        Where descriptors come from with training.jacobian = stored; default: the native op.
     """
 
     structures: Structures
     split: Split
     sae: np.ndarray | None = None
     weights: np.ndarray | None = None
+    source: DescriptorSource = field(default_factory=DescriptorSource)
 
 
 class Dataset:
@@ -60,13 +66,13 @@ class Dataset:
     model
         Its elements, precision, device and single-atom energies; it is given those of the data, if they have any.
     data
-        Structures, split, single-atom energies, weights.
+        Structures, split, single-atom energies, weights, source of stored descriptors.
     config
-        Says whether forces are needed, and what the energies of a structure weigh.
+        Says whether forces are needed, what the energies of a structure weigh, and whether descriptors are stored.
 
     Attributes
     ----------
-    coordinates : [N, 3], Å, of the model's dtype
+    coordinates : [N, 3], Å, of the model's dtype; None if only stored descriptors are known
     species : [N] int64
     offsets : [M + 1] int64
     energies : [M] float64, eV, without single-atom energies
@@ -76,14 +82,13 @@ class Dataset:
     known : numpy bool [M], which structures have forces
     sizes : dict, number of structures of each part
     labels : tuple of str, what each structure is called
-    largest : int, atoms of the largest structure
     fingerprint : str, by which a checkpoint knows its data
 
     Raises
     ------
     InputError
         Elements that the model does not have, an empty training or validation set, no energies, no forces where they
-        are asked for, weights that are none.
+        are asked for, no coordinates where they are needed, weights that are none.
     """
 
     def __init__(self, model: EnergyModel, data: Data, config: TrainingConfig) -> None:
@@ -96,9 +101,15 @@ class Dataset:
         structures = data.structures.with_elements(model.elements).select(origin)
         if structures.energies is None:
             raise InputError("the structures have no energies: training needs them")
+        stored = config.jacobian == "stored"
+        if structures.coordinates is None and not stored:
+            raise InputError(
+                f"the data have no coordinates, only stored descriptors (first structure: {structures.labels[0]}): set "
+                "training.jacobian=stored"
+            )
+        self._model, self._structures, self._source = model, structures, data.source if stored else DescriptorSource()
         self.labels = structures.labels
         atoms = structures.sizes
-        self.largest = int(atoms.max())
 
         if data.sae is not None:
             given = dict(zip(data.structures.elements, data.sae, strict=True))
@@ -106,7 +117,7 @@ class Dataset:
             model.sae.copy_(values)
         targets = structures.energies - (structures.counts() * model.sae.cpu().numpy()).sum(axis=1)
         if structures.forces is None:
-            forces, self.known = np.full_like(structures.coordinates, np.nan), np.zeros(len(structures), dtype=bool)
+            forces, self.known = np.full((len(structures.species), 3), np.nan), np.zeros(len(structures), dtype=bool)
         else:
             forces, self.known = structures.forces, ~np.isnan(structures.forces[structures.offsets[:-1], 0])
         self._check_forces(config)
@@ -115,7 +126,7 @@ class Dataset:
         def tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
             return torch.from_numpy(array).to(model.sae.device, dtype)
 
-        self.coordinates = tensor(structures.coordinates, model.dtype)
+        self.coordinates = None if structures.coordinates is None else tensor(structures.coordinates, model.dtype)
         self.species, self.offsets = tensor(structures.species), tensor(structures.offsets)
         self.energies, self.forces, self.origin = tensor(targets), tensor(forces), tensor(origin)
         self.energy_weights = tensor(weights / atoms**2 if config.loss.energy_per_atom else weights)
@@ -127,9 +138,24 @@ class Dataset:
 
         digest = hashlib.sha256(" ".join(structures.elements).encode())
         for array in (structures.species, structures.coordinates, structures.offsets, targets, forces, weights):
-            digest.update(array.tobytes())
-        digest.update(repr(self.sizes).encode())
+            digest.update(b"" if array is None else array.tobytes())
+        digest.update(repr([self.sizes, self._source.backend, *(own for _, own in self._source.files)]).encode())
         self.fingerprint = digest.hexdigest()
+
+    def descriptors(self, jacobian: bool = False) -> StoredDescriptors:
+        """The descriptors of all atoms, with or without Jacobians, of the model's dtype and on its device.
+
+        Raises
+        ------
+        InputError
+            See `DescriptorSource.load`.
+        """
+        model = self._model
+        found = self._source.load(self._structures, model.descriptor, model.dtype, jacobian=jacobian)
+        device = model.sae.device
+        return StoredDescriptors(
+            found.features.to(device), None if found.jacobian is None else found.jacobian.to(device)
+        )
 
     def range(self, part: str) -> slice:
         """Where the structures of a part are."""
@@ -144,6 +170,8 @@ class Dataset:
 
     def gather(self, structures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates, species and offsets of some structures as a ragged batch of their own."""
+        if self.coordinates is None:
+            raise InputError("the data have no coordinates, which further loss terms need: take data that have them")
         sizes = self.offsets.diff()[structures]
         offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         shifts = torch.repeat_interleave(self.offsets[structures] - offsets[:-1], sizes)

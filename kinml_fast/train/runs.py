@@ -117,7 +117,7 @@ def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
     network = config.network
     torch.manual_seed(network.seed)
     return EnergyModel(
-        AEVParameters.aevmod(tuple(elements), **config.descriptor.model_dump()),
+        AEVParameters.aevmod(tuple(elements), **config.descriptor.model_dump(exclude={"backend"})),
         layers=network.layers,
         activations=network.layer_activations,
         biases=network.biases,

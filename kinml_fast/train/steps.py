@@ -51,8 +51,7 @@ class EnergyStep:
     def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         self._networks, self._data, self._tasks = model.networks, data, tasks
         self._n_species = len(model.elements)
-        with torch.no_grad():
-            self._features = model.aev(data.coordinates, data.species, data.offsets)
+        self._features = data.descriptors().features
         self._plans: dict[tuple[int, int, int], list[ops.Batch]] = {}
 
     def batches(self, order: Tensor, size: int, residuals: Tensor, errors: Tensor) -> list[tuple]:
@@ -125,7 +124,7 @@ class ForceStep:
         """See `Step`."""
         data, weights = self._data, self._networks.weights
         offsets = data.offsets[first : last + 1].tolist()
-        energies, forces = [data.energies[:0]], [data.coordinates[:0]]
+        energies, forces = [data.energies[:0]], [weights.new_empty(0, 3)]
         with torch.inference_mode():
             for low in range(0, last - first, size):
                 high = min(low + size, last - first)
@@ -139,12 +138,11 @@ class ForceStep:
 
 
 class StoredForceStep(ForceStep):
-    """Energies and forces from descriptors and Jacobians that are computed once and kept."""
+    """Energies and forces from descriptors and Jacobians that are computed or read once and kept."""
 
     def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         super().__init__(model, data, tasks)
-        batch = (data.coordinates, data.species, data.offsets)
-        with torch.no_grad():
-            self._sources = (model.aev(*batch), ops.aev_jacobian(*batch, data.largest, model.aev.packed))
+        descriptors = data.descriptors(jacobian=True)
+        self._sources = (descriptors.features, descriptors.jacobian)
         self._settings = self._settings[1:]  # without the descriptor
         self.run, self._predict = ops.force_step_stored, ops.energy_forces_stored
