@@ -62,7 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         usage="kinml-fast train CONFIG [key=value …] [--overwrite]\n       kinml-fast train --resume RUN [key=value …]",
     )
     train.add_argument(
-        "arguments", metavar="CONFIG key=value", nargs="*", help="YAML file, `example` or `forces`, and changes of its keys"
+        "arguments",
+        metavar="CONFIG key=value",
+        nargs="*",
+        help="YAML file, `example` or `forces`, and changes of its keys",
     )
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the configuration's folder")

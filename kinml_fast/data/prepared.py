@@ -41,7 +41,7 @@ class Prepared:
     sae
         float64 [n_elements], eV, in the order of `structures.elements`.
     descriptor
-        Settings of the descriptor, carried along unread.
+        Settings of the descriptor, carried along.
     hash
         sha256 (hexadecimal) of the contents of all files and of all settings.
     source

@@ -83,6 +83,11 @@ def evaluate(
         raise InputError(f"{structures.labels[0]} has no coordinates, only stored descriptors: take files with both")
     with_forces = structures.forces is not None if forces is None else forces
     device = model.networks.weights.device
+    if structures.coordinates is None:
+        raise InputError(
+            f"the data have no coordinates, only stored descriptors (first structure: {structures.labels[0]}), and a "
+            "model needs them: take files that have both"
+        )
     species = torch.from_numpy(structures.species).to(device)
     coordinates = torch.from_numpy(structures.coordinates).to(device, model.dtype)
     energies: list[np.ndarray] = [np.empty(0)]

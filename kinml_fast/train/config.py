@@ -41,7 +41,8 @@ class DataConfig(Section):
     """Which structures to take, and how to divide them."""
 
     files: Annotated[list[str], Field(min_length=1)]
-    """SQLite databases or extended XYZ files: paths, glob patterns, or `shipped:NAME` for data of the package."""
+    """SQLite databases, extended XYZ files or PyKinML's HDF5 files of descriptors: paths, glob patterns, or
+    `shipped:NAME` for data of the package."""
     fidelity: int = 1
     """Level of theory to take from SQLite files."""
     temperature: float | None = None
@@ -55,7 +56,8 @@ class DataConfig(Section):
     split: list[int | float] = [0.8, 0.1, 0.1]
     """Training, validation, test: numbers of structures, or fractions that sum to at most 1."""
     split_file: str | None = None
-    """File of lines `C5H5/17 2` (2: training or validation, -1: test) that says which structures are for testing."""
+    """File of lines `C5H5/17 2` (2: training or validation, -1: test) that says which structures are for testing; or
+    an HDF5 file of PyKinML, whose tvtmsk says the part of each."""
     split_seed: Seed = 0
     """Seed of the random division."""
     sae: str | dict[str, float] = "fit"

@@ -141,7 +141,7 @@ class ForceStep:
 
 
 class StoredForceStep(ForceStep):
-    """Energies and forces from descriptors and Jacobians that are computed once and kept."""
+    """Energies and forces from descriptors and Jacobians that are computed or read once and kept."""
 
     def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         super().__init__(model, data, tasks)
