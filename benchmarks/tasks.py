@@ -79,3 +79,9 @@ def training_data(structures: Structures) -> TrainingData:
     split = Split(order, [len(structures)], [])
     single_atoms = sae.fit(structures.counts(), structures.energies, structures.elements)
     return TrainingData(structures.select([*order, 0]), split, single_atoms)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python benchmarks/tasks.py FILE    (writes the coordinates that bench_force_step reads)")
+    c5h5().coordinates.tofile(sys.argv[1])

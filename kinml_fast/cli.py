@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "arguments",
         metavar="CONFIG key=value",
         nargs="*",
-        help="YAML file, `example` or `forces`, and changes of its keys",
+        help="YAML file, example or forces, and changes of keys",
     )
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the configuration's folder")

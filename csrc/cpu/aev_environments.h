@@ -219,6 +219,12 @@ class Environments {
 
   // Centres [begin, end); `direction` [n_atoms, 3] makes the environment dual.
   Environment<T> make(std::int64_t begin, std::int64_t end, const T* direction = nullptr) {
+    Environment<T> e = find(begin, end, direction);
+    finish(e);
+    return e;
+  }
+  // Its two stages.
+  Environment<T> find(std::int64_t begin, std::int64_t end, const T* direction = nullptr) {
     Environment<T> e{};
     e.structure = structure_;
     e.begin = begin;
@@ -226,9 +232,11 @@ class Environments {
     e.direction = direction;
     e.pairs = memory_.template take<T>(pair_memory(tables_, e));
     KINML_CALL_KERNEL(aev_neighbours, tables_, e);
+    return e;
+  }
+  void finish(Environment<T>& e) {
     e.triples = memory_.template take<T>(e.triple_numbers);
     KINML_CALL_KERNEL(aev_triples, tables_, e, scratch(e));
-    return e;
   }
   // For a pass over an environment; lost at the next call.
   T* scratch(const Environment<T>& e) {

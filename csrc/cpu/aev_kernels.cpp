@@ -330,17 +330,17 @@ void neighbours(const AevTables<T>& tables, Environment<T>& e) {
   const View<T, kDual> v(tables, e);
   std::int32_t total = 0;
   Index registers = 0;
-  e.most_near = 0;
+  e.most_near = e.n_triples = 0;
   for (Index c = 0; c < e.n_centres(); ++c) {
     total = gather(v, e, e.begin + c, c * v.n_species, total);
     Index near = 0;
     for (Index a = 0; a < v.n_species; ++a) near += v.near[c * v.n_species + a];
     e.most_near = near > e.most_near ? near : e.most_near;
-    v.for_pairs(c, registers, [](Index, Index, Index, Index) {});
+    v.for_pairs(c, registers, [&](Index, Index, Index n, Index) { e.n_triples += n; });
   }
   v.first[e.n_centres() * v.n_species] = total;
   e.n_pairs = total;
-  e.n_triples = registers * kNativeWidth<T>;
+  e.triple_lanes = registers * kNativeWidth<T>;
   e.triple_numbers = registers * v.group;
   e.index = v.index;
   distances(v, total);
@@ -358,7 +358,7 @@ void triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {
   constexpr int W = kNativeWidth<T>;
   const View<T, kDual> v(tables, e);
   Arena<T> arena{scratch, kDual ? 2 : 1};
-  const Index room = e.n_triples + W;
+  const Index room = e.triple_lanes + W;
   const Planes<T> cosines = arena.take(room), means = arena.take(room), weights = arena.take(room);
   const V half(T(0.5)), factor(tables.angular_factor), beta(tables.beta);
   const V unit(T(1)), minus_unit(T(-1));
@@ -602,7 +602,7 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
   T* const dx = arena.numbers(e.pair_room());
   T* const dy = arena.numbers(e.pair_room());
   T* const dz = arena.numbers(e.pair_room());
-  const Index room = e.n_triples + W;
+  const Index room = e.triple_lanes + W;
   T* const by_slope = arena.numbers(room);  // first dcos, then what goes with dP/dc
   T* const by_value = arena.numbers(room);  // first dweight, then what goes with P
   T* const by_mean = arena.numbers(room);   // first dR, then what goes with (R - shift) P
@@ -770,7 +770,7 @@ class Transposed {
   Transposed(const AevTables<T>& tables, const Environment<T>& e, T* scratch)
       : t_(tables), e_(e), v_(tables, e), stride_(padded(e.most_near + W, W)) {
     Arena<T> arena{scratch, kDual ? 2 : 1};
-    list_room_ = padded(e.n_triples + W);
+    list_room_ = padded(e.triple_lanes + W);
     list_ = arena.take(3 * list_room_);
     matrix_room_ = padded(cpu::kCentresAtOnce * e.most_near * stride_ + W);
     matrix_ = arena.take(3 * matrix_room_);

@@ -69,8 +69,9 @@ struct Environment {
   // Set by aev_neighbours.
   std::int64_t n_pairs;
   std::int64_t triple_numbers;
-  std::int64_t n_triples;     // with the lanes that stay free: each species pair of a centre
-                              // begins a register
+  std::int64_t n_triples;
+  std::int64_t triple_lanes;  // the same with those that stay free: each species pair of a
+                              // centre begins a register
   std::int64_t most_near;     // neighbours of one centre within the angular cutoff
   const std::int32_t* index;  // [n_pairs] atom at the other end, centre after centre
 
@@ -93,7 +94,7 @@ std::int64_t pair_memory(const AevTables<T>& tables, const Environment<T>& envir
 }
 template <class T>
 std::int64_t scratch_memory(const AevTables<T>&, const Environment<T>& environment) {
-  const std::int64_t triples = padded(environment.n_triples + kMaxLanes);
+  const std::int64_t triples = padded(environment.triple_lanes + kMaxLanes);
   const std::int64_t near = padded(environment.most_near + 3 * kMaxLanes);
   const std::int64_t pairs = environment.pair_room();
   return environment.planes() * (3 * triples + 3 * (kCentresAtOnce * near * near + kMaxLanes) +
