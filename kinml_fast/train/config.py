@@ -237,7 +237,7 @@ class LossConfig(Section):
     weighting: Literal["static", "learned"] = "static"
     """static: (1 - force_weight) L_E + force_weight L_F; learned: exp(-s_E) L_E + s_E + exp(-s_F) L_F + s_F, where the
     optimizer also moves the s, which start at 0 (Kendall et al., CVPR 2018). A term that stands alone has factor 1."""
-    force_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    force_weight: Annotated[float, Field(ge=0, le=1)] = 0.7
     """static: the share of L_F."""
     energy_per_atom: bool = False
     """Take L_E of energies divided by the number of atoms, so that molecules of all sizes count alike."""
