@@ -54,7 +54,7 @@ def build(tmp_path_factory) -> Path:
 
 def test_ctest(build):
     listed = run("ctest", "--test-dir", build, "--show-only")
-    for name in ("aev", "jacobian", "networks", "simd"):
+    for name in ("aev", "force_step", "jacobian", "networks", "simd"):
         assert f"{name}.baseline" in listed
     assert "symbols.kernels" in listed
     report = run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")

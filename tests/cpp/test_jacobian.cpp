@@ -2,9 +2,6 @@
 //
 // Every array ends at a page that cannot be touched, padding holds NaN, and what is not asked for
 // holds a mark that must stay.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -16,6 +13,7 @@
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/jacobian_kernels.h"
 #include "check.h"
+#include "guarded.h"
 
 using Index = std::int64_t;
 using Real = long double;
@@ -27,37 +25,6 @@ std::mt19937_64 random_bits(20250301);
 double random_normal() {
   return std::normal_distribution<double>()(random_bits);
 }
-
-// Numbers whose last one is the last of a page; the page behind it faults.
-template <class T>
-class Guarded {
- public:
-  Guarded(Index n, T value) : n_(n) {
-    const Index page = sysconf(_SC_PAGESIZE);
-    const Index bytes = n * static_cast<Index>(sizeof(T));
-    const Index pages = (bytes + page - 1) / page;
-    mapped_ = (pages + 1) * page;
-    void* base = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED || mprotect(static_cast<char*>(base) + pages * page, page, PROT_NONE)) {
-      std::printf("no guard page\n");
-      std::abort();
-    }
-    base_ = static_cast<char*>(base);
-    values_ = reinterpret_cast<T*>(base_ + pages * page - bytes);
-    for (Index i = 0; i < n; ++i) values_[i] = value;
-  }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() { munmap(base_, mapped_); }
-  T& operator[](Index i) { return values_[i]; }
-  T* data() { return values_; }
-  Index size() const { return n_; }
-
- private:
-  Index n_, mapped_;
-  char* base_;
-  T* values_;
-};
 
 template <class T>
 bool same_bits(T a, T b) {

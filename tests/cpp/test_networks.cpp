@@ -24,8 +24,12 @@
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/networks_cpu.h"
 #include "../../csrc/cpu/simd_functions.h"
+#include "activations.h"
 #include "check.h"
 
+using activations::curvature;
+using activations::slope;
+using activations::value;
 using kinml::cpu::NetworkShape;
 using Index = std::int64_t;
 using Real = long double;
@@ -42,72 +46,6 @@ double random_normal() {
 }
 
 // ---- the reference --------------------------------------------------------------------------
-
-Real value(int code, Real x) {
-  const Real a = 0.1L;
-  switch (code) {
-    case 1:
-      return std::exp(-x * x);
-    case 2:
-      return std::tanh(x);
-    case 3:
-      return x > 0 ? x : 0;
-    case 4:
-      return x / (1 + std::exp(-x));
-    case 5:
-      return x > 0 ? x : a * std::expm1(x / a);
-    case 6:
-      return x * 0.5L * std::erfc(-x * std::sqrt(0.5L));
-    default:
-      return x;
-  }
-}
-
-Real normal_density(Real x) {
-  return std::exp(-x * x / 2) / std::sqrt(2 * 3.14159265358979323846264338327950288L);
-}
-
-Real slope(int code, Real x) {
-  const Real a = 0.1L;
-  switch (code) {
-    case 1:
-      return -2 * x * std::exp(-x * x);
-    case 2:
-      return 1 / (std::cosh(x) * std::cosh(x));
-    case 3:
-      return x > 0 ? 1 : 0;
-    case 4: {
-      const Real s = 1 / (1 + std::exp(-x));
-      return s + x * s * (1 - s);
-    }
-    case 5:
-      return x > 0 ? 1 : std::exp(x / a);
-    case 6:
-      return 0.5L * std::erfc(-x * std::sqrt(0.5L)) + x * normal_density(x);
-    default:
-      return 1;
-  }
-}
-
-Real curvature(int code, Real x) {
-  const Real a = 0.1L;
-  switch (code) {
-    case 1:
-      return (4 * x * x - 2) * std::exp(-x * x);
-    case 2:
-      return -2 * std::tanh(x) / (std::cosh(x) * std::cosh(x));
-    case 4: {
-      const Real s = 1 / (1 + std::exp(-x));
-      return s * (1 - s) * (2 + x * (1 - 2 * s));
-    }
-    case 5:
-      return x > 0 ? 0 : std::exp(x / a) / a;
-    case 6:
-      return normal_density(x) * (2 - x * x);
-    default:
-      return 0;
-  }
-}
 
 // A random problem and, in long double, everything that the library should make of it.
 template <class T>
