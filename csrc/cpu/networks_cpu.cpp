@@ -145,7 +145,7 @@ class Layout {
 
 // Fewer atoms a piece if there are not enough pieces for the threads.
 Index piece_atoms(Index n_atoms, int n_threads) {
-  return n_atoms < 2 * kPieceAtoms * n_threads ? kPieceAtoms / 2 : kPieceAtoms;
+  return n_atoms < 2 * kPieceAtoms * n_threads ? kSmallPieceAtoms : kPieceAtoms;
 }
 
 // Zero gradients for the species without atoms.

@@ -51,7 +51,8 @@ struct NetworkShape {
   std::int64_t stride(std::int64_t species, std::int64_t layer) const {
     return layer == n_layers ? size(species, layer) : (size(species, layer) + 15) / 16 * 16;
   }
-  // Numbers per atom of one value (z, h, ...) of every layer: the widest species decides.
+  // Numbers per atom of one value (z, h, ...) of every layer: the widest species decides. Behind
+  // the last layer's one number there is always room for 15 more.
   std::int64_t per_atom() const {
     std::int64_t widest = 0;
     for (std::int64_t s = 0; s < n_species; ++s) {

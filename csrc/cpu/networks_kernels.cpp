@@ -21,6 +21,7 @@ inline namespace KINML_ISA {
 namespace {
 
 using cpu::kPieceAtoms;
+using cpu::kPieceUnit;
 using cpu::kSumAtoms;
 using cpu::NetworkLayer;
 using cpu::NetworkPiece;
@@ -38,7 +39,8 @@ constexpr bool kManyRegisters = KINML_VECTOR_BYTES == 64;
 constexpr int kMaxVectors = kManyRegisters ? 4 : 3;
 constexpr int kMaxRows = 12;
 // Atoms that go through the layers together.
-constexpr Index kTilePieceAtoms = 96;
+constexpr Index kMostRows = 96;
+static_assert(kMostRows % kPieceUnit == 0 && kSumAtoms % kPieceUnit == 0);
 template <int NV>
 inline constexpr int kRows = kManyRegisters ? (NV == 4   ? 6
                                                : NV == 3 ? 8
@@ -134,18 +136,16 @@ struct Stack {
 // c[r][0 .. NV W) = start + sum_k a[r][k] b[k][0 .. NV W) for r < R; of the last register only
 // `last` numbers are written. While it works it fetches the rows `next` into the cache.
 template <class T, int R, int NV>
-void multiply_block(Rows<const T> a, Rows<const T> next, Index depth, const T* b, const T* start,
-                    Rows<T> c, Index column, Index last) {
+void multiply_block(const T* const* a, const T* const* next, Index depth, const T* b,
+                    const T* start, T* const* c, Index column, Index last) {
   using V = Native<T>;
   constexpr int W = kNativeWidth<T>;
   constexpr Index line = 64 / sizeof(T);
   V sums[R][NV];
   const T* rows[R];
-  const T* fetched[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     rows[r] = a[r];
-    fetched[r] = next[r];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) sums[r][v] = start ? V::load(start + v * W) : V(T(0));
   }
@@ -163,7 +163,7 @@ void multiply_block(Rows<const T> a, Rows<const T> next, Index depth, const T* b
   Index k = 0;
   for (; k + line <= depth; k += line) {
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) __builtin_prefetch(fetched[r] + k);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + k);
 #pragma GCC unroll 4
     for (Index i = 0; i < line; ++i) step(k + i);
   }
@@ -189,19 +189,17 @@ KINML_HD void with_rows(Index rows, const Function& function) {
   function(Constant<max>{});
 }
 
-// The rows in blocks of equal size, so that none has too few to keep the processor busy.
+// The rows in blocks of equal size, so that none has too few to keep the processor busy. Behind the
+// rows a[0 .. n_rows) stand kMaxRows more that are fetched in the end.
 template <class T, int NV>
-void multiply_panel(Rows<const T> a, Rows<const T> after, Index n_rows, Index depth, const T* b,
-                    const T* start, Rows<T> c, Index column, Index last) {
+void multiply_panel(const T* const* a, Index n_rows, Index depth, const T* b, const T* start,
+                    T* const* c, Index column, Index last) {
   constexpr int R = kRows<NV>;
-  const Index n_blocks = (n_rows + R - 1) / R;
-  Index i = 0;
-  for (Index block = 0; block < n_blocks; ++block) {
-    const Index size = (n_rows - i) / (n_blocks - block);
-    const bool more = block + 1 < n_blocks;
+  Index blocks = (n_rows + R - 1) / R;
+  for (Index i = 0; i < n_rows; --blocks) {
+    const Index size = (n_rows - i) / blocks;
     with_rows<R>(size, [&](auto rows) {
-      multiply_block<T, rows.value, NV>(a.from(i), more ? a.from(i + size) : after, depth, b, start,
-                                        c.from(i), column, last);
+      multiply_block<T, rows.value, NV>(a + i, a + i + size, depth, b, start, c + i, column, last);
     });
     i += size;
   }
@@ -209,21 +207,27 @@ void multiply_panel(Rows<const T> a, Rows<const T> after, Index n_rows, Index de
 
 // c[i][0 .. columns) = bias + a[i][0 .. depth) times a packed matrix, for i < n_rows. Whole
 // registers are written if `padded`, else exactly `columns` numbers. While it works on some rows it
-// fetches the next ones, and in the end the first ones (kMaxRows) of `after`.
+// fetches the next ones, and in the end `after` (kMaxRows; null: nothing new).
 template <class T>
-void multiply(Rows<const T> a, Rows<const T> after, Index n_rows, Index depth, const T* packed,
+void multiply(Rows<const T> a, const T* const* after, Index n_rows, Index depth, const T* packed,
               const T* bias, Rows<T> c, Index columns, bool padded) {
   constexpr int W = kNativeWidth<T>;
+  const T* inputs[kMostRows + kMaxRows];
+  T* outputs[kMostRows];
+  for (Index i = 0; i < n_rows; ++i) {
+    inputs[i] = a[i];
+    outputs[i] = c[i];
+  }
   const Index vectors = vectors_for<T>(columns);
   const Panels panels(vectors);
   for (Index p = 0; p < panels.count; ++p) {
+    const bool end = p + 1 == panels.count;
+    for (Index i = 0; i < kMaxRows; ++i) inputs[n_rows + i] = end && after ? after[i] : inputs[i];
     const Index begin = panels.begin(p) * W;
-    const bool whole = padded || p + 1 < panels.count;
-    const Index last = whole ? W : columns - (vectors - 1) * W;
+    const Index last = padded || !end ? W : columns - (vectors - 1) * W;
     with_vectors(panels.vectors(p), [&](auto nv) {
-      multiply_panel<T, nv.value>(a, p + 1 < panels.count ? a : after, n_rows, depth,
-                                  packed + begin * depth, bias ? bias + begin : nullptr, c, begin,
-                                  last);
+      multiply_panel<T, nv.value>(inputs, n_rows, depth, packed + begin * depth,
+                                  bias ? bias + begin : nullptr, outputs, begin, last);
     });
   }
 }
@@ -350,39 +354,24 @@ void pack(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads
 
 // ---- activations ----------------------------------------------------------------------------
 
-// How numbers come into registers and back: whole registers, or the first `count` of one.
-template <class T>
-struct WholeRegister {
-  KINML_HD Native<T> load(const T* p) const { return Native<T>::load(p); }
-  KINML_HD void store(Native<T> value, T* p) const { value.store(p); }
-};
-template <class T>
-struct PartOfRegister {
-  Index count;
-  KINML_HD Native<T> load(const T* p) const { return load_some(p, count); }
-  KINML_HD void store(Native<T> value, T* p) const { store_some(value, p, count); }
-};
-
-// Calls function(j, io) so that all numbers of a layer's matrix [n_rows, stride] have their turn,
-// those at j through io. Without padding (the last layer) the matrix is one row.
+// Calls function(j) for all registers of a layer's matrix [n_rows, stride]. Without padding (the
+// last layer) the matrix is one row, with room behind it for a whole register.
 template <class T, class Function>
 KINML_HD void for_registers(const NetworkLayer& layer, Index n_rows, const Function& function) {
   constexpr int W = kNativeWidth<T>;
-  if (layer.stride % W == 0) {
-    for (Index i = 0; i < n_rows * layer.stride; i += layer.stride)
-      for (Index j = i; j < i + layer.out; j += W) function(j, WholeRegister<T>{});
-  } else {
-    const Index n = n_rows * layer.stride;
-    for (Index j = 0; j < n; j += W) function(j, PartOfRegister<T>{n - j});
-  }
+  const bool padded = layer.stride % W == 0;
+  const Index columns = padded ? layer.out : n_rows * layer.stride;
+  const Index stride = layer.stride, end = padded ? n_rows * stride : 1;
+  for (Index i = 0; i < end; i += stride)
+    for (Index j = i; j < i + columns; j += W) function(j);
 }
 
 // h = f(z)
 template <class T>
 void activate(Index code, const NetworkLayer& layer, Index n_rows, const T* z, T* h) {
+  using V = Native<T>;
   with_activation(static_cast<int>(code), [&](auto f) {
-    for_registers<T>(layer, n_rows,
-                     [&](Index j, auto io) { io.store(f.value(io.load(z + j)), h + j); });
+    for_registers<T>(layer, n_rows, [&](Index j) { f.value(V::load(z + j)).store(h + j); });
   });
 }
 
@@ -390,9 +379,10 @@ void activate(Index code, const NetworkLayer& layer, Index n_rows, const T* z, T
 template <class T>
 void multiply_slope(Index code, const NetworkLayer& layer, Index n_rows, const T* z, const T* h,
                     T* delta) {
+  using V = Native<T>;
   with_activation(static_cast<int>(code), [&](auto f) {
-    for_registers<T>(layer, n_rows, [&](Index j, auto io) {
-      io.store(io.load(delta + j) * f.slope(io.load(z + j), io.load(h + j)), delta + j);
+    for_registers<T>(layer, n_rows, [&](Index j) {
+      (V::load(delta + j) * f.slope(V::load(z + j), V::load(h + j))).store(delta + j);
     });
   });
 }
@@ -403,12 +393,12 @@ void multiply_slope(Index code, const NetworkLayer& layer, Index n_rows, T* z, c
                     T* curve) {
   using V = Native<T>;
   with_activation(static_cast<int>(code), [&](auto f) {
-    for_registers<T>(layer, n_rows, [&](Index j, auto io) {
-      const V x = io.load(z + j), y = io.load(h + j), d = io.load(delta + j);
+    for_registers<T>(layer, n_rows, [&](Index j) {
+      const V x = V::load(z + j), y = V::load(h + j), d = V::load(delta + j);
       const V slope = f.slope(x, y);
-      io.store(slope, z + j);
-      io.store(d * slope, delta + j);
-      io.store(d * f.curvature(x, y), curve + j);
+      slope.store(z + j);
+      (d * slope).store(delta + j);
+      (d * f.curvature(x, y)).store(curve + j);
     });
   });
 }
@@ -418,7 +408,7 @@ void multiply_slope(Index code, const NetworkLayer& layer, Index n_rows, T* z, c
 // For l = 1 .. L: z_l = W_l h_{l-1} (+ b_l), then activation(l, layer), which makes h_l of it.
 template <class T, class Function>
 void up(const NetworkPlan& plan, Index species, Index n, const T* packed, bool biases,
-        Rows<const T> inputs, Rows<const T> after, Stack<T> z, Stack<T> h,
+        Rows<const T> inputs, const T* const* after, Stack<T> z, Stack<T> h,
         const Function& activation) {
   for (Index l = 0; l < plan.n_layers; ++l) {
     const NetworkLayer& layer = plan.of(species)[l];
@@ -429,7 +419,7 @@ void up(const NetworkPlan& plan, Index species, Index n, const T* packed, bool b
     if (is_column(plan, l, layer))
       multiply_column<T>(inputs, n, layer.in, weights, biases ? *bias : T(0), outputs.base);
     else
-      multiply<T>(inputs, l == 0 ? after : inputs, n, layer.in, weights, biases ? bias : nullptr,
+      multiply<T>(inputs, l == 0 ? after : nullptr, n, layer.in, weights, biases ? bias : nullptr,
                   outputs, layer.out, layer.stride >= padded);
     activation(l, layer);
     const Rows<T> next = h.of(layer);
@@ -446,24 +436,24 @@ void down(const NetworkPlan& plan, Index species, Index n, const T* packed, cons
   const NetworkLayer* const layers = plan.of(species);
   Rows<T> delta = {};
   for (Index l = plan.n_layers; l-- > 0;) {
-    const Rows<const T> after = {delta.base, delta.stride, nullptr};
+    const Rows<const T> above = {delta.base, delta.stride, nullptr};
     delta = deltas.of(layers[l]);
     if (l == plan.n_layers - 1)
       for (Index i = 0; i < n; ++i) *delta[i] = seeds ? seeds[i] : seed;
     else
-      multiply<T>(after, after, n, layers[l + 1].out, packed + layers[l + 1].transposed, nullptr,
+      multiply<T>(above, nullptr, n, layers[l + 1].out, packed + layers[l + 1].transposed, nullptr,
                   delta, layers[l].out, true);
     activation(l, layers[l]);
   }
   if (grad_features.base == nullptr) return;
   const Rows<const T> first = {delta.base, delta.stride, nullptr};
-  multiply<T>(first, first, n, layers[0].out, packed + layers[0].transposed, nullptr, grad_features,
-              layers[0].in, false);
+  multiply<T>(first, nullptr, n, layers[0].out, packed + layers[0].transposed, nullptr,
+              grad_features, layers[0].in, false);
 }
 
 template <class T>
 void forward(const NetworkPlan& plan, Index species, Index n, const T* packed, Rows<const T> inputs,
-             Rows<const T> after, Stack<T> z, Stack<T> h, T* atomic) {
+             const T* const* after, Stack<T> z, Stack<T> h, T* atomic) {
   up(plan, species, n, packed, true, inputs, after, z, h, [&](Index l, const NetworkLayer& layer) {
     activate<T>(plan.activations[l], layer, n, z.of(layer).base, h.of(layer).base);
   });
@@ -484,9 +474,11 @@ void forward_pieces(const NetworkPlan& plan, const NetworkPiece* pieces, Index n
     const Index first = segment.first + piece.first;
     // The piece that this thread will probably get next: its first rows are fetched meanwhile.
     const NetworkPiece& likely = pieces[item + 1 < n_pieces ? item + 1 : item];
-    Index after[kMaxRows];
+    const T* after[kMaxRows];
     for (Index i = 0; i < kMaxRows; ++i)
-      after[i] = rows[likely.segment->first + likely.first + (i < likely.count ? i : 0)];
+      after[i] =
+          features +
+          rows[likely.segment->first + likely.first + (i < likely.count ? i : 0)] * feature_stride;
     // Without `saved`, h overwrites z in a buffer of the thread.
     const Index per_atom = plan.scratch_per_atom;
     Stack<T> z = {scratch + cpu::thread_index() * kPieceAtoms * per_atom, kPieceAtoms, 0};
@@ -496,7 +488,7 @@ void forward_pieces(const NetworkPlan& plan, const NetworkPiece* pieces, Index n
       h = {z.base + segment.count * per_atom, segment.count, piece.first};
     }
     forward<T>(plan, segment.species, piece.count, packed, {features, feature_stride, rows + first},
-               {features, feature_stride, after}, z, h, atomic + first);
+               after, z, h, atomic + first);
   });
 }
 
@@ -547,17 +539,17 @@ struct Outer {
   }
 };
 
-// Where columns of the right factors of a block of atoms begin: x[term * kTerm + atom].
+// Where the right factors of a block of atoms begin: x[term * kTerm + atom].
 constexpr Index kTerm = kSumAtoms + 1;
 constexpr Index kPointers = 2 * kTerm;
 
-// gradient[r][0 .. NV W) (+)= sum_t sum_a left[t][a][r] x[t][a][0 .. NV W) for r < n_rows <= R; of
-// the last register only `last` numbers count. While it works it fetches next[t][a] + ahead for
-// every other a, which is as fast as memory delivers, into the cache.
+// gradient[r][0 .. NV W) (+)= sum_t sum_a left[t][a][r] x[t][a][column .. column + NV W) for
+// r < n_rows <= R; of the last register only `last` numbers count. While it works it fetches
+// next[t][a][ahead] for every other a, which is as fast as memory delivers, into the cache.
 template <class T, int R, int NV>
-void outer_block(const T* const* x, const T* const* next, Index ahead, int terms, Index n_atoms,
-                 const T* const* left, Index left_stride, Index left_column, T* gradient,
-                 Index gradient_stride, Index n_rows, Index last, bool add) {
+void outer_block(const T* const* x, Index column, const T* const* next, Index ahead, int terms,
+                 Index n_atoms, const T* const* left, Index left_stride, Index left_column,
+                 T* gradient, Index gradient_stride, Index n_rows, Index last, bool add) {
   using V = Native<T>;
   constexpr int W = kNativeWidth<T>;
   V sums[R][NV];
@@ -568,7 +560,7 @@ void outer_block(const T* const* x, const T* const* next, Index ahead, int terms
   for (int t = 0; t < terms; ++t, x += kTerm, next += kTerm) {
     const T* factors = left[t] + left_column;
     const auto step = [&](Index a) __attribute__((always_inline)) {
-      const T* const row = x[a];
+      const T* const row = x[a] + column;
       V right[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) right[v] = V::load(row + v * W);
@@ -607,11 +599,11 @@ void outer_block(const T* const* x, const T* const* next, Index ahead, int terms
   }
 }
 
-// One panel of dL/dW, for one block of atoms; fetches the columns next[][] + ahead meanwhile.
+// One panel of dL/dW, for one block of atoms; fetches the columns next[][ahead ...] meanwhile.
 template <class T, int NV>
-void outer_panel(const T* const* x, const T* const* next, Index ahead, int terms, Index n_atoms,
-                 const T* const* left, Index left_stride, T* gradient, Index gradient_stride,
-                 Index n_rows, Index last, bool add) {
+void outer_panel(const T* const* x, Index column, const T* const* next, Index ahead, int terms,
+                 Index n_atoms, const T* const* left, Index left_stride, T* gradient,
+                 Index gradient_stride, Index n_rows, Index last, bool add) {
   constexpr int R = kRows<NV>;
   constexpr Index line = 64 / sizeof(T);
   constexpr Index width = NV * kNativeWidth<T>;
@@ -622,10 +614,9 @@ void outer_panel(const T* const* x, const T* const* next, Index ahead, int terms
     const auto block = [&](auto rows) {
       constexpr int N = rows.value;
       // The first call fetches the first lines of even atoms, the second those of odd atoms, ...
-      const Index column = fetch / 2 * line;
-      outer_block<T, N, NV>(x, next + fetch % 2, ahead + (column < width ? column : 0), terms,
-                            n_atoms, left, left_stride, r, out, gradient_stride,
-                            rest < N ? rest : N, last, add);
+      const Index there = ahead + (fetch / 2 * line < width ? fetch / 2 * line : 0);
+      outer_block<T, N, NV>(x, column, next + fetch % 2, there, terms, n_atoms, left, left_stride,
+                            r, out, gradient_stride, rest < N ? rest : N, last, add);
       r += N;
     };
     if (rest > 4 || R <= 4)
@@ -658,13 +649,14 @@ KINML_HD Index panels_of(const NetworkLayer& layer) {
   return Panels(vectors_for<T>(layer.in)).count;
 }
 
-// Pointers to atoms [block, block + n) of one panel's right factors; one more for the prefetch.
+// Pointers to the right factors of atoms [block, block + n) of a layer. More than there are atoms,
+// because they may be fetched while a larger block is worked on.
 template <class T>
-void point(const Outer<T>& outer, const NetworkLayer* layers, Index l, Index column, Index block,
-           Index n, const T** x) {
+void point(const Outer<T>& outer, const NetworkLayer* layers, Index l, Index block, Index n,
+           const T** x) {
   for (int t = 0; t < outer.terms; ++t) {
     const Rows<const T> rows = outer.right_rows(layers, l, t);
-    for (Index a = 0; a < n; ++a) x[t * kTerm + a] = rows[block + a] + column;
+    for (Index a = 0; a < n; ++a) x[t * kTerm + a] = rows[block + a];
     for (Index a = n; a < kTerm; ++a) x[t * kTerm + a] = x[t * kTerm];
   }
 }
@@ -681,22 +673,24 @@ void outer_product(const Outer<T>& outer, const NetworkLayer* layers, Index l,
   // are copied. The other layers' rows are padded.
   alignas(64) T copies[2 * kSumAtoms][kMaxVectors * W];
   const T* copied[kPointers];
+  Index column = panel.begin;
   if (l == 0 && panel.valid < panel.width) {
     for (int t = 0; t < outer.terms; ++t)
       for (Index a = 0; a < n; ++a) {
         T* const copy = copies[t * kSumAtoms + a];
-        const T* const row = x[t * kTerm + a];
+        const T* const row = x[t * kTerm + a] + column;
         for (Index v = 0; v + W <= panel.valid; v += W) V::load(row + v).store(copy + v);
         for (Index j = panel.valid / W * W; j < panel.valid; ++j) copy[j] = row[j];
         for (Index j = panel.valid; j < panel.width; ++j) copy[j] = T(0);
         copied[t * kTerm + a] = copy;
       }
     x = copied;
+    column = 0;
   }
   const T* left[2] = {};
   for (int t = 0; t < outer.terms; ++t) left[t] = outer.left[t].from(block).of(layer).base;
   with_vectors(panel.vectors, [&](auto nv) {
-    outer_panel<T, nv.value>(x, next, ahead, outer.terms, n, left, layer.stride,
+    outer_panel<T, nv.value>(x, column, next, ahead, outer.terms, n, left, layer.stride,
                              grad_parameters + layer.weights + panel.begin, layer.in, layer.out,
                              panel.valid - (panel.vectors - 1) * W, add);
   });
@@ -767,22 +761,22 @@ void weight_gradient(const NetworkPlan& plan, const WeightItem& item, const Weig
     return s.count - block < kSumAtoms ? s.count - block : kSumAtoms;
   };
   const T* pointers[2][kPointers];
-  point(outer, layers, item.l, panel.begin, 0, atoms(segment, 0), pointers[0]);
+  point(outer, layers, item.l, 0, atoms(segment, 0), pointers[0]);
   int now = 0;
   for (Index block = 0; block < segment.count; block += kSumAtoms, now = 1 - now) {
     const T** const next = pointers[1 - now];
+    Index ahead = panel.begin;
     if (const Index then = block + kSumAtoms; then < segment.count) {
-      point(outer, layers, item.l, panel.begin, then, atoms(segment, then), next);
+      point(outer, layers, item.l, then, atoms(segment, then), next);
     } else if (after.segment != nullptr) {
       const NetworkLayer* const others = plan.of(after.segment->species);
-      point(outer_of(*after.segment), others, after.l,
-            OuterPanel::of<T>(others[after.l], after.panel).begin, 0, atoms(*after.segment, 0),
-            next);
+      point(outer_of(*after.segment), others, after.l, 0, atoms(*after.segment, 0), next);
+      ahead = OuterPanel::of<T>(others[after.l], after.panel).begin;
     } else {
-      point(outer, layers, item.l, panel.begin, block, atoms(segment, block), next);
+      point(outer, layers, item.l, block, atoms(segment, block), next);
     }
     outer_product(outer, layers, item.l, panel, block, atoms(segment, block), pointers[now], next,
-                  0, grad_parameters, continued || block > 0);
+                  ahead, grad_parameters, continued || block > 0);
   }
 }
 
@@ -839,23 +833,23 @@ KINML_HD void for_species(const NetworkPlan& plan, const NetworkTile<T>& tile,
   }
 }
 
-// Calls function(first, count) for atoms [0, n) in pieces of equal size.
+// Calls function(first, count) for atoms [0, n) in pieces of about equal size, which begin where
+// registers of the last layer do.
 template <class Function>
 KINML_HD void for_pieces(Index n, Index most, const Function& function) {
   const Index pieces = (n + most - 1) / most;
-  for (Index p = 0; p < pieces; ++p) {
-    const Index first = n * p / pieces;
-    function(first, n * (p + 1) / pieces - first);
-  }
+  const Index size = ((n + pieces - 1) / pieces + kPieceUnit - 1) / kPieceUnit * kPieceUnit;
+  for (Index first = 0; first < n; first += size)
+    function(first, n - first < size ? n - first : size);
 }
 
 template <class T>
 void tile_forward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile, T* atomic) {
   for_species(plan, tile, [&](const TileSpecies<T>& part) {
-    for_pieces(part.n, kTilePieceAtoms, [&](Index first, Index n) {
+    for_pieces(part.n, kMostRows, [&](Index first, Index n) {
       const Rows<const T> rows = {tile.features, tile.feature_stride,
                                   tile.rows + part.first + first};
-      forward<T>(plan, part.species, n, packed, rows, rows, part.z().from(first),
+      forward<T>(plan, part.species, n, packed, rows, nullptr, part.z().from(first),
                  part.h().from(first), atomic ? atomic + part.first + first : nullptr);
     });
   });
@@ -865,7 +859,7 @@ template <class T>
 void tile_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile,
                    const T* seeds, T* grad_features, Index stride) {
   for_species(plan, tile, [&](const TileSpecies<T>& part) {
-    for_pieces(part.n, kTilePieceAtoms, [&](Index first, Index n) {
+    for_pieces(part.n, kMostRows, [&](Index first, Index n) {
       const Stack<T> z = part.z().from(first), h = part.h().from(first),
                      delta = part.delta().from(first), curve = part.curve().from(first);
       const Index atom = part.first + first;
@@ -882,21 +876,22 @@ void tile_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T
 template <class T>
 void tile_tangent(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile,
                   T* derivatives) {
+  using V = Native<T>;
   for_species(plan, tile, [&](const TileSpecies<T>& part) {
-    for_pieces(part.n, kTilePieceAtoms, [&](Index first, Index n) {
+    for_pieces(part.n, kMostRows, [&](Index first, Index n) {
       const Stack<T> slope = part.z().from(first), curve = part.curve().from(first),
                      dh = part.dh().from(first);
       const Index atom = part.first + first;
       const Rows<const T> rows = {tile.tangents, tile.tangent_stride, tile.rows + atom};
-      up<T>(plan, part.species, n, packed, false, rows, rows, dh, dh,
+      up<T>(plan, part.species, n, packed, false, rows, nullptr, dh, dh,
             [&](Index, const NetworkLayer& layer) {
               const T* const s = slope.of(layer).base;
               T* const c = curve.of(layer).base;
               T* const d = dh.of(layer).base;
-              for_registers<T>(layer, n, [&](Index j, auto io) {
-                const Native<T> dz = io.load(d + j);
-                io.store(io.load(c + j) * dz, c + j);
-                io.store(io.load(s + j) * dz, d + j);
+              for_registers<T>(layer, n, [&](Index j) {
+                const V dz = V::load(d + j);
+                (V::load(c + j) * dz).store(c + j);
+                (V::load(s + j) * dz).store(d + j);
               });
             });
       if (derivatives == nullptr) return;
@@ -910,8 +905,9 @@ void tile_tangent(const NetworkPlan& plan, const T* packed, const NetworkTile<T>
 template <class T>
 void tile_second_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile,
                           const T* seeds, T* grad_features, Index stride) {
+  using V = Native<T>;
   for_species(plan, tile, [&](const TileSpecies<T>& part) {
-    for_pieces(part.n, kTilePieceAtoms, [&](Index first, Index n) {
+    for_pieces(part.n, kMostRows, [&](Index first, Index n) {
       const Stack<T> slope = part.z().from(first), curve = part.curve().from(first),
                      mu = part.mu().from(first);
       const Index atom = part.first + first;
@@ -920,8 +916,8 @@ void tile_second_backward(const NetworkPlan& plan, const T* packed, const Networ
                 const T* const s = slope.of(layer).base;
                 const T* const c = curve.of(layer).base;
                 T* const m = mu.of(layer).base;
-                for_registers<T>(layer, n, [&](Index j, auto io) {
-                  io.store(io.load(m + j) * io.load(s + j) + io.load(c + j), m + j);
+                for_registers<T>(layer, n, [&](Index j) {
+                  (V::load(m + j) * V::load(s + j) + V::load(c + j)).store(m + j);
                 });
               });
     });
@@ -945,15 +941,16 @@ void tile_weight_gradients(const NetworkPlan& plan, const NetworkTile<T>& tile, 
     for (Index l = 0; l < plan.n_layers; ++l) {
       const Index panels = panels_of<T>(layers[l]);
       bias_gradient(layers[l], outer.left[0].of(layers[l]), part.n, add, grad_parameters);
-      for (Index p = 0; p < panels; ++p) {
-        const OuterPanel panel = OuterPanel::of<T>(layers[l], p);
-        for_pieces(part.n, kSumAtoms, [&](Index first, Index n) {
-          const T* x[kPointers];
-          point(outer, layers, l, panel.begin, first, n, x);
-          outer_product(outer, layers, l, panel, first, n, x, x, p + 1 < panels ? panel.width : 0,
-                        grad_parameters, add || first > 0);
-        });
-      }
+      for_pieces(part.n, kSumAtoms, [&](Index first, Index n) {
+        const T* x[kPointers];
+        point(outer, layers, l, first, n, x);
+        for (Index p = 0; p < panels; ++p) {
+          const OuterPanel panel = OuterPanel::of<T>(layers[l], p);
+          const Index ahead = panel.begin + (p + 1 < panels ? panel.width : 0);
+          outer_product(outer, layers, l, panel, first, n, x, x, ahead, grad_parameters,
+                        add || first > 0);
+        }
+      });
     }
   });
 }

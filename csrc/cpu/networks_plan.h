@@ -40,8 +40,13 @@ struct NetworkPiece {
   std::int64_t first, count;  // first counts from the beginning of the segment
 };
 
-// Atoms of one piece at most, a multiple of the rows of every register block.
+// Pieces begin at multiples of this, because the last layer has one number per atom, and whole
+// registers of them are worked on.
+inline constexpr std::int64_t kPieceUnit = 16;
+// Atoms of one piece at most, and of one of many pieces of a small batch.
 inline constexpr std::int64_t kPieceAtoms = 48;
+inline constexpr std::int64_t kSmallPieceAtoms = 32;
+static_assert(kPieceAtoms % kPieceUnit == 0 && kSmallPieceAtoms % kPieceUnit == 0);
 // Atoms over which weight gradients are summed in registers before they are added to memory.
 inline constexpr std::int64_t kSumAtoms = 64;
 // Numbers that may be read behind scratch matrices.
