@@ -36,8 +36,9 @@ Batches of 50 C5H5. The floor of a kernel is its arithmetic at the rate of torch
     "memory": """## Memory
 Peak of a process that trains an epoch of 2000 C5H5 with forces, less its peak after `import torch`.""",
     "cold_start": """## From a cold start to an accurate model
-The recipe `forces` that comes with the package, 60 epochs: seconds from the first line of a process until the test errors of C5H5 are below 1 kcal/mol
-in energy and 2.3 kcal/mol/Å in forces, with reading the data, validation and a test after every epoch.""",
+The recipe `forces` that comes with the package, 60 epochs: seconds from the first line of a process until the test
+errors of C5H5 are below 1 kcal/mol in energy and 2.3 kcal/mol/Å in forces, with reading the data, validation and a test
+after every epoch.""",
 }
 
 

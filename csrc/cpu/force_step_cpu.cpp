@@ -219,7 +219,7 @@ class Worker {
     } else {
       KINML_CALL_KERNEL(jacobian_transpose_product, stored(i), g, stride_, forces_);
     }
-    for (Index c = 0; c < n; ++c) forces_[c] = -forces_[c];
+    for (Index c = 0; c < n; ++c) forces_[c] = T(0) - forces_[c];  // no negative zero
   }
 
   // v = -J r into the rows of structure i, or zero
@@ -343,7 +343,7 @@ void evaluate_large(const NetworkShape& shape, const T* weights, const ForceBatc
                          saved.data(), seeds.data(), gradient.data(), nullptr, n_threads);
     T* const out = forces + 3 * begin;
     aev_vjp<T>(*batch.parameters, one, gradient.data(), out, n_threads);
-    for (Index c = 0; c < 3 * n; ++c) out[c] = -out[c];
+    for (Index c = 0; c < 3 * n; ++c) out[c] = T(0) - out[c];
     energies[i] = 0;
     for (Index a = 0; a < n; ++a) energies[i] += static_cast<double>(atomic[a]);
   }

@@ -191,8 +191,8 @@ class SchedulerConfig(Section):
     """The learning rate's schedule."""
 
     name: Literal["rop", "exp", "step", "cosine", "none"] = "rop"
-    """rop (reduce on plateau of the score), exp (every epoch), step (every step_size epochs), cosine (half a wave down to
-    min_lr), or none."""
+    """rop (reduce on plateau of the score), exp (every epoch), step (every step_size epochs), cosine (half a wave
+    down to min_lr), or none."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """rop: factor of the learning rate."""
     patience: Annotated[int, Field(ge=0)] = 25
