@@ -14,7 +14,9 @@
 // With dual numbers, whose tangents move along a direction v, `transposed` is d/dx (g . J v).
 #include "aev_kernels.h"
 
+#include <cstring>
 #include <limits>
+#include <utility>
 
 #include "../core/aev_layout.h"
 #include "../core/aev_terms.h"
@@ -443,76 +445,114 @@ KINML_HD void store_row(Vec<T, M> x, T* out, Index left) {
     x.store_partial(out, static_cast<int>(left));
 }
 
-// P_m of a triple without its weight, and its derivative by cos(theta) divided by zeta / 2.
-template <bool kEight, class T, int M>
-struct Section {
-  Vec<T, M> cosine, sine, half, one;
-
-  KINML_HD Section(const AevTables<T>& t, Index m)
-      : cosine(Vec<T, M>::load(t.section_cos + m)),
-        sine(Vec<T, M>::load(t.section_sin + m)),
-        half(T(0.5)),
-        one(T(1)) {}
-  // p points at the triple's lane of a register of triples of W lanes
-  KINML_HD void factors(const AevTables<T>& t, const T* p, Vec<T, M>& value,
-                        Vec<T, M>& slope) const {
-    constexpr int W = kNativeWidth<T>;
-    using V = Vec<T, M>;
-    const V x = half + cosine * V(p[0]) + sine * V(p[W]);
-    const V below = power_below<kEight>(t, x, one, [](V a, T least) { return max(a, V(least)); });
-    value = below * x;
-    slope = below * (cosine - sine * V(p[2 * W]));
+// Lanes over M sections of G triples at a time, whose lanes alternate: G = 2 fills registers that
+// are twice as long as there are sections. Loads of a pair of numbers cost no more than of one.
+template <class T, int M, int G>
+struct Interleaved {
+  using V = Vec<T, M * G>;
+  static KINML_HD V spread(const T* p) {  // p[0], p[1], p[0], p[1], ...
+    if constexpr (G == 1) {
+      return V(*p);
+    } else {
+      static_assert(G == 2 && sizeof(T) == 4);
+      double both;
+      std::memcpy(&both, p, sizeof(both));
+      const Vec<double, M> pairs(both);
+      V result;
+      std::memcpy(&result.raw, &pairs.raw, sizeof(result.raw));
+      return result;
+    }
+  }
+  static KINML_HD V repeat(Vec<T, M> x) {  // x0, x0, x1, x1, ...
+    return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+      return V(__builtin_shufflevector(x.raw, x.raw, (I / G)...));
+    }(std::make_integer_sequence<int, M * G>());
+  }
+  static KINML_HD Vec<T, M> fold(V x) {  // x0 + x1, x2 + x3, ...
+    if constexpr (G == 1) {
+      return x;
+    } else {
+      return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        return Vec<T, M>(__builtin_shufflevector(x.raw, x.raw, (2 * I)...)) +
+               Vec<T, M>(__builtin_shufflevector(x.raw, x.raw, (2 * I + 1)...));
+      }(std::make_integer_sequence<int, M>());
+    }
   }
 };
 
-// out[l][m] for kRows shifts from l on and M sections from m on.
-template <bool kEight, int M, int kRows, class T>
+// P_m of triples without their weight, and its derivative by cos(theta) divided by zeta / 2.
+template <bool kEight, class T, int M, int G>
+struct Section {
+  using In = Interleaved<T, M, G>;
+  using V = typename In::V;
+  V cosine, sine, half, one;
+
+  KINML_HD Section(const AevTables<T>& t, Index m)
+      : cosine(In::repeat(Vec<T, M>::load(t.section_cos + m))),
+        sine(In::repeat(Vec<T, M>::load(t.section_sin + m))),
+        half(T(0.5)),
+        one(T(1)) {}
+  // p points at the first triple's lane of a register of triples of W lanes
+  KINML_HD void factors(const AevTables<T>& t, const T* p, V& value, V& slope) const {
+    constexpr int W = kNativeWidth<T>;
+    const V x = half + cosine * In::spread(p) + sine * In::spread(p + W);
+    const V below = power_below<kEight>(t, x, one, [](V a, T least) { return max(a, V(least)); });
+    value = below * x;
+    slope = below * (cosine - sine * In::spread(p + 2 * W));
+  }
+};
+
+// out[l][m] for kRows shifts from l on and M sections from m on. Lanes behind the last triple have
+// the weight 0.
+template <bool kEight, int M, int G, int kRows, class T>
 void row_block(const AevTables<T>& t, const T* triples, Index group, Index n, Index l, Index m,
                T* out) {
-  using V = Vec<T, M>;
+  using In = Interleaved<T, M, G>;
+  using V = typename In::V;
   constexpr int W = kNativeWidth<T>;
-  const Section<kEight, T, M> section(t, m);
+  const Section<kEight, T, M, G> section(t, m);
   V sums[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) sums[i] = V(T(0));
   for (; n > 0; n -= W, triples += group) {
     const Index lanes = n < W ? n : W;
-    for (Index lane = 0; lane < lanes; ++lane) {
+    for (Index lane = 0; lane < lanes; lane += G) {
       const T* const p = triples + lane;
       V value, slope;
       section.factors(t, p, value, slope);
-      value = value * V(p[4 * W]);
+      value = value * In::spread(p + 4 * W);
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) sums[i] += V(p[(5 + l + i) * W]) * value;
+      for (int i = 0; i < kRows; ++i) sums[i] += In::spread(p + (5 + l + i) * W) * value;
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
-    store_row(sums[i], out + (l + i) * t.n_sections + m, t.n_sections - m);
+    store_row(In::fold(sums[i]), out + (l + i) * t.n_sections + m, t.n_sections - m);
 }
 
 // The same of J v. For each triple x[t], y[t] and z[t] hold its weight times zeta / 2 dc, what goes
 // with P, and 2 eta weight dR.
-template <bool kEight, int M, int kRows, class T>
+template <bool kEight, int M, int G, int kRows, class T>
 void tangent_block(const AevTables<T>& t, const T* triples, Index group, Index n, const T* x,
                    const T* y, const T* z, T middle, Index l, Index m, T* out) {
-  using V = Vec<T, M>;
+  using In = Interleaved<T, M, G>;
+  using V = typename In::V;
   constexpr int W = kNativeWidth<T>;
-  const Section<kEight, T, M> section(t, m);
+  const Section<kEight, T, M, G> section(t, m);
   V sums[kRows], more[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) sums[i] = more[i] = V(T(0));
   for (; n > 0; n -= W, triples += group) {
     const Index lanes = n < W ? n : W;
-    for (Index lane = 0; lane < lanes; ++lane) {
+    for (Index lane = 0; lane < lanes; lane += G, x += G, y += G, z += G) {
       const T* const p = triples + lane;
       V value, slope;
       section.factors(t, p, value, slope);
-      const V first = V(*x++) * slope + V(*y++) * value;
-      const V second = V(*z++) * value;
+      const V first = In::spread(x) * slope + In::spread(y) * value;
+      const V second = In::spread(z) * value;
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const V e(p[(5 + l + i) * W]);
+        const V e = In::spread(p + (5 + l + i) * W);
         sums[i] += e * first;
         more[i] += e * second;
       }
@@ -520,7 +560,7 @@ void tangent_block(const AevTables<T>& t, const T* triples, Index group, Index n
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
-    store_row(sums[i] + V(t.angular_shifts[l + i] - middle) * more[i],
+    store_row(In::fold(sums[i] + V(t.angular_shifts[l + i] - middle) * more[i]),
               out + (l + i) * t.n_sections + m, t.n_sections - m);
 }
 
@@ -538,6 +578,10 @@ void for_sections(const AevTables<T>& t, const F& block) {
     if (l < t.n_angular) block(Constant<1>{}, l, m);
   }
 }
+
+// Triples that one register takes at a time in the sums over sections.
+template <class T, int M>
+constexpr int together = sizeof(T) == 4 && 2 * M <= kNativeWidth<T> ? 2 : 1;
 
 // Rows of sums that fit into the registers, with two sums each in a tangent row.
 constexpr int kRowSums = KINML_VECTOR_BYTES == 64 ? 8 : 4;
@@ -566,7 +610,7 @@ void rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index str
   constexpr int W = kNativeWidth<T>;
   const View<T, false> v(tables, e);
   choose_width(tables, [&](auto width, auto eight) {
-    constexpr int M = width.value;
+    constexpr int M = width.value, G = together<T, M>;
     constexpr bool kEight = eight.value;
     Index registers = 0;
     for (Index c = 0; c < e.n_centres(); ++c) {
@@ -584,7 +628,7 @@ void rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index str
       v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
         T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
         for_sections<M, kRowSums>(tables, [&](auto n_rows, Index l, Index m) {
-          row_block<kEight, M, n_rows.value>(tables, v.triple(g).value, v.group, n, l, m, block);
+          row_block<kEight, M, G, n_rows.value>(tables, v.triple(g).value, v.group, n, l, m, block);
         });
       });
     }
@@ -633,7 +677,7 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
   const V factor(tables.angular_factor), half(T(0.5));
   Index n_registers = 0;
   for (Index c = 0; c < e.n_centres(); ++c)
-    v.for_pairs(c, n_registers, [&](Index a, Index b, Index, Index g) {
+    v.for_pairs(c, n_registers, [&](Index a, Index b, Index n, Index g) {
       v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
         const V jx(v.ux.value[j]), jy(v.uy.value[j]), jz(v.uz.value[j]);
         const V djx(dx[j]), djy(dy[j]), djz(dz[j]), djr(half * V(dr[j]));
@@ -651,6 +695,8 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
               .store(by_value + to);
         }
       });
+      // The lanes behind the last triple; then the next pair begins.
+      for (T* p : {by_slope, by_value, by_mean}) V(T(0)).store(p + g * W + n);
     });
   const T middle = tables.angular_shifts[tables.n_angular / 2];
   const V two_eta(T(2) * tables.angular_eta), to_slope(T(0.5) * tables.zeta * tables.beta);
@@ -665,7 +711,7 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
 
   const V minus_two_eta(T(-2) * tables.radial_eta);
   choose_width(tables, [&](auto width, auto eight) {
-    constexpr int M = width.value;
+    constexpr int M = width.value, G = together<T, M>;
     constexpr bool kEight = eight.value;
     Index registers = 0;
     for (Index c = 0; c < e.n_centres(); ++c) {
@@ -687,9 +733,9 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
       v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
         T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
         for_sections<M, kRowSums>(tables, [&](auto n_rows, Index l, Index m) {
-          tangent_block<kEight, M, n_rows.value>(tables, v.triple(g).value, v.group, n,
-                                                 by_slope + g * W, by_value + g * W,
-                                                 by_mean + g * W, middle, l, m, block);
+          tangent_block<kEight, M, G, n_rows.value>(tables, v.triple(g).value, v.group, n,
+                                                    by_slope + g * W, by_value + g * W,
+                                                    by_mean + g * W, middle, l, m, block);
         });
       });
     }
