@@ -247,9 +247,10 @@ std::int32_t gather(const View<T, kDual>& v, const Environment<T>& e, Index cent
         const T* const xj = s.coordinates + 3 * Index(atom);
         const T dx = xj[0] - xi[0], dy = xj[1] - xi[1], dz = xj[2] - xi[2];
         const T r2 = dx * dx + dy * dy + dz * dz;
-        // Without a branch that depends on the distance. NaN counts as a neighbour.
-        const std::int32_t key =
-            static_cast<std::int32_t>(2 * s.species[atom]) + static_cast<std::int32_t>(r2 > near2);
+        // Without a branch that depends on the distance. NaN counts as a neighbour, beyond the
+        // angular cutoff: it spoils the vector all the same, and makes no triples.
+        const std::int32_t key = static_cast<std::int32_t>(2 * s.species[atom]) +
+                                 static_cast<std::int32_t>(!(r2 <= near2));
         const std::int32_t taken = static_cast<std::int32_t>(!(r2 > limit) & (atom != centre));
         v.candidate[found] = atom;
         v.key[found] = key;
