@@ -295,7 +295,7 @@ def test_fused_path_is_the_unfused_one_and_the_definition(descriptor, dtype):
 
     values, gradients = (1e-12, 1e-10) if dtype == torch.float64 else (5e-5, 5e-4)
     for expected in (unfused, definition):
-        scales = [max(1.0, float(tensor.abs().max())) for tensor in expected]
+        scales = [max(1.0, float(tensor.detach().abs().max())) for tensor in expected]
         for a, b, rtol, scale in zip(fused, expected, (values, gradients, gradients), scales, strict=True):
             torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=rtol * scale)
 
@@ -453,7 +453,7 @@ def test_a_step_works_in_every_mode(stored):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_opcheck(dtype, stored):
     suffix = "_stored" if stored else ""
-    for batch in (None, ragged((), 2, 1)):
+    for batch in (None, ragged((), 2, 1)) if dtype == torch.float64 else (None,):
         case = Case(dtype=dtype, batch=batch)
         arguments = {
             f"energy_forces{suffix}": case.arguments(stored),
@@ -514,8 +514,8 @@ WRONG_BATCHES = [
     ("offsets", lambda o: torch.tensor([0, 9, 5, 7, 8, 9, 19]), "must (not decrease|increase and lie within)"),
     ("offsets", lambda o: torch.tensor([0, 1, 2, 3, 4, 5, 20]), "the (number of|19) atoms"),
     ("parameters", lambda w: w.half(), r"parameters is Half but (coordinates|features) is Double; both must have one"),
-    ("parameters", lambda w: w[1:], "the networks have 464 parameters, got 463"),
-    ("parameters", lambda w: w[None], r"parameters must be one flat tensor, got shape \[1, 464\]"),
+    ("parameters", lambda w: w[1:], "the networks have 476 parameters, got 475"),
+    ("parameters", lambda w: w[None], r"parameters must be one flat tensor, got shape \[1, 476\]"),
     ("sizes", lambda s: s[:-1], "3 layers and (2|1) species need (8|4) sizes, got 7"),
     ("sizes", lambda s: [17, *s[1:]], "the network of species 0 takes 17 inputs, the features have 18"),
     ("sizes", lambda s: [*s[:-1], 2], "the last layer must have one output, that of species 1 has 2"),
@@ -552,7 +552,7 @@ WRONG_STEPS = [
     (
         "gradient",
         lambda g: g[1:],
-        r"gradient must be contiguous and have the shape of parameters, \[464\], got \[463\]",
+        r"gradient must be contiguous and have the shape of parameters, \[476\], got \[475\]",
     ),
 ]
 WRONG_GRADIENTS = [

@@ -299,11 +299,12 @@ void distances(const View<T, kDual>& v, Index n_pairs) {
   for (Index k = 0; k < n_pairs; k += W) {
     const L x = La::load(v.ux + k), y = La::load(v.uy + k), z = La::load(v.uz + k);
     const L r2 = x * x + y * y + z * z;
-    // Coincident atoms have no direction: their unit vector and its derivatives are zero.
+    // Coincident atoms have no direction: their unit vector and its derivatives are zero. A
+    // distance that is not a number stays one.
     const V square = La::value(r2);
-    const L safe = La::root(La::choose(square, tiny, r2, one));
-    const L inverse = La::choose(square, tiny, one / safe, zero);
-    const L r = La::choose(square, tiny, safe, zero);
+    const L safe = La::root(La::choose(tiny, square, one, r2));
+    const L inverse = La::choose(tiny, square, zero, one / safe);
+    const L r = La::choose(tiny, square, zero, safe);
     La::store(v.ux + k, x * inverse);
     La::store(v.uy + k, y * inverse);
     La::store(v.uz + k, z * inverse);
