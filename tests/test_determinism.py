@@ -35,6 +35,26 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         found[f"aev_hvp {name}"] = ops.aev_hvp(x, z, o, gradient, tangent, packed)
         small = (x[:30], z[:30], torch.tensor([0, 20, 30]))
         found[f"aev_jacobian {name}"] = ops.aev_jacobian(*small, 20, packed)
+        torch.manual_seed(1)
+        networks = SpeciesNetworks(
+            descriptor.elements, descriptor.length, (13, 1), ["gaussian", "identity"], dtype=dtype
+        )
+        settings = (networks.sizes, networks.activation_codes, True)
+        flat = networks.weights.detach()
+        stored = (found[f"aev {name}"][:30], found[f"aev_jacobian {name}"])
+        for source, data, how in [("", (x, z, o), (packed, *settings)), ("stored ", (*stored, *small[1:]), settings)]:
+            suffix = "_stored" if source else ""
+            results = getattr(ops, f"energy_forces{suffix}")(*data, flat, None, *how)
+            found |= dict(zip((f"{source}energies {name}", f"{source}forces {name}"), results, strict=True))
+            n, n_structures = len(results[1]), len(results[0])
+            targets, weights = (normal(n_structures, seed=4), normal(n, 3, seed=5)), normal(n_structures, seed=6).abs()
+            outputs = [torch.empty(k, dtype=torch.float64) for k in ((n_structures,), (n_structures, 3), (2,))]
+            outputs.append(torch.empty_like(flat))
+            order, scales = torch.arange(n_structures).flip(0), torch.tensor([0.3, 0.7], dtype=torch.float64)
+            step = getattr(ops, f"force_step{suffix}")
+            step(*data, order, flat, *targets, weights, weights, scales, *outputs, *how)
+            names = (f"{source}{part} {name}" for part in ("residuals", "errors", "losses", "gradient"))
+            found |= dict(zip(names, outputs, strict=True))
 
     _, z, o = ragged((10,) * 40 + (1, 0, 333), 3, 2)
     features = normal(len(z), 30, seed=3, dtype=dtype).requires_grad_()

@@ -237,9 +237,16 @@ def test_scripted_saved_and_loaded_model(dtype, tmp_path):
             for _ in range(3):  # the profiling executor optimises after the first calls
                 assert torch.equal(other(*inputs), ours(*inputs))
                 assert torch.equal(forces(other, *inputs), forces(ours, *inputs))
-    # Weights are parameters there too: their gradient, and forces that are differentiated again.
+                both = zip(other.energies_and_forces(*inputs), ours.energies_and_forces(*inputs), strict=True)
+                assert all(torch.equal(a, b) for a, b in both)
+    # Weights are parameters there too: their gradient, also that of forces.
     x, z, o = batch(dtype=dtype)
     slopes = [torch.autograd.grad(m(x, z, o).sum(), next(m.parameters()))[0] for m in (ours, loaded)]
+    assert torch.equal(*slopes)
+    slopes = []
+    for m in (ours, loaded):
+        energies, found = m.energies_and_forces(x, z, o)
+        slopes.append(torch.autograd.grad(energies.sum() + found.square().sum(), next(m.parameters()))[0])
     assert torch.equal(*slopes)
     vectors = [m.aev(x, z, o) for m in (ours, loaded)]
     assert torch.equal(*vectors)
@@ -271,6 +278,30 @@ def test_exported_model_takes_any_number_of_atoms(dtype, tmp_path):
                 inputs = batch(sizes, seed=7, dtype=dtype)
                 assert torch.equal(exported(*inputs), ours(*inputs))
                 assert torch.equal(forces(exported, *inputs), forces(ours, *inputs))
+
+
+class EnergiesAndForces(torch.nn.Module):
+    """What a user exports who wants both."""
+
+    def __init__(self, energy_model: EnergyModel) -> None:
+        super().__init__()
+        self.energy_model = energy_model
+
+    def forward(self, coordinates: torch.Tensor, species: torch.Tensor, offsets: torch.Tensor):
+        return self.energy_model.energies_and_forces(coordinates, species, offsets)
+
+
+def test_exported_energies_and_forces(tmp_path):
+    ours = model()
+    n_atoms, n_offsets = torch.export.Dim("n_atoms", min=2), torch.export.Dim("n_offsets", min=3)
+    shapes = {"coordinates": {0: n_atoms}, "species": {0: n_atoms}, "offsets": {0: n_offsets}}
+    program = torch.export.export(EnergiesAndForces(ours), batch((4, 3)), dynamic_shapes=shapes, strict=False)
+    torch.export.save(program, tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    for sizes in [(5, 3), (5, 1, 0, 8, 3)]:
+        inputs = batch(sizes, seed=7)
+        both = zip(exported(*inputs), ours.energies_and_forces(*inputs), strict=True)
+        assert all(torch.equal(a, b) for a, b in both)
 
 
 @pytest.fixture(scope="session")

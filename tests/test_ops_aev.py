@@ -59,6 +59,16 @@ GENERAL = {
     "radial cutoff below the angular one": general(4, 3, 5, radial_cutoff=2.4, angular_cutoff=3.9),
     "equal cutoffs": general(4, 3, 5, radial_cutoff=3.9, angular_cutoff=3.9),
     "one element": general(4, 3, 5, elements=("H",)),
+    "four elements": general(4, 3, 5, elements=("H", "C", "N", "O")),
+    # Evenly spaced shifts and zeta 8 have ways of their own, for 4 and 8 shifts and for any other number.
+    **{
+        f"aevmod {a} x {m}": AEVParameters.aevmod(("C", "H"), 5, a, m)
+        for a, m in ((1, 8), (2, 16), (3, 4), (4, 5), (4, 16), (7, 9), (8, 1), (8, 9), (9, 8), (12, 3))
+    },
+    "4 shifts of any zeta": general(5, 4, 8, zeta=7.0),
+    "8 even shifts of any zeta": dataclasses.replace(AEVParameters.aevmod(("C", "H"), 4, 8, 8), zeta=8.5),
+    # The gaussian of the middle shift underflows within the cutoff, or nearly so.
+    **{f"{a} narrow shifts": AEVParameters.aevmod(("C", "H"), 4, a, 2) for a in (24, 28, 32)},
 }
 
 
@@ -162,6 +172,41 @@ def test_general_parameters_match_the_oracle(name):
     close(ops.aev_vjp(*batch, gradient, descriptor.packed()), expected["aev_vjp"], 1e-10, 1e-11)
     close(ops.aev_jvp(*batch, tangent, descriptor.packed()), expected["aev_jvp"], 1e-10, 1e-11)
     close(ops.aev_hvp(*batch, gradient, tangent, descriptor.packed()), expected["aev_hvp"], 1e-10, 1e-9)
+
+
+def dense(n_atoms: int, n_species: int, edge: float, closest: float, seed: int) -> Ragged:
+    """One structure of atoms at random in a cube, so near that all are within the angular cutoff of most others."""
+    rng = np.random.default_rng(seed)
+    atoms: list[np.ndarray] = []
+    while len(atoms) < n_atoms:
+        atom = rng.uniform(0, edge, 3)
+        if all(np.linalg.norm(atom - other) > closest for other in atoms):
+            atoms.append(atom)
+    x = torch.tensor(np.array(atoms)).float().double()  # the same places in both types
+    return x, torch.tensor(rng.integers(0, n_species, n_atoms)), torch.tensor([0, n_atoms])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["aevmod", "ani_1x", "ani_2x", "zeta 1.5", "angular cutoff beyond"])
+def test_dense_surroundings_match_the_oracle(name, dtype):
+    """Some forty neighbours within the angular cutoff, a thousand triples of each atom."""
+    descriptor = {
+        "aevmod": AEVMOD,
+        "angular cutoff beyond": GENERAL["radial cutoff below the angular one"],
+    }.get(name) or GENERAL[name]
+    batch = dense(46, len(descriptor.elements), 0.62 * descriptor.angular_cutoff, 0.45, 7)
+    x = batch[0]
+    near = ((x[:, None] - x[None]).norm(dim=2) < descriptor.angular_cutoff).sum(1) - 1
+    assert near.min() >= 40
+    gradient, tangent = (normal(*shape).float().double() for shape in ((46, descriptor.length), (46, 3)))
+    expected = {"aev": reference_aev(batch, descriptor)}
+    expected |= reference_derivatives(batch, descriptor, gradient, tangent)
+    arguments = {"aev": [], "aev_vjp": [gradient], "aev_jvp": [tangent], "aev_hvp": [gradient, tangent]}
+    for op, extra in arguments.items():
+        ours = getattr(ops, op)(x.to(dtype), *batch[1:], *(t.to(dtype) for t in extra), descriptor.packed())
+        assert ours.dtype == dtype
+        tolerance = {torch.float64: 1e-11, torch.float32: 5e-5 if op == "aev" else 5e-4}[dtype]
+        close(ours.double(), expected[op], tolerance, tolerance * float(expected[op].abs().max()))
 
 
 def test_jacobian_of_a_ragged_batch_matches_the_oracle_and_pads_with_zeros():
@@ -515,7 +560,7 @@ def test_large_and_small_structures_in_one_batch():
 # ---- Types, layouts, errors ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["aevmod", "ani_1x", "ani_2x", "5 sections", "zeta 1.5"])
+@pytest.mark.parametrize("name", ["aevmod", *GENERAL])
 def test_float32_is_near_float64_and_stays_float32(name):
     descriptor = AEVMOD if name == "aevmod" else GENERAL[name]
     x, z, o = ragged([10, 3, 1, 25, 80], len(descriptor.elements), 61)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -84,8 +85,8 @@ class CellGrid {
     double low[3] = {0, 0, 0};
     if (n > kOneCell) {
       for (int d = 0; d < 3; ++d) {
-        double lo = x[d], hi = x[d];
-        for (std::int64_t i = 1; i < n; ++i) {
+        double lo = std::numeric_limits<double>::infinity(), hi = -lo;
+        for (std::int64_t i = 0; i < n; ++i) {  // NaN changes neither
           lo = std::min<double>(lo, x[3 * i + d]);
           hi = std::max<double>(hi, x[3 * i + d]);
         }
@@ -103,15 +104,25 @@ class CellGrid {
     cell_.resize(n);
     for (std::int64_t i = 0; i < n; ++i) {
       std::int64_t cell = 0;
+      bool known = true;
       for (int d = 0; d < 3; ++d) {
         std::int64_t c = 0;
         if (dims_[d] > 1) {
           const double place = (x[3 * i + d] - low[d]) * inverse_[d];
           c = place >= 1 ? static_cast<std::int64_t>(std::min(place, dims_[d] - 1.0)) : 0;
         }
+        known = known && !std::isnan(x[3 * i + d]);
         cell = cell * dims_[d] + c;
       }
-      cell_[i] = static_cast<std::int32_t>(cell);
+      cell_[i] = known ? static_cast<std::int32_t>(cell) : -1;
+    }
+    // An atom whose place is not a number keeps the first other one company, whose vector it
+    // spoils: alone nobody would notice it.
+    const auto other =
+        std::find_if(cell_.begin(), cell_.end(), [](auto cell) { return cell >= 0; });
+    const std::int32_t home = other == cell_.end() ? 0 : *other;
+    for (std::int32_t& cell : cell_) {
+      if (cell < 0) cell = home;
       ++starts_[cell + 1];
     }
     for (std::int64_t c = 0; c < n_cells; ++c) starts_[c + 1] += starts_[c];
@@ -159,8 +170,9 @@ class Bump {
   template <class T>
   T* take(std::int64_t count) {
     const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    if (blocks_.empty() || used_ + bytes > blocks_.back().size) {
-      const std::size_t size = std::max(bytes, std::max(std::size_t(1) << 18, total_));
+    if (kExactMemory || blocks_.empty() || used_ + bytes > blocks_.back().size) {
+      const std::size_t size =
+          kExactMemory ? bytes : std::max(bytes, std::max(std::size_t(1) << 18, total_));
       blocks_.push_back({std::make_unique<Scratch>(), nullptr, size});
       blocks_.back().memory = blocks_.back().owner->get<char>(size);
       total_ += size;
@@ -174,11 +186,11 @@ class Bump {
   // that is more than a thread should keep.
   void clear() {
     used_ = 0;
-    if (blocks_.size() <= 1 && total_ <= kKept) return;
+    if (blocks_.size() <= 1 && total_ <= kKept && !kExactMemory) return;
     const std::size_t size = total_;
     blocks_.clear();
     total_ = 0;
-    if (size <= kKept) take<char>(static_cast<std::int64_t>(size));
+    if (size <= kKept && !kExactMemory) take<char>(static_cast<std::int64_t>(size));
     used_ = 0;
   }
 

@@ -249,9 +249,10 @@ std::int32_t gather(const View<T, kDual>& v, const Environment<T>& e, Index cent
         const T* const xj = s.coordinates + 3 * Index(atom);
         const T dx = xj[0] - xi[0], dy = xj[1] - xi[1], dz = xj[2] - xi[2];
         const T r2 = dx * dx + dy * dy + dz * dz;
-        // Without a branch that depends on the distance. NaN counts as a neighbour.
-        const std::int32_t key =
-            static_cast<std::int32_t>(2 * s.species[atom]) + static_cast<std::int32_t>(r2 > near2);
+        // Without a branch that depends on the distance. NaN counts as a neighbour, beyond the
+        // angular cutoff: it spoils the vector all the same, and makes no triples.
+        const std::int32_t key = static_cast<std::int32_t>(2 * s.species[atom]) +
+                                 static_cast<std::int32_t>(!(r2 <= near2));
         const std::int32_t taken = static_cast<std::int32_t>(!(r2 > limit) & (atom != centre));
         v.candidate[found] = atom;
         v.key[found] = key;
@@ -300,11 +301,12 @@ void distances(const View<T, kDual>& v, Index n_pairs) {
   for (Index k = 0; k < n_pairs; k += W) {
     const L x = La::load(v.ux + k), y = La::load(v.uy + k), z = La::load(v.uz + k);
     const L r2 = x * x + y * y + z * z;
-    // Coincident atoms have no direction: their unit vector and its derivatives are zero.
+    // Coincident atoms have no direction: their unit vector and its derivatives are zero. A
+    // distance that is not a number stays one.
     const V square = La::value(r2);
-    const L safe = La::root(La::choose(square, tiny, r2, one));
-    const L inverse = La::choose(square, tiny, one / safe, zero);
-    const L r = La::choose(square, tiny, safe, zero);
+    const L safe = La::root(La::choose(tiny, square, one, r2));
+    const L inverse = La::choose(tiny, square, zero, one / safe);
+    const L r = La::choose(tiny, square, zero, safe);
     La::store(v.ux + k, x * inverse);
     La::store(v.uy + k, y * inverse);
     La::store(v.uz + k, z * inverse);

@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "networks_plan.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace kinml {
 
@@ -64,7 +65,7 @@ class Buffer {
   template <class T>
   T* get(Index n) {
     const std::size_t bytes = (static_cast<std::size_t>(n) * sizeof(T) + 63) / 64 * 64;
-    if (bytes > bytes_) {
+    if (bytes > bytes_ || (kExactMemory && bytes != bytes_)) {
       clear();
       data_ = std::aligned_alloc(64, bytes);
       if (data_ == nullptr) throw std::bad_alloc();

@@ -7,6 +7,14 @@
 
 namespace kinml::cpu {
 
+// Under the address sanitizer memory is never larger than what was asked for: what is written
+// behind it shows.
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kExactMemory = true;
+#else
+inline constexpr bool kExactMemory = false;
+#endif
+
 // A growing buffer, aligned to 64 bytes; its content is undefined after get().
 class Scratch {
  public:
@@ -18,7 +26,7 @@ class Scratch {
   template <class T>
   T* get(std::size_t count) {
     const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_) {
+    if (bytes > size_ || (kExactMemory && bytes != size_)) {
       std::free(memory_);
       size_ = 0;
       memory_ = std::aligned_alloc(64, bytes);
