@@ -216,19 +216,22 @@ def test_missing_binary_and_malformed_input(tmp_path):
 
 def test_options_without_effect_are_named(tmp_path):
     c = load(tmp_path, MINIMAL, "training.optimizer.momentum=0.9", "training.scheduler.gamma=0.5")
-    assert c.ignored() == [
+    assert c.training.ignored() == [
         "training.optimizer.momentum has no effect with training.optimizer.name = adam",
         "training.scheduler.gamma has no effect with training.scheduler.name = rop",
     ]
-    forces = ["descriptor.backend=aevmod", "training.loss.forces_from=3", "training.score.forces=2"]
-    assert load(tmp_path, MINIMAL, *forces).ignored() == [
+    forces = ["training.loss.forces_from=3", "training.score.forces=2"]
+    assert load(tmp_path, MINIMAL, *forces).training.ignored() == [
         f"training.{key} has no effect with training.loss.forces = false"
         for key in ("loss.forces_from", "score.forces")
-    ] + ["descriptor.backend has no effect with training.jacobian = recompute"]
+    ]
+    with pytest.raises(InputError, match="which computes only what is stored: set training.jacobian=stored too"):
+        load(tmp_path, MINIMAL, "descriptor.backend=aevmod")
+    assert load(tmp_path, MINIMAL, "descriptor.backend=aevmod", "training.jacobian=stored").training.ignored() == []
     learned = ["training.loss.forces=true", "training.loss.weighting=learned", "training.loss.force_weight=0.5"]
-    assert load(tmp_path, MINIMAL, *learned).ignored() == [
+    assert load(tmp_path, MINIMAL, *learned).training.ignored() == [
         "training.loss.force_weight has no effect with training.loss.weighting = learned"
     ]
-    assert load(tmp_path, MINIMAL, *forces, "training.loss.forces=true", "training.jacobian=stored").ignored() == []
+    assert load(tmp_path, MINIMAL, *forces, "training.loss.forces=true").training.ignored() == []
     sgd = ["training.optimizer.momentum=0.9", "training.optimizer.name=sgd"]
-    assert load(tmp_path, MINIMAL, *sgd).ignored() == []
+    assert load(tmp_path, MINIMAL, *sgd).training.ignored() == []

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,10 +229,7 @@ def test_a_full_disk_leaves_nothing_behind(files, tmp_path):
         "    except InputError as error:\n"
         "        sys.stdout.write(str(error) + '\\n')\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run(
-        [sys.executable, "-c", script, files[0], tmp_path / "data.h5"], capture_output=True, text=True, env=environment
-    )
+    run = subprocess.run([sys.executable, "-c", script, files[0], tmp_path / "data.h5"], capture_output=True, text=True)
     first, second = run.stdout.splitlines()
     assert first == f"{tmp_path}/data.h5: could not be written (File too large): nothing was changed", run.stderr
     assert second.startswith(f"{files[0]}: could not be written (")

@@ -38,7 +38,7 @@ def distances(coordinates: np.ndarray) -> np.ndarray:
 
 
 def test_names_are_the_files():
-    assert set(datasets.names()) == {*COUNTS, "example.yaml"}
+    assert set(datasets.names()) == {*COUNTS, "example.yaml", "forces.yaml"}
     assert all(datasets.path(name).is_file() for name in datasets.names())
 
 

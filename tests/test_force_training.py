@@ -316,6 +316,7 @@ def test_the_score_chooses_the_best_model_and_stops(tmp_path, energy, forces):
         score={"energy": energy, "forces": forces},
         scheduler={"patience": 0, "threshold": 0.0},
         early_stopping={"patience": 4},
+        loss={"force_weight": 0.9},
     )
     _, summary = fitted(config, training_data(12, "some"), tmp_path / "run")
     table = [r for r in rows(tmp_path / "run") if r["split"] == "validation"]

@@ -126,10 +126,16 @@ def test_forces_taken_up_and_given_up(tmp_path):
 
 def test_what_needs_coordinates_says_so(tmp_path):
     data = in_file(tmp_path / "data.h5", training_data(10, "all", MIXED), model().descriptor, False)
-    with pytest.raises(InputError, match=r"no coordinates, only stored descriptors .*: set training.jacobian=stored"):
+    with pytest.raises(InputError, match=r"no coordinates, only stored descriptors: set training.jacobian=stored"):
         Trainer(model(), data, settings("recompute"))
-    with pytest.raises(InputError, match="no coordinates, which further loss terms need"):
-        Trainer(model(), data, settings("stored"), extra_losses={"t": lambda m, b: m.networks.weights.sum()}).fit()
+    seen = []
+
+    def penalty(trained, batch):
+        seen.append(batch.coordinates)
+        return trained.networks.weights.square().sum()
+
+    Trainer(model(), data, settings("stored", epochs=1), extra_losses={"penalty": penalty}).fit()
+    assert seen and all(coordinates is None for coordinates in seen)
 
 
 def test_a_checkpoint_knows_its_descriptors(tmp_path):

@@ -360,13 +360,14 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     """See the section."""
 
-    def ignored(self) -> list[str]:
-        """Sentences about keys that were changed but have no effect."""
-        sentences = self.training.ignored()
-        if self.training.jacobian == "recompute":
-            keys = _changed(self.descriptor, {"backend"})
-            sentences += [f"descriptor.{key} has no effect with training.jacobian = recompute" for key in keys]
-        return sentences
+    @model_validator(mode="after")
+    def _check_backend(self) -> Config:
+        if self.descriptor.backend != "native" and self.training.jacobian != "stored":
+            raise ValueError(
+                f"descriptor.backend is {self.descriptor.backend}, which computes only what is stored: set "
+                "training.jacobian=stored too"
+            )
+        return self
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -167,8 +167,6 @@ class Dataset:
 
     def gather(self, structures: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Coordinates, species and offsets of some structures as a ragged batch of their own."""
-        if self.coordinates is None:
-            raise InputError("the data have no coordinates, which further loss terms need: take data that have them")
         sizes = self.offsets.diff()[structures]
         offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         shifts = torch.repeat_interleave(self.offsets[structures] - offsets[:-1], sizes)

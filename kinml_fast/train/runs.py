@@ -44,7 +44,7 @@ def start(config: Config, *, overwrite: bool = False, progress: Progress | None 
     folder.create(overwrite)
     configuration.save(config, folder.config)
     with folder.logged():
-        for sentence in config.ignored():
+        for sentence in config.training.ignored():
             log.warning("%s", sentence)
         data = prepare(config)
         model = make_model(config, data.structures.elements)
