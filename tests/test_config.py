@@ -225,7 +225,7 @@ def test_options_without_effect_are_named(tmp_path):
         f"training.{key} has no effect with training.loss.forces = false"
         for key in ("loss.forces_from", "score.forces")
     ]
-    with pytest.raises(InputError, match="which computes only what is stored: set training.jacobian=stored too"):
+    with pytest.raises(InputError, match=r"which computes only what is stored: set training\.jacobian=stored too"):
         load(tmp_path, MINIMAL, "descriptor.backend=aevmod")
     assert load(tmp_path, MINIMAL, "descriptor.backend=aevmod", "training.jacobian=stored").training.ignored() == []
     learned = ["training.loss.forces=true", "training.loss.weighting=learned", "training.loss.force_weight=0.5"]

@@ -135,7 +135,8 @@ def test_what_needs_coordinates_says_so(tmp_path):
         return trained.networks.weights.square().sum()
 
     Trainer(model(), data, settings("stored", epochs=1), extra_losses={"penalty": penalty}).fit()
-    assert seen and all(coordinates is None for coordinates in seen)
+    assert seen
+    assert all(coordinates is None for coordinates in seen)
 
 
 def test_a_checkpoint_knows_its_descriptors(tmp_path):
