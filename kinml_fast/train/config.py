@@ -57,7 +57,7 @@ class DataConfig(Section):
     names: list[str] | None = None
     """SQLite: only structures whose name is like one of these SQL patterns; null: all."""
     energy_key: str | list[str] | None = None
-    """XYZ: key of the energy (eV); null: energy or REF_energy. With several fidelities or a baseline: a list with one key
+    """XYZ: key of the energy (eV); null: energy or REF_energy. With several fidelities or a baseline: a list with a key
     for each level, lowest first."""
     forces_key: str | list[str] | None = None
     """XYZ: key of the forces (eV/Å), or a list as for energy_key; null: the key of the energy with `forces` for
