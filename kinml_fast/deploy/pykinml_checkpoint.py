@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,16 @@ class Checkpoint:
     architecture: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
     log_sigma: Tensor | None = None
+
+    @property
+    def biases(self) -> bool:
+        """Whether the layers have biases, once single-atom energies are no input."""
+        return self.sae_is_input or self.weights[0][0][1] is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.weights[0][0][0].dtype
 
 
 def load(
@@ -150,9 +160,7 @@ def build(
             f"{' '.join(map(str, sizes))} for {' '.join(descriptor.elements)} give {descriptor.length}: give the "
             "descriptor's settings that it was trained with"
         )
-    biases = checkpoint.weights[0][0][1] is not None
-    if checkpoint.sae_is_input and not biases:
-        biases = True
+    if checkpoint.sae_is_input:
         log.info(
             "%s: the single-atom energies that PyKinML feeds into the second network become biases of its first layer",
             path,
@@ -161,8 +169,8 @@ def build(
         descriptor,
         layers=[list(widths) for widths in checkpoint.layers],
         activations=list(checkpoint.activations),
-        biases=biases,
-        dtype=checkpoint.weights[0][0][0].dtype,
+        biases=checkpoint.biases,
+        dtype=checkpoint.dtype,
         fidelities=fidelities,
         baseline=baseline,
     )
@@ -170,20 +178,27 @@ def build(
     return model.eval()
 
 
+def layers_of(checkpoint: Checkpoint) -> Iterator[tuple[int, int, int, Tensor, Tensor | None]]:
+    """Level, species, place, weight and bias of each layer, for networks that take no single-atom energies."""
+    for level, networks in enumerate([checkpoint.weights, *([] if checkpoint.higher is None else [checkpoint.higher])]):
+        for species, network in enumerate(networks):
+            for place, (weight, bias) in enumerate(network):
+                if checkpoint.sae_is_input:
+                    bias = weight.new_zeros(len(weight)) if bias is None else bias
+                    if (level, place) == (1, 0):
+                        # W [a, e + sae] + b = W [a, e] + (b + sae · last column of W)
+                        bias = bias + checkpoint.sae[0, species].to(weight) * weight[:, -1]
+                yield level, species, place, weight, bias
+
+
 @torch.no_grad()
 def _fill(model: EnergyModel, checkpoint: Checkpoint) -> None:
     """Give a model the weights and the single-atom energies of a checkpoint."""
     model.sae.copy_(checkpoint.sae)
-    for level, networks in enumerate([checkpoint.weights] + ([] if checkpoint.higher is None else [checkpoint.higher])):
-        for species, layers in enumerate(networks):
-            for layer, (weight, bias) in enumerate(layers):
-                own_weight, own_bias = model.networks.layer(species, layer, level)
-                own_weight.copy_(weight)
-                if own_bias is not None:
-                    own_bias.copy_(torch.zeros_like(own_bias) if bias is None else bias)
-                if level == 1 and layer == 0 and checkpoint.sae_is_input:
-                    # W [a, e + sae] + b = W [a, e] + (b + sae · last column of W)
-                    own_bias += checkpoint.sae[0, species] * weight[:, -1]
+    for level, species, place, *tensors in layers_of(checkpoint):
+        for own, tensor in zip(model.networks.layer(species, place, level), tensors, strict=True):
+            if own is not None:
+                own.copy_(tensor)
 
 
 def read(path: str | os.PathLike) -> Checkpoint:
@@ -296,7 +311,9 @@ def _check_second(path: Path, params: dict[str, Any], layers: tuple[tuple[int, .
     """Refuse a second network of another kind than the native model has."""
     equal = [list(widths) for widths in params["neurons_hf"]] == [list(widths) for widths in layers]
     if not equal or not all(
-        function == name for names in params["activations_hf"] for function, name in zip(names, params["activations"][0])
+        function == name
+        for names in params["activations_hf"]
+        for function, name in zip(names, params["activations"][0], strict=True)
     ):
         raise InputError(
             f"{path}: its networks for the two levels have different layers or activation functions: only equal ones "

@@ -188,7 +188,9 @@ def configuration(args: argparse.Namespace) -> Config:
         "run": one(args.savenm),
         "data": {
             "files": several(args.input_data_fname),
-            "fidelity": int(args.fidlevel),
+            "fidelity": [int(args.fidlevel_lf), int(args.fidlevel)] if args.multi_fid else int(args.fidlevel),
+            "baseline": int(args.fidlevel_lf) if args.delta else None,
+            "incomplete": "error" if args.delta or args.multi_fid else None,
             "temperature": None if args.temp is None else float(args.temp),
             "names": None if args.nameset is None else several(args.nameset),
             "split": [int(x) if float(x).is_integer() else float(x) for x in args.tvt],
@@ -210,6 +212,7 @@ def configuration(args: argparse.Namespace) -> Config:
             "biases": False,
             "seed": seeds(args.randomseed[1])[0],
         },
+        "start": _start(args),
         "training": {
             "epochs": int(args.epochs),
             "batch_size": int(args.tr_batch_size),
@@ -226,6 +229,13 @@ def configuration(args: argparse.Namespace) -> Config:
         },
     }
     return configurations.from_dict(values, "args")
+
+
+def _start(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.load_model:
+        return {}
+    kept = "keep" if getattr(args, "load_opt", True) else "reset"
+    return {"model": one(args.load_model_name), "optimizer": kept, "sae": "data"}
 
 
 def _loss(args: argparse.Namespace) -> dict[str, Any]:
@@ -278,6 +288,14 @@ NOT_DISTRIBUTED = (
     "training on several GPUs or nodes is not there yet: set args.ddp = False and run one process, which trains on "
     "the CPU with all its threads"
 )
+
+
+NO_BIASES = (
+    "networks are built without biases, as PyKinML's training does whatever args.no_biases says (prep_model takes "
+    "biases=True)"
+)
+KEPT_ORDER = "batches keep their structures from epoch to epoch, as in PyKinML (native: training.shuffle)"
+THRESHOLD = "args.LR_threshold is in kcal/mol, as the manual says (PyKinML takes it as a fraction)"
 
 
 def _numbers(value: Any, kind: type, count: int | None = None) -> bool:

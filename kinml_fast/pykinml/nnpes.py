@@ -1,19 +1,20 @@
 """PyKinML's networks as torch modules: one multilayer perceptron per species, with PyKinML's names of the parameters.
 
 Training and prediction run on `kinml_fast.nn.EnergyModel`, which shares the weights of such a module while it trains
-(`share`). The `forward` of the modules here is for programs that call a network themselves, with descriptors as
+(`energy_model`). The `forward` of the modules here is for programs that call a network themselves, with descriptors as
 PyKinML keeps them: for each species the vectors of its atoms, and the molecule that each of them belongs to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kinml_fast.deploy.pykinml_checkpoint import Checkpoint, layers_of
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
 
@@ -75,6 +76,10 @@ class LinearBlock(nn.Module):
         self.linear = nn.Linear(in_nums, out_nums, bias=biases)
         self.activation = FUNCTIONS[activation] if isinstance(activation, str) else activation
 
+    def tensors(self) -> list[nn.Parameter]:
+        """The weight [out, in], and the bias [out] if there is one."""
+        return [self.linear.weight, *([] if self.linear.bias is None else [self.linear.bias])]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.linear(x))
 
@@ -114,8 +119,8 @@ class _Networks(nn.Module):
         """Level, species, place and module of each layer, in the order of the parameters."""
         for level, networks in enumerate(self.levels()):
             for species, layers in enumerate(networks):
-                for layer, block in enumerate(layers):
-                    yield level, species, layer, block
+                for place, block in enumerate(layers):
+                    yield level, species, place, block
 
     def _saes(self, level: int) -> Sequence[float]:
         """The single-atom energies of a level: those of all levels if only one set is known."""
@@ -265,7 +270,10 @@ class CompositeNetworks_MF(_Networks):
         return (lower, higher, 1.0 * self.log_sigma) if train else (lower, higher)
 
 
-def energy_model(net: _Networks, descriptor: AEVParameters, **settings: Any) -> EnergyModel:
+Composite = CompositeNetworks | CompositeNetworks_MF
+
+
+def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> EnergyModel:
     """The native model with the weights of a PyKinML module, which from then on are the same memory.
 
     What trains one of the two trains the other. `settings` are further arguments of `EnergyModel`.
@@ -275,58 +283,83 @@ def energy_model(net: _Networks, descriptor: AEVParameters, **settings: Any) -> 
     InputError
         The networks do not fit the descriptor, or are of a kind that the native model does not have.
     """
-    blocks = list(net.blocks())
-    names = {id(function): name for name, function in FUNCTIONS.items()}
-    layers: dict[int, list[int]] = {}
-    for level, species, _, block in blocks:
-        if level == 0:
-            layers.setdefault(species, []).append(block.linear.out_features)
-    activations = [_name(names, block.activation) for level, species, _, block in blocks if level == 0 and species == 0]
-    first = blocks[0][3].linear
-    if first.in_features != descriptor.length or len(layers) != len(descriptor.elements):
+    layers = [
+        [[(block.linear.out_features, name_of(block.activation)) for block in network] for network in level]
+        for level in net.levels()
+    ]
+    widths = [[width for width, _ in network] for network in layers[0]]
+    activations = [name for _, name in layers[0][0]]
+    if any(level != layers[0] for level in layers) or any([n for _, n in x] != activations for x in layers[0]):
         raise InputError(
-            f"the model has networks for {len(layers)} elements that take {first.in_features} numbers for an atom, and "
+            "the networks of all elements need the same activation functions, and those of all levels of theory the "
+            "same layers: make them equal"
+        )
+    first = net.NNs[0][0].linear
+    if first.in_features != descriptor.length or len(widths) != len(descriptor.elements):
+        raise InputError(
+            f"the model has networks for {len(widths)} elements that take {first.in_features} numbers for an atom, and "
             f"the data have {len(descriptor.elements)} elements and {descriptor.length} numbers: take the model and "
             "the data of one kind of descriptor (present_elements, aev_params)"
         )
-    model = EnergyModel(descriptor, list(layers.values()), activations, net.biases, first.weight.dtype, **settings)
-    for level, species, layer, block in blocks:
-        own = model.networks.layer(species, layer, *([level] if level else []))
-        for tensor, parameter in zip(own, (block.linear.weight, block.linear.bias), strict=True):
-            if tensor is not None:
-                tensor.copy_(parameter.detach())
-                parameter.data = tensor
+    model = EnergyModel(descriptor, widths, activations, net.biases, first.weight.dtype, **settings)
+    for level, species, place, block in net.blocks():
+        for own, parameter in zip(model.networks.layer(species, place, level), block.tensors(), strict=False):
+            own.copy_(parameter.detach())
+            parameter.data = own
     return model
 
 
-def description(model: EnergyModel) -> dict[str, Any]:
-    """What PyKinML's `params` say of a native model, in plain values."""
-    n_species, networks = len(model.elements), model.networks
-    layers = [list(widths) for widths in networks.layers]
-    activations = [list(networks.activations)] * n_species
-    values = {"n_input": [model.descriptor.length] * n_species, "neurons": layers, "activations": activations}
-    if model.sae.ndim == 2:
-        values |= {"neurons_hf": layers, "activations_hf": activations, "pass_eng": True, "pass_aev": True}
-    return values | {"sae_energies": model.sae.tolist(), "add_sae": True, "biases": networks.biases}
-
-
-def from_energy_model(model: EnergyModel) -> CompositeNetworks | CompositeNetworks_MF:
+def from_energy_model(model: EnergyModel) -> Composite:
     """A PyKinML module with a copy of the weights of a native model."""
-    params = description(model)
-    kind = CompositeNetworks_MF if "neurons_hf" in params else CompositeNetworks
-    net = kind(**params).to(model.dtype)
-    for level, species, layer, block in net.blocks():
-        own = model.networks.layer(species, layer, *([level] if level else []))
-        for tensor, parameter in zip(own, (block.linear.weight, block.linear.bias), strict=True):
-            if tensor is not None:
-                parameter.data.copy_(tensor)
+    networks = model.networks
+    layers = (
+        (level, species, place, *networks.layer(species, place, level))
+        for level in range(networks.levels)
+        for species in range(len(model.elements))
+        for place in range(len(networks.activations))
+    )
+    sizes, sae = (model.descriptor.length, networks.layers), model.sae
+    return _filled(*sizes, networks.activations, sae, networks.biases, model.dtype, layers)
+
+
+def from_checkpoint(found: Checkpoint) -> Composite:
+    """A PyKinML module with the weights of a checkpoint."""
+    sae = found.sae if found.higher is None or found.architecture is not None else found.sae[0]
+    sizes = (found.n_input, found.layers)
+    return _filled(
+        *sizes, found.activations, sae, found.biases, found.dtype, layers_of(found), found.higher is not None
+    )
+
+
+def _filled(
+    n_input: int,
+    layers: Sequence[Sequence[int]],
+    activations: Sequence[str],
+    sae: Tensor,
+    biases: bool,
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[int, int, int, Tensor, Tensor | None]],
+    two: bool = False,
+) -> Composite:
+    neurons, functions = [list(widths) for widths in layers], [list(activations)] * len(layers)
+    params: dict[str, Any] = {"n_input": [n_input] * len(layers), "neurons": neurons, "activations": functions}
+    if two or sae.ndim == 2:
+        params |= {"neurons_hf": neurons, "activations_hf": functions, "pass_eng": True, "pass_aev": True}
+    params |= {"sae_energies": sae.numpy(), "add_sae": True, "biases": biases}
+    net = (CompositeNetworks_MF if "neurons_hf" in params else CompositeNetworks)(**params).to(dtype)
+    levels = net.levels()
+    for level, species, place, *values in tensors:
+        for parameter, value in zip(levels[level][species][place].tensors(), values, strict=False):
+            parameter.data.copy_(value)
     net.netparams = params
     return net
 
 
-def _name(names: dict[int, str], function: Callable) -> str:
+def name_of(function: Callable) -> str:
+    """The name of an activation function."""
     if isinstance(function, nn.Tanh):
         return "tanh"
-    if id(function) not in names:
-        raise InputError(f"{function!r} is no activation function of the model: take one of {', '.join(FUNCTIONS)}")
-    return names[id(function)]
+    for name, own in FUNCTIONS.items():
+        if function is own:
+            return name
+    raise InputError(f"{function!r} is no activation function of the model: take one of {', '.join(FUNCTIONS)}")
