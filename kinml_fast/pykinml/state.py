@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def _of_pykinml(net: nnpes.Composite, found: pykinml_checkpoint.Checkpoint) -> S
     # Biases that stand for single-atom energies are not in the file.
     own = [] if found.sae_is_input and found.weights[0][0][1] is None else ["bias"]
     names = [name for _, _, _, block in net.blocks() for name in ("weight", *("bias" for _ in block.tensors()[1:]))]
-    places = iter(range(len(names)))
+    places = itertools.count()
     tensors = [state.get(next(places), {}) if name in ("weight", *own) else {} for name in names]
     last = next(places)
     learned = found.log_sigma is not None and found.log_sigma.numel() == 2
