@@ -2,11 +2,13 @@
 
 It is a dictionary of plain values and tensors, written by `torch.save` and read with `weights_only=True`:
 `format`, `format_version`, `model` (`to_dict()` of an `EnergyModel`, or of an `Ensemble`, which has `members`, their
-number), `state_dict`, `units`, `elements`, and `training`, plain values about the model's origin (settings, epoch, errors).
+number), `state_dict`, `units`, `elements`, and `training`, plain values about the model's origin (settings, epoch,
+errors).
 """
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import zipfile
@@ -16,13 +18,16 @@ from typing import Any
 
 import torch
 
-from kinml_fast.data.files import expand, replacing
+from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError
 from kinml_fast.nn import EnergyModel, Ensemble
 
 FORMAT = "kinml_fast.model"
 FORMAT_VERSION = 1
 UNITS = {"energy": "eV", "length": "Å", "force": "eV/Å"}
+
+Source = EnergyModel | Ensemble | str | os.PathLike
+"""A model, or the model file or run folder of one."""
 
 
 def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[str, Any] | None = None) -> None:
@@ -103,15 +108,36 @@ def load_many(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Ensembl
     InputError
         As `load`, or a file whose model differs from that of the first in more than its weights.
     """
-    files = [_file(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    members: list[EnergyModel] = []
-    names: list[str] = []
-    for path in expand(files):
-        model = load(path)
-        own = [model.member(i) for i in range(model.n_members)] if isinstance(model, Ensemble) else [model]
-        members += own
-        names += [str(path)] * len(own)
-    return Ensemble(members, names).eval()
+    entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    found = [path for entry in entries for path in _matches(entry)]
+    return _joined([load(path) for path in found], [str(path) for path in found])
+
+
+def resolve(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
+    """The model that is given or whose file is named; of several, their ensemble.
+
+    Parameters
+    ----------
+    model
+        A model or ensemble, or the model file or run folder of one, or a list of any of these.
+
+    Raises
+    ------
+    InputError
+        As `load_many`, or something else than these.
+    """
+    if isinstance(model, EnergyModel | Ensemble):
+        return model
+    if isinstance(model, str | os.PathLike):
+        return load(model)
+    if not isinstance(model, Sequence):
+        raise InputError(
+            f"{type(model).__name__} is no model: give a model, its file or run folder, or a list of these"
+        )
+    if len(model) == 1:
+        return resolve(model[0])
+    names = [os.fspath(m) if isinstance(m, str | os.PathLike) else f"model {i}" for i, m in enumerate(model, start=1)]
+    return _joined([resolve(one) for one in model], names)
 
 
 def load_training(path: str | os.PathLike) -> dict[str, Any]:
@@ -125,9 +151,29 @@ def load_training(path: str | os.PathLike) -> dict[str, Any]:
     return _read(_file(path))["training"]
 
 
+def _joined(models: Sequence[EnergyModel | Ensemble], names: Sequence[str]) -> Ensemble:
+    members: list[EnergyModel] = []
+    of_members: list[str] = []
+    for name, model in zip(names, models, strict=True):
+        own = [model.member(i) for i in range(model.n_members)] if isinstance(model, Ensemble) else [model]
+        members += own
+        of_members += [name] * len(own)
+    return Ensemble(members, of_members).eval()
+
+
 def _file(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path / "model.pt" if path.is_dir() else path
+
+
+def _matches(entry: str | os.PathLike) -> list[Path]:
+    """The files that a path or a glob pattern stands for."""
+    if Path(entry).exists() or not glob.has_magic(os.fspath(entry)):
+        return [_file(entry)]
+    matches = sorted(glob.glob(os.fspath(entry), recursive=True))
+    if not matches:
+        raise InputError(f"{entry}: the pattern matches no file: correct it")
+    return [_file(match) for match in matches]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -184,8 +184,8 @@ def _check_alike(members: Sequence[EnergyModel], names: Sequence[str]) -> None:
         for key, words in _WORDS.items():
             if own.get(key) != first.get(key):
                 raise InputError(
-                    f"{name} {words} {_shown(key, own, first)}, but {names[0]} {_shown(key, first, own)}: models of one "
-                    f"ensemble need the same {key}"
+                    f"{name} {words} {_shown(key, own, first)}, but {names[0]} {_shown(key, first, own)}: models of "
+                    f"one ensemble need the same {key}"
                 )
 
 
