@@ -96,18 +96,30 @@ def energy_forces(
     sizes: list[int],
     activations: list[int],
     biases: bool,
+    levels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Energies [n_structures] (float64, eV) and forces [n_atoms, 3] (-dE/dx, eV/Å, of the coordinates' dtype).
 
     ``parameters``, ``sae``, ``sizes``, ``activations``, ``biases`` as for :func:`networks`. Differentiable once, with
     respect to ``parameters``, through energies and forces; coordinates that require a gradient are refused.
+
+    Several levels of theory, lowest first, have a chain of networks: ``sizes`` [K * S * (n_layers + 1)] and
+    ``parameters`` level after level. The networks of level 0 take the descriptor a, those of level k also the atomic
+    energy of the level below, as their last number: eps_0 = f_0(a), eps_k = eps_(k-1) + f_k(a, eps_(k-1)). Energies and
+    forces are those of the highest level, with its ``sae`` [S]; with ``levels`` they are those of all levels,
+    [K, n_structures] and [K, n_atoms, 3], with ``sae`` [K, S].
+
+    ``parameters`` [M, P] are those of an ensemble of M models, whose descriptors are computed once: results and ``sae``
+    have one more dimension M before all others, and cannot be differentiated.
     """
-    return _OPS.energy_forces(coordinates, species, offsets, parameters, sae, descriptor, sizes, activations, biases)
+    return _OPS.energy_forces(
+        coordinates, species, offsets, parameters, sae, descriptor, sizes, activations, biases, levels
+    )
 
 
 def energy_forces_stored(
     features: Tensor,
-    jacobian: Tensor,
+    jacobian: Tensor | None,
     species: Tensor,
     offsets: Tensor,
     parameters: Tensor,
@@ -115,13 +127,16 @@ def energy_forces_stored(
     sizes: list[int],
     activations: list[int],
     biases: bool,
+    levels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same from ``features`` [n_atoms, D] and stored Jacobians [n_atoms, D, C] as `aev_jacobian` gives them.
 
     C is at least three times the atoms of the largest structure; columns beyond those of a structure's own atoms are
-    padding, which no sum reads.
+    padding, which no sum reads. Without Jacobians only energies are computed, and the forces are empty: [..., 0, 3].
     """
-    return _OPS.energy_forces_stored(features, jacobian, species, offsets, parameters, sae, sizes, activations, biases)
+    return _OPS.energy_forces_stored(
+        features, jacobian, species, offsets, parameters, sae, sizes, activations, biases, levels
+    )
 
 
 def force_step(
@@ -170,6 +185,12 @@ def force_step(
         weight is not 0. A term without such structures is 0.
     gradient
         Like ``parameters``, receives d(scales[0] L_E + scales[1] L_F)/dparameters.
+
+    Notes
+    -----
+    With several levels of theory (see `energy_forces`) targets, weights, residuals and errors have one more dimension K
+    before all others, and L_E and L_F are the sums of those of the levels. A target may be NaN where its weight is 0;
+    an energy residual is NaN then. What a level shall count is a factor of its weights.
     """
     _OPS.force_step(
         coordinates,
@@ -195,7 +216,7 @@ def force_step(
 
 def force_step_stored(
     features: Tensor,
-    jacobian: Tensor,
+    jacobian: Tensor | None,
     species: Tensor,
     offsets: Tensor,
     structures: Tensor,
@@ -213,7 +234,10 @@ def force_step_stored(
     activations: list[int],
     biases: bool,
 ) -> None:
-    """:func:`force_step` from ``features`` [N, D] and stored Jacobians [N, D, C], see `energy_forces_stored`."""
+    """:func:`force_step` from ``features`` [N, D] and stored Jacobians [N, D, C], see `energy_forces_stored`.
+
+    Without Jacobians training is on energies only: force targets and weights are not looked at.
+    """
     _OPS.force_step_stored(
         features,
         jacobian,

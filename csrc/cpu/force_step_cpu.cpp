@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -62,82 +63,121 @@ std::vector<Range> tiles_of(const ForceBatch<T>& batch, Range range) {
   return cut(batch, range, (count_atoms(batch, range) + kTileAtoms - 1) / kTileAtoms);
 }
 
-// What is wanted of a structure once its energy and forces are known.
-struct Wanted {
-  double energy;  // e = dL/dE
-  bool forces;    // whether dL/dF was written; it is zero otherwise
+// A chain of networks, with the weights in the order of the passes.
+template <class T>
+using PackedLevels = std::vector<std::unique_ptr<const PackedNetworks<T>>>;
+
+template <class T>
+PackedLevels<T> packed_levels(const NetworkLevels& networks, const T* weights, int n_threads) {
+  PackedLevels<T> levels;
+  for (Index k = 0; k < networks.count(); ++k) {
+    levels.push_back(
+        std::make_unique<const PackedNetworks<T>>(networks.shapes[k], weights, n_threads));
+    weights += networks.parameters_of(k);
+  }
+  return levels;
+}
+
+// One structure of a tile, of whose energies a loss is made.
+template <class T>
+struct TileStructure {
+  Index number;            // within the batch
+  const double* energies;  // [K]
+  const T* forces;         // [K, room] those of level k begin at forces + k * room; or null
+  Index room;
+  double* e;  // [K] receives dL/dE
+  T* r;       // [K, room] receives dL/dF, for the levels for which ...
+  bool* any;  // [K] ... this is set; it is zero otherwise
 };
 
 // One thread's work on tiles.
 template <class T>
 class Worker {
  public:
-  Worker(const NetworkShape& shape, const PackedNetworks<T>& networks, const ForceBatch<T>& batch,
-         const AevTables<T>* tables)
-      : shape_(shape),
-        networks_(networks),
+  Worker(const NetworkLevels& networks, const ForceBatch<T>& batch, const AevTables<T>* tables)
+      : shapes_(networks),
+        n_levels_(networks.count()),
         batch_(batch),
         length_(tables == nullptr ? batch.length : batch.parameters->length()),
-        stride_(padded(length_)) {
+        stride_(padded(length_ + (n_levels_ > 1 ? 1 : 0))),
+        tables_(tables) {
     // Rows that begin in the same lines of the cache would drive one another out.
     if (stride_ * sizeof(T) % 1024 == 0) stride_ += kMaxLanes;
     if (tables != nullptr) environments_.emplace(*tables);
-    tables_ = tables;
+    e_.resize(n_levels_);
+    any_ = std::make_unique<bool[]>(n_levels_);
   }
 
-  // Energies and, if wanted, forces: result(i, E_i, F_i [3 n]) for the structures of the tile.
+  // Energies and forces: result(member, row, i, E_i, F_i [3 n]) for the structures of the tile, the
+  // members of an ensemble and the levels of the outputs; F_i is null if there are no forces.
   template <class Result>
-  void evaluate(Range range, const Result& result) {
-    begin(range);
-    networks_.forward(tile_, atomic_);
-    networks_.backward(tile_, nullptr, rows_g_, stride_);
-    sum_energies();
-    for (Index i = 0; i < count_; ++i) {
-      multiply_transposed(i);
-      result(range.first + i, energies_[i], forces_);
+  void evaluate(Range range, const std::vector<PackedLevels<T>>& members, Levels levels,
+                const Result& result) {
+    const bool forces = batch_.has_forces();
+    begin(range, members[0]);
+    for (Index m = 0; m < static_cast<Index>(members.size()); ++m) {
+      ascend(members[m], forces, forces);
+      const Index first = levels == Levels::all ? 0 : n_levels_ - 1;
+      for (Index i = 0; i < count_; ++i)
+        for (Index k = first; k < n_levels_; ++k) {
+          if (forces) multiply_transposed(i, k);
+          result(m, k - first, first_ + i, energies_[i * n_levels_ + k],
+                 forces ? forces_ + k * room_ : nullptr);
+        }
     }
   }
 
-  // The gradient of the loss, written to `gradient` or added to it. wanted(i, E_i, F_i, r) returns
-  // dL/dE; with `on_forces` it also writes r = dL/dF [3 n] and says by its return value whether r
-  // is zero throughout. F_i is null unless `forces`.
+  // The gradient of the loss, written to `gradient` or added to it. wanted(TileStructure) gives the
+  // derivatives of the loss; there are forces in it only `on_forces`, and it has to know them only
+  // if `forces`.
   template <class Function>
-  void differentiate(Range range, bool on_forces, bool forces, const Function& wanted, T* gradient,
-                     bool add) {
-    begin(range);
-    networks_.forward(tile_, atomic_);
-    sum_energies();
-    if (on_forces) networks_.backward(tile_, nullptr, forces ? rows_g_ : nullptr, stride_);
+  void differentiate(Range range, const PackedLevels<T>& levels, bool on_forces, bool forces,
+                     const Function& wanted, T* gradient, bool add) {
+    begin(range, levels);
+    ascend(levels, on_forces, forces || n_levels_ > 1);
     for (Index i = 0; i < count_; ++i) {
-      if (forces && on_forces) multiply_transposed(i);
-      const Wanted w =
-          wanted(first_ + i, energies_[i], forces && on_forces ? forces_ : nullptr, r_);
-      energies_[i] = w.energy;
-      if (on_forces) multiply(i, w.forces);
+      for (Index k = 0; forces && on_forces && k < n_levels_; ++k) multiply_transposed(i, k);
+      double* const energies = energies_.data() + i * n_levels_;
+      wanted(TileStructure<T>{first_ + i, energies, forces && on_forces ? forces_ : nullptr, room_,
+                              e_.data(), r_, any_.get()});
+      std::copy(e_.begin(), e_.end(), energies);
+      if (on_forces) descend(i);
     }
-    for (Index a = 0; a < n_; ++a) seeds_[a] = static_cast<T>(energies_[owners_[a]]);
-    if (on_forces) {
-      tile_.tangents = rows_g_;
-      tile_.tangent_stride = stride_;
-      networks_.tangent(tile_, nullptr);
-      networks_.second_backward(tile_, seeds_, nullptr, 0);
-    } else {
-      networks_.backward(tile_, seeds_, nullptr, 0);
+    std::fill_n(seeds_, n_, T(0));
+    T* own = gradient + shapes_.parameters();
+    for (Index k = n_levels_ - 1; k >= 0; --k) {
+      const PackedNetworks<T>& networks = *levels[k];
+      NetworkTile<T> tile = tile_of(k);
+      T* const last = k > 0 ? atomic_ : nullptr;
+      for (Index a = 0; a < n_; ++a)
+        seeds_[a] += static_cast<T>(energies_[owners_[a] * n_levels_ + k]);
+      if (k > 0) set_last(rows_a_, below(k));
+      if (on_forces) {
+        tile.tangents = rows_of(k);
+        tile.tangent_stride = stride_;
+        networks.tangent(tile, nullptr);
+        networks.second_backward(tile, seeds_, nullptr, 0, last);
+      } else {
+        networks.backward(tile, seeds_, nullptr, 0, last);
+      }
+      own -= shapes_.parameters_of(k);
+      networks.weight_gradients(tile, own, add);
+      for (Index a = 0; last != nullptr && a < n_; ++a) seeds_[a] += last[a];
     }
-    networks_.weight_gradients(tile_, gradient, add);
   }
 
  private:
   // Sorts the atoms of a tile by species, and computes their descriptors.
-  void begin(Range range) {
+  void begin(Range range, const PackedLevels<T>& levels) {
     first_ = range.first;
     count_ = range.last - range.first;
     n_ = count_atoms(batch_, range);
     firsts_.resize(count_ + 1);
-    starts_.assign(shape_.n_species + 1, 0);
+    starts_.assign(shapes_.n_species() + 1, 0);
     rows_.resize(n_);
     owners_.resize(n_);
-    energies_.resize(count_);
+    places_.resize(n_);
+    energies_.resize(count_ * n_levels_);
     Index largest = 0, row = 0;
     for (Index i = 0; i < count_; ++i) {
       const Index s = batch_.structure(first_ + i);
@@ -149,7 +189,7 @@ class Worker {
       row += atoms;
     }
     firsts_[count_] = row;
-    for (Index s = 0; s < shape_.n_species; ++s) starts_[s + 1] += starts_[s];
+    for (Index s = 0; s < shapes_.n_species(); ++s) starts_[s + 1] += starts_[s];
     next_.assign(starts_.begin(), starts_.end() - 1);
     for (Index i = 0; i < count_; ++i) {
       const Index begin = batch_.offsets[batch_.structure(first_ + i)] - firsts_[i];
@@ -157,24 +197,32 @@ class Worker {
         const Index place = next_[batch_.species[begin + r]]++;
         rows_[place] = r;
         owners_[place] = i;
+        places_[r] = place;
       }
     }
 
-    const Index matrix = padded(n_ * stride_), memory = padded(networks_.tile_memory(n_));
-    T* next = thread_scratch().template get<T>(2 * matrix + memory + 2 * padded(n_) +
-                                               2 * padded(3 * largest + kMaxLanes));
+    // Levels may have layers of different widths.
+    memory_ = 0;
+    for (const auto& level : levels) memory_ = std::max(memory_, padded(level->tile_memory(n_)));
+    matrix_ = padded(n_ * stride_);
+    room_ = padded(3 * largest + kMaxLanes);
+    T* next =
+        thread_scratch().template get<T>((1 + n_levels_) * matrix_ + n_levels_ * memory_ +
+                                         2 * (1 + n_levels_) * padded(n_) + 2 * n_levels_ * room_);
     const auto take = [&](Index numbers) {
       T* p = next;
       next += numbers;
       return p;
     };
-    T* const rows_a = take(matrix);
-    rows_g_ = take(matrix);
-    tile_ = {rows_a, stride_, rows_.data(), starts_.data(), take(memory)};
+    rows_a_ = take(matrix_);
+    rows_g_ = take(n_levels_ * matrix_);
+    network_memory_ = take(n_levels_ * memory_);
     atomic_ = take(padded(n_));
     seeds_ = take(padded(n_));
-    forces_ = take(padded(3 * largest + kMaxLanes));
-    r_ = take(padded(3 * largest + kMaxLanes));
+    eps_ = take(n_levels_ * padded(n_));
+    slopes_ = take(n_levels_ * padded(n_));
+    forces_ = take(n_levels_ * room_);
+    r_ = take(n_levels_ * room_);
 
     if (environments_) {
       environments_->clear();
@@ -184,13 +232,13 @@ class Worker {
         environments_->set_structure(atoms(i), batch_.coordinates + 3 * atom(i),
                                      batch_.species + atom(i));
         kept_[i] = environments_->make(0, atoms(i));
-        KINML_CALL_KERNEL(aev_rows, *tables_, kept_[i], rows_a + firsts_[i] * stride_, stride_);
+        KINML_CALL_KERNEL(aev_rows, *tables_, kept_[i], rows_a_ + firsts_[i] * stride_, stride_);
       }
     } else {
       for (Index i = 0; i < count_; ++i)
         for (Index a = 0; a < atoms(i); ++a)
           std::copy_n(batch_.features + (atom(i) + a) * length_, length_,
-                      rows_a + (firsts_[i] + a) * stride_);
+                      rows_a_ + (firsts_[i] + a) * stride_);
     }
   }
 
@@ -201,42 +249,104 @@ class Worker {
             batch_.columns};
   }
 
-  // Of network outputs; in species order, whatever the threads.
-  void sum_energies() {
-    std::fill(energies_.begin(), energies_.end(), 0.0);
-    for (Index a = 0; a < n_; ++a) energies_[owners_[a]] += static_cast<double>(atomic_[a]);
+  // Of level k: gradients g_k, later directions U_k, in the order of the rows.
+  T* rows_of(Index k) const { return rows_g_ + k * matrix_; }
+  // In species order: eps_{k-1}, and c_k.
+  T* below(Index k) const { return eps_ + (k - 1) * padded(n_); }
+  T* slopes(Index k) const { return slopes_ + k * padded(n_); }
+  NetworkTile<T> tile_of(Index k) const {
+    return {rows_a_, stride_, rows_.data(), starts_.data(), network_memory_ + k * memory_};
+  }
+  // The number behind the descriptor's, in each row; values in species order.
+  void set_last(T* rows, const T* values) const {
+    for (Index a = 0; a < n_; ++a) rows[rows_[a] * stride_ + length_] = values[a];
   }
 
-  // forces_ = -J^T g of structure i
-  void multiply_transposed(Index i) {
+  // Energies of all levels; with `slopes` also what tangents need, and with `gradients` g_k.
+  void ascend(const PackedLevels<T>& levels, bool slopes_too, bool gradients) {
+    std::fill(energies_.begin(), energies_.end(), 0.0);
+    for (Index k = 0; k < n_levels_; ++k) {
+      if (k > 0) set_last(rows_a_, below(k));
+      levels[k]->forward(tile_of(k), atomic_);
+      // In species order, whatever the threads.
+      for (Index j = k; j < n_levels_; ++j)
+        for (Index a = 0; a < n_; ++a)
+          energies_[owners_[a] * n_levels_ + j] += static_cast<double>(atomic_[a]);
+      if (k + 1 < n_levels_)
+        for (Index a = 0; a < n_; ++a) below(k + 1)[a] = (k > 0 ? below(k)[a] : T(0)) + atomic_[a];
+      if (!slopes_too) continue;
+      levels[k]->backward(tile_of(k), nullptr, gradients ? rows_of(k) : nullptr, stride_);
+      if (k == 0) continue;
+      for (Index a = 0; a < n_; ++a) {
+        T* const g = rows_of(k) + rows_[a] * stride_;
+        const T* const lower = rows_of(k - 1) + rows_[a] * stride_;
+        const T slope = g[length_], factor = 1 + slope;
+        slopes(k)[a] = slope;
+        for (Index d = 0; d < length_; ++d) g[d] += factor * lower[d];
+      }
+    }
+  }
+
+  // forces_ of level k = -J^T g_k of structure i
+  void multiply_transposed(Index i, Index k) {
     const Index n = 3 * atoms(i);
     if (n == 0) return;
-    const T* const g = rows_g_ + firsts_[i] * stride_;
+    const T* const g = rows_of(k) + firsts_[i] * stride_;
+    T* const out = forces_ + k * room_;
     if (environments_) {
-      std::fill_n(forces_, n, T(0));
-      KINML_CALL_KERNEL(aev_transposed, *tables_, kept_[i], g, stride_, forces_,
+      std::fill_n(out, n, T(0));
+      KINML_CALL_KERNEL(aev_transposed, *tables_, kept_[i], g, stride_, out,
                         environments_->scratch(kept_[i]));
     } else {
-      KINML_CALL_KERNEL(jacobian_transpose_product, stored(i), g, stride_, forces_);
+      KINML_CALL_KERNEL(jacobian_transpose_product, stored(i), g, stride_, out);
     }
-    for (Index c = 0; c < n; ++c) forces_[c] = T(0) - forces_[c];  // no negative zero
+    for (Index c = 0; c < n; ++c) out[c] = T(0) - out[c];  // no negative zero
   }
 
-  // v = -J r into the rows of structure i, or zero
-  void multiply(Index i, bool any) {
+  // (U_k, T_k) of structure i for all levels, from r_k and any_[k], in place of g_k.
+  void descend(Index i) {
+    const Index begin = firsts_[i], end = firsts_[i + 1];
+    for (Index k = n_levels_ - 1; k >= 0; --k) {
+      multiply(i, k);
+      for (Index row = begin; row < end; ++row) {
+        T* const u = rows_of(k) + row * stride_;
+        if (k + 1 < n_levels_) {
+          const T* const above = rows_of(k + 1) + row * stride_;
+          const T factor = 1 + slopes(k + 1)[places_[row]];
+          for (Index d = 0; d < length_; ++d) u[d] += factor * above[d];
+        }
+        if (k > 0) u[length_] = dot(rows_of(k - 1) + row * stride_, u);
+      }
+    }
+  }
+  // Eight sums, so that they fit into registers.
+  T dot(const T* x, const T* y) const {
+    T sums[8] = {};
+    Index d = 0;
+    for (; d + 8 <= length_; d += 8)
+      for (Index j = 0; j < 8; ++j) sums[j] += x[d + j] * y[d + j];
+    for (; d < length_; ++d) sums[0] += x[d] * y[d];
+    T sum = 0;
+    for (const T s : sums) sum += s;
+    return sum;
+  }
+
+  // v_k = -J r_k into the rows of structure i, or zero
+  void multiply(Index i, Index k) {
     const Index n = 3 * atoms(i);
     if (n == 0) return;
-    T* const v = rows_g_ + firsts_[i] * stride_;
-    if (!any) {
+    T* const v = rows_of(k) + firsts_[i] * stride_;
+    if (!any_[k]) {
       for (Index a = 0; a < atoms(i); ++a) std::fill_n(v + a * stride_, length_, T(0));
       return;
     }
-    for (Index c = 0; c < n; ++c) r_[c] = -r_[c];
+    T* const r = r_ + k * room_;
+    for (Index c = 0; c < n; ++c) r[c] = -r[c];
     if (environments_)
-      KINML_CALL_KERNEL(aev_tangent_rows, *tables_, kept_[i], r_, v, stride_,
+      KINML_CALL_KERNEL(aev_tangent_rows, *tables_, kept_[i], r, v, stride_,
                         environments_->scratch(kept_[i]));
     else
-      KINML_CALL_KERNEL(jacobian_product, stored(i), r_, v, stride_);
+      KINML_CALL_KERNEL(jacobian_product, stored(i), r, v, stride_);
   }
 
   static Scratch& thread_scratch() {
@@ -244,20 +354,23 @@ class Worker {
     return scratch;
   }
 
-  const NetworkShape& shape_;
-  const PackedNetworks<T>& networks_;
+  const NetworkLevels& shapes_;
+  const Index n_levels_;
   const ForceBatch<T>& batch_;
-  const AevTables<T>* tables_;
   Index length_, stride_;
+  const AevTables<T>* tables_;
   std::optional<Environments<T>> environments_;
 
   // The tile.
   Index first_ = 0, count_ = 0, n_ = 0;
-  std::vector<Index> firsts_, starts_, next_, rows_, owners_;
-  std::vector<double> energies_;
+  std::vector<Index> firsts_, starts_, next_, rows_, owners_, places_;
+  std::vector<double> energies_;  // [count_, K]; later dL/dE
+  std::vector<double> e_;
+  std::unique_ptr<bool[]> any_;
   std::vector<Environment<T>> kept_;
-  NetworkTile<T> tile_{};
-  T *rows_g_ = nullptr, *atomic_ = nullptr, *seeds_ = nullptr, *forces_ = nullptr, *r_ = nullptr;
+  Index matrix_ = 0, memory_ = 0, room_ = 0;
+  T *rows_a_ = nullptr, *rows_g_ = nullptr, *network_memory_ = nullptr, *atomic_ = nullptr,
+    *seeds_ = nullptr, *eps_ = nullptr, *slopes_ = nullptr, *forces_ = nullptr, *r_ = nullptr;
 };
 
 template <class T>
@@ -269,13 +382,12 @@ std::optional<AevTableStorage<T>> tables_of(const ForceBatch<T>& batch) {
 // gradient = that of the loss, in parts. on_forces(i): whether the loss depends on the forces of
 // structure i; forces: whether `wanted` has to know them.
 template <class T, class OnForces, class Function>
-void differentiate(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
+void differentiate(const NetworkLevels& networks, const T* weights, const ForceBatch<T>& batch,
                    const OnForces& on_forces, bool forces, const Function& wanted, T* gradient,
                    int n_threads) {
-  Index n_weights = 0;
-  for (Index s = 0; s < shape.n_species; ++s) n_weights += shape.parameters_of(s);
+  const Index n_weights = networks.parameters();
   const auto tables = tables_of(batch);
-  const PackedNetworks<T> networks(shape, weights, n_threads);
+  const PackedLevels<T> levels = packed_levels(networks, weights, n_threads);
   const Range all{0, batch.count};
   const Index wished = (count_atoms(batch, all) + kTileAtoms - 1) / kTileAtoms;
   const std::vector<Range> parts = cut(batch, all, std::clamp<Index>(wished, 1, kParts));
@@ -284,12 +396,12 @@ void differentiate(const NetworkShape& shape, const T* weights, const ForceBatch
   thread_local Scratch memory;
   T* const sums = memory.get<T>(n_parts * room);
   guarded_parallel_for(n_parts, n_threads, [&](Index part) {
-    Worker<T> worker(shape, networks, batch, tables ? &*tables : nullptr);
+    Worker<T> worker(networks, batch, tables ? &*tables : nullptr);
     bool add = false;
     for (const Range tile : tiles_of(batch, parts[part])) {
       bool any = false;
       for (Index i = tile.first; i < tile.last; ++i) any = any || on_forces(i);
-      worker.differentiate(tile, any, forces, wanted, sums + part * room, add);
+      worker.differentiate(tile, levels, any, forces, wanted, sums + part * room, add);
       add = true;
     }
   });
@@ -303,138 +415,227 @@ void differentiate(const NetworkShape& shape, const T* weights, const ForceBatch
   });
 }
 
+// Where the outputs of energy_forces begin.
 template <class T>
-void evaluate_tiles(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
-                    double* energies, T* forces, int n_threads) {
+struct Outputs {
+  double* energies;
+  T* forces;
+  Index rows;  // levels of the outputs
+  Index count, n_atoms;
+
+  double* energy(Index member, Index row) const { return energies + (member * rows + row) * count; }
+  T* force(Index member, Index row) const { return forces + (member * rows + row) * 3 * n_atoms; }
+};
+
+template <class T>
+void evaluate_tiles(const NetworkLevels& networks, const T* weights, Index n_members,
+                    const ForceBatch<T>& batch, Levels levels, const Outputs<T>& out,
+                    int n_threads) {
   const auto tables = tables_of(batch);
-  const PackedNetworks<T> networks(shape, weights, n_threads);
+  std::vector<PackedLevels<T>> members;
+  for (Index m = 0; m < n_members; ++m)
+    members.push_back(packed_levels(networks, weights + m * networks.parameters(), n_threads));
   const std::vector<Range> tiles = tiles_of(batch, {0, batch.count});
   guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index tile) {
-    Worker<T> worker(shape, networks, batch, tables ? &*tables : nullptr);
-    worker.evaluate(tiles[tile], [&](Index i, double energy, const T* of_structure) {
-      const Index s = batch.structure(i), begin = batch.offsets[s], end = batch.offsets[s + 1];
-      energies[i] = energy;
-      std::copy(of_structure, of_structure + 3 * (end - begin), forces + 3 * begin);
-    });
+    Worker<T> worker(networks, batch, tables ? &*tables : nullptr);
+    worker.evaluate(tiles[tile], members, levels,
+                    [&](Index m, Index row, Index i, double energy, const T* forces) {
+                      const Index s = batch.structure(i), begin = batch.offsets[s];
+                      out.energy(m, row)[i] = energy;
+                      if (forces != nullptr)
+                        std::copy(forces, forces + 3 * (batch.offsets[s + 1] - begin),
+                                  out.force(m, row) + 3 * begin);
+                    });
   });
 }
 
 // Energies and forces with all threads on one structure after another.
 template <class T>
-void evaluate_large(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
-                    double* energies, T* forces, int n_threads) {
-  const Index length = batch.parameters->length();
+void evaluate_large(const NetworkLevels& networks, const T* weights, Index n_members,
+                    const ForceBatch<T>& batch, Levels levels, const Outputs<T>& out,
+                    int n_threads) {
+  const Index length = batch.parameters->length(), n_levels = networks.count();
+  const Index stride = length + (n_levels > 1 ? 1 : 0), n_species = networks.n_species();
+  const Index first_row = levels == Levels::all ? 0 : n_levels - 1;
   for (Index i = 0; i < batch.count; ++i) {
     const Index s = batch.structure(i), begin = batch.offsets[s];
     const Index n = batch.offsets[s + 1] - begin;
     const Index offsets[] = {0, n};
     const AevBatch<T> one{1, batch.coordinates + 3 * begin, batch.species + begin, offsets};
-    std::vector<Index> starts(shape.n_species + 1), rows(n);
+    std::vector<Index> starts(n_species + 1), rows(n);
     for (Index a = 0; a < n; ++a) ++starts[one.species[a] + 1];
-    for (Index z = 0; z < shape.n_species; ++z) starts[z + 1] += starts[z];
+    for (Index z = 0; z < n_species; ++z) starts[z + 1] += starts[z];
     std::vector<Index> next(starts.begin(), starts.end() - 1);
     for (Index a = 0; a < n; ++a) rows[next[one.species[a]]++] = a;
-    std::vector<T> features(n * length), gradient(n * length), atomic(n), seeds(n, T(1));
-    std::vector<T> saved(n * shape.saved_per_atom());
-    aev_forward<T>(*batch.parameters, one, features.data(), n_threads);
-    networks_forward<T>(shape, weights, features.data(), length, rows.data(), starts.data(),
-                        saved.data(), atomic.data(), n_threads);
-    networks_backward<T>(shape, weights, features.data(), length, rows.data(), starts.data(),
-                         saved.data(), seeds.data(), gradient.data(), nullptr, n_threads);
-    T* const out = forces + 3 * begin;
-    aev_vjp<T>(*batch.parameters, one, gradient.data(), out, n_threads);
-    for (Index c = 0; c < 3 * n; ++c) out[c] = T(0) - out[c];
-    energies[i] = 0;
-    for (Index a = 0; a < n; ++a) energies[i] += static_cast<double>(atomic[a]);
+    std::vector<T> aevs(n * length), features(n * stride), slopes(n * stride), g(n * length);
+    std::vector<T> atomic(n), eps(n), seeds(n, T(1)), saved;
+    aev_forward<T>(*batch.parameters, one, aevs.data(), n_threads);
+    for (Index a = 0; a < n; ++a)
+      std::copy_n(aevs.data() + a * length, length, features.data() + a * stride);
+    for (Index m = 0; m < n_members; ++m) {
+      const T* own = weights + m * networks.parameters();
+      double energy = 0;
+      for (Index k = 0; k < n_levels; own += networks.parameters_of(k), ++k) {
+        const NetworkShape& shape = networks.shapes[k];
+        saved.resize(n * shape.saved_per_atom());
+        for (Index a = 0; k > 0 && a < n; ++a) features[rows[a] * stride + length] = eps[a];
+        networks_forward<T>(shape, own, features.data(), stride, rows.data(), starts.data(),
+                            saved.data(), atomic.data(), n_threads);
+        networks_backward<T>(shape, own, features.data(), stride, rows.data(), starts.data(),
+                             saved.data(), seeds.data(), slopes.data(), nullptr, n_threads);
+        for (Index a = 0; a < n; ++a) {
+          eps[a] = (k > 0 ? eps[a] : T(0)) + atomic[a];
+          energy += static_cast<double>(atomic[a]);
+          const T* const slope = slopes.data() + a * stride;
+          const T factor = k > 0 ? 1 + slope[length] : T(0);
+          T* const total = g.data() + a * length;
+          for (Index d = 0; d < length; ++d)
+            total[d] = slope[d] + (k > 0 ? factor * total[d] : T(0));
+        }
+        if (k < first_row) continue;
+        T* const forces = out.force(m, k - first_row) + 3 * begin;
+        aev_vjp<T>(*batch.parameters, one, g.data(), forces, n_threads);
+        for (Index c = 0; c < 3 * n; ++c) forces[c] = T(0) - forces[c];
+        out.energy(m, k - first_row)[i] = energy;
+      }
+    }
   }
 }
 
 }  // namespace
 
 template <class T>
-void energy_forces(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
-                   const double* sae, double* energies, T* forces, int n_threads) {
+void energy_forces(const NetworkLevels& networks, const T* weights, std::int64_t n_members,
+                   const ForceBatch<T>& batch, const double* sae, Levels levels, double* energies,
+                   T* forces, int n_threads) {
+  if (n_members == 0) return;
+  const Index rows = levels == Levels::all ? networks.count() : 1;
+  const Outputs<T> out{energies, forces, rows, batch.count, batch.n_atoms};
   Index largest = 0;
   for (Index i = 0; i < batch.count; ++i)
     largest = std::max(largest, count_atoms(batch, {i, i + 1}));
   if (largest > kLargeStructure && batch.parameters != nullptr)
-    evaluate_large(shape, weights, batch, energies, forces, n_threads);
+    evaluate_large(networks, weights, n_members, batch, levels, out, n_threads);
   else
-    evaluate_tiles(shape, weights, batch, energies, forces, n_threads);
+    evaluate_tiles(networks, weights, n_members, batch, levels, out, n_threads);
   if (sae == nullptr) return;
-  for (Index i = 0; i < batch.count; ++i) {
-    const Index s = batch.structure(i);
-    for (Index a = batch.offsets[s]; a < batch.offsets[s + 1]; ++a)
-      energies[i] += sae[batch.species[a]];
-  }
+  for (Index row = 0; row < n_members * rows; ++row, sae += networks.n_species())
+    for (Index i = 0; i < batch.count; ++i) {
+      const Index s = batch.structure(i);
+      for (Index a = batch.offsets[s]; a < batch.offsets[s + 1]; ++a)
+        energies[row * batch.count + i] += sae[batch.species[a]];
+    }
 }
 
 template <class T>
-void energy_forces_backward(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
-                            const double* e, const T* r, T* gradient, int n_threads) {
-  const auto given = [&](Index i, double, const T*, T* to) -> Wanted {
-    const Index s = batch.structure(i);
-    std::copy(r + 3 * batch.offsets[s], r + 3 * batch.offsets[s + 1], to);
-    return {e[i], true};
+void energy_forces_backward(const NetworkLevels& networks, const T* weights,
+                            const ForceBatch<T>& batch, Levels levels, const double* e, const T* r,
+                            T* gradient, int n_threads) {
+  const Index n_levels = networks.count();
+  const Index first = levels == Levels::all ? 0 : n_levels - 1;
+  const bool on_forces = batch.has_forces();
+  const auto given = [&](const TileStructure<T>& structure) {
+    const Index s = batch.structure(structure.number);
+    for (Index k = 0; k < n_levels; ++k) {
+      const bool there = k >= first;
+      structure.e[k] = there ? e[(k - first) * batch.count + structure.number] : 0.0;
+      structure.any[k] = there && on_forces;
+      if (!structure.any[k]) continue;
+      const T* const own = r + (k - first) * 3 * batch.n_atoms;
+      std::copy(own + 3 * batch.offsets[s], own + 3 * batch.offsets[s + 1],
+                structure.r + k * structure.room);
+    }
   };
   differentiate(
-      shape, weights, batch, [](Index) { return true; }, false, given, gradient, n_threads);
+      networks, weights, batch, [&](Index) { return on_forces; }, false, given, gradient,
+      n_threads);
 }
 
 template <class T>
-void force_step(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
+void force_step(const NetworkLevels& networks, const T* weights, const ForceBatch<T>& batch,
                 const ForceLoss& loss, double* losses, T* gradient, double* residuals,
                 double* errors, int n_threads) {
-  Index n_energies = 0, n_forces = 0;
-  for (Index i = 0; i < batch.count; ++i) {
-    n_energies += loss.energy_weights[batch.structure(i)] != 0;
-    n_forces += loss.force_weights[batch.structure(i)] != 0;
-  }
-  const double energy_factor = 2 * loss.energy_scale / std::max<Index>(n_energies, 1);
-  const double force_factor = 2 * loss.force_scale / std::max<Index>(n_forces, 1);
-  const auto wanted = [&](Index i, double energy, const T* forces, T* r) -> Wanted {
-    const Index s = batch.structure(i), begin = 3 * batch.offsets[s];
-    const Index n = 3 * batch.offsets[s + 1] - begin;
-    residuals[i] = energy - loss.energies[s];
-    double sum = 0, squares = 0, largest = 0;
-    const double weight = n == 0 ? 0.0 : loss.force_weights[s];
-    if (weight != 0) {
-      const double factor = force_factor * weight / static_cast<double>(n);
-      for (Index c = 0; c < n; ++c) {
-        const double difference = static_cast<double>(forces[c]) - loss.forces[begin + c];
-        const double size = std::abs(difference);
-        sum += size;
-        squares += difference * difference;
-        largest = size > largest || std::isnan(size) ? size : largest;
-        r[c] = static_cast<T>(factor * difference);
-      }
-    }
-    errors[3 * i] = sum;
-    errors[3 * i + 1] = squares;
-    errors[3 * i + 2] = largest;
-    const double own = loss.energy_weights[s];
-    return {own == 0 ? 0.0 : energy_factor * own * residuals[i], weight != 0};
+  const Index n_levels = networks.count();
+  const bool has_forces = batch.has_forces();
+  const auto energy_weight = [&](Index k, Index i) {
+    return loss.energy_weights[k * batch.n_structures + batch.structure(i)];
   };
-  const auto on_forces = [&](Index i) { return loss.force_weights[batch.structure(i)] != 0; };
-  differentiate(shape, weights, batch, on_forces, true, wanted, gradient, n_threads);
-  losses[0] = losses[1] = 0;
-  for (Index i = 0; i < batch.count; ++i) {
-    const Index s = batch.structure(i), n = 3 * (batch.offsets[s + 1] - batch.offsets[s]);
-    if (loss.energy_weights[s] != 0)
-      losses[0] += loss.energy_weights[s] * residuals[i] * residuals[i];
-    if (loss.force_weights[s] != 0 && n > 0)
-      losses[1] += loss.force_weights[s] * errors[3 * i + 1] / static_cast<double>(n);
+  const auto force_weight = [&](Index k, Index i) {
+    const Index s = batch.structure(i);
+    const bool none = !has_forces || batch.offsets[s] == batch.offsets[s + 1];
+    return none ? 0.0 : loss.force_weights[k * batch.n_structures + s];
+  };
+  std::vector<double> n_energies(n_levels), n_forces(n_levels);
+  for (Index k = 0; k < n_levels; ++k) {
+    Index of_energies = 0, of_forces = 0;
+    for (Index i = 0; i < batch.count; ++i) {
+      of_energies += energy_weight(k, i) != 0;
+      of_forces +=
+          has_forces && loss.force_weights[k * batch.n_structures + batch.structure(i)] != 0;
+    }
+    n_energies[k] = static_cast<double>(std::max<Index>(of_energies, 1));
+    n_forces[k] = static_cast<double>(std::max<Index>(of_forces, 1));
   }
-  losses[0] /= static_cast<double>(std::max<Index>(n_energies, 1));
-  losses[1] /= static_cast<double>(std::max<Index>(n_forces, 1));
+  const auto wanted = [&](const TileStructure<T>& structure) {
+    const Index i = structure.number, s = batch.structure(i), begin = 3 * batch.offsets[s];
+    const Index n = 3 * batch.offsets[s + 1] - begin;
+    for (Index k = 0; k < n_levels; ++k) {
+      double& residual = residuals[k * batch.count + i];
+      residual = structure.energies[k] - loss.energies[k * batch.n_structures + s];
+      double sum = 0, squares = 0, largest = 0;
+      const double weight = force_weight(k, i);
+      if (weight != 0) {
+        const double factor = 2 * loss.force_scale / n_forces[k] * weight / static_cast<double>(n);
+        const T* const forces = structure.forces + k * structure.room;
+        const double* const targets = loss.forces + k * 3 * batch.n_atoms + begin;
+        T* const r = structure.r + k * structure.room;
+        for (Index c = 0; c < n; ++c) {
+          const double difference = static_cast<double>(forces[c]) - targets[c];
+          const double size = std::abs(difference);
+          sum += size;
+          squares += difference * difference;
+          largest = size > largest || std::isnan(size) ? size : largest;
+          r[c] = static_cast<T>(factor * difference);
+        }
+      }
+      double* const error = errors + 3 * (k * batch.count + i);
+      error[0] = sum;
+      error[1] = squares;
+      error[2] = largest;
+      // A structure without weight may have no target (NaN).
+      const double own = energy_weight(k, i);
+      structure.e[k] = own == 0 ? 0.0 : 2 * loss.energy_scale / n_energies[k] * own * residual;
+      structure.any[k] = weight != 0;
+    }
+  };
+  const auto on_forces = [&](Index i) {
+    for (Index k = 0; k < n_levels; ++k)
+      if (force_weight(k, i) != 0) return true;
+    return false;
+  };
+  differentiate(networks, weights, batch, on_forces, true, wanted, gradient, n_threads);
+  losses[0] = losses[1] = 0;
+  for (Index k = 0; k < n_levels; ++k) {
+    double of_energies = 0, of_forces = 0;
+    for (Index i = 0; i < batch.count; ++i) {
+      const Index s = batch.structure(i), n = 3 * (batch.offsets[s + 1] - batch.offsets[s]);
+      const double residual = residuals[k * batch.count + i];
+      if (energy_weight(k, i) != 0) of_energies += energy_weight(k, i) * residual * residual;
+      if (force_weight(k, i) != 0)
+        of_forces +=
+            force_weight(k, i) * errors[3 * (k * batch.count + i) + 1] / static_cast<double>(n);
+    }
+    losses[0] += of_energies / n_energies[k];
+    losses[1] += of_forces / n_forces[k];
+  }
 }
 
-#define KINML_INSTANTIATE(T)                                                                   \
-  template void energy_forces<T>(const NetworkShape&, const T*, const ForceBatch<T>&,          \
-                                 const double*, double*, T*, int);                             \
-  template void energy_forces_backward<T>(const NetworkShape&, const T*, const ForceBatch<T>&, \
-                                          const double*, const T*, T*, int);                   \
-  template void force_step<T>(const NetworkShape&, const T*, const ForceBatch<T>&,             \
+#define KINML_INSTANTIATE(T)                                                                     \
+  template void energy_forces<T>(const NetworkLevels&, const T*, std::int64_t,                   \
+                                 const ForceBatch<T>&, const double*, Levels, double*, T*, int); \
+  template void energy_forces_backward<T>(const NetworkLevels&, const T*, const ForceBatch<T>&,  \
+                                          Levels, const double*, const T*, T*, int);             \
+  template void force_step<T>(const NetworkLevels&, const T*, const ForceBatch<T>&,              \
                               const ForceLoss&, double*, T*, double*, double*, int);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)

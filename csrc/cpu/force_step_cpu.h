@@ -6,13 +6,24 @@
 //   a = AEV(x), E = sum_i f(a_i)            environments are computed once and kept for all
 //   products g = grad f(a),  F = -J^T g e = dL/dE, r = dL/dF                    the caller's loss,
 //   structure by structure v = -J r                                then dL/dw is the gradient of
-//   sum_i e f(a_i) + grad f(a_i) . v_i tangents along v, one pass backwards    (forward over
-//   reverse: exact, as cheap as two passes)
+//   sum_i e f(a_i) + grad f(a_i) . v_i      tangents along v, one pass backwards (forward over
+//                                           reverse: exact, as cheap as two passes)
 // Weight gradients are summed in parts that depend on the batch only and then added in order: the
 // result has the same bits for any number of threads.
+//
+// Several levels of theory, lowest first, have a chain of networks (NetworkLevels). Level k has the
+// atomic energies eps_k = eps_{k-1} + f_k(a, eps_{k-1}), eps_{-1} = 0, and with p_k = df_k/da and
+// c_k = df_k/deps the gradients g_k = p_k + (1 + c_k) g_{k-1}. Every network takes part in each
+// pass once, whatever its place in the chain: of
+//   S = sum_k e_k eps_k + g_k . v_k,        v_k = -J r_k
+// the tangent of f_k is that along (U_k, T_k), where U_k = v_k + (1 + c_{k+1}) U_{k+1} gathers what
+// the levels above ask for and T_k = g_{k-1} . U_k is how eps_{k-1} moves, and the seed of its pass
+// backwards is q_k = q_{k+1} + e_k + m_{k+1}, with m_k the derivative of
+// q_k f_k + grad f_k . (U_k, T_k) with respect to eps_{k-1}.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "aev_cpu.h"
 #include "networks_cpu.h"
@@ -26,50 +37,83 @@ struct ForceBatch {
   const std::int64_t* offsets;     // [n_structures + 1]
   const std::int64_t* structures;  // [count] indices, or null: structures 0 .. count - 1
   std::int64_t count;
+  std::int64_t n_structures, n_atoms;  // of the data set
 
   // Either the coordinates [n_atoms, 3] and what the AEV is made of ...
   const AevParameters* parameters = nullptr;
   const T* coordinates = nullptr;
   // ... or stored descriptors [n_atoms, length] and Jacobians [n_atoms, length, columns], of which
-  // a structure of n atoms has the first 3 n columns.
+  // a structure of n atoms has the first 3 n columns. Without Jacobians (null) there are no forces.
   const T* features = nullptr;
   const T* jacobian = nullptr;
   std::int64_t length = 0;
   std::int64_t columns = 0;
 
   std::int64_t structure(std::int64_t i) const { return structures == nullptr ? i : structures[i]; }
+  bool has_forces() const { return features == nullptr || jacobian != nullptr; }
 };
 
-// energies  // [count] sum over atoms of f and, unless null, sae [n_species], eV
-// forces    // rows of the data set's atoms, [n_atoms, 3]; those of the batch are written
+// The networks of K levels of theory, lowest first. Those of level 0 take the D numbers of a
+// descriptor; the others one more, the last: the atomic energy of the level below.
+struct NetworkLevels {
+  std::vector<NetworkShape> shapes;  // [K]
+
+  std::int64_t count() const { return static_cast<std::int64_t>(shapes.size()); }
+  std::int64_t n_species() const { return shapes[0].n_species; }
+  // Numbers of the parameters of level k, which follow those of level k - 1.
+  std::int64_t parameters_of(std::int64_t k) const {
+    std::int64_t total = 0;
+    for (std::int64_t s = 0; s < n_species(); ++s) total += shapes[k].parameters_of(s);
+    return total;
+  }
+  std::int64_t parameters() const {
+    std::int64_t total = 0;
+    for (std::int64_t k = 0; k < count(); ++k) total += parameters_of(k);
+    return total;
+  }
+};
+
+// Which levels the outputs have: one row for each, or one for the highest alone.
+enum class Levels { all, highest };
+
+// Of an ensemble, n_members models that differ in their weights [n_members, parameters()]; R:
+// levels of the outputs. energies  // [n_members, R, count] sums over atoms of eps and, unless
+// null,
+//           // sae [n_members, R, n_species], eV
+// forces    // [n_members, R, n_atoms, 3]: rows of the data set's atoms; those of the batch are
+//           // written, if there are forces
 template <class T>
-void energy_forces(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
-                   const double* sae, double* energies, T* forces, int n_threads);
+void energy_forces(const NetworkLevels& networks, const T* weights, std::int64_t n_members,
+                   const ForceBatch<T>& batch, const double* sae, Levels levels, double* energies,
+                   T* forces, int n_threads);
 
 // gradient  // like the weights: that of sum e E + sum r F
-// e         // [count] dL/dE
-// r         // [n_atoms, 3] dL/dF, rows of the data set's atoms
+// e         // [R, count] dL/dE
+// r         // [R, n_atoms, 3] dL/dF, rows of the data set's atoms; not read without forces
 template <class T>
-void energy_forces_backward(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
-                            const double* e, const T* r, T* gradient, int n_threads);
+void energy_forces_backward(const NetworkLevels& networks, const T* weights,
+                            const ForceBatch<T>& batch, Levels levels, const double* e, const T* r,
+                            T* gradient, int n_threads);
 
-// Mean squared errors: L_E = sum_s w_s dE_s^2 / n_E, L_F = sum_s u_s (mean over 3 n_s components of
-// dF^2) / n_F, where n_E and n_F count the structures of the batch whose weight is not 0.
+// Mean squared errors, summed over the levels:
+//   L_E = sum_k sum_s w_ks dE_ks^2 / n_E,k
+//   L_F = sum_k sum_s u_ks (mean over 3 n_s components of dF_k^2) / n_F,k
+// where n_E,k and n_F,k count the structures of the batch whose weight at level k is not 0.
 struct ForceLoss {
-  const double* energies;        // [n_structures] targets without single-atom energies
-  const double* forces;          // [n_atoms, 3] targets; not read where the weight is 0
-  const double* energy_weights;  // [n_structures] w
-  const double* force_weights;   // [n_structures] u
+  const double* energies;        // [K, n_structures] targets without single-atom energies
+  const double* forces;          // [K, n_atoms, 3] targets; not read where the weight is 0
+  const double* energy_weights;  // [K, n_structures] w
+  const double* force_weights;   // [K, n_structures] u; not read without forces
   double energy_scale, force_scale;
 };
 
 // losses     // [2] L_E, L_F
 // gradient   // like the weights: that of energy_scale L_E + force_scale L_F
-// residuals  // [count] E - target
-// errors     // [count, 3] sum |dF|, sum dF^2, max |dF| of a structure's components; 0 without
-// weight
+// residuals  // [K, count] E - target
+// errors     // [K, count, 3] sum |dF|, sum dF^2, max |dF| of a structure's components; 0 without
+//            // weight
 template <class T>
-void force_step(const NetworkShape& shape, const T* weights, const ForceBatch<T>& batch,
+void force_step(const NetworkLevels& networks, const T* weights, const ForceBatch<T>& batch,
                 const ForceLoss& loss, double* losses, T* gradient, double* residuals,
                 double* errors, int n_threads);
 

@@ -30,11 +30,11 @@ using cpu::NetworkTile;
   KINML_DECLARE_KERNEL(void, networks_tile_forward, const NetworkPlan&, const T*,                  \
                        const NetworkTile<T>&, T*)                                                  \
   KINML_DECLARE_KERNEL(void, networks_tile_backward, const NetworkPlan&, const T*,                 \
-                       const NetworkTile<T>&, const T*, T*, Index)                                 \
+                       const NetworkTile<T>&, const T*, T*, Index, T*)                             \
   KINML_DECLARE_KERNEL(void, networks_tile_tangent, const NetworkPlan&, const T*,                  \
                        const NetworkTile<T>&, T*)                                                  \
   KINML_DECLARE_KERNEL(void, networks_tile_second_backward, const NetworkPlan&, const T*,          \
-                       const NetworkTile<T>&, const T*, T*, Index)                                 \
+                       const NetworkTile<T>&, const T*, T*, Index, T*)                             \
   KINML_DECLARE_KERNEL(void, networks_tile_weight_gradients, const NetworkPlan&,                   \
                        const NetworkTile<T>&, T*, bool)
 KINML_DECLARE_NETWORKS(double)
@@ -99,7 +99,7 @@ Index padded(Index n) {
 // Offsets of everything, and the sizes of the packed matrices.
 class Layout {
  public:
-  enum Packed { for_forward = 1, for_backward = 2, for_grad_features = 4 };
+  enum Packed { for_forward = 1, for_backward = 2, for_grad_features = 4, for_grad_last = 8 };
 
   // packed: what to pack the weights for; starts: atoms of each species, or null.
   Layout(const NetworkShape& shape, const Index* starts, int packed) {
@@ -121,6 +121,7 @@ class Layout {
         layer.transposed = packed & (l > 1 ? for_backward : for_grad_features)
                                ? room(padded(layer.in) * layer.out)
                                : -1;
+        layer.last = l == 1 && packed & for_grad_last ? room(padded(layer.out)) : -1;
         layers_.push_back(layer);
       }
     }
@@ -259,7 +260,8 @@ template <class T>
 struct PackedNetworks<T>::State {
   State(const NetworkShape& shape, const T* parameters, int n_threads)
       : layout(shape, nullptr,
-               Layout::for_forward | Layout::for_backward | Layout::for_grad_features) {
+               Layout::for_forward | Layout::for_backward | Layout::for_grad_features |
+                   Layout::for_grad_last) {
     buffer.swap(kept());
     packed = buffer.template get<T>(layout.packed());
     KINML_CALL_KERNEL(networks_pack, plan(), parameters, packed, n_threads);
@@ -297,9 +299,9 @@ void PackedNetworks<T>::forward(const NetworkTile<T>& tile, T* atomic) const {
 }
 template <class T>
 void PackedNetworks<T>::backward(const NetworkTile<T>& tile, const T* seeds, T* grad_features,
-                                 Index stride) const {
+                                 Index stride, T* grad_last) const {
   KINML_CALL_KERNEL(networks_tile_backward, state_->plan(), state_->packed, tile, seeds,
-                    grad_features, stride);
+                    grad_features, stride, grad_last);
 }
 template <class T>
 void PackedNetworks<T>::tangent(const NetworkTile<T>& tile, T* derivatives) const {
@@ -307,9 +309,9 @@ void PackedNetworks<T>::tangent(const NetworkTile<T>& tile, T* derivatives) cons
 }
 template <class T>
 void PackedNetworks<T>::second_backward(const NetworkTile<T>& tile, const T* seeds,
-                                        T* grad_features, Index stride) const {
+                                        T* grad_features, Index stride, T* grad_last) const {
   KINML_CALL_KERNEL(networks_tile_second_backward, state_->plan(), state_->packed, tile, seeds,
-                    grad_features, stride);
+                    grad_features, stride, grad_last);
 }
 template <class T>
 void PackedNetworks<T>::weight_gradients(const NetworkTile<T>& tile, T* grad_parameters,

@@ -134,14 +134,16 @@ class PackedNetworks {
   void forward(const NetworkTile<T>& tile, T* atomic) const;
   // seeds          // [n] t, or null: 1
   // grad_features  // [*, stride] row rows[i] = t grad f; or null
-  void backward(const NetworkTile<T>& tile, const T* seeds, T* grad_features,
-                std::int64_t stride) const;
+  // grad_last      // [n] the last number of that row alone; or null
+  void backward(const NetworkTile<T>& tile, const T* seeds, T* grad_features, std::int64_t stride,
+                T* grad_last = nullptr) const;
   // derivatives    // [n] grad f . v; or null
   void tangent(const NetworkTile<T>& tile, T* derivatives) const;
   // seeds          // [n] e, or null: 0
   // grad_features  // [*, stride] row rows[i] = dS/da; or null
+  // grad_last      // [n] the last number of that row alone; or null
   void second_backward(const NetworkTile<T>& tile, const T* seeds, T* grad_features,
-                       std::int64_t stride) const;
+                       std::int64_t stride, T* grad_last = nullptr) const;
   // grad_parameters  // like the parameters; dS/dW and dS/db (of a tile without tangents: of t f)
   //                  // are added or, unless `add`, written
   void weight_gradients(const NetworkTile<T>& tile, T* grad_parameters, bool add) const;

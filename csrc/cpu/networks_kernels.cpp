@@ -337,6 +337,9 @@ void pack(const NetworkPlan& plan, const T* parameters, T* packed, int n_threads
     if (item >= n_layers) {
       if (layer.transposed >= 0)
         pack_straight(weights, layer.in, layer.out, packed + layer.transposed);
+      if (layer.last >= 0)
+        for (Index k = 0; k < vectors_for<T>(layer.out) * kNativeWidth<T>; ++k)
+          packed[layer.last + k] = k < layer.out ? weights[(k + 1) * layer.in - 1] : T(0);
       return;
     }
     if (layer.packed < 0) return;
@@ -429,10 +432,10 @@ void up(const NetworkPlan& plan, Index species, Index n, const T* packed, bool b
 
 // For l = L .. 1: delta_l = dS/dh_l, then activation(l, layer), which makes dS/dz_l of it,
 // dS/dh_{l-1} = W_l^T delta_l; dS/dh_L = seeds (null: all are `seed`), dS/dh_0 goes to
-// grad_features (base null: not wanted).
+// grad_features (base null: not wanted), its last number to grad_last (null: not wanted).
 template <class T, class Function>
 void down(const NetworkPlan& plan, Index species, Index n, const T* packed, const T* seeds, T seed,
-          Stack<T> deltas, Rows<T> grad_features, const Function& activation) {
+          Stack<T> deltas, Rows<T> grad_features, T* grad_last, const Function& activation) {
   const NetworkLayer* const layers = plan.of(species);
   Rows<T> delta = {};
   for (Index l = plan.n_layers; l-- > 0;) {
@@ -445,8 +448,15 @@ void down(const NetworkPlan& plan, Index species, Index n, const T* packed, cons
                   delta, layers[l].out, true);
     activation(l, layers[l]);
   }
-  if (grad_features.base == nullptr) return;
   const Rows<const T> first = {delta.base, delta.stride, nullptr};
+  if (grad_last != nullptr) {
+    const T* const column = packed + layers[0].last;
+    if (plan.n_layers > 1)
+      multiply_column<T>(first, n, layers[0].out, column, T(0), grad_last);
+    else  // rows without padding
+      for (Index i = 0; i < n; ++i) grad_last[i] = *first[i] * *column;
+  }
+  if (grad_features.base == nullptr) return;
   multiply<T>(first, nullptr, n, layers[0].out, packed + layers[0].transposed, nullptr,
               grad_features, layers[0].in, false);
 }
@@ -516,7 +526,8 @@ void backward_pieces(const NetworkPlan& plan, const NetworkPiece* pieces, Index 
     const Stack<T> delta = {deltas + segment.offset * plan.scratch_per_atom, segment.count,
                             piece.first};
     down<T>(plan, segment.species, piece.count, packed, grad_atomic + first, T(0), delta,
-            {grad_features, feature_stride, rows + first}, [&](Index l, const NetworkLayer& layer) {
+            {grad_features, feature_stride, rows + first}, nullptr,
+            [&](Index l, const NetworkLayer& layer) {
               multiply_slope<T>(plan.activations[l], layer, piece.count, z.of(layer).base,
                                 h.of(layer).base, delta.of(layer).base);
             });
@@ -857,14 +868,15 @@ void tile_forward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>
 
 template <class T>
 void tile_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile,
-                   const T* seeds, T* grad_features, Index stride) {
+                   const T* seeds, T* grad_features, Index stride, T* grad_last) {
   for_species(plan, tile, [&](const TileSpecies<T>& part) {
     for_pieces(part.n, kMostRows, [&](Index first, Index n) {
       const Stack<T> z = part.z().from(first), h = part.h().from(first),
                      delta = part.delta().from(first), curve = part.curve().from(first);
       const Index atom = part.first + first;
       down<T>(plan, part.species, n, packed, seeds ? seeds + atom : nullptr, T(1), delta,
-              {grad_features, stride, tile.rows + atom}, [&](Index l, const NetworkLayer& layer) {
+              {grad_features, stride, tile.rows + atom}, grad_last ? grad_last + atom : nullptr,
+              [&](Index l, const NetworkLayer& layer) {
                 multiply_slope<T>(plan.activations[l], layer, n, z.of(layer).base, h.of(layer).base,
                                   delta.of(layer).base, curve.of(layer).base);
               });
@@ -904,7 +916,7 @@ void tile_tangent(const NetworkPlan& plan, const T* packed, const NetworkTile<T>
 // mu = mu^h f'(z) + delta^h f''(z) dz
 template <class T>
 void tile_second_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile,
-                          const T* seeds, T* grad_features, Index stride) {
+                          const T* seeds, T* grad_features, Index stride, T* grad_last) {
   using V = Native<T>;
   for_species(plan, tile, [&](const TileSpecies<T>& part) {
     for_pieces(part.n, kMostRows, [&](Index first, Index n) {
@@ -912,7 +924,8 @@ void tile_second_backward(const NetworkPlan& plan, const T* packed, const Networ
                      mu = part.mu().from(first);
       const Index atom = part.first + first;
       down<T>(plan, part.species, n, packed, seeds ? seeds + atom : nullptr, T(0), mu,
-              {grad_features, stride, tile.rows + atom}, [&](Index, const NetworkLayer& layer) {
+              {grad_features, stride, tile.rows + atom}, grad_last ? grad_last + atom : nullptr,
+              [&](Index, const NetworkLayer& layer) {
                 const T* const s = slope.of(layer).base;
                 const T* const c = curve.of(layer).base;
                 T* const m = mu.of(layer).base;
@@ -988,8 +1001,8 @@ void tile_weight_gradients(const NetworkPlan& plan, const NetworkTile<T>& tile, 
   }                                                                                                \
   void networks_tile_backward(const NetworkPlan& plan, const T* packed,                            \
                               const NetworkTile<T>& tile, const T* seeds, T* grad_features,        \
-                              Index stride) {                                                      \
-    tile_backward(plan, packed, tile, seeds, grad_features, stride);                               \
+                              Index stride, T* grad_last) {                                        \
+    tile_backward(plan, packed, tile, seeds, grad_features, stride, grad_last);                    \
   }                                                                                                \
   void networks_tile_tangent(const NetworkPlan& plan, const T* packed, const NetworkTile<T>& tile, \
                              T* derivatives) {                                                     \
@@ -997,8 +1010,8 @@ void tile_weight_gradients(const NetworkPlan& plan, const NetworkTile<T>& tile, 
   }                                                                                                \
   void networks_tile_second_backward(const NetworkPlan& plan, const T* packed,                     \
                                      const NetworkTile<T>& tile, const T* seeds, T* grad_features, \
-                                     Index stride) {                                               \
-    tile_second_backward(plan, packed, tile, seeds, grad_features, stride);                        \
+                                     Index stride, T* grad_last) {                                 \
+    tile_second_backward(plan, packed, tile, seeds, grad_features, stride, grad_last);             \
   }                                                                                                \
   void networks_tile_weight_gradients(const NetworkPlan& plan, const NetworkTile<T>& tile,         \
                                       T* grad_parameters, bool add) {                              \

@@ -14,6 +14,7 @@ struct NetworkLayer {
   std::int64_t biases;      // offset in the parameters of b [out], or -1
   std::int64_t packed;      // offset in the packed parameters, for z = W h, or -1: not needed
   std::int64_t transposed;  // the same for W^T delta
+  std::int64_t last;        // the same for its last number alone: the last column of W
 };
 
 struct NetworkPlan {

@@ -283,10 +283,10 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(T tangents, T g, T f
 // in what stands before the species: coordinates, or stored descriptors and Jacobians.
 using Outputs = std::tuple<Tensor, Tensor>;
 using MaybeTensor = const std::optional<Tensor>&;
-using EnergyForcesOp = Outputs(T, T, T, T, MaybeTensor, Doubles, Ints, Ints, bool);
-using EnergyForcesGrad = Tensor(T, T, T, T, T, T, Doubles, Ints, Ints, bool);
-using StoredOp = Outputs(T, T, T, T, T, MaybeTensor, Ints, Ints, bool);
-using StoredGrad = Tensor(T, T, T, T, T, T, T, Ints, Ints, bool);
+using EnergyForcesOp = Outputs(T, T, T, T, MaybeTensor, Doubles, Ints, Ints, bool, bool);
+using EnergyForcesGrad = Tensor(T, T, T, T, T, T, Doubles, Ints, Ints, bool, bool);
+using StoredOp = Outputs(T, MaybeTensor, T, T, T, MaybeTensor, Ints, Ints, bool, bool);
+using StoredGrad = Tensor(T, T, T, MaybeTensor, T, T, T, Ints, Ints, bool, bool);
 
 void check_constants(std::initializer_list<const Tensor*> constants, MaybeTensor sae) {
   TORCH_CHECK(!sae.has_value() || !sae->requires_grad(), "kinml_fast: sae has no gradient");
@@ -299,44 +299,49 @@ void check_constants(std::initializer_list<const Tensor*> constants, MaybeTensor
 
 struct EnergyForces : Function<EnergyForces> {
   static variable_list forward(AutogradContext* ctx, T x, T z, T o, T w, MaybeTensor sae, Doubles d,
-                               Ints sizes, Ints activations, bool biases) {
+                               Ints sizes, Ints activations, bool biases, bool levels) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<EnergyForcesOp> op("kinml_fast::energy_forces");
     ctx->save_for_backward({x, z, o, w});
     ctx->saved_data["descriptor"] = d.vec();
+    ctx->saved_data["levels"] = levels;
     keep_networks(ctx, sizes, activations, biases);
-    auto [energies, forces] = op(x, z, o, w, sae, d, sizes, activations, biases);
+    auto [energies, forces] = op(x, z, o, w, sae, d, sizes, activations, biases, levels);
     return {energies, forces};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static const Op<EnergyForcesGrad> op("kinml_fast::energy_forces_backward");
     const variable_list s = ctx->get_saved_variables();
-    variable_list result(9);
+    variable_list result(10);
     result[3] =
         op(grad[0], grad[1], s[0], s[1], s[2], s[3], descriptor_of(ctx),
            ctx->saved_data["sizes"].toIntVector(), ctx->saved_data["activations"].toIntVector(),
-           ctx->saved_data["biases"].toBool());
+           ctx->saved_data["biases"].toBool(), ctx->saved_data["levels"].toBool());
     return result;
   }
 };
 
 struct EnergyForcesStored : Function<EnergyForcesStored> {
-  static variable_list forward(AutogradContext* ctx, T a, T jacobian, T z, T o, T w,
-                               MaybeTensor sae, Ints sizes, Ints activations, bool biases) {
+  static variable_list forward(AutogradContext* ctx, T a, MaybeTensor jacobian, T z, T o, T w,
+                               MaybeTensor sae, Ints sizes, Ints activations, bool biases,
+                               bool levels) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<StoredOp> op("kinml_fast::energy_forces_stored");
-    ctx->save_for_backward({a, jacobian, z, o, w});
+    ctx->save_for_backward({a, jacobian.value_or(Tensor()), z, o, w});
+    ctx->saved_data["levels"] = levels;
     keep_networks(ctx, sizes, activations, biases);
-    auto [energies, forces] = op(a, jacobian, z, o, w, sae, sizes, activations, biases);
+    auto [energies, forces] = op(a, jacobian, z, o, w, sae, sizes, activations, biases, levels);
     return {energies, forces};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static const Op<StoredGrad> op("kinml_fast::energy_forces_stored_backward");
     const variable_list s = ctx->get_saved_variables();
-    variable_list result(9);
+    const auto jacobian = s[1].defined() ? std::optional<Tensor>(s[1]) : std::nullopt;
+    variable_list result(10);
     result[4] =
-        op(grad[0], grad[1], s[0], s[1], s[2], s[3], s[4], ctx->saved_data["sizes"].toIntVector(),
-           ctx->saved_data["activations"].toIntVector(), ctx->saved_data["biases"].toBool());
+        op(grad[0], grad[1], s[0], jacobian, s[2], s[3], s[4],
+           ctx->saved_data["sizes"].toIntVector(), ctx->saved_data["activations"].toIntVector(),
+           ctx->saved_data["biases"].toBool(), ctx->saved_data["levels"].toBool());
     return result;
   }
 };
@@ -348,43 +353,48 @@ struct EnergyForcesStored : Function<EnergyForcesStored> {
 }
 struct EnergyForcesBackward : Function<EnergyForcesBackward> {
   static Tensor forward(AutogradContext*, T e, T f, T x, T z, T o, T w, Doubles d, Ints sizes,
-                        Ints activations, bool biases) {
+                        Ints activations, bool biases, bool levels) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<EnergyForcesGrad> op("kinml_fast::energy_forces_backward");
-    return op(e, f, x, z, o, w, d, sizes, activations, biases);
+    return op(e, f, x, z, o, w, d, sizes, activations, biases, levels);
   }
   static variable_list backward(AutogradContext*, const variable_list&) { no_second_derivative(); }
 };
 struct EnergyForcesStoredBackward : Function<EnergyForcesStoredBackward> {
-  static Tensor forward(AutogradContext*, T e, T f, T a, T jacobian, T z, T o, T w, Ints sizes,
-                        Ints activations, bool biases) {
+  static Tensor forward(AutogradContext*, T e, T f, T a, MaybeTensor jacobian, T z, T o, T w,
+                        Ints sizes, Ints activations, bool biases, bool levels) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<StoredGrad> op("kinml_fast::energy_forces_stored_backward");
-    return op(e, f, a, jacobian, z, o, w, sizes, activations, biases);
+    return op(e, f, a, jacobian, z, o, w, sizes, activations, biases, levels);
   }
   static variable_list backward(AutogradContext*, const variable_list&) { no_second_derivative(); }
 };
 
 Outputs energy_forces(T x, T z, T o, T w, MaybeTensor sae, Doubles d, Ints sizes, Ints activations,
-                      bool biases) {
+                      bool biases, bool levels) {
   if (at::GradMode::is_enabled()) check_constants({&x}, sae);
-  const variable_list r = EnergyForces::apply(x, z, o, w, sae, d, sizes, activations, biases);
+  const variable_list r =
+      EnergyForces::apply(x, z, o, w, sae, d, sizes, activations, biases, levels);
   return {r[0], r[1]};
 }
-Outputs energy_forces_stored(T a, T jacobian, T z, T o, T w, MaybeTensor sae, Ints sizes,
-                             Ints activations, bool biases) {
-  if (at::GradMode::is_enabled()) check_constants({&a, &jacobian}, sae);
+Outputs energy_forces_stored(T a, MaybeTensor jacobian, T z, T o, T w, MaybeTensor sae, Ints sizes,
+                             Ints activations, bool biases, bool levels) {
+  if (at::GradMode::is_enabled()) {
+    check_constants({&a}, sae);
+    if (jacobian.has_value()) check_constants({&*jacobian}, sae);
+  }
   const variable_list r =
-      EnergyForcesStored::apply(a, jacobian, z, o, w, sae, sizes, activations, biases);
+      EnergyForcesStored::apply(a, jacobian, z, o, w, sae, sizes, activations, biases, levels);
   return {r[0], r[1]};
 }
 Tensor energy_forces_backward(T e, T f, T x, T z, T o, T w, Doubles d, Ints sizes, Ints activations,
-                              bool biases) {
-  return EnergyForcesBackward::apply(e, f, x, z, o, w, d, sizes, activations, biases);
+                              bool biases, bool levels) {
+  return EnergyForcesBackward::apply(e, f, x, z, o, w, d, sizes, activations, biases, levels);
 }
-Tensor energy_forces_stored_backward(T e, T f, T a, T jacobian, T z, T o, T w, Ints sizes,
-                                     Ints activations, bool biases) {
-  return EnergyForcesStoredBackward::apply(e, f, a, jacobian, z, o, w, sizes, activations, biases);
+Tensor energy_forces_stored_backward(T e, T f, T a, MaybeTensor jacobian, T z, T o, T w, Ints sizes,
+                                     Ints activations, bool biases, bool levels) {
+  return EnergyForcesStoredBackward::apply(e, f, a, jacobian, z, o, w, sizes, activations, biases,
+                                           levels);
 }
 
 }  // namespace

@@ -4,10 +4,11 @@
 #include <ATen/ATen.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/aev_cpu.h"
-#include "../cpu/networks_cpu.h"
+#include "../cpu/force_step_cpu.h"
 
 namespace kinml::ops {
 
@@ -85,6 +86,18 @@ inline cpu::AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
   return p;
 }
 
+inline void check_network(const cpu::NetworkShape& shape, int64_t species, int64_t inputs) {
+  TORCH_CHECK(shape.size(species, 0) == inputs, "kinml_fast: the network of species ", species,
+              " takes ", shape.size(species, 0), " inputs, the features have ", inputs);
+  TORCH_CHECK(shape.size(species, shape.n_layers) == 1,
+              "kinml_fast: the last layer must have one output, ", "that of species ", species,
+              " has ", shape.size(species, shape.n_layers));
+}
+inline void check_activations(at::IntArrayRef activations) {
+  for (const int64_t a : activations)
+    TORCH_CHECK(a >= 0 && a <= 6, "kinml_fast: unknown activation code ", a);
+}
+
 // The description of the networks for features of `length` numbers; the lists must outlive it.
 inline cpu::NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n_species,
                                          int64_t length, at::IntArrayRef sizes,
@@ -98,18 +111,56 @@ inline cpu::NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n
   int64_t n_parameters = 0;
   for (int64_t s = 0; s < n_species; ++s) {
     n_parameters += shape.parameters_of(s);
-    TORCH_CHECK(shape.size(s, 0) == length, "kinml_fast: the network of species ", s, " takes ",
-                shape.size(s, 0), " inputs, the features have ", length);
-    TORCH_CHECK(shape.size(s, n_layers) == 1, "kinml_fast: the last layer must have one output, ",
-                "that of species ", s, " has ", shape.size(s, n_layers));
+    check_network(shape, s, length);
   }
-  for (const int64_t a : activations)
-    TORCH_CHECK(a >= 0 && a <= 6, "kinml_fast: unknown activation code ", a);
+  check_activations(activations);
   TORCH_CHECK(parameters.dim() == 1, "kinml_fast: parameters must be one flat tensor, got shape ",
               parameters.sizes());
   TORCH_CHECK(parameters.size(0) == n_parameters, "kinml_fast: the networks have ", n_parameters,
               " parameters, got ", parameters.size(0));
   return shape;
+}
+
+// Species and levels of a chain of networks (cpu::NetworkLevels) from `sizes`, which has
+// [n_levels, n_species, n_layers + 1] numbers: networks of level 0 take `length` numbers.
+inline std::pair<int64_t, int64_t> count_levels(int64_t length, at::IntArrayRef sizes,
+                                                at::IntArrayRef activations) {
+  const size_t widths = activations.size() + 1, n_networks = sizes.size() / widths;
+  TORCH_CHECK(!activations.empty() && n_networks > 0 && sizes.size() == n_networks * widths,
+              "kinml_fast: ", activations.size(), " layers need ", widths,
+              " sizes for each network, got ", sizes.size(), " in all");
+  size_t n_species = 0;
+  while (n_species < n_networks && sizes[n_species * widths] == length) ++n_species;
+  TORCH_CHECK(n_species > 0, "kinml_fast: the network of species 0 takes ", sizes[0],
+              " inputs, the features have ", length);
+  TORCH_CHECK(n_networks % n_species == 0, "kinml_fast: the network of species ", n_species,
+              " takes ", sizes[n_species % n_networks * widths], " inputs, the features have ",
+              length);
+  return {n_species, n_networks / n_species};
+}
+
+// The description of such a chain; parameters [n] or, for an ensemble, [n_members, n]. The lists
+// must outlive it.
+inline cpu::NetworkLevels unpack_levels(const at::Tensor& parameters, int64_t length,
+                                        at::IntArrayRef sizes, at::IntArrayRef activations,
+                                        bool biases) {
+  TORCH_CHECK(parameters.dim() == 1 || parameters.dim() == 2,
+              "kinml_fast: parameters must be one flat tensor, or [n_members, n] for an ensemble, "
+              "got shape ",
+              parameters.sizes());
+  const auto [n_species, n_levels] = count_levels(length, sizes, activations);
+  const auto n_layers = static_cast<int64_t>(activations.size());
+  cpu::NetworkLevels levels;
+  for (int64_t k = 0; k < n_levels; ++k) {
+    levels.shapes.push_back({n_species, n_layers, sizes.data() + k * n_species * (n_layers + 1),
+                             activations.data(), biases});
+    for (int64_t s = 0; s < n_species; ++s)
+      check_network(levels.shapes.back(), s, length + (k > 0 ? 1 : 0));
+  }
+  check_activations(activations);
+  TORCH_CHECK(parameters.size(-1) == levels.parameters(), "kinml_fast: the networks have ",
+              levels.parameters(), " parameters, got ", parameters.size(-1));
+  return levels;
 }
 
 // Offsets and species in host memory: increasing from 0 to n_atoms, species within the list.

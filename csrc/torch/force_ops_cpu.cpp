@@ -21,7 +21,8 @@ int threads() {
 
 // Where descriptors come from: coordinates, or stored ones with their Jacobians.
 struct Source {
-  Tensor coordinates, features, jacobian;
+  bool stores = false;
+  Tensor coordinates, features, jacobian;  // the last may be missing: then there are no forces
   cpu::AevParameters parameters;
 
   static Source recomputed(const Tensor& coordinates, Doubles descriptor) {
@@ -33,31 +34,35 @@ struct Source {
     s.parameters = unpack_descriptor(descriptor);
     return s;
   }
-  static Source stored(const Tensor& features, const Tensor& jacobian) {
+  static Source stored(const Tensor& features, const std::optional<Tensor>& jacobian) {
     Source s;
+    s.stores = true;
     check_floating(features, "features");
     TORCH_CHECK(features.dim() == 2, "kinml_fast: features must have shape [n_atoms, D], got ",
                 features.sizes());
-    check_same_type(jacobian, "jacobian", features, "features");
-    TORCH_CHECK(jacobian.dim() == 3 && jacobian.size(0) == features.size(0) &&
-                    jacobian.size(1) == features.size(1),
-                "kinml_fast: jacobian must have shape [", features.size(0), ", ", features.size(1),
-                ", columns], got ", jacobian.sizes());
     s.features = features.contiguous();
-    s.jacobian = jacobian.contiguous();
+    if (!jacobian.has_value()) return s;
+    check_same_type(*jacobian, "jacobian", features, "features");
+    TORCH_CHECK(jacobian->dim() == 3 && jacobian->size(0) == features.size(0) &&
+                    jacobian->size(1) == features.size(1),
+                "kinml_fast: jacobian must have shape [", features.size(0), ", ", features.size(1),
+                ", columns], got ", jacobian->sizes());
+    s.jacobian = jacobian->contiguous();
     return s;
   }
-  bool is_stored() const { return features.defined(); }
-  const Tensor& numbers() const { return is_stored() ? features : coordinates; }
+  const Tensor& numbers() const { return stores ? features : coordinates; }
   int64_t n_atoms() const { return numbers().size(0); }
-  int64_t length() const { return is_stored() ? features.size(1) : parameters.length(); }
+  int64_t length() const { return stores ? features.size(1) : parameters.length(); }
+  bool has_forces() const { return !stores || jacobian.defined(); }
   template <class T>
   void describe(cpu::ForceBatch<T>& batch) const {
-    if (is_stored()) {
+    if (stores) {
       batch.features = features.const_data_ptr<T>();
-      batch.jacobian = jacobian.const_data_ptr<T>();
       batch.length = features.size(1);
-      batch.columns = jacobian.size(2);
+      if (jacobian.defined()) {
+        batch.jacobian = jacobian.const_data_ptr<T>();
+        batch.columns = jacobian.size(2);
+      }
     } else {
       batch.parameters = &parameters;
       batch.coordinates = coordinates.const_data_ptr<T>();
@@ -69,8 +74,10 @@ struct Source {
 struct Call {
   const Source& source;
   Tensor species, offsets, structures, weights;
-  cpu::NetworkShape shape;
-  int64_t count;
+  cpu::NetworkLevels networks;
+  int64_t n_members;
+  int64_t n_structures;  // of the data set
+  int64_t count;         // of the batch
 
   // Without `structures` all of them, in order.
   Call(const Source& from, const Tensor& species_, const Tensor& offsets_,
@@ -88,13 +95,14 @@ struct Call {
     TORCH_CHECK(offsets.size(0) >= 1,
                 "kinml_fast: offsets must have n_structures + 1 entries, got none");
     check_same_type(weights, "parameters", source.numbers(),
-                    source.is_stored() ? "features" : "coordinates");
-    const auto n_layers = static_cast<int64_t>(activations.size());
-    const int64_t n_species = source.is_stored()
-                                  ? static_cast<int64_t>(sizes.size()) / (n_layers + 1)
-                                  : source.parameters.n_species;
-    shape = unpack_networks(weights, n_species, source.length(), sizes, activations, biases);
-    const int64_t n_structures = offsets.size(0) - 1;
+                    source.stores ? "features" : "coordinates");
+    networks = unpack_levels(weights, source.length(), sizes, activations, biases);
+    n_members = weights.dim() == 2 ? weights.size(0) : 1;
+    const int64_t n_species = networks.n_species();
+    TORCH_CHECK(source.stores || n_species == source.parameters.n_species,
+                "kinml_fast: the networks are for ", n_species, " species, the descriptor for ",
+                source.parameters.n_species);
+    n_structures = offsets.size(0) - 1;
     const int64_t* const z = species.const_data_ptr<int64_t>();
     const int64_t* const o = offsets.const_data_ptr<int64_t>();
     if (structures_.has_value()) {
@@ -117,7 +125,7 @@ struct Call {
       check_batch_values(z, o, n_atoms, n_structures, n_species);
     }
     count = structures.defined() ? structures.size(0) : n_structures;
-    if (source.is_stored())
+    if (source.jacobian.defined())
       for (int64_t i = 0; i < count; ++i) {
         const int64_t s = structures.defined() ? structures.const_data_ptr<int64_t>()[i] : i;
         TORCH_CHECK(3 * (o[s + 1] - o[s]) <= source.jacobian.size(2), "kinml_fast: structure ", s,
@@ -128,9 +136,12 @@ struct Call {
 
   template <class T>
   cpu::ForceBatch<T> batch() const {
-    cpu::ForceBatch<T> b{species.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(),
+    cpu::ForceBatch<T> b{species.const_data_ptr<int64_t>(),
+                         offsets.const_data_ptr<int64_t>(),
                          structures.defined() ? structures.const_data_ptr<int64_t>() : nullptr,
-                         count};
+                         count,
+                         n_structures,
+                         source.n_atoms()};
     source.describe(b);
     return b;
   }
@@ -150,34 +161,68 @@ void check_doubles(const Tensor& t, const char* name, at::IntArrayRef shape) {
               ", got ", t.scalar_type(), " of shape ", t.sizes());
 }
 
-std::tuple<Tensor, Tensor> evaluate(const Call& call, const std::optional<Tensor>& sae) {
-  Tensor energies = at::empty({call.count}, call.weights.options().dtype(at::kDouble));
-  Tensor forces = at::empty({call.source.n_atoms(), 3}, call.weights.options());
+// Shape of outputs: [members, levels, ...], without the dimensions that there are not.
+template <class Number>
+c10::SmallVector<Number, 5> output_shape(bool ensemble, Number n_members, bool levels,
+                                         Number n_levels, std::initializer_list<Number> last) {
+  c10::SmallVector<Number, 5> shape;
+  if (ensemble) shape.push_back(n_members);
+  if (levels) shape.push_back(n_levels);
+  for (const Number& n : last) shape.push_back(n);
+  return shape;
+}
+cpu::Levels which(bool levels) {
+  return levels ? cpu::Levels::all : cpu::Levels::highest;
+}
+
+std::tuple<Tensor, Tensor> evaluate(const Call& call, const std::optional<Tensor>& sae,
+                                    bool levels) {
+  const auto shape = [&](std::initializer_list<int64_t> last) {
+    return output_shape<int64_t>(call.weights.dim() == 2, call.n_members, levels,
+                                 call.networks.count(), last);
+  };
+  const int64_t n_atoms = call.source.has_forces() ? call.source.n_atoms() : 0;
+  Tensor energies = at::empty(shape({call.count}), call.weights.options().dtype(at::kDouble));
+  Tensor forces = at::empty(shape({n_atoms, 3}), call.weights.options());
   Tensor shift;
   if (sae.has_value()) {
     shift = sae->contiguous();
-    check_doubles(shift, "sae", {call.shape.n_species});
+    check_doubles(shift, "sae", shape({call.networks.n_species()}));
   }
   call.with_type([&](auto zero) {
     using T = decltype(zero);
-    cpu::energy_forces<T>(call.shape, call.weights.const_data_ptr<T>(), call.batch<T>(),
-                          shift.defined() ? shift.const_data_ptr<double>() : nullptr,
-                          energies.mutable_data_ptr<double>(), forces.mutable_data_ptr<T>(),
-                          threads());
+    cpu::energy_forces<T>(
+        call.networks, call.weights.const_data_ptr<T>(), call.n_members, call.batch<T>(),
+        shift.defined() ? shift.const_data_ptr<double>() : nullptr, which(levels),
+        energies.mutable_data_ptr<double>(), forces.mutable_data_ptr<T>(), threads());
   });
   return {energies, forces};
 }
 
-Tensor differentiate(const Call& call, const Tensor& grad_energies, const Tensor& grad_forces) {
+void check_one_member(const Call& call) {
+  TORCH_CHECK(call.weights.dim() == 1,
+              "kinml_fast: the members of an ensemble are trained one at a time: give parameters "
+              "of shape [n], got ",
+              call.weights.sizes());
+}
+
+Tensor differentiate(const Call& call, const Tensor& grad_energies, const Tensor& grad_forces,
+                     bool levels) {
+  check_one_member(call);
   const Tensor e = grad_energies.contiguous(), r = grad_forces.contiguous();
-  check_doubles(e, "grad_energies", {call.count});
+  const auto shape = [&](std::initializer_list<int64_t> last) {
+    return output_shape<int64_t>(false, 1, levels, call.networks.count(), last);
+  };
+  check_doubles(e, "grad_energies", shape({call.count}));
   check_same_type(r, "grad_forces", call.weights, "parameters");
-  check_matrix(r, "grad_forces", call.source.n_atoms(), 3);
+  const auto forces = shape({call.source.has_forces() ? call.source.n_atoms() : 0, 3});
+  TORCH_CHECK(r.sizes() == at::IntArrayRef(forces), "kinml_fast: grad_forces must have shape ",
+              at::IntArrayRef(forces), ", got ", r.sizes());
   Tensor gradient = at::empty_like(call.weights);
   call.with_type([&](auto zero) {
     using T = decltype(zero);
-    cpu::energy_forces_backward<T>(call.shape, call.weights.const_data_ptr<T>(), call.batch<T>(),
-                                   e.const_data_ptr<double>(), r.const_data_ptr<T>(),
+    cpu::energy_forces_backward<T>(call.networks, call.weights.const_data_ptr<T>(), call.batch<T>(),
+                                   which(levels), e.const_data_ptr<double>(), r.const_data_ptr<T>(),
                                    gradient.mutable_data_ptr<T>(), threads());
   });
   return gradient;
@@ -186,26 +231,35 @@ Tensor differentiate(const Call& call, const Tensor& grad_energies, const Tensor
 void step(const Call& call, const Tensor& energy_targets, const Tensor& force_targets,
           const Tensor& energy_weights, const Tensor& force_weights, const Tensor& scales,
           Tensor& energy_residuals, Tensor& force_errors, Tensor& losses, Tensor& gradient) {
-  const int64_t n = call.offsets.size(0) - 1;
-  check_doubles(energy_targets, "energy_targets", {n});
-  check_doubles(force_targets, "force_targets", {call.source.n_atoms(), 3});
-  check_doubles(energy_weights, "energy_weights", {n});
-  check_doubles(force_weights, "force_weights", {n});
+  check_one_member(call);
+  const int64_t n = call.n_structures, n_levels = call.networks.count();
+  const auto check = [&](const Tensor& t, const char* name, std::initializer_list<int64_t> last) {
+    check_doubles(t, name, output_shape<int64_t>(false, 1, n_levels > 1, n_levels, last));
+  };
+  check(energy_targets, "energy_targets", {n});
+  check(energy_weights, "energy_weights", {n});
+  if (call.source.has_forces()) {
+    check(force_targets, "force_targets", {call.source.n_atoms(), 3});
+    check(force_weights, "force_weights", {n});
+  }
   check_doubles(scales, "scales", {2});
-  check_doubles(energy_residuals, "energy_residuals", {call.count});
-  check_doubles(force_errors, "force_errors", {call.count, 3});
+  check(energy_residuals, "energy_residuals", {call.count});
+  check(force_errors, "force_errors", {call.count, 3});
   check_doubles(losses, "losses", {2});
   check_same_type(gradient, "gradient", call.weights, "parameters");
   TORCH_CHECK(gradient.sizes() == call.weights.sizes() && gradient.is_contiguous(),
               "kinml_fast: gradient must be contiguous and have the shape of parameters, ",
               call.weights.sizes(), ", got ", gradient.sizes());
+  const auto forces = [&](const Tensor& t) {
+    return call.source.has_forces() ? t.const_data_ptr<double>() : nullptr;
+  };
   const cpu::ForceLoss loss{
-      energy_targets.const_data_ptr<double>(), force_targets.const_data_ptr<double>(),
-      energy_weights.const_data_ptr<double>(), force_weights.const_data_ptr<double>(),
+      energy_targets.const_data_ptr<double>(), forces(force_targets),
+      energy_weights.const_data_ptr<double>(), forces(force_weights),
       scales.const_data_ptr<double>()[0],      scales.const_data_ptr<double>()[1]};
   call.with_type([&](auto zero) {
     using T = decltype(zero);
-    cpu::force_step<T>(call.shape, call.weights.const_data_ptr<T>(), call.batch<T>(), loss,
+    cpu::force_step<T>(call.networks, call.weights.const_data_ptr<T>(), call.batch<T>(), loss,
                        losses.mutable_data_ptr<double>(), gradient.mutable_data_ptr<T>(),
                        energy_residuals.mutable_data_ptr<double>(),
                        force_errors.mutable_data_ptr<double>(), threads());
@@ -217,35 +271,38 @@ void step(const Call& call, const Tensor& energy_targets, const Tensor& force_ta
 std::tuple<Tensor, Tensor> energy_forces(const Tensor& coordinates, const Tensor& species,
                                          const Tensor& offsets, const Tensor& parameters,
                                          const std::optional<Tensor>& sae, Doubles descriptor,
-                                         Ints sizes, Ints activations, bool biases) {
+                                         Ints sizes, Ints activations, bool biases, bool levels) {
   const Source source = Source::recomputed(coordinates, descriptor);
-  return evaluate({source, species, offsets, {}, parameters, sizes, activations, biases}, sae);
+  return evaluate({source, species, offsets, {}, parameters, sizes, activations, biases}, sae,
+                  levels);
 }
-std::tuple<Tensor, Tensor> energy_forces_stored(const Tensor& features, const Tensor& jacobian,
+std::tuple<Tensor, Tensor> energy_forces_stored(const Tensor& features,
+                                                const std::optional<Tensor>& jacobian,
                                                 const Tensor& species, const Tensor& offsets,
                                                 const Tensor& parameters,
                                                 const std::optional<Tensor>& sae, Ints sizes,
-                                                Ints activations, bool biases) {
+                                                Ints activations, bool biases, bool levels) {
   const Source source = Source::stored(features, jacobian);
-  return evaluate({source, species, offsets, {}, parameters, sizes, activations, biases}, sae);
+  return evaluate({source, species, offsets, {}, parameters, sizes, activations, biases}, sae,
+                  levels);
 }
 
 Tensor energy_forces_backward(const Tensor& grad_energies, const Tensor& grad_forces,
                               const Tensor& coordinates, const Tensor& species,
                               const Tensor& offsets, const Tensor& parameters, Doubles descriptor,
-                              Ints sizes, Ints activations, bool biases) {
+                              Ints sizes, Ints activations, bool biases, bool levels) {
   const Source source = Source::recomputed(coordinates, descriptor);
   return differentiate({source, species, offsets, {}, parameters, sizes, activations, biases},
-                       grad_energies, grad_forces);
+                       grad_energies, grad_forces, levels);
 }
 Tensor energy_forces_stored_backward(const Tensor& grad_energies, const Tensor& grad_forces,
-                                     const Tensor& features, const Tensor& jacobian,
+                                     const Tensor& features, const std::optional<Tensor>& jacobian,
                                      const Tensor& species, const Tensor& offsets,
                                      const Tensor& parameters, Ints sizes, Ints activations,
-                                     bool biases) {
+                                     bool biases, bool levels) {
   const Source source = Source::stored(features, jacobian);
   return differentiate({source, species, offsets, {}, parameters, sizes, activations, biases},
-                       grad_energies, grad_forces);
+                       grad_energies, grad_forces, levels);
 }
 
 void force_step(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
@@ -259,12 +316,13 @@ void force_step(const Tensor& coordinates, const Tensor& species, const Tensor& 
        energy_targets, force_targets, energy_weights, force_weights, scales, energy_residuals,
        force_errors, losses, gradient);
 }
-void force_step_stored(const Tensor& features, const Tensor& jacobian, const Tensor& species,
-                       const Tensor& offsets, const Tensor& structures, const Tensor& parameters,
-                       const Tensor& energy_targets, const Tensor& force_targets,
-                       const Tensor& energy_weights, const Tensor& force_weights,
-                       const Tensor& scales, Tensor energy_residuals, Tensor force_errors,
-                       Tensor losses, Tensor gradient, Ints sizes, Ints activations, bool biases) {
+void force_step_stored(const Tensor& features, const std::optional<Tensor>& jacobian,
+                       const Tensor& species, const Tensor& offsets, const Tensor& structures,
+                       const Tensor& parameters, const Tensor& energy_targets,
+                       const Tensor& force_targets, const Tensor& energy_weights,
+                       const Tensor& force_weights, const Tensor& scales, Tensor energy_residuals,
+                       Tensor force_errors, Tensor losses, Tensor gradient, Ints sizes,
+                       Ints activations, bool biases) {
   const Source source = Source::stored(features, jacobian);
   step({source, species, offsets, structures, parameters, sizes, activations, biases},
        energy_targets, force_targets, energy_weights, force_weights, scales, energy_residuals,
@@ -273,41 +331,54 @@ void force_step_stored(const Tensor& features, const Tensor& jacobian, const Ten
 
 // ---- shapes ------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> shapes(const Tensor& rows, const Tensor& offsets,
-                                  const Tensor& parameters) {
-  return {at::empty_symint({offsets.sym_size(0) - 1}, parameters.options().dtype(at::kDouble)),
-          at::empty_symint({rows.sym_size(0), 3}, parameters.options())};
+std::tuple<Tensor, Tensor> shapes(const Tensor& rows, bool has_forces, const Tensor& offsets,
+                                  const Tensor& parameters, int64_t length, Ints sizes,
+                                  Ints activations, bool levels) {
+  const bool ensemble = parameters.dim() == 2;
+  const c10::SymInt n_members = ensemble ? parameters.sym_size(0) : c10::SymInt(1);
+  const int64_t n_levels = count_levels(length, sizes, activations).second;
+  const auto shape = [&](std::initializer_list<c10::SymInt> last) {
+    return output_shape<c10::SymInt>(ensemble, n_members, levels, n_levels, last);
+  };
+  const c10::SymInt n_atoms = has_forces ? rows.sym_size(0) : c10::SymInt(0);
+  return {
+      at::empty_symint(shape({offsets.sym_size(0) - 1}), parameters.options().dtype(at::kDouble)),
+      at::empty_symint(shape({n_atoms, 3}), parameters.options())};
 }
 std::tuple<Tensor, Tensor> energy_forces_meta(const Tensor& coordinates, const Tensor&,
                                               const Tensor& offsets, const Tensor& parameters,
-                                              const std::optional<Tensor>&, Doubles, Ints, Ints,
-                                              bool) {
-  return shapes(coordinates, offsets, parameters);
+                                              const std::optional<Tensor>&, Doubles descriptor,
+                                              Ints sizes, Ints activations, bool, bool levels) {
+  return shapes(coordinates, true, offsets, parameters, unpack_descriptor(descriptor).length(),
+                sizes, activations, levels);
 }
-std::tuple<Tensor, Tensor> energy_forces_stored_meta(const Tensor& features, const Tensor&,
+std::tuple<Tensor, Tensor> energy_forces_stored_meta(const Tensor& features,
+                                                     const std::optional<Tensor>& jacobian,
                                                      const Tensor&, const Tensor& offsets,
                                                      const Tensor& parameters,
-                                                     const std::optional<Tensor>&, Ints, Ints,
-                                                     bool) {
-  return shapes(features, offsets, parameters);
+                                                     const std::optional<Tensor>&, Ints sizes,
+                                                     Ints activations, bool, bool levels) {
+  return shapes(features, jacobian.has_value(), offsets, parameters, features.size(1), sizes,
+                activations, levels);
 }
 Tensor energy_forces_backward_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                    const Tensor&, const Tensor& parameters, Doubles, Ints, Ints,
-                                   bool) {
+                                   bool, bool) {
   return at::empty_like(parameters);
 }
 Tensor energy_forces_stored_backward_meta(const Tensor&, const Tensor&, const Tensor&,
-                                          const Tensor&, const Tensor&, const Tensor&,
-                                          const Tensor& parameters, Ints, Ints, bool) {
+                                          const std::optional<Tensor>&, const Tensor&,
+                                          const Tensor&, const Tensor& parameters, Ints, Ints, bool,
+                                          bool) {
   return at::empty_like(parameters);
 }
 void force_step_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                      Tensor, Tensor, Tensor, Tensor, Doubles, Ints, Ints, bool) {}
-void force_step_stored_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+void force_step_stored_meta(const Tensor&, const std::optional<Tensor>&, const Tensor&,
                             const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                            const Tensor&, const Tensor&, const Tensor&, Tensor, Tensor, Tensor,
-                            Tensor, Ints, Ints, bool) {}
+                            const Tensor&, const Tensor&, const Tensor&, const Tensor&, Tensor,
+                            Tensor, Tensor, Tensor, Ints, Ints, bool) {}
 
 }  // namespace
 

@@ -79,40 +79,50 @@ TORCH_LIBRARY(kinml_fast, m) {
 
   // Energies [n_structures] float64 (with sae) and forces [n_atoms, 3] = -dE/dx, in one pass over
   // the molecules. Differentiable with respect to the parameters.
+  //
+  // Several levels of theory have a chain of networks (csrc/cpu/force_step_cpu.h):
+  // sizes [K * n_species * (n_layers + 1)], level after level, and parameters in the same order.
+  // Outputs are those of the highest level, with sae [n_species]; if `levels`, of all, in one more
+  // dimension [K, ...], with sae [K, n_species]. parameters [M, n] are those of an ensemble: then
+  // the outputs and sae have one more dimension M before all others, and no derivative.
   m.def(
       "energy_forces(Tensor coordinates, Tensor species, Tensor offsets, Tensor parameters, "
-      "Tensor? sae, float[] descriptor, int[] sizes, int[] activations, bool biases) -> "
-      "(Tensor energies, Tensor forces)");
+      "Tensor? sae, float[] descriptor, int[] sizes, int[] activations, bool biases, "
+      "bool levels=False) -> (Tensor energies, Tensor forces)");
   // The same from stored descriptors [n_atoms, D] and Jacobians [n_atoms, D, columns], of which a
-  // structure of n atoms has the first 3 n columns; the rest is padding of any content.
+  // structure of n atoms has the first 3 n columns; the rest is padding of any content. Without
+  // Jacobians the forces are empty, [..., 0, 3].
   m.def(
-      "energy_forces_stored(Tensor features, Tensor jacobian, Tensor species, Tensor offsets, "
-      "Tensor parameters, Tensor? sae, int[] sizes, int[] activations, bool biases) -> "
-      "(Tensor energies, Tensor forces)");
+      "energy_forces_stored(Tensor features, Tensor? jacobian, Tensor species, Tensor offsets, "
+      "Tensor parameters, Tensor? sae, int[] sizes, int[] activations, bool biases, "
+      "bool levels=False) -> (Tensor energies, Tensor forces)");
   // Gradient of sum grad_energies E + sum grad_forces F with respect to the parameters.
   m.def(
       "energy_forces_backward(Tensor grad_energies, Tensor grad_forces, Tensor coordinates, "
       "Tensor species, Tensor offsets, Tensor parameters, float[] descriptor, int[] sizes, "
-      "int[] activations, bool biases) -> Tensor");
+      "int[] activations, bool biases, bool levels=False) -> Tensor");
   m.def(
       "energy_forces_stored_backward(Tensor grad_energies, Tensor grad_forces, Tensor features, "
-      "Tensor jacobian, Tensor species, Tensor offsets, Tensor parameters, int[] sizes, "
-      "int[] activations, bool biases) -> Tensor");
+      "Tensor? jacobian, Tensor species, Tensor offsets, Tensor parameters, int[] sizes, "
+      "int[] activations, bool biases, bool levels=False) -> Tensor");
   // Forward and backward pass of a training batch on energies and forces: `structures` [n] of a
   // data set, whose targets and weights are float64 with one row per structure or atom.
-  //   L_E = sum_s energy_weights_s dE_s^2 / n_E          n_E, n_F: structures of the batch whose
-  //   L_F = sum_s force_weights_s mean_c dF_sc^2 / n_F   weight is not 0
+  //   L_E = sum_k sum_s energy_weights_ks dE_ks^2 / n_E,k    n_E,k, n_F,k: structures of the batch
+  //   L_F = sum_k sum_s force_weights_ks mean_c dF_ksc^2 / n_F,k      whose weight at level k is
+  //   not 0
   // energy_residuals [n] = E - target; force_errors [n, 3] = sum |dF|, sum dF^2, max |dF| over the
   // components of a structure, 0 without weight; losses = L_E, L_F; gradient = that of
-  // scales[0] L_E + scales[1] L_F with respect to the parameters. No autograd.
+  // scales[0] L_E + scales[1] L_F with respect to the parameters. Of several levels, targets,
+  // weights, residuals and errors have one more dimension K before all others. No autograd.
   m.def(
       "force_step(Tensor coordinates, Tensor species, Tensor offsets, Tensor structures, "
       "Tensor parameters, Tensor energy_targets, Tensor force_targets, Tensor energy_weights, "
       "Tensor force_weights, Tensor scales, Tensor(a!) energy_residuals, "
       "Tensor(b!) force_errors, Tensor(c!) losses, Tensor(d!) gradient, float[] descriptor, "
       "int[] sizes, int[] activations, bool biases) -> ()");
+  // Without Jacobians training is on energies: force targets and weights are not looked at.
   m.def(
-      "force_step_stored(Tensor features, Tensor jacobian, Tensor species, Tensor offsets, "
+      "force_step_stored(Tensor features, Tensor? jacobian, Tensor species, Tensor offsets, "
       "Tensor structures, Tensor parameters, Tensor energy_targets, Tensor force_targets, "
       "Tensor energy_weights, Tensor force_weights, Tensor scales, "
       "Tensor(a!) energy_residuals, Tensor(b!) force_errors, Tensor(c!) losses, "

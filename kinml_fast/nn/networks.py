@@ -36,11 +36,16 @@ class SpeciesNetworks(torch.nn.Module):
         Whether the layers have biases.
     dtype
         float64 or float32.
+    levels
+        Levels of theory, K, each with networks of its own, in a chain: those of level 0 take the features a, those of
+        level k > 0 also the atomic energy of the level below, as their last input. Atomic energies are
+        ε₀ = f₀(a), ε_k = ε_(k−1) + f_k(a, ε_(k−1)).
 
     Notes
     -----
-    All weights are one parameter, ``weights``: element after element, layer after layer, W [out, in], then b [out].
-    They start as ``torch.nn.Linear`` starts, drawn from torch's global generator in that order.
+    All weights are one parameter, ``weights``: level after level, element after element, layer after layer,
+    W [out, in], then b [out]. They start as ``torch.nn.Linear`` starts, drawn from torch's global generator in that
+    order.
     """
 
     def __init__(
@@ -51,8 +56,10 @@ class SpeciesNetworks(torch.nn.Module):
         activations: Sequence[str],
         biases: bool = True,
         dtype: torch.dtype = torch.float64,
+        levels: int = 1,
     ) -> None:
         super().__init__()
+        self.levels = levels
         per_element = [list(x) for x in layers] if layers and not isinstance(layers[0], int) else None
         self.layers = per_element or [list(layers) for _ in elements]
         self.elements = tuple(elements)
@@ -60,24 +67,32 @@ class SpeciesNetworks(torch.nn.Module):
         self._check(n_inputs, dtype)
         self.biases = bool(biases)
         self.activation_codes = [ACTIVATIONS.index(name) for name in self.activations]
-        self.sizes = [size for widths in self.layers for size in (n_inputs, *widths)]
+        first_sizes = [n_inputs + (1 if level > 0 else 0) for level in range(levels)]
+        self.level_sizes = [[size for widths in self.layers for size in (first, *widths)] for first in first_sizes]
+        self.sizes = [size for sizes in self.level_sizes for size in sizes]
         self.n_species = len(self.elements)
-        # Where each layer's W and b lie: [species][layer] -> (start, outputs, inputs).
-        places_of = []
+        # Where each layer's W and b lie: [level][species][layer] -> (start, outputs, inputs).
+        self._places: list[list[list[tuple[int, int, int]]]] = []
+        self.level_starts = [0]
         start = 0
-        for widths in self.layers:
-            places = []
-            for inputs, outputs in zip([n_inputs, *widths[:-1]], widths, strict=True):
-                places.append((start, outputs, inputs))
-                start += outputs * (inputs + (1 if self.biases else 0))
-            places_of.append(places)
-        self._places = places_of
+        for first in first_sizes:
+            places_of = []
+            for widths in self.layers:
+                places = []
+                for inputs, outputs in zip([first, *widths[:-1]], widths, strict=True):
+                    places.append((start, outputs, inputs))
+                    start += outputs * (inputs + (1 if self.biases else 0))
+                places_of.append(places)
+            self._places.append(places_of)
+            self.level_starts.append(start)
         self.weights = torch.nn.Parameter(torch.empty(start, dtype=dtype))
         self.reset_parameters()
 
     def _check(self, n_inputs: int, dtype: torch.dtype) -> None:
         if dtype not in (torch.float64, torch.float32):
             raise InputError(f"Networks are float64 or float32, not {dtype}.")
+        if self.levels < 1:
+            raise InputError(f"Networks are for at least one level of theory, not {self.levels}.")
         if n_inputs < 1:
             raise InputError(f"Networks need at least one input, not {n_inputs}.")
         if len(self.layers) != len(self.elements):
@@ -98,18 +113,19 @@ class SpeciesNetworks(torch.nn.Module):
     @torch.jit.unused
     def reset_parameters(self) -> None:
         """Draw new weights, as ``torch.nn.Linear`` does."""
-        for s, places in enumerate(self._places):
-            for k in range(len(places)):
-                weight, bias = self.layer(s, k)
-                torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                if bias is not None:
-                    bound = 1 / math.sqrt(weight.shape[1])
-                    torch.nn.init.uniform_(bias, -bound, bound)
+        for level in range(self.levels):
+            for species in range(self.n_species):
+                for place in range(len(self.activations)):
+                    weight, bias = self.layer(species, place, level)
+                    torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                    if bias is not None:
+                        bound = 1 / math.sqrt(weight.shape[1])
+                        torch.nn.init.uniform_(bias, -bound, bound)
 
     @torch.jit.unused
-    def layer(self, species: int, layer: int) -> tuple[Tensor, Tensor | None]:
+    def layer(self, species: int, layer: int, level: int = 0) -> tuple[Tensor, Tensor | None]:
         """Views of W [out, in] and b [out] (None without biases) of one layer of one element's network."""
-        start, outputs, inputs = self._places[species][layer]
+        start, outputs, inputs = self._places[level][species][layer]
         flat = self.weights.detach()
         end = start + outputs * inputs
         weight = flat[start:end].view(outputs, inputs)
@@ -184,28 +200,58 @@ class SpeciesNetworks(torch.nn.Module):
         )
 
     def forward(self, features: Tensor, species: Tensor, offsets: Tensor, sae: Tensor) -> Tensor:
-        """Energies [n_structures] in eV (float64), with single-atom energies ``sae`` [n_species] (float64)."""
+        """Energies [K, n_structures] in eV (float64) of all levels, with single-atom energies ``sae`` [K, n_species].
+
+        Differentiable twice, like the op `networks`. With one level, ``sae`` [n_species] and [n_structures].
+        """
         rows, owners, starts = torch.ops.kinml_fast.species_order(species, offsets, self.n_species)
-        return torch.ops.kinml_fast.networks(
-            features,
-            rows,
-            owners,
-            starts,
-            self.weights,
-            sae,
-            self.sizes,
-            self.activation_codes,
-            self.biases,
-            offsets.size(0) - 1,
-        )
+        n_structures = offsets.size(0) - 1
+        if self.levels == 1:
+            return torch.ops.kinml_fast.networks(
+                features,
+                rows,
+                owners,
+                starts,
+                self.weights,
+                sae,
+                self.sizes,
+                self.activation_codes,
+                self.biases,
+                n_structures,
+            )
+        # A structure for each atom: its energy is that of the atom. `of_atoms` is in the order of the atoms.
+        of_atoms = torch.zeros(species.size(0), dtype=torch.float64, device=features.device)
+        structures = torch.repeat_interleave(torch.arange(n_structures, device=offsets.device), offsets.diff())
+        energies: list[Tensor] = []
+        inputs = features
+        for level in range(self.levels):
+            if level > 0:
+                inputs = torch.cat([features, of_atoms.to(features.dtype)[:, None]], dim=1)
+            of_atoms = of_atoms + torch.ops.kinml_fast.networks(
+                inputs,
+                rows,
+                rows,
+                starts,
+                self.weights[self.level_starts[level] : self.level_starts[level + 1]],
+                None,
+                self.level_sizes[level],
+                self.activation_codes,
+                self.biases,
+                species.size(0),
+            )
+            sums = torch.zeros(n_structures, dtype=torch.float64, device=features.device)
+            energies.append(sums.index_add(0, structures, of_atoms + sae[level][species]))
+        return torch.stack(energies)
 
     def extra_repr(self) -> str:
         lines = []
-        for s, element in enumerate(self.elements):
-            lines.append(f"({element}): Network(")
-            for k, activation in enumerate(self.activations):
-                _, outputs, inputs = self._places[s][k]
-                lines.append(f"  ({k}): Linear({inputs} -> {outputs}, bias={self.biases}), {activation}")
-            lines.append(")")
+        for level, places_of in enumerate(self._places):
+            if self.levels > 1:
+                lines.append(f"(level {level})")
+            for element, places in zip(self.elements, places_of, strict=True):
+                lines.append(f"({element}): Network(")
+                for k, (activation, (_, outputs, inputs)) in enumerate(zip(self.activations, places, strict=True)):
+                    lines.append(f"  ({k}): Linear({inputs} -> {outputs}, bias={self.biases}), {activation}")
+                lines.append(")")
         lines.append(f"parameters: {self.weights.numel()}, {str(self.weights.dtype).removeprefix('torch.')}")
         return "\n".join(lines)

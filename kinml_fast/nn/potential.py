@@ -16,20 +16,27 @@ from kinml_fast.nn.networks import SpeciesNetworks
 class EnergyModel(torch.nn.Module):
     """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy).
 
+    At several levels of theory the energies of a level are those of the level below plus what a network of its own adds,
+    which takes the AEV and the atom's energy at the level below (without single-atom energy).
+
     Parameters
     ----------
     descriptor
         Parameters of the AEV; their elements are the elements that the model knows, in order.
     layers, activations, biases, dtype
         See :class:`~kinml_fast.nn.networks.SpeciesNetworks`.
+    fidelities
+        The levels of theory, lowest first, as the data call them; their number is K.
+    baseline
+        The level that the energies of the model are differences from (delta learning); None: they are whole energies.
 
     Attributes
     ----------
     sae : Tensor
-        Single-atom energies [n_elements] in eV, float64, zero at first.
+        Single-atom energies [n_elements], of several levels [K, n_elements], in eV, float64, zero at first.
     """
 
-    __jit_unused_properties__ = ("elements", "dtype")
+    __jit_unused_properties__ = ("dtype", "elements", "fidelities")
 
     def __init__(
         self,
@@ -38,12 +45,30 @@ class EnergyModel(torch.nn.Module):
         activations: Sequence[str] = ("gaussian", "gaussian", "gaussian", "identity"),
         biases: bool = True,
         dtype: torch.dtype = torch.float64,
+        fidelities: Sequence[int] = (1,),
+        baseline: int | None = None,
     ) -> None:
         super().__init__()
+        self._fidelities = tuple(fidelities)
+        self.baseline = baseline
+        self._check_levels()
+        self.levels = len(self._fidelities)
         self.descriptor = descriptor
         self.aev = AEV(descriptor)
-        self.networks = SpeciesNetworks(descriptor.elements, descriptor.length, layers, activations, biases, dtype)
-        self.register_buffer("sae", torch.zeros(len(descriptor.elements), dtype=torch.float64))
+        self.networks = SpeciesNetworks(
+            descriptor.elements, descriptor.length, layers, activations, biases, dtype, self.levels
+        )
+        shape = (len(descriptor.elements),) if self.levels == 1 else (self.levels, len(descriptor.elements))
+        self.register_buffer("sae", torch.zeros(shape, dtype=torch.float64))
+
+    def _check_levels(self) -> None:
+        if not self._fidelities or len(set(self._fidelities)) < len(self._fidelities):
+            raise InputError(f"A model has one or more different fidelities, not {list(self._fidelities)}.")
+        if self.baseline is not None and (len(self._fidelities) > 1 or self.baseline in self._fidelities):
+            raise InputError(
+                f"A model of differences has one fidelity and another one as its baseline, not "
+                f"{list(self._fidelities)} and {self.baseline}."
+            )
 
     @property
     def elements(self) -> tuple[str, ...]:
@@ -51,12 +76,17 @@ class EnergyModel(torch.nn.Module):
         return self.descriptor.elements
 
     @property
+    def fidelities(self) -> tuple[int, ...]:
+        """The levels of theory, lowest first, as the data call them."""
+        return self._fidelities
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of weights, coordinates and features."""
         return self.networks.weights.dtype
 
     def forward(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
-        """Energies of a ragged batch of molecules.
+        """Energies of a ragged batch of molecules, at the highest level of theory.
 
         Parameters
         ----------
@@ -72,11 +102,17 @@ class EnergyModel(torch.nn.Module):
         Tensor
             [n_structures] energies in eV, float64.
         """
-        return self.networks(self.aev(coordinates, species, offsets), species, offsets, self.sae)
+        return self.level_energies(coordinates, species, offsets)[-1]
+
+    @torch.jit.export
+    def level_energies(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
+        """Energies [K, n_structures] of all levels, lowest first; otherwise as :meth:`forward`."""
+        energies = self.networks(self.aev(coordinates, species, offsets), species, offsets, self.sae)
+        return energies.unsqueeze(0) if self.levels == 1 else energies
 
     @torch.jit.export
     def energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies and forces in one pass; the arguments are those of :meth:`forward`.
+        """Energies and forces at the highest level in one pass; the arguments are those of :meth:`forward`.
 
         Returns
         -------
@@ -95,11 +131,30 @@ class EnergyModel(torch.nn.Module):
             species,
             offsets,
             self.networks.weights,
-            self.sae,
+            self.sae if self.levels == 1 else self.sae[-1],
             self.aev.packed,
             self.networks.sizes,
             self.networks.activation_codes,
             self.networks.biases,
+        )
+
+    @torch.jit.export
+    def level_energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies [K, n_structures] and forces [K, n_atoms, 3] of all levels, lowest first, in one pass.
+
+        Otherwise as :meth:`energies_and_forces`.
+        """
+        return torch.ops.kinml_fast.energy_forces(
+            coordinates,
+            species,
+            offsets,
+            self.networks.weights,
+            self.sae.unsqueeze(0) if self.levels == 1 else self.sae,
+            self.aev.packed,
+            self.networks.sizes,
+            self.networks.activation_codes,
+            self.networks.biases,
+            True,
         )
 
     @torch.jit.unused
@@ -112,6 +167,8 @@ class EnergyModel(torch.nn.Module):
             "activations": list(self.networks.activations),
             "biases": self.networks.biases,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "fidelities": list(self.fidelities),
+            "baseline": self.baseline,
         }
 
     @classmethod
@@ -124,6 +181,8 @@ class EnergyModel(torch.nn.Module):
                 values["activations"],
                 values["biases"],
                 {"float64": torch.float64, "float32": torch.float32}[values["dtype"]],
+                values.get("fidelities", (1,)),
+                values.get("baseline"),
             )
         except KeyError as error:
             raise InputError(f"The model's architecture lacks or does not know {error}.") from error
