@@ -35,12 +35,12 @@ def test_members_are_the_models(n_members, dtype):
     expected = [torch.stack(both) for both in zip(*(one.energies_and_forces(*inputs) for one in alone), strict=True)]
     for ours_, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours_, theirs)
-    assert torch.equal(ours.member_energies(*inputs), torch.stack([one(*inputs) for one in alone]))
+    assert torch.equal(ours.member_level_energies(*inputs)[:, 0], torch.stack([one(*inputs) for one in alone]))
     for i, one in enumerate(alone):
         again = ours.member(i)
         assert again.to_dict() == one.to_dict()
         assert torch.equal(again(*inputs), one(*inputs))
-        assert again.networks.weights.data_ptr() != ours.weights[i].data_ptr()
+        assert again.networks.weights.data_ptr() != ours.networks.weights[i].data_ptr()
 
 
 def test_means_are_those_of_the_members():
@@ -60,8 +60,8 @@ def test_derivatives_of_the_mean_are_the_differences():
     ours.sae.zero_()
     x, z, o = batch((4, 2), seed=3)
     assert torch.autograd.gradcheck(lambda x: ours(x, z, o), x.requires_grad_(), rtol=1e-6)
-    (gradient,) = torch.autograd.grad(ours(x, z, o).sum(), ours.weights)
-    assert gradient.shape == ours.weights.shape
+    (gradient,) = torch.autograd.grad(ours(x, z, o).sum(), ours.networks.weights)
+    assert gradient.shape == ours.networks.weights.shape
     one = ours.member(1)
     (alone,) = torch.autograd.grad(one(x, z, o).sum() / 2, one.networks.weights)
     torch.testing.assert_close(gradient[1], alone, rtol=1e-13, atol=1e-15)
@@ -173,7 +173,7 @@ def test_a_saved_ensemble_is_the_same(tmp_path):
         assert torch.equal(a, b)
     contents = torch.load(tmp_path / "model.pt", weights_only=True)
     assert contents["model"] == {"members": 3, **ours.member(0).to_dict()}
-    assert contents["state_dict"]["weights"].shape == ours.weights.shape
+    assert contents["state_dict"]["networks.weights"].shape == ours.networks.weights.shape
     assert contents["state_dict"]["sae"].shape == (3, 2)
     assert model_file.load_training(tmp_path) == {"origin": "test"}
 
@@ -185,7 +185,7 @@ def test_an_ensemble_of_several_files(tmp_path):
         model_file.save(tmp_path / f"member-{i}" / "model.pt", one)
     model_file.save(tmp_path / "two.pt", Ensemble(alone[2:]))
     inputs = batch()
-    expected = Ensemble(alone).member_energies(*inputs)
+    expected = Ensemble(alone).member_level_energies(*inputs)[:, 0]
     two = tmp_path / "two.pt"
     for paths in (
         [tmp_path / "member-0", tmp_path / "member-1" / "model.pt", two],
@@ -193,7 +193,7 @@ def test_an_ensemble_of_several_files(tmp_path):
         [f"{tmp_path}/member-*/model.pt", str(two)],
     ):
         loaded = model_file.load_many(paths)
-        assert torch.equal(loaded.member_energies(*inputs), expected)
+        assert torch.equal(loaded.member_level_energies(*inputs)[:, 0], expected)
         assert not loaded.training
     assert model_file.load_many(two).n_members == 2
 
@@ -219,7 +219,7 @@ def test_models_as_they_come(tmp_path):
     for given in (tmp_path, str(tmp_path / "model.pt")):
         assert torch.equal(model_file.resolve(given).networks.weights, alone[1].networks.weights)
         both = model_file.resolve([alone[0], given])
-        assert np.array_equal(both.weights.detach(), torch.stack([m.networks.weights.detach() for m in alone]))
+        assert np.array_equal(both.networks.weights.detach(), torch.stack([m.networks.weights.detach() for m in alone]))
     with pytest.raises(InputError, match="int is no model: give a model, its file or run folder, or a list of these"):
         model_file.resolve(3)
     with pytest.raises(InputError, match="model 2 has the layers"):

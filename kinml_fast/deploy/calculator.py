@@ -71,6 +71,8 @@ class KinMLCalculator(Calculator):
         threads: int | None = None,
     ) -> None:
         super().__init__()
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}: give a number of at least 1")
         self.model = model_file.resolve(model)
         self.base = base_calculators.checked(self.model, base)
         self.threads = threads
@@ -82,7 +84,8 @@ class KinMLCalculator(Calculator):
             properties += ["level_energies", "level_forces"]
         self.implemented_properties = properties
         # What the last molecule needs again: its elements as bytes, their codes, and where it begins and ends.
-        self._numbers, self._species, self._offsets = b"", torch.empty(0), torch.empty(0)
+        self._numbers: bytes | None = None
+        self._species = self._offsets = torch.empty(0)
 
     def _get_name(self) -> str:
         return "kinml_fast"
@@ -143,8 +146,8 @@ class KinMLCalculator(Calculator):
         if not finite.all():
             atom = int(np.argmin(finite.all(axis=1)))
             raise CalculatorInputError(
-                f"atom {atom} ({atoms.symbols[atom]}) of {atoms.symbols} is at {atoms.positions[atom].tolist()}: go "
-                "back to positions that are numbers, before a step that was too long"
+                f"atom {atom} ({atoms.symbols[atom]}) of {atoms.symbols} is at {atoms.positions[atom].tolist()}, "
+                "NaN or infinite: go back to numbers, before a step that was too long"
             )
         numbers = atoms.numbers.tobytes()
         if numbers != self._numbers:

@@ -31,11 +31,22 @@ def energies_and_forces(
 
 
 def energies(model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor, offsets: Tensor) -> np.ndarray:
-    """The energies of `energies_and_forces` without computing forces."""
+    """The energies of `energies_and_forces`, to the last bit, without computing forces."""
+    networks, members = model.networks, count(model)
     with torch.inference_mode():
-        if isinstance(model, Ensemble):
-            return model.member_level_energies(coordinates, species, offsets).cpu().numpy()
-        return model.level_energies(coordinates, species, offsets).unsqueeze(0).cpu().numpy()
+        found, _ = torch.ops.kinml_fast.energy_forces_stored(
+            model.aev(coordinates, species, offsets),
+            None,
+            species,
+            offsets,
+            networks.weights.detach().reshape(members, -1),
+            model.sae.reshape(members, model.levels, -1),
+            networks.sizes,
+            networks.activation_codes,
+            networks.biases,
+            True,
+        )
+        return found.cpu().numpy()
 
 
 def mean(values: np.ndarray) -> np.ndarray:

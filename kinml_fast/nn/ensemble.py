@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,10 +38,10 @@ class Ensemble(torch.nn.Module):
 
     Attributes
     ----------
-    weights : Parameter
-        [M, n_parameters], a row for each member.
+    networks : SpeciesNetworks
+        As a member's, but its ``weights`` are [M, n_parameters], a row for each member.
     sae : Tensor
-        Single-atom energies [M, n_elements] in eV, float64.
+        Single-atom energies [M, n_elements], of K > 1 levels of theory [M, K, n_elements], in eV, float64.
 
     Raises
     ------
@@ -53,20 +54,21 @@ class Ensemble(torch.nn.Module):
     Means are sums in the order of the members, divided by M: the same bits for any number of threads.
     """
 
-    __jit_unused_properties__ = ("elements", "dtype", "n_members")
+    __jit_unused_properties__ = ("dtype", "elements", "fidelities", "n_members")
 
     def __init__(self, members: Sequence[EnergyModel], names: Sequence[str] | None = None) -> None:
         super().__init__()
         _check_alike(members, [f"member {i}" for i in range(1, len(members) + 1)] if names is None else names)
         first = members[0]
         self._architecture = first.to_dict()
+        self._fidelities = first.fidelities
+        self.baseline = first.baseline
+        self.levels = first.levels
         self.descriptor = first.descriptor
         self.aev = AEV(first.descriptor)
-        self.sizes = list(first.networks.sizes)
-        self.activation_codes = list(first.networks.activation_codes)
-        self.biases = first.networks.biases
-        self.n_species = first.networks.n_species
-        self.weights = torch.nn.Parameter(torch.stack([member.networks.weights.detach() for member in members]))
+        self.networks = copy.deepcopy(first.networks)
+        weights = torch.stack([member.networks.weights.detach() for member in members])
+        self.networks.weights = torch.nn.Parameter(weights)
         self.register_buffer("sae", torch.stack([member.sae for member in members]))
 
     @property
@@ -75,53 +77,56 @@ class Ensemble(torch.nn.Module):
         return self.descriptor.elements
 
     @property
+    def fidelities(self) -> tuple[int, ...]:
+        """The levels of theory, lowest first, as the data call them."""
+        return self._fidelities
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of weights, coordinates and features."""
-        return self.weights.dtype
+        return self.networks.weights.dtype
 
     @property
     def n_members(self) -> int:
         """M."""
-        return self.weights.shape[0]
+        return self.networks.weights.shape[0]
 
     def forward(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
-        """Mean energies [n_structures] in eV, float64, differentiable; the arguments are those of `EnergyModel`."""
-        return self._mean(self.member_energies(coordinates, species, offsets))
+        """Mean energies [n_structures] at the highest level in eV, float64, differentiable.
+
+        The arguments are those of :meth:`EnergyModel.forward`.
+        """
+        return self._mean(self.member_level_energies(coordinates, species, offsets)[:, -1])
 
     @torch.jit.export
-    def member_energies(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
-        """Energies [M, n_structures] of every member in eV, float64, differentiable."""
+    def member_level_energies(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
+        """Energies [M, K, n_structures] of every member at all levels in eV, float64, differentiable."""
         features = self.aev(coordinates, species, offsets)
-        rows, owners, starts = torch.ops.kinml_fast.species_order(species, offsets, self.n_species)
         energies: list[Tensor] = []
-        for weights, sae in zip(self.weights.unbind(0), self.sae.unbind(0)):  # noqa: B905  (unknown to TorchScript)
-            energies.append(
-                torch.ops.kinml_fast.networks(
-                    features,
-                    rows,
-                    owners,
-                    starts,
-                    weights,
-                    sae,
-                    self.sizes,
-                    self.activation_codes,
-                    self.biases,
-                    offsets.size(0) - 1,
-                )
+        for member in range(self.sae.size(0)):
+            own = self.networks.with_weights(
+                features, species, offsets, self.sae[member], self.networks.weights[member]
             )
+            energies.append(own.unsqueeze(0) if self.levels == 1 else own)
         return torch.stack(energies)
 
     @torch.jit.export
     def energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean energies [n_structures] in eV and mean forces [n_atoms, 3] in eV/Å."""
+        """Mean energies [n_structures] in eV and mean forces [n_atoms, 3] in eV/Å at the highest level."""
         energies, forces = self.member_energies_and_forces(coordinates, species, offsets)
+        return self._mean(energies), self._mean(forces)
+
+    @torch.jit.export
+    def level_energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean energies [K, n_structures] and mean forces [K, n_atoms, 3] of all levels, lowest first."""
+        energies, forces = self.member_level_energies_and_forces(coordinates, species, offsets)
         return self._mean(energies), self._mean(forces)
 
     @torch.jit.export
     def member_energies_and_forces(
         self, coordinates: Tensor, species: Tensor, offsets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Energies and forces of every member in one pass, in which descriptors are computed once.
+        """Energies and forces of every member at the highest level in one pass, in which descriptors are computed once.
 
         Returns
         -------
@@ -132,18 +137,34 @@ class Ensemble(torch.nn.Module):
 
         Notes
         -----
-        Not differentiable: for derivatives take those of :meth:`forward` or :meth:`member_energies`.
+        Not differentiable: for derivatives take those of :meth:`forward` or :meth:`member_level_energies`.
         """
+        return self._fused(coordinates, species, offsets, self.sae if self.levels == 1 else self.sae[:, -1], False)
+
+    @torch.jit.export
+    def member_level_energies_and_forces(
+        self, coordinates: Tensor, species: Tensor, offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Energies [M, K, n_structures] and forces [M, K, n_atoms, 3] of every member at all levels, lowest first.
+
+        Otherwise as :meth:`member_energies_and_forces`.
+        """
+        return self._fused(coordinates, species, offsets, self.sae.unsqueeze(1) if self.levels == 1 else self.sae, True)
+
+    def _fused(
+        self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, levels: bool
+    ) -> tuple[Tensor, Tensor]:
         return torch.ops.kinml_fast.energy_forces(
             coordinates,
             species,
             offsets,
-            self.weights.detach(),
-            self.sae,
+            self.networks.weights.detach(),
+            sae,
             self.aev.packed,
-            self.sizes,
-            self.activation_codes,
-            self.biases,
+            self.networks.sizes,
+            self.networks.activation_codes,
+            self.networks.biases,
+            levels,
         )
 
     def _mean(self, values: Tensor) -> Tensor:
@@ -157,7 +178,7 @@ class Ensemble(torch.nn.Module):
         """One member (counted from 0) as a model of its own, with copies of its weights."""
         model = EnergyModel.from_dict(self._architecture).to(self.sae.device)
         with torch.no_grad():
-            model.networks.weights.copy_(self.weights[index])
+            model.networks.weights.copy_(self.networks.weights[index])
             model.sae.copy_(self.sae[index])
         return model.train(self.training)
 
@@ -172,7 +193,7 @@ class Ensemble(torch.nn.Module):
         return cls([EnergyModel.from_dict(values)] * values["members"])
 
     def extra_repr(self) -> str:
-        return f"members={self.n_members}, parameters={self.weights.shape[1]} each"
+        return f"members: {self.n_members}"
 
 
 def _check_alike(members: Sequence[EnergyModel], names: Sequence[str]) -> None:
