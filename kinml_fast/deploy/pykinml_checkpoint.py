@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
 
@@ -77,6 +78,12 @@ class Checkpoint:
     log_sigma: Tensor | None = None
 
     @property
+    def elements(self) -> tuple[str, ...] | None:
+        """The elements, if the checkpoint says them."""
+        found = self.architecture and self.architecture.get("descriptor", {}).get("elements")
+        return tuple(found) if found else None
+
+    @property
     def biases(self) -> bool:
         """Whether the layers have biases, once single-atom energies are no input."""
         return self.sae_is_input or self.weights[0][0][1] is not None
@@ -122,11 +129,31 @@ def load(
         settings that do not fit the networks.
     """
     checkpoint = read(path)
+    own = checkpoint.elements
+    if own and elements and list(elements) != list(own):
+        raise InputError(
+            f"{path}: was trained with the elements {' '.join(own)}, but {' '.join(elements)} are given: leave them out"
+        )
     descriptor = AEVParameters.aevmod(tuple(elements or ("C", "H")), n_radial, n_angular, n_sections, cutoffs, beta)
     return build(checkpoint, descriptor, path, fidelities, baseline), {
         "source": f"PyKinML checkpoint {Path(path).name}",
         "epoch": checkpoint.epoch,
     }
+
+
+def convert(path: str | os.PathLike, output: str | os.PathLike, **settings: Any) -> None:
+    """Write the model of a checkpoint as a model file; `settings` are the other arguments of `load`.
+
+    Raises
+    ------
+    InputError
+        As `load`, or `output` cannot be written.
+    """
+    model, notes = load(path, **settings)
+    model_file.save(output, model, notes)
+    levels = f"fidelit{'y' if len(model.fidelities) == 1 else 'ies'} {' '.join(map(str, model.fidelities))}"
+    levels += "" if model.baseline is None else f" minus {model.baseline}"
+    log.info("%s: %s of %s, epoch %s", output, levels, " ".join(model.elements), notes["epoch"])
 
 
 def build(
@@ -138,9 +165,7 @@ def build(
 ) -> EnergyModel:
     """The model of what `read` gave; the other arguments are those of `load`, `path` is for messages."""
     if checkpoint.architecture is not None:
-        model = EnergyModel.from_dict(checkpoint.architecture)
-        _fill(model, checkpoint)
-        return model.eval()
+        return _own(path, checkpoint).eval()
     n_levels = 1 if checkpoint.higher is None else 2
     fidelities = tuple(fidelities or ((1,) if n_levels == 1 else (0, 1)))
     if len(fidelities) != n_levels:
@@ -176,6 +201,19 @@ def build(
     )
     _fill(model, checkpoint)
     return model.eval()
+
+
+def _own(path: str | os.PathLike, checkpoint: Checkpoint) -> EnergyModel:
+    """A model as a checkpoint of `kinml_fast.pykinml` describes it."""
+    try:
+        model = EnergyModel.from_dict(checkpoint.architecture)
+        _fill(model, checkpoint)
+    except (InputError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{path}: its description of the model does not fit its tensors ({_first_line(error)}): take another "
+            "checkpoint of the same training"
+        ) from error
+    return model
 
 
 def layers_of(checkpoint: Checkpoint) -> Iterator[tuple[int, int, int, Tensor, Tensor | None]]:
@@ -274,7 +312,7 @@ def _checked(path: Path, contents: dict[str, Any]) -> Checkpoint:
         epoch=epoch if isinstance(epoch, int) else None,
         higher=higher,
         sae_is_input=higher is not None and extra is None and bool(sae.any()),
-        architecture=None if extra is None else dict(extra),
+        architecture=extra if isinstance(extra, dict) else None,
         optimizer=optimizer if isinstance(optimizer, dict) else None,
         log_sigma=None if log_sigma is None else log_sigma.detach(),
     )

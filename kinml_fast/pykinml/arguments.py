@@ -195,7 +195,7 @@ def configuration(args: argparse.Namespace) -> Config:
             "names": None if args.nameset is None else several(args.nameset),
             "split": [int(x) if float(x).is_integer() else float(x) for x in args.tvt],
             "split_file": one(args.trtsid_name),
-            "split_seed": seeds(args.randomseed[0])[0],
+            "split_seed": int(args.randomseed[0]),
             "sae": "fit" if args.sae_fit else "none",
             "elements": list(args.present_elements),
         },

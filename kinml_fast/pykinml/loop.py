@@ -98,7 +98,7 @@ class Loop:
         started = time.time()
         config, data = self._config(max_epochs), self._prepared()
         folder = RunFolder(self.svpath)
-        shape = _dataset(self.loaders["train"]).descriptor
+        shape = dataset(self.loaders["train"]).descriptor
         model = nnpes.energy_model(self.model, shape, fidelities=data.fidelities, baseline=data.baseline)
         report = _Report(self, model)
         trainer = Trainer(model, data, config.training, folder.path, overwrite=True, progress=report)
@@ -130,14 +130,14 @@ class Loop:
         return [*found, (row.energy, row.forces)]
 
     def _structures(self, part: str) -> Structures:
-        return _dataset(self.loaders[part]).structures
+        return dataset(self.loaders[part]).structures
 
     def _prepared(self) -> Prepared:
         parts = [self._structures(part) for part in PARTS]
         elements = parts[0].elements
         ends = np.cumsum([len(part) for part in parts])
         structures = concatenate([part for part in parts if len(part)], elements)
-        train = _dataset(self.loaders["train"])
+        train = dataset(self.loaders["train"])
         return Prepared(
             structures,
             Split(*np.split(np.arange(ends[-1]), ends[:-1])),
@@ -157,7 +157,7 @@ class Loop:
 
     def _config(self, epochs: int) -> Config:
         """The native configuration of this run: how to train is what model, optimizer and schedule say."""
-        base = _dataset(self.loaders["train"]).config
+        base = dataset(self.loaders["train"]).config
         values = base.model_dump()
         values["run"] = str(self.svpath)
         values["data"] |= {"split_file": str(RunFolder(self.svpath).split), "prepared": None}
@@ -284,7 +284,14 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
     raise InputError(f"the schedule is {type(scheduler).__name__}: take ReduceLROnPlateau, ExponentialLR or StepLR")
 
 
-def _dataset(loader: DataLoader) -> PesDataset:
+def dataset(loader: DataLoader) -> PesDataset:
+    """The data set of a loader.
+
+    Raises
+    ------
+    InputError
+        It is none of `prepper`'s.
+    """
     found = getattr(loader, "dataset", None)
     if not isinstance(found, PesDataset):
         raise InputError("the data sets are none that load_train_objs or load_train_data has made: take those")

@@ -21,6 +21,8 @@ from kinml_fast.train import checkpoint, continued
 
 log = logging.getLogger(__name__)
 
+_NATIVE = (model_file.FORMAT, checkpoint.FORMAT)
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -69,7 +71,7 @@ def load(path: str | Path) -> tuple[nnpes.Composite, Saved | None, tuple[str, ..
         The file is missing, damaged, of another kind, or names foreign classes or functions.
     """
     path = Path(path)
-    if _format(path) in (model_file.FORMAT, checkpoint.FORMAT):
+    if is_native(path):
         origin = continued.load(path, averaged=False)
         if not isinstance(origin.model, EnergyModel):
             raise InputError(f"{path}: holds several models: name the file of one of them")
@@ -77,8 +79,15 @@ def load(path: str | Path) -> tuple[nnpes.Composite, Saved | None, tuple[str, ..
         return net, _of_native(net, origin.state), origin.model.elements
     found = pykinml_checkpoint.read(path)
     net = nnpes.from_checkpoint(found)
-    elements = None if found.architecture is None else tuple(found.architecture["descriptor"]["elements"])
-    return net, _of_pykinml(net, found), elements
+    return net, _of_pykinml(net, found), found.elements
+
+
+def is_native(path: str | Path) -> bool:
+    """Whether a file is model.pt or a checkpoint of a native run; False too if it is damaged or missing."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True).get("format") in _NATIVE
+    except Exception:  # whoever reads it says what is wrong
+        return False
 
 
 def write(
@@ -134,14 +143,6 @@ def take(native: torch.optim.Optimizer, optimizer: torch.optim.Optimizer, net: n
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:
     return "Adam" if isinstance(optimizer, torch.optim.Adam) else type(optimizer).__name__
-
-
-def _format(path: Path) -> str | None:
-    """What a native file says that it is; None for others."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True).get("format")
-    except Exception:  # of PyKinML, damaged or missing: whoever reads it says so
-        return None
 
 
 def _parameters(net: nnpes.Composite) -> list[torch.nn.Parameter]:
