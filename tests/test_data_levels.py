@@ -805,6 +805,7 @@ def test_a_run_on_differences(database, tmp_path, caplog):
     assert (data.fidelities, data.baseline) == ((1,), 0)
     assert "left out 11 of 20 structures that lack a level" in caplog.text
     assert "fidelity 1 minus 0" in caplog.text
+    assert "fitting freely" not in caplog.text  # differences are no energies of another kind
     notes = [float(line.split()[2]) for line in (tmp_path / "run" / "split.txt").read_text().splitlines()]
     assert sorted(notes) == sorted(data.structures.energies.tolist())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -133,7 +133,7 @@ def difference(structures: Structures) -> Structures:
     forces = None if structures.forces is None else structures.forces[-1] - structures.forces[0]
     if forces is not None and np.isnan(forces).all():
         forces = None
-    return replace(structures, energies=structures.energies[-1] - structures.energies[0], forces=forces)
+    return structures.changed(energies=structures.energies[-1] - structures.energies[0], forces=forces)
 
 
 def join(levels: Sequence[Structures]) -> Structures:
@@ -169,7 +169,7 @@ def join(levels: Sequence[Structures]) -> Structures:
         if level.forces is not None:
             forces = np.full((len(levels), *level.forces.shape), np.nan)
             forces[k] = level.forces
-        lifted.append(replace(level, energies=energies, forces=forces))
+        lifted.append(level.changed(energies=energies, forces=forces))
     return merge(concatenate(lifted))
 
 
@@ -210,7 +210,7 @@ def merge(structures: Structures) -> Structures:
             own = np.flatnonzero(known_forces[k])
             source, target = (atoms_of(s.offsets, i)[0] for s, i in ((structures, own), (result, places_of[own])))
             forces[k, target] = structures.forces[k, source]
-    return replace(result, energies=energies, forces=forces)
+    return result.changed(energies=energies, forces=forces)
 
 
 def _check_same_geometries(structures: Structures, others: np.ndarray) -> None:
