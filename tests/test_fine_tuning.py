@@ -422,7 +422,7 @@ def test_elements_are_added(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         started(path, tmp_path / "zero", *STILL)
     assert "a model of C H, with new networks for N" in caplog.text
-    assert "single-atom energies of the start model are kept, others added" in caplog.text
+    assert "single-atom energies of the start model are kept and others added, eV: C" in caplog.text
     now = model_file.load(tmp_path / "zero/model.pt")
     assert now.elements == ("C", "H", "N")
     old = batch(molecules("CHCH", 20).with_elements(("C", "H")))

@@ -91,7 +91,7 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
         copy = _prepared_path(config, folder)
         data = prepared.load(copy) if copy.exists() else prepare(config)
         if config.start.model is None:
-            model = make_model(config, data.structures.elements)
+            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
         else:
             # The start model may be gone; elements that were added to it are in the checkpoint, too.
             model = continued.load(folder.last).model
@@ -130,13 +130,12 @@ def _fit(
     folder = RunFolder(config.run)
     with folder.logged():
         if origin is None:
-            model = make_model(config, data.structures.elements)
+            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
         else:
-            elements = config.data.elements or data.structures.elements
-            model = continued.model_for(origin, elements, getattr(torch, config.training.dtype), config.network.seed)
+            elements, dtype = config.data.elements or data.structures.elements, getattr(torch, config.training.dtype)
+            model = continued.model_for(origin, data, elements, dtype, config.network.seed)
             if config.start.sae == "keep":
-                fitted = np.concatenate([data.split.train, data.split.validation])
-                continued.keep_sae(model, len(origin.model.elements), config.data.sae, data.structures, fitted)
+                continued.keep_sae(model, origin, config.data.sae, data)
                 data = replace(data, sae=None)
         log.info("%s", model)
         _seed_others(config)
@@ -152,7 +151,7 @@ def _fit(
         )
         if origin is not None:
             residuals = trainer.evaluate("validation", config.training.loss.forces)
-            continued.say_first_errors(*residuals, config.start.sae == "keep")
+            continued.say_first_errors(model, residuals, config.start.sae == "keep")
     return trainer.fit()
 
 
@@ -184,8 +183,18 @@ def prepare(config: Config) -> Prepared:
     return data
 
 
-def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
-    """The model of a configuration with its initial weights, which the seed decides."""
+def make_model(
+    config: Config, elements: Sequence[str], fidelities: Sequence[int] = (1,), baseline: int | None = None
+) -> EnergyModel:
+    """The model of a configuration with its initial weights, which the seed decides.
+
+    Parameters
+    ----------
+    config
+        Descriptor, layers and precision.
+    elements, fidelities, baseline
+        Those of the prepared data.
+    """
     network = config.network
     torch.manual_seed(network.seed)
     return EnergyModel(
@@ -194,6 +203,8 @@ def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
         activations=network.layer_activations,
         biases=network.biases,
         dtype=getattr(torch, config.training.dtype),
+        fidelities=fidelities,
+        baseline=baseline,
     )
 
 
