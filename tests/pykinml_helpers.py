@@ -49,9 +49,9 @@ def run_script(name: str, folder: Path, *changes: tuple[str, str], expected: int
     With another exit status than the expected one, the test fails with its output.
     """
     path = _written(name, folder, changes)
-    done = subprocess.run(
-        [sys.executable, path.name], cwd=folder, capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    # One thread: others may compute on this machine too.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, path.name], cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == expected, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -64,6 +64,7 @@ def run_here(name: str, folder: Path, *changes: tuple[str, str]) -> str:
     handler = logging.StreamHandler(out)
     logger.handlers[:], sys.argv = [handler], [path.name]
     logger.setLevel(logging.INFO)
+    torch.set_num_threads(1)
     try:
         with _chdir(folder), contextlib.redirect_stdout(out), mock.patch.object(Trainer, "_report"):
             runpy.run_path(str(path), run_name="__main__")

@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from kinml_fast import KinMLCalculator
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.pykinml import state
-from kinml_fast.train import config, runs
+from kinml_fast.train import Trainer, config, runs
 
 pytestmark = needs_shared
 
@@ -114,8 +115,9 @@ def test_single_fid_leaves_files_of_both(single):
 def test_the_native_configuration_of_a_script_repeats_its_run(single, tmp_path, monkeypatch):
     folder, _ = single
     monkeypatch.chdir(folder)
-    settings = config.load("my_model_0_1/config.yaml", [f"run={tmp_path / 'again'}", "training.epochs=2"])
-    runs.start(settings)
+    changes = [f"run={tmp_path / 'again'}", "training.epochs=2", "training.threads=1"]
+    with mock.patch.object(Trainer, "_report"):
+        runs.start(config.load("my_model_0_1/config.yaml", changes))
     first, again = metrics(folder / "my_model_0_1"), metrics(tmp_path / "again")
     for part in ("train", "validation", "test"):
         for name in ("energy_mae", "energy_rmse"):
@@ -126,7 +128,8 @@ def test_a_script_run_is_resumed_natively_with_the_same_bits_as_by_load_model(si
     folder, _ = single
     shutil.copytree(folder / "my_model_0_1", tmp_path / "my_model_0_1")
     monkeypatch.chdir(tmp_path)
-    runs.resume("my_model_0_1", ["training.epochs=11"])
+    with mock.patch.object(Trainer, "_report"):
+        runs.resume("my_model_0_1", ["training.epochs=11", "training.threads=1"])
     place(tmp_path)
     printed = errors(run_here("load_model", tmp_path, ("epochs = 10", "epochs = 1")))
     assert float(metrics(tmp_path / "my_model_0_1")[10, "train"]["energy_rmse"]) == printed[0, "train RMSE"]
@@ -322,5 +325,5 @@ def test_data_that_are_not_there_or_that_pykinml_prepared(tmp_path):
         run_here("load_model", tmp_path)
     (tmp_path / "my_model_0_1" / "training1").mkdir(parents=True)
     torch.save([torch.zeros(1)], tmp_path / "my_model_0_1" / "training1" / "train_engs")
-    with pytest.raises(InputError, match="training1: was prepared by PyKinML: set args.pre_saved = False"):
+    with pytest.raises(InputError, match=r"training1: was prepared by PyKinML: set args\.pre_saved = False"):
         run_here("load_model", tmp_path)
