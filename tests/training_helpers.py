@@ -107,14 +107,14 @@ class Interrupter(Progress):
             self.act()
 
 
-def interrupted_run(folder, config, stop_at, act=None, data=None, dtype=torch.float64):
+def interrupted_run(folder, config, stop_at, act=None, data=None, dtype=torch.float64, **keys):
     """A run that ends after `stop_at` batches; last.pt is of the batch before that."""
 
     def kill():
         raise Killed
 
     progress = Interrupter(stop_at, act or kill)
-    trainer = Trainer(model(dtype=dtype), data or training_data(), config, folder, progress=progress)
+    trainer = Trainer(model(dtype=dtype), data or training_data(), config, folder, progress=progress, **keys)
     every_batch(trainer)
     with pytest.raises((Killed, KeyboardInterrupt)):
         trainer.fit()

@@ -221,7 +221,9 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
       ones(n_structures, 1.0);
   std::vector<Index> chosen(kBatch);
   std::vector<double> residuals(kBatch), errors(3 * kBatch), losses(2);
-  ForceBatch<T> batch{species.data(), offsets.data(), chosen.data(), kBatch};
+  ForceBatch<T> batch{species.data(), offsets.data(), chosen.data(),
+                      kBatch,         n_structures,   kAtoms * n_structures};
+  const NetworkLevels levels{{shape}};
   batch.parameters = &parameters;
   batch.coordinates = coordinates.data();
   const ForceLoss loss{energies.data(), targets.data(), ones.data(), ones.data(), 0.3, 0.7};
@@ -231,7 +233,7 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
         for (Index& s : chosen) s = static_cast<Index>(random() % n_structures);
       },
       [&] {
-        force_step<T>(shape, weights.data(), batch, loss, losses.data(), gradient.data(),
+        force_step<T>(levels, weights.data(), batch, loss, losses.data(), gradient.data(),
                       residuals.data(), errors.data(), 1);
       },
       0);

@@ -2,7 +2,8 @@
 
 from kinml_fast.nn.aev import AEV, AEVParameters
 from kinml_fast.nn.ensemble import Ensemble
+from kinml_fast.nn.extension import extended
 from kinml_fast.nn.networks import ACTIVATIONS, SpeciesNetworks
 from kinml_fast.nn.potential import EnergyModel
 
-__all__ = ["ACTIVATIONS", "AEV", "AEVParameters", "EnergyModel", "Ensemble", "SpeciesNetworks"]
+__all__ = ["ACTIVATIONS", "AEV", "AEVParameters", "EnergyModel", "Ensemble", "SpeciesNetworks", "extended"]

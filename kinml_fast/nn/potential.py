@@ -16,8 +16,8 @@ from kinml_fast.nn.networks import SpeciesNetworks
 class EnergyModel(torch.nn.Module):
     """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy).
 
-    At several levels of theory the energies of a level are those of the level below plus what a network of its own adds,
-    which takes the AEV and the atom's energy at the level below (without single-atom energy).
+    At several levels of theory the energies of a level are those of the level below plus what a network of its own
+    adds, which takes the AEV and the atom's energy at the level below (without single-atom energy).
 
     Parameters
     ----------

@@ -391,6 +391,28 @@ class TrainingConfig(Section):
         return sentences
 
 
+class StartConfig(Section):
+    """Fine-tuning and continued training: a new run that begins with the weights of another one, on any data, whether
+    that trained on forces or not. Descriptor, layers and activations are those of the start model, and its precision
+    unless training.dtype is given; keys that say otherwise are refused. Elements of the data that it lacks are added
+    behind its own: its predictions for molecules of the old ones stay as they are. To go on with an interrupted run,
+    or to make one longer, resume it instead (`kinml-fast train --resume`), which keeps everything."""
+
+    model: str | None = None
+    """model.pt of a run, or one of its checkpoints: last.pt, best.pt, epoch-*.pt (where that run averaged its weights,
+    their average, but with optimizer: keep the weights that the optimizer moved); null: new weights."""
+    optimizer: Literal["reset", "keep"] = "reset"
+    """Begin with a new optimizer, or keep the state of the optimizer (running means, number of steps), the learned
+    factors of the loss and the moving average of the weights, which last.pt and epoch-*.pt hold. Learning rate, other
+    settings and schedule are those of this configuration in any case."""
+    sae: Literal["keep", "data"] = "keep"
+    """Keep the model's single-atom energies (those of added elements are found by data.sae with them given), or take
+    all of them from the data, which is right for energies of another level of theory."""
+    freeze: list[str] = []
+    """Layers whose weights stay as they are: names or patterns like C.0 (first layer of carbon's network), H.*, *.0;
+    they work with new weights too."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -402,8 +424,25 @@ class Config(Section):
     """See the section."""
     network: NetworkConfig = NetworkConfig()
     """See the section."""
+    start: StartConfig = StartConfig()
+    """See the section."""
     training: TrainingConfig = TrainingConfig()
     """See the section."""
+
+    def ignored(self) -> list[str]:
+        """Sentences about keys that were changed but have no effect."""
+        sentences = self.training.ignored()
+        if self.start.model is None and self.start.sae != "keep":
+            sentences.append("start.sae has no effect without start.model")
+        return sentences
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Config:
+        if self.start.model is None and self.start.optimizer == "keep":
+            raise ValueError(
+                "start.optimizer is keep, but start.model names no checkpoint whose optimizer that could be"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_backend(self) -> Config:

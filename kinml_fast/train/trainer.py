@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from kinml_fast.data.splits import PARTS
 from kinml_fast.deploy import model_file
-from kinml_fast.errors import InputError
+from kinml_fast.errors import InputError, first_line
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
-from kinml_fast.train import checkpoint
+from kinml_fast.train import checkpoint, continued
 from kinml_fast.train.config import TrainingConfig, save_yaml
 from kinml_fast.train.dataset import Data, Dataset
 from kinml_fast.train.folder import RunFolder
+from kinml_fast.train.freezing import FrozenLayers
 from kinml_fast.train.loss import ExtraLoss, ExtraLosses, LossBatch, TaskWeights
 from kinml_fast.train.metrics import MetricsTable, Row
 from kinml_fast.train.optimizers import WeightAverage, make_optimizer
@@ -98,12 +99,18 @@ class Trainer:
     extra_losses
         Further terms of the loss by name: functions of the model and a `LossBatch` that return a scalar tensor, whose
         gradient autograd adds. Their factors are training.loss.extra_weights, or learned like those of the others.
+    freeze
+        Layers whose weights stay as they are, by name or pattern; see `FrozenLayers`.
+    origin
+        The checkpoint that the model comes from (`continued.load` with averaged=False), whose state of the optimizer
+        the run goes on with; see `continued.keep_state`. A resumed run has its own.
 
     Raises
     ------
     InputError
         Elements that the model does not have; an empty training or validation set; no forces where they are asked
-        for; a folder that holds a run already; a checkpoint that does not belong to this model, data or configuration.
+        for; a folder that holds a run already; a checkpoint that does not belong to this model, data or configuration;
+        names that no layer has; an origin without a state of this optimizer.
     """
 
     def __init__(
@@ -117,6 +124,8 @@ class Trainer:
         overwrite: bool = False,
         progress: Progress | None = None,
         extra_losses: Mapping[str, ExtraLoss] | None = None,
+        freeze: Sequence[str] = (),
+        origin: continued.Origin | None = None,
     ) -> None:
         self.model = model
         self.config = config or TrainingConfig()
@@ -133,6 +142,10 @@ class Trainer:
         self._scheduler = make_scheduler(self._optimizer, self.config.scheduler, self.config.epochs)
         decay = self.config.ema_decay
         self._average = None if decay is None else WeightAverage(self._parameters, decay)
+        resuming = resume and self.folder is not None and self.folder.last.exists()
+        if origin is not None and not resuming:
+            continued.keep_state(origin, model, self.config, self._optimizer, self._tasks, self._average)
+        self._frozen = FrozenLayers(model, freeze) if freeze else None
 
         # Where the run is: `_batch` batches of epoch `_epoch` are done, in `_elapsed` seconds.
         self._epoch = self._batch = 0
@@ -149,6 +162,7 @@ class Trainer:
         self._next_tick = math.inf
         if self.folder is not None:
             self._open(resume, overwrite)
+        self._freeze()
 
     def fit(self) -> Summary:
         """Train to the end.
@@ -204,6 +218,18 @@ class Trainer:
                 log.info("%s of %d atoms in %.2f s", kept, self._data.n_atoms, time.monotonic() - started)
         return self._steps[with_forces]
 
+    def _freeze(self) -> None:
+        """Hold the weights of frozen layers as they are now."""
+        if self._frozen is None:
+            return
+        self._frozen.hold()
+        if self._average is not None:
+            for average, weights in zip(self._average.averages, self._average.parameters, strict=True):
+                if weights.data_ptr() == self.model.networks.weights.data_ptr():
+                    torch._foreach_copy_(self._frozen.parts(average), self._frozen.parts(weights))
+        numbers = self._frozen.count, self.model.networks.weights.numel()
+        log.info("frozen: %s (%d of %d weights)", ", ".join(self._frozen.names), *numbers)
+
     def _order(self, epoch: int) -> Tensor:
         """The training structures in the order of an epoch, which depends on the seed and the epoch only."""
         if not self.config.shuffle:
@@ -251,6 +277,7 @@ class Trainer:
         else:
             self._force_errors.zero_()
         step, tasks, extra, clip = self._step(with_forces), self._tasks, self._extra, self.config.gradient_clip
+        frozen = self._frozen
         order = self._order(epoch)
         batches = step.batches(order, size, self._residuals, self._force_errors)
         tasks.begin(with_forces)
@@ -264,9 +291,13 @@ class Trainer:
                 extra.add(LossBatch(self._data.origin[structures], *self._data.gather(structures)))
             if learning:
                 tasks.differentiate(counted[number])
+            if frozen is not None:
+                frozen.clear_gradient()
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(self._parameters, clip)
             self._optimizer.step()
+            if frozen is not None:
+                frozen.restore()
             if learning:
                 tasks.refresh()
             if self._average is not None:
@@ -311,7 +342,7 @@ class Trainer:
     def _evaluated_row(self, part: str, epoch: int, lr: float) -> Row:
         """The row of a part of the data with the present weights."""
         started = time.perf_counter()
-        energies, forces = self._evaluate(part, self.config.loss.forces)
+        energies, forces = self.evaluate(part, self.config.loss.forces)
         errors = Errors.of(forces) if forces is not None and forces.size else None
         return self._row(part, epoch, lr, energies, errors, time.perf_counter() - started)
 
@@ -330,7 +361,7 @@ class Trainer:
             errors = Errors.of(residuals)
         return Row(epoch, part, errors, forces, lr, seconds, rate, more or {})
 
-    def _evaluate(self, part: str, with_forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def evaluate(self, part: str, with_forces: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """Residuals of a part with the present weights: energies [n] in eV, and forces in eV/Å where they are known.
 
         The forces are [n_known_atoms, 3], or None if not asked for.
@@ -454,6 +485,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
+            "frozen": [] if self._frozen is None else list(self._frozen.names),
             "random": checkpoint.random_states(),
             "epoch": self._epoch,
             "batch": self._batch,
@@ -490,7 +522,9 @@ class Trainer:
                     self._best["weights"] = self._weights()
             length = state["metrics_length"]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: does not hold a whole run ({error}): put an intact checkpoint there") from error
+            raise InputError(
+                f"{path}: does not hold a whole run ({first_line(error)}): put an intact checkpoint there"
+            ) from error
         self._table = MetricsTable(self.folder.path, length, self._epoch, self._tasks.columns())
 
     def _check_belongs(self, state: dict[str, Any]) -> None:
@@ -509,6 +543,13 @@ class Trainer:
                     f"{path}: was written with training.{key} = {before.get(key)} and cannot go on with {value}: keep "
                     f"it, or start a new run; what can be changed is {', '.join(sorted(CHANGEABLE))}"
                 )
+        frozen = set() if self._frozen is None else set(self._frozen.names)
+        if set(state.get("frozen", ())) != frozen:
+            names = [", ".join(sorted(names)) or "none" for names in (state.get("frozen", ()), frozen)]
+            raise InputError(
+                f"{path}: was written with other frozen layers ({names[0]}) and cannot go on with {names[1]}: keep "
+                "start.freeze, or start a new run from it"
+            )
         if state["data"] != self._data.fingerprint:
             raise InputError(
                 f"{path}: belongs to other data (structures, energies, forces, weights, split or single-atom energies "
@@ -520,10 +561,10 @@ class Trainer:
     def _finish(self, started: float) -> Summary:
         self.model.load_state_dict(self._best["weights"])
         parts = [part for part in PARTS if self._data.sizes[part]]
-        residuals = {part: self._evaluate(part, self.config.loss.forces) for part in parts}
+        residuals = {part: self.evaluate(part, self.config.loss.forces) for part in parts}
         if not self.config.loss.forces and self._data.known.any() and self._data.coordinates is not None:
             # Forces that were not trained on are reported all the same.
-            residuals = {part: (residuals[part][0], self._evaluate(part, True)[1]) for part in parts}
+            residuals = {part: (residuals[part][0], self.evaluate(part, True)[1]) for part in parts}
         if self._table is not None and self._epoch > 0:
             self._report(residuals)
         errors = {part: Errors.of(energies) for part, (energies, _) in residuals.items()}

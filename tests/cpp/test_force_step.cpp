@@ -26,90 +26,115 @@ namespace {
 
 using namespace molecules;
 using kinml::cpu::ForceBatch;
+using kinml::cpu::Levels;
+using kinml::cpu::NetworkLevels;
 using kinml::cpu::NetworkShape;
 
 bool small_run = false;
 
 // ---- models -----------------------------------------------------------------------------------
 
-// A descriptor and networks on top of it. Weights are representable in float.
+// A descriptor and networks of one or several levels on top of it. Weights are representable in
+// float.
 struct Model {
   AevParameters aev;
   std::vector<Index> activations;  // one per layer
-  std::vector<Index> sizes;        // [n_species, n_layers + 1]
+  std::vector<Index> sizes;        // [n_levels, n_species, n_layers + 1]
   bool biases;
+  Index n_levels;
   std::vector<double> weights;
 
-  // Hidden layers of the given widths, each a number wider for each further species.
+  // Hidden layers of the given widths, each a number wider for each further species or level.
   Model(const AevParameters& parameters, const std::vector<Index>& hidden,
-        const std::vector<Index>& codes, bool with_biases)
-      : aev(parameters), activations(codes), biases(with_biases) {
-    for (Index s = 0; s < aev.n_species; ++s) {
-      sizes.push_back(aev.length());
-      for (const Index width : hidden) sizes.push_back(width + s);
-      sizes.push_back(1);
-    }
-    for (Index s = 0; s < aev.n_species; ++s)
-      for (Index l = 0; l < shape().n_layers; ++l) {
-        const Index in = shape().size(s, l), out = shape().size(s, l + 1);
-        for (Index k = 0; k < out * (in + (biases ? 1 : 0)); ++k)
-          weights.push_back(
-              static_cast<float>(uniform(-2, 2) / std::sqrt(static_cast<double>(in))));
+        const std::vector<Index>& codes, bool with_biases, Index levels = 1)
+      : aev(parameters), activations(codes), biases(with_biases), n_levels(levels) {
+    for (Index k = 0; k < n_levels; ++k)
+      for (Index s = 0; s < aev.n_species; ++s) {
+        sizes.push_back(aev.length() + (k > 0 ? 1 : 0));
+        for (const Index width : hidden) sizes.push_back(width + s + k);
+        sizes.push_back(1);
       }
+    for (Index k = 0; k < n_levels; ++k)
+      for (Index s = 0; s < aev.n_species; ++s)
+        for (Index l = 0; l < shape(k).n_layers; ++l) {
+          const Index in = shape(k).size(s, l), out = shape(k).size(s, l + 1);
+          for (Index i = 0; i < out * (in + (biases ? 1 : 0)); ++i)
+            weights.push_back(
+                static_cast<float>(uniform(-2, 2) / std::sqrt(static_cast<double>(in))));
+        }
   }
-  NetworkShape shape() const {
-    return {aev.n_species, static_cast<Index>(activations.size()), sizes.data(), activations.data(),
-            biases};
+  NetworkShape shape(Index level) const {
+    const Index n_layers = static_cast<Index>(activations.size());
+    return {aev.n_species, n_layers, sizes.data() + level * aev.n_species * (n_layers + 1),
+            activations.data(), biases};
+  }
+  NetworkLevels levels() const {
+    NetworkLevels chain;
+    for (Index k = 0; k < n_levels; ++k) chain.shapes.push_back(shape(k));
+    return chain;
   }
 };
 
 // ---- the reference ----------------------------------------------------------------------------
 
-// The energy of structure s displaced by step * direction [n_atoms, 3]; unless null, its gradient
-// with respect to the weights times `factor` is added to `gradient`.
-Real plain_energy(const Model& model, const Batch& batch, Index s,
-                  const std::vector<double>& direction, Real step, Real factor,
-                  std::vector<Real>* gradient) {
-  const NetworkShape shape = model.shape();
-  const Index first = batch.offsets[s], n = batch.size(s), L = shape.n_layers;
+// The energy of structure s at a level, displaced by step * direction [n_atoms, 3]; unless null,
+// its gradient with respect to the weights times `factor` is added to `gradient`.
+Real plain_energy(const Model& model, const Batch& batch, Index level, Index s,
+                  const double* direction, Real step, Real factor, std::vector<Real>* gradient) {
+  const Index first = batch.offsets[s], n = batch.size(s);
   std::vector<Real> x(3 * n);
   for (Index c = 0; c < 3 * n; ++c)
     x[c] = batch.coordinates[3 * first + c] + step * direction[3 * first + c];
   const std::vector<Real> aev = reference(model.aev, x, batch.species.data() + first, n);
+  const Index length = model.aev.length(), L = static_cast<Index>(model.activations.size());
   Real energy = 0;
   for (Index i = 0; i < n; ++i) {
     const Index kind = batch.species[first + i];
+    std::vector<std::vector<std::vector<Real>>> z(level + 1), h(level + 1);
+    std::vector<std::vector<Index>> begins(level + 1);
     Index at = 0;
-    for (Index other = 0; other < kind; ++other) at += shape.parameters_of(other);
-    std::vector<std::vector<Real>> z(L), h(L + 1);
-    std::vector<Index> begins(L);
-    h[0].assign(aev.begin() + i * shape.size(kind, 0), aev.begin() + (i + 1) * shape.size(kind, 0));
-    for (Index l = 0; l < L; ++l) {
-      const Index in = shape.size(kind, l), out = shape.size(kind, l + 1);
-      begins[l] = at;
-      for (Index j = 0; j < out; ++j) {
-        Real sum = shape.biases ? model.weights[at + in * out + j] : 0;
-        for (Index k = 0; k < in; ++k) sum += model.weights[at + j * in + k] * h[l][k];
-        z[l].push_back(sum);
-        h[l + 1].push_back(activations::value(static_cast<int>(shape.activations[l]), sum));
-      }
-      at += out * (in + (shape.biases ? 1 : 0));
-    }
-    energy += h[L][0];
-    if (gradient == nullptr) continue;
-    std::vector<Real> delta(1, factor);
-    for (Index l = L - 1; l >= 0; --l) {
-      const Index in = shape.size(kind, l), out = shape.size(kind, l + 1);
-      std::vector<Real> before(in);
-      for (Index j = 0; j < out; ++j) {
-        delta[j] *= activations::slope(static_cast<int>(shape.activations[l]), z[l][j]);
-        for (Index k = 0; k < in; ++k) {
-          (*gradient)[begins[l] + j * in + k] += delta[j] * h[l][k];
-          before[k] += delta[j] * model.weights[begins[l] + j * in + k];
+    Real own = 0;  // energy of the atom
+    for (Index k = 0; k <= level; ++k) {
+      const NetworkShape shape = model.shape(k);
+      for (Index other = 0; other < kind; ++other) at += shape.parameters_of(other);
+      h[k].emplace_back(aev.begin() + i * length, aev.begin() + (i + 1) * length);
+      if (k > 0) h[k][0].push_back(own);
+      for (Index l = 0; l < L; ++l) {
+        const Index in = shape.size(kind, l), out = shape.size(kind, l + 1);
+        begins[k].push_back(at);
+        z[k].emplace_back();
+        h[k].emplace_back();
+        for (Index j = 0; j < out; ++j) {
+          Real sum = shape.biases ? model.weights[at + in * out + j] : 0;
+          for (Index c = 0; c < in; ++c) sum += model.weights[at + j * in + c] * h[k][l][c];
+          z[k][l].push_back(sum);
+          h[k][l + 1].push_back(activations::value(static_cast<int>(shape.activations[l]), sum));
         }
-        if (shape.biases) (*gradient)[begins[l] + in * out + j] += delta[j];
+        at += out * (in + (shape.biases ? 1 : 0));
       }
-      delta = before;
+      for (Index other = kind + 1; other < shape.n_species; ++other)
+        at += shape.parameters_of(other);
+      own += h[k][L][0];
+    }
+    energy += own;
+    Real seed = factor;
+    for (Index k = level; gradient != nullptr && k >= 0; --k) {
+      const NetworkShape shape = model.shape(k);
+      std::vector<Real> delta(1, seed);
+      for (Index l = L - 1; l >= 0; --l) {
+        const Index in = shape.size(kind, l), out = shape.size(kind, l + 1);
+        std::vector<Real> before(in);
+        for (Index j = 0; j < out; ++j) {
+          delta[j] *= activations::slope(static_cast<int>(shape.activations[l]), z[k][l][j]);
+          for (Index c = 0; c < in; ++c) {
+            (*gradient)[begins[k][l] + j * in + c] += delta[j] * h[k][l][c];
+            before[c] += delta[j] * model.weights[begins[k][l] + j * in + c];
+          }
+          if (shape.biases) (*gradient)[begins[k][l] + in * out + j] += delta[j];
+        }
+        delta = before;
+      }
+      seed += delta.back();  // the energy of the level below is the last input
     }
   }
   return energy;
@@ -119,25 +144,29 @@ Real plain_energy(const Model& model, const Batch& batch, Index s,
 constexpr Real kStep = 2e-5L;
 constexpr Real kDifference[4][2] = {{-2, 1}, {-1, -8}, {1, 8}, {2, -1}};
 
-// F . direction of structure s.
-Real plain_force(const Model& model, const Batch& batch, Index s,
+// F . direction of structure s at a level.
+Real plain_force(const Model& model, const Batch& batch, Index level, Index s,
                  const std::vector<double>& direction) {
   Real slope = 0;
   for (const auto& [steps, weight] : kDifference)
-    slope += weight * plain_energy(model, batch, s, direction, steps * kStep, 0, nullptr);
+    slope +=
+        weight * plain_energy(model, batch, level, s, direction.data(), steps * kStep, 0, nullptr);
   return -slope / (12 * kStep);
 }
 
-// The gradient with respect to the weights of sum_s e_s E_s + sum r F. Since r F is minus the
-// derivative of E along r, that of r F is minus the difference of gradients of E.
+// The gradient with respect to the weights of sum e E + sum r F over structures and levels, with
+// e [n_levels, n_structures] and r [n_levels, n_atoms, 3]. Since r F is minus the derivative of E
+// along r, that of r F is minus the difference of gradients of E.
 std::vector<Real> plain_gradient(const Model& model, const Batch& batch,
                                  const std::vector<double>& e, const std::vector<double>& r) {
   std::vector<Real> gradient(model.weights.size());
-  for (Index s = 0; s < batch.n_structures(); ++s) {
-    plain_energy(model, batch, s, r, 0, e[s], &gradient);
-    for (const auto& [steps, weight] : kDifference)
-      plain_energy(model, batch, s, r, steps * kStep, -weight / (12 * kStep), &gradient);
-  }
+  for (Index k = 0; k < model.n_levels; ++k)
+    for (Index s = 0; s < batch.n_structures(); ++s) {
+      const double* const along = r.data() + k * 3 * batch.n_atoms();
+      plain_energy(model, batch, k, s, along, 0, e[k * batch.n_structures() + s], &gradient);
+      for (const auto& [steps, weight] : kDifference)
+        plain_energy(model, batch, k, s, along, steps * kStep, -weight / (12 * kStep), &gradient);
+    }
   return gradient;
 }
 
@@ -180,9 +209,12 @@ struct Library {
 
   // The structures named by `chosen`, or all of them.
   ForceBatch<T> view(const std::vector<Index>* chosen = nullptr) const {
-    ForceBatch<T> v{batch.species.data(), batch.offsets.data(),
+    ForceBatch<T> v{batch.species.data(),
+                    batch.offsets.data(),
                     chosen == nullptr ? nullptr : chosen->data(),
-                    chosen == nullptr ? batch.n_structures() : static_cast<Index>(chosen->size())};
+                    chosen == nullptr ? batch.n_structures() : static_cast<Index>(chosen->size()),
+                    batch.n_structures(),
+                    batch.n_atoms()};
     if (columns > 0) {
       v.features = features.data();
       v.jacobian = jacobian.data();
@@ -202,44 +234,46 @@ struct Library {
   }
   void evaluate(const double* sae, std::vector<double>& energies, std::vector<T>& forces,
                 const std::vector<Index>* chosen = nullptr) const {
-    energies = room<double>(view(chosen).count);
-    forces = room<T>(3 * batch.n_atoms());
-    kinml::cpu::energy_forces<T>(model.shape(), weights.data(), view(chosen), sae, energies.data(),
-                                 forces.data(), threads);
+    energies = room<double>(model.n_levels * view(chosen).count);
+    forces = room<T>(model.n_levels * 3 * batch.n_atoms());
+    kinml::cpu::energy_forces<T>(model.levels(), weights.data(), 1, view(chosen), sae, Levels::all,
+                                 energies.data(), forces.data(), threads);
   }
   std::vector<T> gradient(const std::vector<double>& e, const std::vector<T>& r,
                           const std::vector<Index>* chosen = nullptr) const {
     std::vector<T> result = room<T>(weights.size());
-    kinml::cpu::energy_forces_backward<T>(model.shape(), weights.data(), view(chosen), e.data(),
-                                          r.data(), result.data(), threads);
+    kinml::cpu::energy_forces_backward<T>(model.levels(), weights.data(), view(chosen), Levels::all,
+                                          e.data(), r.data(), result.data(), threads);
     return result;
   }
   Step<T> step(const kinml::cpu::ForceLoss& loss, const std::vector<Index>& chosen) const {
-    const Index n = static_cast<Index>(chosen.size());
+    const Index n = static_cast<Index>(chosen.size()) * model.n_levels;
     Step<T> r{room<double>(2), room<double>(n), room<double>(3 * n), room<T>(weights.size())};
-    kinml::cpu::force_step<T>(model.shape(), weights.data(), view(&chosen), loss, r.losses.data(),
+    kinml::cpu::force_step<T>(model.levels(), weights.data(), view(&chosen), loss, r.losses.data(),
                               r.gradient.data(), r.residuals.data(), r.errors.data(), threads);
     return r;
   }
 };
 
-// Targets and weights of a data set.
+// Targets and weights of a data set, level after level.
 struct Task {
   std::vector<double> energies, forces, energy_weights, force_weights;
   double energy_scale = 0.3, force_scale = 0.7;
 
-  explicit Task(const Batch& batch)
-      : energies(random_numbers(batch.n_structures())),
-        forces(random_numbers(3 * batch.n_atoms())) {
-    for (Index s = 0; s < batch.n_structures(); ++s) {
-      energy_weights.push_back(s % 5 == 3 ? 0 : uniform(0.2, 2));
-      force_weights.push_back(s % 4 == 2 ? 0 : uniform(0.2, 2));
-      // Forces that are not there are never read.
-      if (force_weights[s] == 0)
-        std::fill(forces.begin() + 3 * batch.offsets[s], forces.begin() + 3 * batch.offsets[s + 1],
-                  std::numeric_limits<double>::quiet_NaN());
-      if (energy_weights[s] == 0) energies[s] = 1e6;
-    }
+  explicit Task(const Batch& batch, Index n_levels = 1)
+      : energies(random_numbers(n_levels * batch.n_structures())),
+        forces(random_numbers(n_levels * 3 * batch.n_atoms())) {
+    for (Index k = 0; k < n_levels; ++k)
+      for (Index s = 0; s < batch.n_structures(); ++s) {
+        energy_weights.push_back((s + k) % 5 == 3 ? 0 : uniform(0.2, 2));
+        force_weights.push_back((s + k) % 4 == 2 ? 0 : uniform(0.2, 2));
+        // Forces that are not there are never read.
+        const auto own = forces.begin() + k * 3 * batch.n_atoms();
+        if (force_weights.back() == 0)
+          std::fill(own + 3 * batch.offsets[s], own + 3 * batch.offsets[s + 1],
+                    std::numeric_limits<double>::quiet_NaN());
+        if (energy_weights.back() == 0) energies[energy_weights.size() - 1] = 1e6;
+      }
   }
   kinml::cpu::ForceLoss loss() const {
     return {energies.data(),      forces.data(), energy_weights.data(),
@@ -264,14 +298,17 @@ constexpr Real kFloor = is_double<T> ? 1e-13L : 2e-5L;
 template <class T>
 void check_plain(const Model& model, const Batch& batch, bool with_stored = true) {
   const Index n_atoms = batch.n_atoms(), n_structures = batch.n_structures();
-  const std::vector<double> sae = random_numbers(model.aev.n_species);
+  const Index n_levels = model.n_levels;
+  const std::vector<double> sae = random_numbers(n_levels * model.aev.n_species);
   std::vector<Real> expected;
-  for (Index s = 0; s < n_structures; ++s) {
-    Real shift = 0;
-    for (Index a = batch.offsets[s]; a < batch.offsets[s + 1]; ++a) shift += sae[batch.species[a]];
-    const std::vector<double> nowhere(3 * n_atoms);
-    expected.push_back(plain_energy(model, batch, s, nowhere, 0, 0, nullptr) + shift);
-  }
+  for (Index k = 0; k < n_levels; ++k)
+    for (Index s = 0; s < n_structures; ++s) {
+      Real shift = 0;
+      for (Index a = batch.offsets[s]; a < batch.offsets[s + 1]; ++a)
+        shift += sae[k * model.aev.n_species + batch.species[a]];
+      const std::vector<double> nowhere(3 * n_atoms);
+      expected.push_back(plain_energy(model, batch, k, s, nowhere.data(), 0, 0, nullptr) + shift);
+    }
   // Along these directions, for each structure.
   std::vector<std::vector<double>> directions;
   Index most = 0;
@@ -287,9 +324,11 @@ void check_plain(const Model& model, const Batch& batch, bool with_stored = true
   }
   std::vector<Real> slopes;
   for (const auto& direction : directions)
-    for (Index s = 0; s < n_structures; ++s)
-      slopes.push_back(plain_force(model, batch, s, direction));
-  const std::vector<double> e = random_numbers(n_structures), r = random_numbers(3 * n_atoms);
+    for (Index k = 0; k < n_levels; ++k)
+      for (Index s = 0; s < n_structures; ++s)
+        slopes.push_back(plain_force(model, batch, k, s, direction));
+  const std::vector<double> e = random_numbers(n_levels * n_structures),
+                            r = random_numbers(n_levels * 3 * n_atoms);
   const std::vector<Real> gradient = plain_gradient(model, batch, e, r);
 
   for (const bool stored : {false, true}) {
@@ -303,13 +342,14 @@ void check_plain(const Model& model, const Batch& batch, bool with_stored = true
     const Real push = std::max<Real>(1, largest(forces));
     std::size_t at = 0;
     for (const auto& direction : directions)
-      for (Index s = 0; s < n_structures; ++s) {
-        Real along = 0;
-        for (Index c = 3 * batch.offsets[s]; c < 3 * batch.offsets[s + 1]; ++c)
-          along += static_cast<Real>(forces[c]) * direction[c];
-        CHECK_CLOSE(along, slopes[at++], kGradient<T>,
-                    10 * kFloor<T> * push * std::sqrt(3 * atoms));
-      }
+      for (Index k = 0; k < n_levels; ++k)
+        for (Index s = 0; s < n_structures; ++s) {
+          Real along = 0;
+          for (Index c = 3 * batch.offsets[s]; c < 3 * batch.offsets[s + 1]; ++c)
+            along += static_cast<Real>(forces[k * 3 * n_atoms + c]) * direction[c];
+          CHECK_CLOSE(along, slopes[at++], kGradient<T>,
+                      10 * kFloor<T> * push * std::sqrt(3 * atoms));
+        }
     check_close(library.gradient(e, as<T>(r)), gradient, kGradient<T>,
                 10 * kFloor<T> * std::max<Real>(1, largest(gradient)));
   }
@@ -324,6 +364,127 @@ void test_activations() {
     Batch batch;
     for (const Index n : {3, 1, 0, 5}) batch.add_molecule(n, p);
     check_plain<T>(model, batch);
+  }
+}
+
+// Chains of networks, and what is asked of their highest level alone.
+template <class T>
+void test_levels() {
+  const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
+  for (const Index n_levels : {2, 3}) {
+    check::section("several levels");
+    for (const Index code : {1, 4}) {
+      const Model model(p, {7, 4}, {code, code, 0}, code == 1, n_levels);
+      Batch batch;
+      for (const Index n : {3, 1, 0, 5}) batch.add_molecule(n, p);
+      check_plain<T>(model, batch);
+    }
+    const Model single(p, {}, {1}, true, n_levels);  // without a hidden layer
+    Batch batch;
+    for (const Index n : {4, 2}) batch.add_molecule(n, p);
+    check_plain<T>(single, batch);
+
+    check::section("highest level");
+    const Model model(p, {7, 4}, {2, 2, 0}, true, n_levels);
+    for (const Index n : {9, 60, 3, 33}) batch.add_molecule(n, p);
+    const Index count = batch.n_structures(), n_atoms = batch.n_atoms();
+    for (const bool stored : {false, true}) {
+      const Library<T> library(model, batch, stored);
+      std::vector<double> all_energies, energies(count);
+      std::vector<T> all_forces, forces(3 * n_atoms), gradient(model.weights.size());
+      library.evaluate(nullptr, all_energies, all_forces);
+      kinml::cpu::energy_forces<T>(model.levels(), library.weights.data(), 1, library.view(),
+                                   nullptr, Levels::highest, energies.data(), forces.data(), 1);
+      CHECK(same_bits(energies, {all_energies.end() - count, all_energies.end()}));
+      CHECK(same_bits(forces, {all_forces.end() - 3 * n_atoms, all_forces.end()}));
+      std::vector<double> e(n_levels * count);
+      std::vector<T> r(n_levels * 3 * n_atoms);
+      for (Index i = 0; i < count; ++i) e[(n_levels - 1) * count + i] = uniform(-1, 1);
+      for (Index c = 0; c < 3 * n_atoms; ++c)
+        r[(n_levels - 1) * 3 * n_atoms + c] = static_cast<T>(uniform(-1, 1));
+      kinml::cpu::energy_forces_backward<T>(model.levels(), library.weights.data(), library.view(),
+                                            Levels::highest, e.data() + (n_levels - 1) * count,
+                                            r.data() + (n_levels - 1) * 3 * n_atoms,
+                                            gradient.data(), 1);
+      const std::vector<T> expected = library.gradient(e, r);
+      for (std::size_t i = 0; i < expected.size(); ++i)
+        CHECK_CLOSE(gradient[i], expected[i], kValue<T>, kFloor<T>);
+    }
+  }
+}
+
+// The members of an ensemble are what they are alone; a large structure takes another way.
+template <class T>
+void test_ensembles() {
+  check::section("ensembles");
+  const AevParameters p =
+      small_run ? aevmod(2, 2, 1, 1, 2.5, 2.0, 0.95) : aevmod(2, 4, 2, 3, 3.6, 2.6, 0.95);
+  constexpr Index kMembers = 3;
+  for (const Index n_levels : {1, 2})
+    for (const bool large : {false, true}) {
+      std::vector<Model> members;
+      std::vector<T> weights;
+      for (Index m = 0; m < kMembers; ++m) {
+        members.emplace_back(p, std::vector<Index>{5}, std::vector<Index>{1, 0}, true, n_levels);
+        for (const double w : members.back().weights) weights.push_back(static_cast<T>(w));
+      }
+      Batch batch;
+      for (const Index n : {4, 0, 30, 9}) batch.add_molecule(n, p);
+      if (large) {
+        batch.add_random(530, 2, 19, 19, 19, p);
+        batch.finish_structure();
+      }
+      const Index count = batch.n_structures(), n_atoms = batch.n_atoms();
+      const std::vector<double> sae = random_numbers(kMembers * n_levels * 2);
+      for (const int threads : {1, 3}) {
+        const Library<T> first(members[0], batch, false, threads);
+        std::vector<double> energies(kMembers * n_levels * count);
+        std::vector<T> forces(kMembers * n_levels * 3 * n_atoms);
+        kinml::cpu::energy_forces<T>(members[0].levels(), weights.data(), kMembers, first.view(),
+                                     sae.data(), Levels::all, energies.data(), forces.data(),
+                                     threads);
+        for (Index m = 0; m < kMembers; ++m) {
+          std::vector<double> own_energies;
+          std::vector<T> own_forces;
+          Library<T>(members[m], batch, false, 1)
+              .evaluate(sae.data() + m * n_levels * 2, own_energies, own_forces);
+          const Index e = n_levels * count, f = n_levels * 3 * n_atoms;
+          CHECK(
+              same_bits(own_energies, {energies.begin() + m * e, energies.begin() + (m + 1) * e}));
+          CHECK(same_bits(own_forces, {forces.begin() + m * f, forces.begin() + (m + 1) * f}));
+        }
+      }
+    }
+}
+
+// Descriptors without Jacobians: energies and their gradient.
+template <class T>
+void test_energies_alone() {
+  check::section("energies alone");
+  const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
+  for (const Index n_levels : {1, 2, 3}) {
+    const Model model(p, {7, 4}, {1, 1, 0}, true, n_levels);
+    Batch batch;
+    for (const Index n : {3, 1, 0, 5, 70, 12}) batch.add_molecule(n, p);
+    const Index count = batch.n_structures();
+    const Library<T> library(model, batch, true);
+    ForceBatch<T> view = library.view();
+    view.jacobian = nullptr;
+    std::vector<double> expected, energies(n_levels * count);
+    std::vector<T> forces;
+    library.evaluate(nullptr, expected, forces);
+    kinml::cpu::energy_forces<T>(model.levels(), library.weights.data(), 1, view, nullptr,
+                                 Levels::all, energies.data(), nullptr, 1);
+    CHECK(same_bits(energies, expected));
+    const std::vector<double> e = random_numbers(n_levels * count);
+    std::vector<T> gradient(model.weights.size());
+    kinml::cpu::energy_forces_backward<T>(model.levels(), library.weights.data(), view, Levels::all,
+                                          e.data(), nullptr, gradient.data(), 1);
+    const std::vector<T> with_zero =
+        library.gradient(e, std::vector<T>(n_levels * 3 * batch.n_atoms()));
+    const Real size = std::max<Real>(1, largest(with_zero));
+    for (std::size_t i = 0; i < gradient.size(); ++i)
+      CHECK_CLOSE(gradient[i], with_zero[i], kGradient<T>, 10 * kFloor<T> * size);
   }
 }
 
@@ -379,37 +540,41 @@ void check_step(const Model& model, const Batch& batch, const Task& task,
   std::vector<double> energies;
   std::vector<T> forces;
   library.evaluate(nullptr, energies, forces);
-  Index n_energies = 0, n_forces = 0;
-  for (const Index s : chosen) {
-    n_energies += task.energy_weights[s] != 0;
-    n_forces += task.force_weights[s] != 0;
-  }
   Real losses[2] = {0, 0};
   // dL/dE, dL/dF, of each structure as often as it is chosen.
-  std::vector<double> e(batch.n_structures());
-  std::vector<double> r(3 * batch.n_atoms());
+  const Index n_structures = batch.n_structures(), n_atoms = batch.n_atoms();
+  std::vector<double> e(model.n_levels * n_structures);
+  std::vector<double> r(model.n_levels * 3 * n_atoms);
   std::vector<Real> residuals, errors;
-  for (const Index s : chosen) {
-    const Real residual = static_cast<Real>(energies[s]) - task.energies[s];
-    residuals.push_back(residual);
-    if (task.energy_weights[s] != 0) {
-      losses[0] += task.energy_weights[s] * residual * residual / n_energies;
-      e[s] += static_cast<double>(2 * task.energy_scale * task.energy_weights[s] * residual /
-                                  n_energies);
+  for (Index k = 0; k < model.n_levels; ++k) {
+    Index n_energies = 0, n_forces = 0;
+    for (const Index s : chosen) {
+      n_energies += task.energy_weights[k * n_structures + s] != 0;
+      n_forces += task.force_weights[k * n_structures + s] != 0;
     }
-    Real sum = 0, squares = 0, worst = 0;
-    const Index begin = 3 * batch.offsets[s], n = 3 * batch.size(s);
-    if (task.force_weights[s] != 0)
-      for (Index c = begin; c < begin + n; ++c) {
-        const Real difference = static_cast<Real>(forces[c]) - task.forces[c];
-        sum += std::fabs(difference);
-        squares += difference * difference;
-        worst = std::max(worst, std::fabs(difference));
-        r[c] += static_cast<double>(2 * task.force_scale * task.force_weights[s] * difference / n /
-                                    n_forces);
+    for (const Index s : chosen) {
+      const Index at = k * n_structures + s;
+      const Real residual = static_cast<Real>(energies[at]) - task.energies[at];
+      residuals.push_back(residual);
+      if (task.energy_weights[at] != 0) {
+        losses[0] += task.energy_weights[at] * residual * residual / n_energies;
+        e[at] += static_cast<double>(2 * task.energy_scale * task.energy_weights[at] * residual /
+                                     n_energies);
       }
-    errors.insert(errors.end(), {sum, squares, worst});
-    if (n > 0) losses[1] += task.force_weights[s] * squares / n / std::max<Index>(n_forces, 1);
+      Real sum = 0, squares = 0, worst = 0;
+      const Index begin = 3 * (k * n_atoms + batch.offsets[s]), n = 3 * batch.size(s);
+      if (task.force_weights[at] != 0)
+        for (Index c = begin; c < begin + n; ++c) {
+          const Real difference = static_cast<Real>(forces[c]) - task.forces[c];
+          sum += std::fabs(difference);
+          squares += difference * difference;
+          worst = std::max(worst, std::fabs(difference));
+          r[c] += static_cast<double>(2 * task.force_scale * task.force_weights[at] * difference /
+                                      n / n_forces);
+        }
+      errors.insert(errors.end(), {sum, squares, worst});
+      if (n > 0) losses[1] += task.force_weights[at] * squares / n / std::max<Index>(n_forces, 1);
+    }
   }
   const std::vector<T> expected = library.gradient(e, as<T>(r));
   const Step<T> step = library.step(task.loss(), chosen);
@@ -423,10 +588,10 @@ void check_step(const Model& model, const Batch& batch, const Task& task,
 }
 
 template <class T>
-void test_steps() {
-  check::section("steps");
+void test_steps(Index n_levels) {
+  check::section(n_levels > 1 ? "steps of several levels" : "steps");
   const AevParameters p = aevmod(3, 5, 3, 4, 4.6, 3.4, 0.95);
-  const Model model(p, {9, 6}, {1, 2, 0}, true);
+  const Model model(p, {9, 6}, {1, 2, 0}, true, n_levels);
   Batch batch;
   for (int s = 0; s < (small_run ? 9 : 60); ++s) {
     if (s % 6 == 1)
@@ -434,7 +599,7 @@ void test_steps() {
     else
       batch.add_molecule(random_index(1, small_run ? 6 : 30), p);
   }
-  Task task(batch);
+  Task task(batch, n_levels);
   std::vector<Index> all(batch.n_structures());
   std::iota(all.begin(), all.end(), Index(0));
   std::vector<Index> some = {4, 0, 0, 7, 1, 4, 8, 1};  // in any order, twice, without atoms
@@ -447,32 +612,33 @@ void test_steps() {
     check_step<T>(model, batch, task, {3}, stored);  // without its energy
     // One of the tasks only.
     Task one = task;
-    one.energy_weights.assign(all.size(), 0);
+    one.energy_weights.assign(n_levels * all.size(), 0);
     check_step<T>(model, batch, one, all, stored);
     one = task;
-    one.force_weights.assign(all.size(), 0);
+    one.force_weights.assign(n_levels * all.size(), 0);
     std::fill(one.forces.begin(), one.forces.end(), std::numeric_limits<double>::quiet_NaN());
     check_step<T>(model, batch, one, all, stored);
-    one.energy_weights.assign(all.size(), 0);
+    one.energy_weights.assign(n_levels * all.size(), 0);
     const Library<T> library(model, batch, stored);
     for (const T g : library.step(one.loss(), all).gradient) CHECK(g == 0);
   }
 }
 
 template <class T>
-void test_same_bits() {
+void test_same_bits(Index n_levels) {
   const AevParameters p = aevmod(3, 4, 2, 3, 4.0, 2.8, 0.95);
-  const Model model(p, {8, 5}, {1, 4, 0}, true);
+  const Model model(p, {8, 5}, {1, 4, 0}, true, n_levels);
   for (const Index count : {1, 2, 3, 40, 700}) {
     if (small_run && count > 40) continue;
+    if (n_levels > 1 && count > 40) continue;
     Batch batch;
     for (Index s = 0; s < count; ++s) batch.add_molecule(random_index(0, 14), p);
-    const Task task(batch);
+    const Task task(batch, n_levels);
     std::vector<Index> order(count);
     std::iota(order.begin(), order.end(), Index(0));
     std::shuffle(order.begin(), order.end(), random_bits);
-    const std::vector<double> e = random_numbers(count);
-    const auto r = as<T>(random_numbers(3 * batch.n_atoms()));
+    const std::vector<double> e = random_numbers(n_levels * count);
+    const auto r = as<T>(random_numbers(n_levels * 3 * batch.n_atoms()));
     for (const bool stored : {false, true}) {
       check::section(stored ? "same bits, stored" : "same bits");
       if (stored && count > 40) continue;
@@ -576,8 +742,13 @@ void test_type() {
   test_descriptors<T>();
   test_neighbours<T>();
   test_large<T>();
-  test_steps<T>();
-  test_same_bits<T>();
+  test_levels<T>();
+  test_ensembles<T>();
+  test_energies_alone<T>();
+  for (const Index n_levels : {1, 2}) {
+    test_steps<T>(n_levels);
+    test_same_bits<T>(n_levels);
+  }
   test_nan<T>();
   test_empty<T>();
 }
