@@ -259,13 +259,13 @@ def run_evaluate(
         found += of_file
     levels = list(dict.fromkeys(part.fidelity for part in found))
     if len(rows) > len(levels):
-        rows += [_total([part for part in found if part.fidelity == level]) for level in levels]
+        rows += [total([part for part in found if part.fidelity == level]) for level in levels]
     log.info("%s", table(rows))
     if csv_path is not None:
         _write_csv(Path(csv_path), found)
         log.info("wrote the errors of every structure to %s", csv_path)
     if plots is not None:
-        _draw(Path(plots), model, found)
+        draw(Path(plots), model, found)
         log.info("wrote parity plots to %s", plots)
     return rows
 
@@ -333,8 +333,8 @@ def _group(part: Part, chosen: np.ndarray, formula: str) -> Group:
     return Group(part.file, formula, len(chosen), Errors.of(residuals), errors, part.fidelity, spread)
 
 
-def _total(found: Sequence[Part]) -> Group:
-    """The errors of all parts, which are of one level."""
+def total(found: Sequence[Part]) -> Group:
+    """The errors of all structures of parts that are of one level."""
     residuals = np.concatenate([part.predictions.energies - part.structures.energies for part in found])
     pairs = [(part, forces[~np.isnan(forces)], ~np.isnan(forces)) for part, forces in _with_forces(found)]
     of_forces = np.concatenate([np.empty(0), *(forces for _, forces, _ in pairs)])
@@ -369,7 +369,8 @@ def _spread(residuals: np.ndarray, energy_std: np.ndarray, forces_std: np.ndarra
     return Spread(float(energy_std.mean()) * KCAL_PER_MOL, forces, correlation)
 
 
-def _draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part]) -> None:
+def draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part], split: str = "evaluated") -> None:
+    """Write a parity plot for each level, parity_SPLIT.png or parity_SPLIT_fidelity0.png, and errors.csv."""
     from kinml_fast.train import report  # matplotlib takes a second to import
 
     energies: dict[str, tuple] = {}
@@ -377,7 +378,7 @@ def _draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part]) ->
     for fidelity in dict.fromkeys(part.fidelity for part in found):
         own = [part for part in found if part.fidelity == fidelity]
         level = 0 if fidelity is None else model.fidelities.index(fidelity)
-        split = "evaluated" if fidelity is None else f"evaluated_fidelity{fidelity}"
+        name = split if fidelity is None else f"{split}_fidelity{fidelity}"
         sae = dict(zip(model.elements, members.sae(model)[level].tolist(), strict=True))
         labels: list[str] = []
         shifted = [np.empty((2, 0))]
@@ -385,7 +386,7 @@ def _draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part]) ->
             labels += part.structures.labels
             both = np.stack([part.structures.energies, part.predictions.energies])
             shifted.append(both - part.structures.counts() @ [sae[element] for element in part.structures.elements])
-        energies[split] = (labels, *np.concatenate(shifted, axis=1))
+        energies[name] = (labels, *np.concatenate(shifted, axis=1))
         of_forces: list[str] = []
         both_forces = [np.empty((2, 0))]
         for part, residuals in _with_forces(own):
@@ -393,7 +394,7 @@ def _draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part]) ->
             structures = part.structures
             both_forces.append(np.stack([x[known].ravel() for x in (structures.forces, part.predictions.forces)]))
             of_forces += [structures.labels[i] for i in np.repeat(structures.owners[known], 3)]
-        forces[split] = (of_forces, *np.concatenate(both_forces, axis=1))
+        forces[name] = (of_forces, *np.concatenate(both_forces, axis=1))
     report.write_parity(folder, energies, forces)
 
 
