@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,8 @@ def _in_processes(config: Config) -> list[Summary]:
     with ThreadPoolExecutor(config.ensemble.processes) as pool:
         jobs = [pool.submit(run, number) for number in range(1, config.ensemble.members + 1)]
         try:
-            return [job.result() for job in jobs]
+            wait(jobs, return_when=FIRST_EXCEPTION)
+            return [job.result() for job in jobs if job.done()]
         except BaseException:
             interrupted = True
             for process in list(running.values()):
@@ -391,8 +392,8 @@ def _check_changes(before: Config, config: Config) -> None:
         )
     if now < was or (now > was and config.ensemble.vary == "folds"):
         raise InputError(
-            f"{config.run}: was started with ensemble.members = {was} and cannot go on with {now}: members can be added "
-            "where seeds vary, otherwise start a new run"
+            f"{config.run}: was started with ensemble.members = {was} and cannot go on with {now}: members can be "
+            "added where seeds vary, otherwise start a new run"
         )
 
 

@@ -163,10 +163,10 @@ def write_member_curves(
                 ax.plot(columns["epoch"][there], y[there], color=shade, lw=1.2, label=name)
                 at = there & (columns["epoch"] == best[name])
                 ax.plot(columns["epoch"][at], y[at], "o", ms=6, mfc="none", mec=shade, mew=1.4)
-            ax.set_ylabel(f"validation {quantity.error} RMSE, {quantity.unit}")
+            ax.set_ylabel(f"validation RMSE, {quantity.unit}")
             if ax.lines:
                 _make_logarithmic(ax)
-                ax.legend(ncols=4, fontsize=9, loc="upper right")
+        axes[0].legend(ncols=4, fontsize=9, loc="upper right")
         axes[-1].set_xlabel("epoch")
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
         _save(figure, folder / "learning_curves.png")
