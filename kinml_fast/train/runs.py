@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kinml_fast.data import levels, prepared, splits, weights
+from kinml_fast.data import prepared, splits, weights
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
@@ -174,7 +174,7 @@ def prepare(config: Config) -> Prepared:
     splits.write_tvtmsk(folder.split, data.structures, data.split)
     several = len(data.fidelities) > 1
     if several or data.baseline is not None:
-        log.info("%s", levels.table(data.structures, data.split, data.fidelities, data.baseline))
+        log.info("%s", splits.level_table(data.structures, data.split, data.fidelities, data.baseline))
     for fidelity, sae in zip(data.fidelities, data.sae.reshape(len(data.fidelities), -1), strict=True):
         energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, sae, strict=True))
         log.info("single-atom energies%s, eV: %s", f" of fidelity {fidelity}" if several else "", energies)
