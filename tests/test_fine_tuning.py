@@ -473,6 +473,8 @@ def test_resuming_does_not_need_the_start_model(tmp_path, sae):
         assert_same_bits(a[key], b[key])
     with pytest.raises(InputError, match=r"has begun already, so that start\.… cannot change"):
         runs.resume(tmp_path / "cut", ["start.freeze=[]"])
+    with pytest.raises(InputError, match=r"network\.layers is \[9, 1\] in the configuration and \[8, 4, 1\] in"):
+        runs.resume(tmp_path / "cut", ["network.layers=[9, 1]", "network.activations=null"])
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):

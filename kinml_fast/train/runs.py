@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from kinml_fast.train import config as configuration
 from kinml_fast.train import continued
 from kinml_fast.train.config import Config
 from kinml_fast.train.continued import Origin
+from kinml_fast.train.dataset import TrainingData
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.trainer import Summary, Trainer
@@ -94,8 +94,9 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
             model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
         else:
             # The start model may be gone; elements that were added to it are in the checkpoint, too.
-            model = continued.load(folder.last).model
-            data = replace(data, sae=None) if config.start.sae == "keep" else data
+            origin = continued.load(folder.last)
+            config, model = continued.resolved(config, origin), origin.model
+            data = _without_sae(data) if config.start.sae == "keep" else data
     _seed_others(config)
     trainer = Trainer(
         model, data, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
@@ -136,7 +137,7 @@ def _fit(
             model = continued.model_for(origin, data, elements, dtype, config.network.seed)
             if config.start.sae == "keep":
                 continued.keep_sae(model, origin, config.data.sae, data)
-                data = replace(data, sae=None)
+                data = _without_sae(data)
         log.info("%s", model)
         _seed_others(config)
         trainer = Trainer(
@@ -206,6 +207,11 @@ def make_model(
         fidelities=fidelities,
         baseline=baseline,
     )
+
+
+def _without_sae(data: Prepared) -> TrainingData:
+    """The data for a model that keeps its own single-atom energies."""
+    return TrainingData(data.structures, data.split, None, data.weights, data.source)
 
 
 def _seed_others(config: Config) -> None:
