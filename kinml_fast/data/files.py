@@ -48,9 +48,9 @@ def is_hdf5(path: Path) -> bool:
     return not is_sqlite(path) and (_begins_with(path, _HDF5_MAGIC) or path.suffix in (".h5", ".hdf5"))
 
 
-def first_few(items: Sequence[object]) -> str:
-    """The first three for a message, and how many there are: "a, b, c … (17 in all)"."""
-    return ", ".join(map(str, items[:3])) + (f" … ({len(items)} in all)" if len(items) > 3 else "")
+def first_few(items: Sequence[object], shown: int = 3) -> str:
+    """The first few for a message, and how many there are: "a, b, c … (17 in all)"."""
+    return ", ".join(map(str, items[:shown])) + (f" … ({len(items)} in all)" if len(items) > shown else "")
 
 
 def check_distinct(paths: Sequence[Path], label: Callable[[Path], str]) -> None:

@@ -17,6 +17,7 @@ from kinml_fast.data import sae as sae_module
 from kinml_fast.data import sources, splits
 from kinml_fast.data import weights as weights_module
 from kinml_fast.data.files import expand, is_hdf5, is_sqlite, replacing
+from kinml_fast.data.levels import Levels
 from kinml_fast.data.sources import DescriptorSource, file_digest
 from kinml_fast.data.splits import PARTS, Split
 from kinml_fast.data.sqlite import MissingIdsError
@@ -25,7 +26,7 @@ from kinml_fast.errors import InputError
 
 _log = logging.getLogger(__name__)
 _FORMAT = "kinml_fast prepared data"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Prepared:
     split
         Indices into `structures`.
     sae
-        float64 [n_elements], eV, in the order of `structures.elements`.
+        float64 [n_elements], of K > 1 levels of theory [K, n_elements], eV, in the order of `structures.elements`.
     descriptor
         Settings of the descriptor, carried along.
     hash
@@ -48,6 +49,11 @@ class Prepared:
         Where stored descriptors come from. They stay in their files: only what is used of them is read, when it is.
     weights
         Weights of the structures in the loss, float64 [n_structures]; None: all 1.
+    fidelities
+        The levels of theory, lowest first.
+    baseline
+        The level whose energies and forces were subtracted (delta learning), so that those of `structures` are
+        differences; None: none.
     """
 
     structures: Structures
@@ -57,20 +63,24 @@ class Prepared:
     hash: str = ""
     source: DescriptorSource = field(default_factory=DescriptorSource)
     weights: np.ndarray | None = None
+    fidelities: tuple[int, ...] = (1,)
+    baseline: int | None = None
 
 
 def prepare(
     files: str | os.PathLike | Sequence[str | os.PathLike],
     *,
-    fidelity: int = 1,
+    fidelity: int | Sequence[int] = 1,
+    baseline: int | None = None,
+    incomplete: str | None = None,
     temperature: float | None = None,
     names: Sequence[str] | None = None,
-    energy_key: str | None = None,
-    forces_key: str | None = None,
+    energy_key: str | Sequence[str] | None = None,
+    forces_key: str | Sequence[str] | None = None,
     split: Sequence[float] = (0.8, 0.1, 0.1),
     split_file: str | os.PathLike | None = None,
     split_seed: int = 0,
-    sae: str | Mapping[str, float] = "fit",
+    sae: str | Mapping[str, float] | Sequence[str | Mapping[str, float]] = "fit",
     weights: str | os.PathLike | Mapping[str, float] | None = None,
     elements: Sequence[str] | None = None,
     descriptor: Mapping[str, object] | None = None,
@@ -82,12 +92,14 @@ def prepare(
     ----------
     files
         Databases, PyKinML's HDF5 files, and files that ASE reads: paths, glob patterns, `shipped:NAME`.
-    fidelity, temperature, names, energy_key, forces_key, elements
+    fidelity, baseline, incomplete, temperature, names, energy_key, forces_key, elements
         See `sources.read`.
     split, split_seed, split_file
-        See `splits.make_split`. With a split file only the ids that it lists are read from databases.
+        See `splits.make_split`. With a split file only the ids that it lists are read from databases; those that
+        `incomplete` drops are left out of it.
     sae
-        "fit" (to training and validation structures), "none", or energies by element (eV).
+        "fit" (to the training and validation structures that have the level), "none", or energies by element (eV); one
+        for all levels, or a list with one for each.
     weights
         Weights of structures in the loss, or their file, see `weights.resolve`; None: all 1.
     descriptor
@@ -102,16 +114,19 @@ def prepare(
         As the functions named; `path` is one of the data files; the file cannot be written (nothing is changed then).
     """
     paths = expand(files)
+    levels = Levels.of(fidelity, baseline, incomplete)
     digests = {path: file_digest(path) for path in paths}
     settings = {
-        "fidelity": int(fidelity),
+        "fidelity": list(levels.fidelities),
+        "baseline": levels.baseline,
+        "incomplete": levels.incomplete,
         "temperature": None if temperature is None else float(temperature),
         "names": None if names is None else list(names),
-        "energy_key": energy_key,
-        "forces_key": forces_key,
+        "energy_key": _plain(energy_key),
+        "forces_key": _plain(forces_key),
         "split": [float(amount) for amount in split],
         "split_seed": int(split_seed),
-        "sae": dict(sae) if isinstance(sae, Mapping) else sae,
+        "sae": _plain(sae),
         "weights": list(weights.items()) if isinstance(weights, Mapping) else weights is not None,
         "elements": None if elements is None else list(elements),
         "descriptor": json.loads(json.dumps(dict(descriptor or {}))),  # as it will be read back: lists, not tuples
@@ -132,28 +147,36 @@ def prepare(
 
     ids = None if split_file is None else splits.read_tvtmsk(split_file).ids()
     try:
-        structures = sources.read(
-            paths,
-            fidelity=fidelity,
-            temperature=temperature,
-            names=names,
-            ids=ids,
-            energy_key=energy_key,
-            forces_key=forces_key,
-            elements=elements,
+        structures, dropped = sources.read_levels(
+            paths, levels, temperature, names, ids, energy_key, forces_key, elements
         )
     except MissingIdsError as error:
         raise InputError(f"{split_file}: {error}") from error
     loss_weights = None if weights is None else weights_module.resolve(weights, structures.labels)
-    chosen = splits.make_split(structures, split, split_seed, split_file)
+    chosen = splits.make_split(structures, split, split_seed, split_file, dropped)
+    _check_levels(structures, chosen, levels)
     used = np.sort(chosen.used)
     if len(used) < len(structures):
         structures = structures.select(used)
         loss_weights = None if loss_weights is None else loss_weights[used]
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
     fitted = np.concatenate([chosen.train, chosen.validation])
-    energies = sae_module.resolve(sae, structures.counts()[fitted], structures.energies[fitted], structures.elements)
-    result = Prepared(structures, chosen, energies, settings["descriptor"], digest, source, loss_weights)
+    # Differences of levels do not contain the energies of single atoms: those start at 0.
+    start = None if levels.baseline is None else np.zeros(len(structures.elements))
+    energies = sae_module.resolve_levels(
+        sae, structures.counts()[fitted], structures.energies[..., fitted], structures.elements, start
+    )
+    result = Prepared(
+        structures,
+        chosen,
+        energies,
+        settings["descriptor"],
+        digest,
+        source,
+        loss_weights,
+        levels.fidelities,
+        levels.baseline,
+    )
     if path is not None:
         save(path, result)
     return result
@@ -190,6 +213,8 @@ def save(path: str | os.PathLike, prepared: Prepared) -> None:
             "elements": json.dumps(structures.elements),
             "descriptor": json.dumps(prepared.descriptor),
             "backend": prepared.source.backend,
+            "fidelities": json.dumps(prepared.fidelities),
+            "baseline": json.dumps(prepared.baseline),
             "descriptor_files": json.dumps([[str(path), digest] for path, digest in prepared.source.files]),
             "units": "eV, angstrom, eV/angstrom",
         }
@@ -240,11 +265,41 @@ def load(path: str | os.PathLike) -> Prepared:
             attributes["hash"],
             DescriptorSource(attributes["backend"], files),
             arrays.get("weights"),
+            tuple(json.loads(attributes["fidelities"])),
+            json.loads(attributes["baseline"]),
         )
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, InputError) and str(error).startswith(str(path)):
             raise
         raise InputError(f"{path}: is damaged ({error}): run kinml-fast prepare again") from error
+
+
+def _plain(setting: object) -> object:
+    """A setting as JSON has it: lists and dictionaries."""
+    if isinstance(setting, Mapping):
+        return dict(setting)
+    return (
+        [_plain(part) for part in setting]
+        if isinstance(setting, Sequence) and not isinstance(setting, str)
+        else setting
+    )
+
+
+def _check_levels(structures: Structures, split: Split, levels: Levels) -> None:
+    """Each level must be trained on somewhere, and the highest, which a model is judged by, validated."""
+    known = structures.known_energies
+    for number, own in zip(levels.fidelities, known, strict=True):
+        if not own[split.train].any():
+            raise InputError(
+                f"no training structure has an energy of fidelity {number}: enlarge the training part or take more data"
+            )
+    if not known[-1][split.validation].any():
+        raise InputError(
+            f"no validation structure has an energy of fidelity {levels.fidelities[-1]}, the highest, by which a model "
+            "is judged: enlarge the validation part or take more data"
+        )
+    if len(split.test) and not known[-1][split.test].any():
+        _log.warning("no test structure has an energy of fidelity %d, the highest", levels.fidelities[-1])
 
 
 def _up_to_date(path: Path, digest: str) -> Prepared | None:

@@ -31,7 +31,9 @@ _FREE_SCALE = 1e4  # eV, the magnitude of an energy of which nothing is known
 _log = logging.getLogger(__name__)
 
 
-def fit(counts: np.ndarray, energies: np.ndarray, elements: Sequence[str]) -> np.ndarray:
+def fit(
+    counts: np.ndarray, energies: np.ndarray, elements: Sequence[str], start: np.ndarray | None = None
+) -> np.ndarray:
     """Least squares of energies on numbers of atoms, within bounds around a guess.
 
     Where the counts do not settle the answer (in C5H5 only the sum of one C and one H matters), it is the one nearest
@@ -43,6 +45,9 @@ def fit(counts: np.ndarray, energies: np.ndarray, elements: Sequence[str]) -> np
     reaches, the energies are of another kind (semiempirical, pseudopotentials, already shifted); then the fit is free
     and starts at 0, and the log says so.
 
+    A second level of theory is often known for few formulas, which settle less. Where the first one's SAEs are nearer
+    to its energies than the guesses, the answer is the one nearest to them, without bounds.
+
     Parameters
     ----------
     counts
@@ -51,6 +56,8 @@ def fit(counts: np.ndarray, energies: np.ndarray, elements: Sequence[str]) -> np
         [n_structures], eV.
     elements
         Chemical symbols of the columns.
+    start
+        Where a free fit may start, float64 [n_elements], eV: SAEs of a lower level, or 0 for differences of levels.
 
     Returns
     -------
@@ -77,6 +84,9 @@ def fit(counts: np.ndarray, energies: np.ndarray, elements: Sequence[str]) -> np
     known = np.array([element in GUESSES for element in elements])
     guess = np.array([GUESSES.get(element, 0.0) for element in elements])
     weights = np.sqrt(multiplicity)[:, None]
+    if start is not None and misfit(start)[1] < misfit(guess)[1]:
+        free = np.zeros(len(guess), dtype=bool)
+        return start + _nearest(rows * weights, misfit(start)[0] * weights[:, 0], free)
     sae = guess + _nearest(rows * weights, misfit(guess)[0] * weights[:, 0], known)
     if np.any(known & (np.abs(sae - guess) > BOUND * (1 - 1e-9))):
         zero = np.zeros(len(guess))
@@ -106,13 +116,17 @@ def _nearest(matrix: np.ndarray, target: np.ndarray, bounded: np.ndarray) -> np.
 
 
 def resolve(
-    setting: str | Mapping[str, float], counts: np.ndarray, energies: np.ndarray, elements: Sequence[str]
+    setting: str | Mapping[str, float],
+    counts: np.ndarray,
+    energies: np.ndarray,
+    elements: Sequence[str],
+    start: np.ndarray | None = None,
 ) -> np.ndarray:
     """SAEs by a setting: "fit", "none" (all 0), or energies by element (eV).
 
     Parameters
     ----------
-    counts, energies, elements
+    counts, energies, elements, start
         As for `fit`; used by "fit" only.
 
     Returns
@@ -126,7 +140,7 @@ def resolve(
         Another word, an element of the data without an energy, something that is no element or no number.
     """
     if setting == "fit":
-        return fit(counts, energies, elements)
+        return fit(counts, energies, elements, start)
     if setting == "none":
         return np.zeros(len(elements))
     if not isinstance(setting, Mapping):
@@ -140,3 +154,49 @@ def resolve(
     if missing:
         raise InputError(f"single-atom energies lack {', '.join(missing)}: add them or write fit")
     return np.array([float(setting[element]) for element in elements])
+
+
+def resolve_levels(
+    settings: str | Mapping[str, float] | Sequence[str | Mapping[str, float]],
+    counts: np.ndarray,
+    energies: np.ndarray,
+    elements: Sequence[str],
+    start: np.ndarray | None = None,
+) -> np.ndarray:
+    """SAEs of one or several levels of theory, each fitted to the structures that have it.
+
+    Parameters
+    ----------
+    settings
+        One for all levels, or a list with one for each, see `resolve`.
+    counts
+        [n_structures, n_elements], atoms of each element.
+    energies
+        [n_structures] or [K, n_structures], eV, NaN where a level is unknown.
+    elements
+        Chemical symbols of the columns.
+    start
+        Of the lowest level, see `fit`; a higher one may start at the SAEs of the one below.
+
+    Returns
+    -------
+    float64 [n_elements] or [K, n_elements]
+        eV.
+
+    Raises
+    ------
+    InputError
+        A list of another length, and as `resolve`.
+    """
+    levels = energies[None] if energies.ndim == 1 else energies
+    several = list(settings) if isinstance(settings, Sequence) and not isinstance(settings, str) else None
+    if several is not None and len(several) != len(levels):
+        raise InputError(
+            f"{len(several)} settings of single-atom energies are given for {len(levels)} levels of theory: give one "
+            "for each, lowest first, or one for all"
+        )
+    found = [] if start is None else [start]
+    for setting, own in zip(several or [settings] * len(levels), levels, strict=True):
+        known = ~np.isnan(own)
+        found.append(resolve(setting, counts[known], own[known], elements, found[-1] if found else None))
+    return found[-1] if energies.ndim == 1 else np.stack(found[-len(levels) :])

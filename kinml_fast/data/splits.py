@@ -4,7 +4,8 @@ A split file has one line per structure, words separated by white space:
 
     C5H5/17 2 -5261.429334316677 train
 
-the label, 2 (training or validation) or -1 (test), the energy in eV (a note only), and the part. PyKinML writes and
+the label, 2 (training or validation) or -1 (test), the energy in eV (a note only; of several levels of theory the
+highest that is known), and the part. PyKinML writes and
 reads the first two words; `write_tvtmsk` writes all four, and then the split and its order are restored exactly. One of
 PyKinML's HDF5 files is a split file too: its tvtmsk says the part of each of its structures.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +67,19 @@ class SplitFile:
             result.setdefault(stem, set()).add(int(number))
         return result
 
+    def without(self, labels: Collection[str]) -> SplitFile:
+        """The file without some of its lines."""
+        kept = [i for i, label in enumerate(self.labels) if label not in labels]
+        parts = None if self.parts is None else tuple(self.parts[i] for i in kept)
+        return SplitFile(self.path, tuple(self.labels[i] for i in kept), self.masks[kept], parts)
+
 
 def make_split(
-    structures: Structures, amounts: Sequence[float], seed: int = 0, split_file: str | os.PathLike | None = None
+    structures: Structures,
+    amounts: Sequence[float],
+    seed: int = 0,
+    split_file: str | os.PathLike | None = None,
+    dropped: Collection[str] = (),
 ) -> Split:
     """Choose training, validation and test structures.
 
@@ -79,13 +90,16 @@ def make_split(
     amounts
         Training, validation, test. Three whole numbers with a sum above 1 are counts. Otherwise they are fractions
         of all structures with a sum of at most 1. Either is spread over the formulas in proportion to what there is
-        of each (largest remainders, ties by lot), so the totals are exact.
+        of each (largest remainders, ties by lot), so the totals are exact. Of several levels of theory, structures
+        that have other levels are divided apart from each other, so that each part has its share of every level.
     seed
         Of the choice and of the order of the training part.
     split_file
         Its test structures are the test part (`amounts[2]` has to be 0 or their number if the amounts are counts).
         Training and validation are chosen among the others: by counts, or all of them in the ratio of the first two
         fractions. A file that says the part of each structure is followed exactly, and `amounts` is not used.
+    dropped
+        Labels that the split file may name although the structures were left out.
 
     Raises
     ------
@@ -100,6 +114,8 @@ def make_split(
         split = Split(*_stratified(structures, np.arange(len(structures)), totals, rng))
         return _without_empty(split, f"the split {list(amounts)} of {len(structures)} structures", amounts[2] > 0)
     file = read_tvtmsk(split_file)
+    if dropped:
+        file = file.without(frozenset(dropped))
     indices = _indices(structures, file)
     if file.parts is not None:
         parts = np.array(file.parts)
@@ -172,10 +188,11 @@ def write_tvtmsk(path: str | os.PathLike, structures: Structures, split: Split) 
         Two structures have the same label, or the file cannot be written.
     """
     _index_of_labels(structures)
+    energies = _highest_energies(structures)
     lines = []
     for part in PARTS:
         for i in getattr(split, part).tolist():
-            energy = "nan" if structures.energies is None else repr(float(structures.energies[i]))
+            energy = repr(float(energies[i]))
             lines.append(f"{structures.labels[i]} {_MASKS[part]} {energy} {part}\n")
     with replacing(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
@@ -197,6 +214,26 @@ def table(structures: Structures, split: Split, limit: int = 20) -> str:
     return "\n".join(
         "  ".join([f"{row[0]:<{widths[0]}}"] + [f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True)])
         for row in [header, *shown]
+    )
+
+
+def level_table(structures: Structures, split: Split, fidelities: Sequence[int], baseline: int | None = None) -> str:
+    """How many structures of each part have which level, and how many have forces there, as lines of text."""
+    names = [f"fidelity {fidelity}" for fidelity in fidelities]
+    if baseline is not None:
+        names = [f"fidelity {fidelities[0]} minus {baseline}"]
+    energies, forces = structures.known_energies, structures.known_forces
+    rows = list(zip(names, energies, forces, strict=True))
+    if len(rows) > 1:
+        rows.append(("all of them", energies.all(axis=0), forces.all(axis=0)))
+    cells = [["level", *PARTS, "with forces"]]
+    for name, own, own_forces in rows:
+        numbers = [int(own[getattr(split, part)].sum()) for part in PARTS]
+        cells.append([name, *map(str, numbers), str(int(own_forces[split.used].sum()))])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([f"{line[0]:<{widths[0]}}"] + [f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True)])
+        for line in cells
     )
 
 
@@ -234,17 +271,36 @@ def _totals(amounts: tuple[float, float, float], available: int, source: str) ->
 def _stratified(
     structures: Structures, candidates: np.ndarray, totals: tuple[int, int, int], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    # Part after part takes its share of what is left of each formula; so no formula can give more than it has.
-    _, formula = np.unique(np.array(structures.formulas())[candidates], return_inverse=True)
-    pools = [rng.permutation(candidates[formula == i]) for i in range(formula.max(initial=-1) + 1)]
+    # Part after part takes its share of what is left of each stratum; so none can give more than it has. Strata are
+    # the sets of levels that structures have, and within each the formulas.
+    kinds = np.zeros(len(structures), dtype=np.int64)
+    if structures.levels > 1:
+        kinds = np.unique(structures.known_energies, axis=1, return_inverse=True)[1].ravel()
+    formulas = np.array(structures.formulas())
+    strata = []
+    for kind in np.unique(kinds[candidates]):
+        members = candidates[kinds[candidates] == kind]
+        _, formula = np.unique(formulas[members], return_inverse=True)
+        strata.append([rng.permutation(members[formula == i]) for i in range(formula.max() + 1)])
     chosen = []
     for total in totals:
-        left = np.array([len(pool) for pool in pools], dtype=np.float64)
-        shares = _largest_remainder(left * (total / max(left.sum(), 1)), total, rng.permutation(len(pools)))
-        chosen.append(np.concatenate([pool[:n] for pool, n in zip(pools, shares, strict=True)] or [candidates[:0]]))
-        pools = [pool[n:] for pool, n in zip(pools, shares, strict=True)]
+        totals_of_strata = _shares([sum(map(len, pools)) for pools in strata], total, rng)
+        taken = [candidates[:0]]
+        for pools, wanted in zip(strata, totals_of_strata, strict=True):
+            shares = _shares([len(pool) for pool in pools], wanted, rng)
+            taken += [pool[:n] for pool, n in zip(pools, shares, strict=True)]
+            pools[:] = [pool[n:] for pool, n in zip(pools, shares, strict=True)]
+        chosen.append(np.concatenate(taken))
     train, validation, test = chosen
     return [rng.permutation(train), np.sort(validation), np.sort(test)]
+
+
+def _shares(left: Sequence[int], total: int, rng: np.random.Generator) -> np.ndarray:
+    """How many of the `total` each pool gives, in proportion to how many are left in it."""
+    if len(left) < 2:
+        return np.full(len(left), total)
+    available = np.array(left, dtype=np.float64)
+    return _largest_remainder(available * (total / max(available.sum(), 1)), total, rng.permutation(len(left)))
 
 
 def _largest_remainder(quotas: np.ndarray, total: int, order: np.ndarray) -> np.ndarray:
@@ -262,6 +318,16 @@ def _without_empty(split: Split, source: str, test_wanted: bool) -> Split:
         if len(getattr(split, part)) == 0 and (part != "test" or test_wanted):
             raise InputError(f"{source} leaves no {part} structures: enlarge its {part} part or take more data")
     return split
+
+
+def _highest_energies(structures: Structures) -> np.ndarray:
+    """Of each structure the energy of the highest level that is known, float64 [n_structures], eV; NaN without any."""
+    if structures.energies is None:
+        return np.full(len(structures), np.nan)
+    energies = np.full(len(structures), np.nan)
+    for own, known in zip(structures.energies.reshape(structures.levels, -1), structures.known_energies, strict=True):
+        energies[known] = own[known]
+    return energies
 
 
 def _index_of_labels(structures: Structures) -> dict[str, int]:

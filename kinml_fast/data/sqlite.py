@@ -8,12 +8,14 @@ follows a `_`, `-` or `.` in the name only tells files apart (`C5H5_run2.db`). A
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,8 +24,11 @@ from ase.data import chemical_symbols
 from ase.symbols import string2symbols
 
 from kinml_fast.data.files import check_distinct, expand, first_few, is_sqlite, replacing
+from kinml_fast.data.levels import level_tuple, merge
 from kinml_fast.data.structures import Structures, concatenate, element_order, formula_in_order
 from kinml_fast.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _NEEDED = {"xyz": ("id", "temp", "name", "geom"), "energy": ("fidelity", "E", "force", "xyz_id")}
 
@@ -82,20 +87,23 @@ def formula_symbols(name: str, where: str) -> tuple[str, ...]:
 
 def read(
     files: str | os.PathLike | Sequence[str | os.PathLike],
-    fidelity: int = 1,
+    fidelity: int | Sequence[int] = 1,
     temperature: float | None = None,
     names: Sequence[str] | None = None,
     ids: Mapping[str, Collection[int]] | None = None,
     elements: Sequence[str] | None = None,
+    every_level: bool = True,
 ) -> Structures:
-    """Structures of databases at one fidelity, in the order of the files and then of the ids.
+    """Structures of databases at one or several fidelities, in the order of the files and then of the ids.
 
     Parameters
     ----------
     files
         Paths, glob patterns or `shipped:NAME`, see `files.expand`.
     fidelity
-        Which energies and forces.
+        Which energies and forces. Of a list of several, the levels of the result in this order (lowest first), a
+        structure is taken if it has one of them. Files of one name in different folders may then have one level each:
+        their structures are matched by id.
     temperature
         Only geometries sampled at exactly this temperature (K); without it those above 0.
     names
@@ -104,33 +112,53 @@ def read(
         For each database, by its file name without `.db`, the only ids to take. Databases not named are left out.
     elements
         Order of `species`; default: alphabetical.
+    every_level
+        Whether it is an error that a file has nothing at all of one of several fidelities, or is only logged.
 
     Returns
     -------
     Structures
-        Labels are "C5H5/17"; the forces of a structure without any are NaN.
+        Labels are "C5H5/17"; the forces of a structure without any are NaN. With several fidelities energies and forces
+        have a leading dimension and are NaN where a structure lacks a level.
 
     Raises
     ------
     InputError
         A file that is missing, empty, damaged or lacks a table, column, fidelity or wanted id; a blob that is no
-        plain float array or does not fit the formula of the file name; two energies of one geometry; numbers that
-        `Structures` refuses; nothing selected.
+        plain float array or does not fit the formula of the file name; two energies of one geometry at a fidelity;
+        numbers that `Structures` refuses; nothing selected.
     """
     paths = expand(files)
-    _check_stems(paths, ids)
-    parts = [
-        _read_one(path, fidelity, temperature, names, None if ids is None else frozenset(ids[path.stem]), elements)
-        for path in paths
-        if ids is None or ids.get(path.stem)
-    ]
-    parts = [part for part in parts if part is not None]
+    selection = _Selection(level_tuple(fidelity), temperature, None if names is None else tuple(names))
+    if len(selection.fidelities) == 1:
+        check_distinct(paths, lambda path: path.stem)
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(path.stem, []).append(path)
+    _check_stems(list(groups), ids)
+    parts = []
+    for stem, same_stem in groups.items():
+        if ids is not None and not ids.get(stem):
+            continue
+        wanted = None if ids is None else frozenset(ids[stem])
+        read = [_read_one(path, selection, wanted, elements) for path in same_stem]
+        _check_fidelities(same_stem, selection.fidelities, [there for _, there in read], every_level)
+        own = [part for part, _ in read if part is not None]
+        if wanted is not None:
+            _check_ids(same_stem, selection, wanted, own)
+        parts += own if len(own) < 2 else [_by_id(merge(concatenate(own, elements)))]
     if not parts:
         raise InputError(
             f"{', '.join(map(str, paths[:3]))}{' …' if len(paths) > 3 else ''}: no structure fits the selection "
-            f"({_selection(fidelity, temperature, names)}): widen it"
+            f"({selection}): widen it"
         )
     return concatenate(parts, elements)
+
+
+def fidelities(path: Path) -> list[int]:
+    """The fidelities of the energies in a database, ascending."""
+    with _opened(path) as database:
+        return _fidelities(database)
 
 
 def write(
@@ -236,9 +264,7 @@ def write(
             raise InputError(f"{path}: could not be written ({error}): nothing was changed") from error
 
 
-def _check_stems(paths: Sequence[Path], ids: Mapping[str, Collection[int]] | None) -> None:
-    check_distinct(paths, lambda path: path.stem)
-    stems = [path.stem for path in paths]
+def _check_stems(stems: Sequence[str], ids: Mapping[str, Collection[int]] | None) -> None:
     unknown = [stem for stem in ids or () if stem not in stems]
     if unknown:
         raise MissingIdsError(
@@ -247,97 +273,166 @@ def _check_stems(paths: Sequence[Path], ids: Mapping[str, Collection[int]] | Non
         )
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """What is read of a database."""
+
+    fidelities: tuple[int, ...]
+    temperature: float | None
+    names: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        levels = f"fidelit{'y' if len(self.fidelities) == 1 else 'ies'} {', '.join(map(str, self.fidelities))}"
+        parts = [levels, "temperature above 0" if self.temperature is None else f"temperature {self.temperature:g} K"]
+        if self.names is not None:
+            parts.append(f"name like {' or '.join(self.names)}")
+        return ", ".join(parts)
+
+    def of_geometries(self) -> tuple[str, list[object]]:
+        """A condition on rows of the table xyz, and its values."""
+        conditions, values = ["xyz.temp > 0" if self.temperature is None else "xyz.temp = ?"], []
+        values += [] if self.temperature is None else [self.temperature]
+        if self.names is not None:
+            conditions.append("(" + " OR ".join(["xyz.name LIKE ?"] * len(self.names) or ["0"]) + ")")
+            values += self.names
+        return " AND ".join(conditions), values
+
+
+def _by_id(structures: Structures) -> Structures:
+    return structures.select(np.argsort([int(label.rsplit("/", 1)[1]) for label in structures.labels], kind="stable"))
+
+
+def _check_ids(
+    paths: Sequence[Path], selection: _Selection, wanted: frozenset[int], parts: Sequence[Structures]
+) -> None:
+    stem = paths[0].stem
+    found = {label for part in parts for label in part.labels}
+    missing = [label for label in (f"{stem}/{i}" for i in sorted(wanted)) if label not in found]
+    if missing:
+        raise MissingIdsError(
+            f"{first_few(paths)}: has no structure {first_few(missing)} ({selection}): correct the ids or the selection"
+        )
+
+
 def _read_one(
-    path: Path,
-    fidelity: int,
-    temperature: float | None,
-    names: Sequence[str] | None,
-    ids: frozenset[int] | None,
-    elements: Sequence[str] | None,
-) -> Structures | None:
+    path: Path, selection: _Selection, ids: frozenset[int] | None, elements: Sequence[str] | None
+) -> tuple[Structures | None, list[int]]:
+    """The structures that are selected, if any are, and fidelities of the file: at least those of the selection."""
     symbols = formula_symbols(path.stem, str(path))
     order = element_order(symbols, elements, str(path))
-    rows = _query(path, symbols, fidelity, temperature, names)
+    geometries, energies, there = _query(path, symbols, selection)
     if ids is not None:
-        rows = [row for row in rows if row[0] in ids]
-        missing = sorted(ids.difference(row[0] for row in rows))
-        if missing:
-            raise MissingIdsError(
-                f"{path}: has no structure {first_few([f'{path.stem}/{i}' for i in missing])} "
-                f"({_selection(fidelity, temperature, names)}): correct the ids or the selection"
-            )
-    if not rows:
-        return None
-    numbers, geometries, energies, forces = zip(*rows, strict=True)
-    if len(set(numbers)) < len(numbers):
-        twice = [f"{path.stem}/{i}" for i, count in Counter(numbers).items() if count > 1]
-        raise InputError(
-            f"{path}: {first_few(twice)} has more than one energy of fidelity {fidelity}: keep one of them"
-        )
-    for number, energy in zip(numbers, energies, strict=True):
-        if type(energy) not in (float, int):
-            raise InputError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
+        geometries = [row for row in geometries if row[0] in ids]
+        energies = [row for row in energies if row[0] in ids]
+    if not geometries:
+        return None, there
+    numbers, blobs = zip(*geometries, strict=True)
     stem = path.stem
     labels = tuple(f"{stem}/{number}" for number in numbers)
+    where = {number: i for i, number in enumerate(numbers)}
 
     def arrays(blobs: Sequence[object], rows: Sequence[int], what: str) -> np.ndarray:
         return _float_arrays(blobs, symbols, lambda row: f"{path}: the {what} of {labels[rows[row]]}")
 
-    coordinates = arrays(geometries, range(len(rows)), "geometry")
-    given = [row for row, force in enumerate(forces) if force is not None]
-    all_forces = None
-    if given:
-        all_forces = np.full((len(rows), len(symbols), 3), np.nan)
-        all_forces[given] = arrays([forces[row] for row in given], given, "force")
-        absent = np.isnan(all_forces[given]).any(axis=(1, 2))
+    coordinates = arrays(blobs, range(len(labels)), "geometry")
+    values = np.full((len(selection.fidelities), len(labels)), np.nan)
+    forces = np.full((*values.shape, len(symbols), 3), np.nan)
+    for k, fidelity in enumerate(selection.fidelities):
+        own = [row for row in energies if row[1] == fidelity]
+        rows = [where[row[0]] for row in own]
+        _check_energies(path, fidelity, own)
+        values[k, rows] = [row[2] for row in own]
+        given = [row for row, (*_, force) in zip(rows, own, strict=True) if force is not None]
+        if not given:
+            continue
+        found = arrays([force for *_, force in own if force is not None], given, "force")
+        absent = np.isnan(found).any(axis=(1, 2))
         if absent.any():
             raise InputError(f"{path}: the force of {labels[given[int(np.argmax(absent))]]} has a NaN: correct it")
+        forces[k, given] = found
+    if np.isnan(forces).all():
+        forces = None
+    if len(selection.fidelities) == 1:
+        values, forces = values[0], None if forces is None else forces[0]
     try:
-        return Structures.of_one_formula(
-            symbols,
-            coordinates,
-            np.array(energies, dtype=np.float64),
-            all_forces,
-            labels,
-            order,
-        )
+        return Structures.of_one_formula(symbols, coordinates, values, forces, labels, order), there
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
 
 
-def _query(
-    path: Path, symbols: tuple[str, ...], fidelity: int, temperature: float | None, names: Sequence[str] | None
-) -> list[tuple]:
-    # One row (id, geom, E, force) for each energy that the selection takes.
+def _check_energies(path: Path, fidelity: int, rows: Sequence[tuple]) -> None:
+    counts = Counter(row[0] for row in rows)
+    if len(counts) < len(rows):
+        twice = [f"{path.stem}/{number}" for number, count in counts.items() if count > 1]
+        raise InputError(
+            f"{path}: {first_few(twice)} has more than one energy of fidelity {fidelity}: keep one of them"
+        )
+    for number, _, energy, _ in rows:
+        # NaN is NULL in a database.
+        if type(energy) not in (float, int):
+            raise InputError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
+
+
+def _query(path: Path, symbols: tuple[str, ...], selection: _Selection) -> tuple[list[tuple], list[tuple], list[int]]:
+    """Rows (id, geometry), rows (id, fidelity, E, force) of these ids, both in the order of the ids, and fidelities."""
+    condition, values = selection.of_geometries()
+    wanted = f"energy.fidelity IN ({', '.join('?' * len(selection.fidelities))})"
+    with _opened(path) as database:
+        _check_tables(path, database, symbols)
+        energies = database.execute(
+            "SELECT xyz.id, energy.fidelity, energy.E, energy.force FROM energy JOIN xyz ON xyz.id = energy.xyz_id "
+            f"WHERE {wanted} AND {condition} ORDER BY xyz.id",
+            [*selection.fidelities, *values],
+        ).fetchall()
+        geometries = database.execute(
+            f"SELECT xyz.id, xyz.geom FROM xyz WHERE {condition} AND xyz.id IN "
+            f"(SELECT xyz_id FROM energy WHERE {wanted}) ORDER BY xyz.id",
+            [*values, *selection.fidelities],
+        ).fetchall()
+        there = {row[1] for row in energies}
+        if len(there) < len(selection.fidelities):
+            there = _fidelities(database)  # more of them need not be looked for
+    return geometries, energies, sorted(there)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """A database for reading, one state of it for all queries; whatever SQLite stumbles over becomes an InputError."""
     if not is_sqlite(path):
         raise InputError(f"{path}: is not an SQLite database: give one, or name an XYZ file .xyz")
-    conditions, values = ["energy.fidelity = ?"], [fidelity]
-    conditions.append("xyz.temp > 0" if temperature is None else "xyz.temp = ?")
-    values += [] if temperature is None else [temperature]
-    if names is not None:
-        conditions.append("(" + " OR ".join(["xyz.name LIKE ?"] * len(names) or ["0"]) + ")")
-        values += names
     try:
         # mode=ro: never create a file or a journal beside somebody's data.
-        with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)) as database:
-            _check_tables(path, database, symbols)
-            rows = database.execute(
-                "SELECT xyz.id, xyz.geom, energy.E, energy.force FROM energy JOIN xyz ON xyz.id = energy.xyz_id "
-                f"WHERE {' AND '.join(conditions)} ORDER BY xyz.id",
-                values,
-            ).fetchall()
-            if not rows:
-                there = sorted(row[0] for row in database.execute("SELECT DISTINCT fidelity FROM energy"))
-                if not there:
-                    raise InputError(f"{path}: contains no energies: take a file with data")
-                if fidelity not in there:
-                    raise InputError(
-                        f"{path}: has no energies of fidelity {fidelity}, only of {' '.join(map(str, there))}: "
-                        "ask for one of these"
-                    )
+        address = f"file:{quote(str(path.absolute()))}?mode=ro"
+        with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as database:
+            database.execute("BEGIN")
+            yield database
     except sqlite3.Error as error:
         raise InputError(f"{path}: cannot be read as an SQLite database ({error}): get a sound copy") from error
-    return rows
+
+
+def _fidelities(database: sqlite3.Connection) -> list[int]:
+    return sorted(row[0] for row in database.execute("SELECT DISTINCT fidelity FROM energy"))
+
+
+def _check_fidelities(
+    paths: Sequence[Path], wanted: Sequence[int], there: Sequence[Sequence[int]], every_level: bool
+) -> None:
+    """Files of one name must have the fidelities that are wanted between them."""
+    for path, own in zip(paths, there, strict=True):
+        if not own:
+            raise InputError(f"{path}: contains no energies: take a file with data")
+    present = sorted({fidelity for own in there for fidelity in own})
+    lacking = " and ".join(str(fidelity) for fidelity in wanted if fidelity not in present)
+    if not lacking:
+        return
+    where, has = first_few(paths), " ".join(map(str, present))
+    if not set(wanted) & set(present):
+        raise InputError(f"{where}: has no energies of fidelity {lacking}, only of {has}: ask for one of these")
+    if every_level:
+        raise InputError(
+            f"{where}: has no energies of fidelity {lacking}, only of {has}: leave the file or the fidelity out"
+        )
+    log.warning("%s: has no energies of fidelity %s, only of %s", where, lacking, has)
 
 
 def _check_tables(path: Path, database: sqlite3.Connection, symbols: tuple[str, ...]) -> None:
@@ -421,18 +516,15 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype | 
         return (), False, None
 
 
-def _selection(fidelity: int, temperature: float | None, names: Sequence[str] | None) -> str:
-    parts = [f"fidelity {fidelity}", "temperature above 0" if temperature is None else f"temperature {temperature:g} K"]
-    if names is not None:
-        parts.append(f"name like {' or '.join(names)}")
-    return ", ".join(parts)
-
-
 def _check_levels(path: Path, levels: Mapping[int, Structures], symbols: tuple[str, ...]) -> None:
     reference = levels[max(levels)]
     for fidelity, level in levels.items():
         if level.energies is None:
             raise InputError(f"{path}: fidelity {fidelity} has no energies: a database needs one for each structure")
+        if level.levels > 1:
+            raise InputError(
+                f"{path}: the structures of fidelity {fidelity} have {level.levels} levels: give one, Structures.level"
+            )
         if len(level) != len(reference) or not np.array_equal(level.coordinates, reference.coordinates):
             raise InputError(
                 f"{path}: fidelities {fidelity} and {max(levels)} have different geometries: give the same ones"

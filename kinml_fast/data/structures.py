@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -31,17 +31,20 @@ class Structures:
     offsets
         int64 [n_structures + 1]; structure i owns the atoms offsets[i] to offsets[i + 1].
     energies
-        float64 [n_structures], eV; None for geometries without energies (input of a prediction).
+        float64 [n_structures], eV; None for geometries without energies (input of a prediction). Of K > 1 levels of
+        theory, lowest first: float64 [K, n_structures], NaN where a structure lacks a level; each has at least one.
     forces
-        float64 [n_atoms, 3], eV/Å; the rows of a structure without forces are NaN; None if no structure has any.
+        float64 [n_atoms, 3], eV/Å; the rows of a structure without forces are NaN; None if no structure has any. Of
+        K > 1 levels: float64 [K, n_atoms, 3], NaN in all rows of a structure at a level where it has none; it has none
+        where it has no energy.
     labels
         What each structure is called in messages and split files: "C5H5/17", "file.xyz/3".
 
     Raises
     ------
     InputError
-        Shapes that do not fit together, an unknown element, an empty structure, NaN or infinite numbers, two atoms
-        closer than 0.1 Å. The message names the first structure concerned.
+        Shapes that do not fit together, an unknown element, an empty structure, NaN or infinite numbers where there
+        must be none, two atoms closer than 0.1 Å. The message names the first structure concerned.
     """
 
     elements: tuple[str, ...]
@@ -53,6 +56,11 @@ class Structures:
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        self._conform()
+        if self.coordinates is not None:
+            self._check_distances()
+
+    def _conform(self) -> None:
         def array(name: str, dtype: type) -> None:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else np.ascontiguousarray(value, dtype=dtype))
@@ -65,8 +73,6 @@ class Structures:
             array(name, np.float64)
         self._check_shapes()
         self._check_numbers()
-        if self.coordinates is not None:
-            self._check_distances()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,9 +96,9 @@ class Structures:
         coordinates
             [n_structures, n, 3], Å.
         energies
-            [n_structures], eV, or None.
+            [n_structures] or, of several levels, [K, n_structures], eV, or None.
         forces
-            [n_structures, n, 3], eV/Å, or None.
+            [n_structures, n, 3] or [K, n_structures, n, 3], eV/Å, or None.
         labels
             Default: formula in atom order and 1-based number, "C5H5/17".
         elements
@@ -106,9 +112,9 @@ class Structures:
         species = np.array([elements.index(symbol) for symbol in symbols], dtype=np.int64)
         if forces is not None:
             forces = np.asarray(forces, dtype=np.float64)
-            if forces.shape != coordinates.shape:
+            if forces.ndim not in (3, 4) or forces.shape[-3:] != coordinates.shape:
                 raise InputError(f"forces of shape {forces.shape} given for coordinates of {coordinates.shape}")
-            forces = forces.reshape(-1, 3)
+            forces = forces.reshape(*forces.shape[:-3], -1, 3)
         if labels is None:
             stem = formula_in_order(symbols)
             labels = [f"{stem}/{i}" for i in range(1, count + 1)]
@@ -121,6 +127,34 @@ class Structures:
             forces=forces,
             labels=tuple(labels),
         )
+
+    def changed(self, **fields: object) -> Structures:
+        """Other values of fields, checked, for geometries that are checked already: `replace` without the distances."""
+        other = object.__new__(Structures)
+        for name in Structures.__dataclass_fields__:
+            object.__setattr__(other, name, fields.get(name, getattr(self, name)))
+        other._conform()
+        return other
+
+    @property
+    def levels(self) -> int:
+        """Number of levels of theory, K; 1 too where there are no energies."""
+        several = [len(x) for x, ndim in ((self.energies, 1), (self.forces, 2)) if x is not None and x.ndim > ndim]
+        return several[0] if several else 1
+
+    @property
+    def known_energies(self) -> np.ndarray:
+        """Which structures have an energy at each level, bool [K, n_structures], for one level too."""
+        if self.energies is None:
+            return np.zeros((self.levels, len(self)), dtype=bool)
+        return ~np.isnan(self.energies.reshape(self.levels, len(self)))
+
+    @property
+    def known_forces(self) -> np.ndarray:
+        """Which structures have forces at each level, bool [K, n_structures], for one level too."""
+        if self.forces is None:
+            return np.zeros((self.levels, len(self)), dtype=bool)
+        return ~np.isnan(self.forces.reshape(self.levels, -1, 3)[:, self.offsets[:-1], 0])
 
     @property
     def sizes(self) -> np.ndarray:
@@ -151,18 +185,28 @@ class Structures:
     def select(self, indices: np.ndarray | Sequence[int]) -> Structures:
         """The structures `indices` (int [n], any order), as new arrays."""
         indices = np.asarray(indices, dtype=np.int64)
-        sizes = self.sizes[indices]
-        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        atoms = np.arange(offsets[-1]) + np.repeat(self.offsets[indices] - offsets[:-1], sizes)
-        return replace(
-            self,
+        atoms, offsets = atoms_of(self.offsets, indices)
+        return self.changed(
             species=self.species[atoms],
             coordinates=None if self.coordinates is None else self.coordinates[atoms],
             offsets=offsets,
-            energies=None if self.energies is None else self.energies[indices],
-            forces=None if self.forces is None else self.forces[atoms],
+            energies=None if self.energies is None else self.energies[..., indices],
+            forces=None if self.forces is None else self.forces[..., atoms, :],
             labels=tuple(self.labels[i] for i in indices),
         )
+
+    def level(self, level: int) -> Structures:
+        """The structures that have an energy at a level (0 is the lowest), with its energies and forces alone."""
+        if self.levels == 1:
+            return self
+        forces = None
+        if self.forces is not None and self.known_forces[level].any():
+            forces = self.forces[level]
+        known = self.known_energies[level]
+        if known.all():
+            return self.changed(energies=self.energies[level], forces=forces)
+        energies = np.where(known, self.energies[level], 0.0)  # those that are unknown are left out in the next step
+        return self.changed(energies=energies, forces=forces).select(np.flatnonzero(known))
 
     def with_elements(self, elements: Sequence[str]) -> Structures:
         """The same structures with `species` counted in another order.
@@ -184,7 +228,7 @@ class Structures:
                 f"{label} contains {self.elements[self.species[atom]]}, which is not among the elements "
                 f"{' '.join(elements)}: add it to the list or leave the structure out"
             )
-        return replace(self, elements=elements, species=species)
+        return self.changed(elements=elements, species=species)
 
     # Checks
 
@@ -198,10 +242,24 @@ class Structures:
             "energies": (n_structures,),
             "forces": (n_atoms, 3),
         }
+        n_levels = {}
         for name, shape in expected.items():
             value = getattr(self, name)
-            if value is not None and value.shape != shape:
+            if value is None:
+                continue
+            of_levels = name in ("energies", "forces") and value.ndim == len(shape) + 1
+            if of_levels:
+                n_levels[name] = len(value)
+                shape = (max(2, len(value)), *shape)
+            if value.shape != shape:
                 raise InputError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+            if name in ("energies", "forces") and not of_levels:
+                n_levels[name] = 1
+        if len(set(n_levels.values())) > 1:
+            raise InputError(
+                f"there are energies of {n_levels['energies']} levels of theory and forces of {n_levels['forces']}: "
+                "give both of the same levels"
+            )
         if self.offsets[0] != 0 or self.offsets[-1] != n_atoms or np.any(self.sizes < 0):
             raise InputError(f"offsets must rise from 0 to the number of atoms, {n_atoms}")
         if n_structures and self.sizes.min() == 0:
@@ -212,16 +270,40 @@ class Structures:
     def _check_numbers(self) -> None:
         if self.coordinates is not None:
             self._require_finite(np.isfinite(self.coordinates).all(axis=1), "coordinate")
-        if self.energies is not None and not np.isfinite(self.energies).all():
-            bad = int(np.argmin(np.isfinite(self.energies)))
-            raise InputError(
-                f"{self.labels[bad]} has the energy {self.energies[bad]}: correct it or leave the structure out"
-            )
-        if self.forces is not None and len(self):
+        if self.energies is not None:
+            self._check_energies()
+        if self.forces is None or not len(self):
+            return
+        levels = self.levels
+        has_energy = self.known_energies if self.energies is not None else np.ones((levels, len(self)), dtype=bool)
+        for k, forces in enumerate(self.forces.reshape(levels, -1, 3)):
             # Absent means NaN in all rows of a structure; anything between that and finite is a mistake.
-            absent = np.logical_and.reduceat(np.isnan(self.forces).all(axis=1), self.offsets[:-1])
-            finite = np.isfinite(self.forces).all(axis=1)
-            self._require_finite(finite | np.repeat(absent, self.sizes), "force")
+            absent = np.logical_and.reduceat(np.isnan(forces).all(axis=1), self.offsets[:-1])
+            finite = np.isfinite(forces).all(axis=1)
+            what = "force" if levels == 1 else f"force of level {k}"
+            self._require_finite(finite | np.repeat(absent, self.sizes), what)
+            if np.any(~absent & ~has_energy[k]):
+                bad = int(np.argmax(~absent & ~has_energy[k]))
+                raise InputError(
+                    f"{self.labels[bad]} has forces but no energy at level {k} (counted from 0): give both or neither"
+                )
+
+    def _check_energies(self) -> None:
+        levels = self.energies.reshape(-1, len(self)) if len(self) else np.empty((1, 0))
+        several = len(levels) > 1
+        bad = np.isinf(levels) if several else ~np.isfinite(levels)
+        if bad.any():
+            level, structure = (int(i) for i in np.argwhere(bad)[0])
+            where = f" at level {level} (counted from 0)" if several else ""
+            raise InputError(
+                f"{self.labels[structure]} has the energy {levels[level, structure]}{where}: correct it or leave the "
+                "structure out"
+            )
+        if several and np.isnan(levels).all(axis=0).any():
+            structure = int(np.argmax(np.isnan(levels).all(axis=0)))
+            raise InputError(
+                f"{self.labels[structure]} has no energy at any of the {len(levels)} levels: leave the structure out"
+            )
 
     def _require_finite(self, good: np.ndarray, what: str) -> None:
         if good.all():
@@ -266,7 +348,7 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
     Parameters
     ----------
     parts
-        At least one set. Either all have energies or none.
+        At least one set. Either all have energies or none, of the same levels of theory.
     elements
         Element order of the result; default: all that occur in `parts`, alphabetically.
     """
@@ -281,21 +363,34 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
         raise InputError("structures with and without energies cannot be joined: take them from separate files")
     if len({part.coordinates is None for part in parts}) > 1:
         raise InputError("structures with and without coordinates cannot be joined: take them from separate files")
+    if len({part.levels for part in parts}) > 1:
+        raise InputError(
+            f"structures of {' and '.join(map(str, sorted({part.levels for part in parts})))} levels of theory cannot "
+            "be joined: give all the same levels"
+        )
     shifts = np.cumsum([0] + [len(part.species) for part in parts])
     forces = None
     if any(part.forces is not None for part in parts):
+        leading = () if parts[0].levels == 1 else (parts[0].levels,)
+        shapes = [(*leading, len(part.species), 3) for part in parts]
         forces = np.concatenate(
-            [np.full((len(part.species), 3), np.nan) if part.forces is None else part.forces for part in parts]
+            [np.full(s, np.nan) if p.forces is None else p.forces for p, s in zip(parts, shapes, strict=True)], axis=-2
         )
-    return Structures(
-        elements=order,
+    return parts[0].changed(
         species=np.concatenate([part.species for part in parts]),
         coordinates=None if parts[0].coordinates is None else np.concatenate([part.coordinates for part in parts]),
         offsets=np.concatenate([[0], *(part.offsets[1:] + s for part, s in zip(parts, shifts, strict=False))]),
-        energies=None if parts[0].energies is None else np.concatenate([part.energies for part in parts]),
+        energies=None if parts[0].energies is None else np.concatenate([part.energies for part in parts], axis=-1),
         forces=forces,
         labels=tuple(label for part in parts for label in part.labels),
     )
+
+
+def atoms_of(offsets: np.ndarray, structures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The atoms of some structures one after another, int64 [n_atoms], and offsets of their own, int64 [n + 1]."""
+    sizes = np.diff(offsets)[structures]
+    own = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return np.arange(own[-1]) + np.repeat(offsets[structures] - own[:-1], sizes), own
 
 
 def element_order(symbols: Iterable[str], elements: Sequence[str] | None, where: str) -> tuple[str, ...]:

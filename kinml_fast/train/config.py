@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kinml_fast import datasets
 from kinml_fast.data.files import replacing
+from kinml_fast.data.levels import Levels
 from kinml_fast.errors import InputError
 from kinml_fast.nn import ACTIVATIONS
 
@@ -43,16 +44,24 @@ class DataConfig(Section):
     files: Annotated[list[str], Field(min_length=1)]
     """SQLite databases, extended XYZ files or PyKinML's HDF5 files of descriptors: paths, glob patterns, or
     `shipped:NAME` for data of the package."""
-    fidelity: int = 1
-    """Level of theory to take from SQLite files."""
+    fidelity: int | list[int] = 1
+    """Level of theory to take from SQLite files; a list of several, lowest first, trains a network for each on top of
+    those below (multi-fidelity)."""
+    baseline: int | None = None
+    """Delta learning: train on the differences of fidelity and this lower level, of energies and of forces."""
+    incomplete: Literal["error", "drop", "keep"] | None = None
+    """Structures that lack a level: error, drop them (the log says how many), or keep them to train the levels that
+    they have; null: error with a baseline, keep with several fidelities."""
     temperature: float | None = None
     """SQLite: only structures sampled at this temperature; null: every temperature above 0."""
     names: list[str] | None = None
     """SQLite: only structures whose name is like one of these SQL patterns; null: all."""
-    energy_key: str | None = None
-    """XYZ: key of the energy (eV); null: energy or REF_energy."""
-    forces_key: str | None = None
-    """XYZ: key of the forces (eV/Å); null: forces or REF_forces."""
+    energy_key: str | list[str] | None = None
+    """XYZ: key of the energy (eV); null: energy or REF_energy. With several fidelities or a baseline: a list with a key
+    for each level, lowest first."""
+    forces_key: str | list[str] | None = None
+    """XYZ: key of the forces (eV/Å), or a list as for energy_key; null: the key of the energy with `forces` for
+    `energy`."""
     split: list[int | float] = [0.8, 0.1, 0.1]
     """Training, validation, test: numbers of structures, or fractions that sum to at most 1."""
     split_file: str | None = None
@@ -60,8 +69,9 @@ class DataConfig(Section):
     an HDF5 file of PyKinML, whose tvtmsk says the part of each."""
     split_seed: Seed = 0
     """Seed of the random division."""
-    sae: str | dict[str, float] = "fit"
-    """Single-atom energies: `fit` to the training energies, `none`, or an energy (eV) for each element."""
+    sae: str | dict[str, float] | list[str | dict[str, float]] = "fit"
+    """Single-atom energies: `fit` to the training energies, `none`, or an energy (eV) for each element; with several
+    fidelities for all, or a list with one of these for each."""
     weights: str | dict[str, float] | None = None
     """Weights of structures in the loss, of their energies and forces: numbers by label (`C5H5/17`) or SQL pattern of
     labels (`C5H5/%`), or a text file with a line `C5H5/17 2.5` for each. The last that fits counts; other structures
@@ -89,9 +99,44 @@ class DataConfig(Section):
     @field_validator("sae", mode="before")
     @classmethod
     def _check_sae(cls, sae: Any) -> Any:
-        if not _are_numbers(sae) and sae not in ("fit", "none"):
-            raise ValueError("it must be fit, none, or an energy in eV for each element, like {C: -1035.4, H: -17.0}")
+        for one in sae if isinstance(sae, list) else [sae]:
+            if not _are_numbers(one) and one not in ("fit", "none"):
+                raise ValueError(
+                    "it must be fit, none, or an energy in eV for each element, like {C: -1035.4, H: -17.0}, or a list "
+                    "with one of these for each fidelity"
+                )
         return sae
+
+    @field_validator("fidelity", mode="before")
+    @classmethod
+    def _check_fidelity(cls, fidelity: Any) -> Any:
+        several = fidelity if isinstance(fidelity, list) else [fidelity]
+        if not several or not all(isinstance(f, int) and not isinstance(f, bool) for f in several):
+            raise ValueError("it must be a whole number, or a list of several, lowest level first, like [0, 1]")
+        if len(set(several)) < len(several):
+            raise ValueError("it names a level twice: name each once, lowest first")
+        return fidelity
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> DataConfig:
+        levels = self.fidelity if isinstance(self.fidelity, list) else [self.fidelity]
+        try:
+            number = len(Levels.of(levels, self.baseline, self.incomplete).read)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        if isinstance(self.sae, list) and len(self.sae) != len(levels):
+            raise ValueError(
+                f"sae has {len(self.sae)} entries and there are {len(levels)} fidelities: give one for each, or one "
+                "for all"
+            )
+        for name in ("energy_key", "forces_key"):
+            keys = getattr(self, name)
+            if keys is not None and number != (len(keys) if isinstance(keys, list) else 1):
+                raise ValueError(
+                    f"{name} is {keys!r} and there are {number} levels: give a list with a key for each, lowest first"
+                    + (" (the baseline's, then that of the fidelity)" if self.baseline is not None else "")
+                )
+        return self
 
 
 class DescriptorConfig(Section):

@@ -105,8 +105,12 @@ def prepare(config: Config) -> Prepared:
     log.info("%s", splits.table(data.structures, data.split))
     folder.path.mkdir(parents=True, exist_ok=True)
     splits.write_tvtmsk(folder.split, data.structures, data.split)
-    energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, data.sae, strict=True))
-    log.info("single-atom energies, eV: %s", energies)
+    several = len(data.fidelities) > 1
+    if several or data.baseline is not None:
+        log.info("%s", splits.level_table(data.structures, data.split, data.fidelities, data.baseline))
+    for fidelity, sae in zip(data.fidelities, data.sae.reshape(len(data.fidelities), -1), strict=True):
+        energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, sae, strict=True))
+        log.info("single-atom energies%s, eV: %s", f" of fidelity {fidelity}" if several else "", energies)
     if data.weights is not None:
         log.info("weights in the loss: %s", weights.table(data.weights))
     return data
