@@ -490,5 +490,5 @@ def test_wrong_arguments_say_what_was_expected_and_what_came():
     refused(
         "the networks are for 1 species, the descriptor for 2", sizes=sizes[:4], parameters=torch.zeros(170).double()
     )
-    refused("the network of species 0 takes 18 inputs, the features have 19", sizes=sizes[:8] + sizes[:8])
+    refused("the network of species 1 takes 18 inputs, the features have 19", sizes=[*sizes[:12], 18, *sizes[13:]])
     refused("parameters, got", parameters=made.networks.weights.detach()[1:])
