@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kinml_fast.data.files import replacing
-from kinml_fast.errors import InputError
+from kinml_fast.errors import InputError, first_line
 
 FORMAT = "kinml_fast checkpoint"
 VERSION = 2
@@ -59,9 +59,8 @@ def load(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
         contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a damaged file has no common type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path}: is no readable checkpoint ({reason}): put an intact one in its place, "
+            f"{path}: is no readable checkpoint ({first_line(error)}): put an intact one in its place, "
             "for instance one of the epoch-*.pt files beside it, or start a new run"
         ) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:

@@ -286,8 +286,16 @@ class LossConfig(Section):
     """static: the share of L_F."""
     energy_per_atom: bool = False
     """Take L_E of energies divided by the number of atoms, so that molecules of all sizes count alike."""
+    level_weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None
+    """Several fidelities: factors of the levels in L_E and L_F, which are sums over them, lowest first; null: all 1."""
     extra_weights: dict[str, NotNegative] = {}
     """static: factors, by name, of further terms that a Python program gives (Trainer's extra_losses); by default 1."""
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> LossConfig:
+        if self.level_weights is not None and not any(self.level_weights):
+            raise ValueError("level_weights are all 0: give a level to train a factor")
+        return self
 
     @model_validator(mode="after")
     def _check_epochs(self) -> LossConfig:
@@ -307,12 +315,26 @@ class LossConfig(Section):
 
 class ScoreConfig(Section):
     """What a model is judged by, after each epoch, to choose the best one, to stop early and to lower the learning rate
-    (rop): energy · RMSE of the validation energies (kcal/mol) + forces · RMSE of the validation forces (kcal/mol/Å)."""
+    (rop): energy · RMSE of the validation energies (kcal/mol) + forces · RMSE of the validation forces (kcal/mol/Å).
+    With several fidelities these are the errors of the highest, for whose sake there are others."""
 
     energy: NotNegative = 1.0
     """Factor of the energy RMSE."""
     forces: NotNegative = 1.0
     """Factor of the force RMSE; it counts when training.loss.forces is true, in all epochs."""
+    level_weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None
+    """Several fidelities: factors of the levels, lowest first, to judge by a sum of their errors; null: 1 for the
+    highest and 0 for the others. Where no validation structure has forces of a level that counts, set forces to 0."""
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> ScoreConfig:
+        if self.level_weights is not None and not any(self.level_weights):
+            raise ValueError("level_weights are all 0: give a level to judge by a factor")
+        return self
+
+    def level_factors(self, levels: int) -> list[float]:
+        """The factor of each of so many levels."""
+        return self.level_weights or [0.0] * (levels - 1) + [1.0]
 
 
 class EarlyStoppingConfig(Section):
@@ -391,6 +413,28 @@ class TrainingConfig(Section):
         return sentences
 
 
+class StartConfig(Section):
+    """Fine-tuning and continued training: a new run that begins with the weights of another one, on any data, whether
+    that trained on forces or not. Descriptor, layers and activations are those of the start model, and its precision
+    unless training.dtype is given; keys that say otherwise are refused. Elements of the data that it lacks are added
+    behind its own: its predictions for molecules of the old ones stay as they are. To go on with an interrupted run,
+    or to make one longer, resume it instead (`kinml-fast train --resume`), which keeps everything."""
+
+    model: str | None = None
+    """model.pt of a run, or one of its checkpoints: last.pt, best.pt, epoch-*.pt (where that run averaged its weights,
+    their average, but with optimizer: keep the weights that the optimizer moved); null: new weights."""
+    optimizer: Literal["reset", "keep"] = "reset"
+    """Begin with a new optimizer, or keep the state of the optimizer (running means, number of steps), the learned
+    factors of the loss and the moving average of the weights, which last.pt and epoch-*.pt hold. Learning rate, other
+    settings and schedule are those of this configuration in any case."""
+    sae: Literal["keep", "data"] = "keep"
+    """Keep the model's single-atom energies (those of added elements are found by data.sae with them given), or take
+    all of them from the data, which is right for energies of another level of theory."""
+    freeze: list[str] = []
+    """Layers whose weights stay as they are: names or patterns like C.0 (first layer of carbon's network), H.*, *.0;
+    with several fidelities 0:C.0, 0:* (fidelity 0), or C.0 for all of them. They work with new weights too."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -402,8 +446,25 @@ class Config(Section):
     """See the section."""
     network: NetworkConfig = NetworkConfig()
     """See the section."""
+    start: StartConfig = StartConfig()
+    """See the section."""
     training: TrainingConfig = TrainingConfig()
     """See the section."""
+
+    def ignored(self) -> list[str]:
+        """Sentences about keys that were changed but have no effect."""
+        sentences = self.training.ignored()
+        if self.start.model is None and self.start.sae != "keep":
+            sentences.append("start.sae has no effect without start.model")
+        return sentences
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Config:
+        if self.start.model is None and self.start.optimizer == "keep":
+            raise ValueError(
+                "start.optimizer is keep, but start.model names no checkpoint whose optimizer that could be"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_backend(self) -> Config:

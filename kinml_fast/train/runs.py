@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
 from kinml_fast.train import config as configuration
+from kinml_fast.train import continued
 from kinml_fast.train.config import Config
+from kinml_fast.train.continued import Origin
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.trainer import Summary, Trainer
@@ -24,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def start(config: Config, *, overwrite: bool = False, progress: Progress | None = None) -> Summary:
-    """Prepare the data, initialise the model and train it, in a new run folder.
+    """Prepare the data, initialise the model or take the one to start from, and train it, in a new run folder.
 
     Parameters
     ----------
@@ -41,16 +44,14 @@ def start(config: Config, *, overwrite: bool = False, progress: Progress | None 
         Whatever is wrong with the folder, the data or the configuration.
     """
     folder = RunFolder(config.run)
+    config, origin = begin(config)
     folder.create(overwrite)
     configuration.save(config, folder.config)
     with folder.logged():
-        for sentence in config.training.ignored():
+        for sentence in config.ignored():
             log.warning("%s", sentence)
         data = prepare(config)
-        model = make_model(config, data.structures.elements)
-        log.info("%s", model)
-    _seed_others(config)
-    return Trainer(model, data, config.training, folder.path, progress=progress).fit()
+    return _fit(config, data, origin, progress)
 
 
 def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> Summary:
@@ -74,17 +75,83 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
     values = configuration.read_yaml(folder.config)
     if "data" not in values:
         raise InputError(f"{folder}: was started from Python: resume it there, with Trainer(…, resume=True)")
+    before = configuration.from_dict(values, str(folder.config)).start
     config = configuration.with_overrides(values, overrides, str(folder.config))
+    if config.start != before:
+        raise InputError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
     folder.make()
     folder.sweep()
+    if not folder.last.exists():
+        config, origin = begin(config)
+        with folder.logged():
+            data = prepare(config)
+        return _fit(config, data, origin, progress, resume=True)
     with folder.logged():
         # The run's own copy of the data, so that it goes on from any working folder.
         copy = _prepared_path(config, folder)
-        data = prepared.load(copy) if folder.last.exists() and copy.exists() else prepare(config)
-        model = make_model(config, data.structures.elements)
+        data = prepared.load(copy) if copy.exists() else prepare(config)
+        if config.start.model is None:
+            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
+        else:
+            # The start model may be gone; elements that were added to it are in the checkpoint, too.
+            model = continued.load(folder.last).model
+            data = replace(data, sae=None) if config.start.sae == "keep" else data
     _seed_others(config)
-    trainer = Trainer(model, data, config.training, folder.path, resume=True, progress=progress)
+    trainer = Trainer(
+        model, data, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
+    )
     configuration.save(config, folder.config)
+    return trainer.fit()
+
+
+def begin(config: Config) -> tuple[Config, Origin | None]:
+    """What start.model names, if anything, and the configuration with that model's architecture.
+
+    Raises
+    ------
+    InputError
+        The file is no model and no checkpoint, is in the run folder, or contradicts the configuration.
+    """
+    start = config.start
+    if start.model is None:
+        return config, None
+    origin = continued.load(start.model, averaged=start.optimizer == "reset")
+    if origin.path.resolve().is_relative_to(Path(config.run).resolve()):
+        raise InputError(
+            f"start.model {origin.path} is in the run folder {config.run} itself: choose another with run="
+        )
+    return continued.resolved(config, origin), origin
+
+
+def _fit(
+    config: Config, data: Prepared, origin: Origin | None, progress: Progress | None, resume: bool = False
+) -> Summary:
+    """Train from the beginning, in a folder that is there."""
+    folder = RunFolder(config.run)
+    with folder.logged():
+        if origin is None:
+            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
+        else:
+            elements, dtype = config.data.elements or data.structures.elements, getattr(torch, config.training.dtype)
+            model = continued.model_for(origin, data, elements, dtype, config.network.seed)
+            if config.start.sae == "keep":
+                continued.keep_sae(model, origin, config.data.sae, data)
+                data = replace(data, sae=None)
+        log.info("%s", model)
+        _seed_others(config)
+        trainer = Trainer(
+            model,
+            data,
+            config.training,
+            folder.path,
+            resume=resume,
+            progress=progress,
+            freeze=config.start.freeze,
+            origin=origin if config.start.optimizer == "keep" else None,
+        )
+        if origin is not None:
+            residuals = trainer.evaluate("validation", config.training.loss.forces)
+            continued.say_first_errors(model, residuals, config.start.sae == "keep")
     return trainer.fit()
 
 
@@ -116,8 +183,18 @@ def prepare(config: Config) -> Prepared:
     return data
 
 
-def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
-    """The model of a configuration with its initial weights, which the seed decides."""
+def make_model(
+    config: Config, elements: Sequence[str], fidelities: Sequence[int] = (1,), baseline: int | None = None
+) -> EnergyModel:
+    """The model of a configuration with its initial weights, which the seed decides.
+
+    Parameters
+    ----------
+    config
+        Descriptor, layers and precision.
+    elements, fidelities, baseline
+        Those of the prepared data.
+    """
     network = config.network
     torch.manual_seed(network.seed)
     return EnergyModel(
@@ -126,6 +203,8 @@ def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
         activations=network.layer_activations,
         biases=network.biases,
         dtype=getattr(torch, config.training.dtype),
+        fidelities=fidelities,
+        baseline=baseline,
     )
 
 
