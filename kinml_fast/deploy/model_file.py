@@ -1,15 +1,18 @@
 """The model file, model.pt: everything that a prediction needs, and no code.
 
 It is a dictionary of plain values and tensors, written by `torch.save` and read with `weights_only=True`:
-`format`, `format_version`, `model` (`EnergyModel.to_dict()`), `state_dict`, `units`, `elements`, and `training`, plain
-values about the model's origin (settings, epoch, errors).
+`format`, `format_version`, `model` (`to_dict()` of an `EnergyModel`, or of an `Ensemble`, which has `members`, their
+number), `state_dict`, `units`, `elements`, and `training`, plain values about the model's origin (settings, epoch,
+errors).
 """
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,17 @@ import torch
 
 from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError
-from kinml_fast.nn import EnergyModel
+from kinml_fast.nn import EnergyModel, Ensemble
 
 FORMAT = "kinml_fast.model"
 FORMAT_VERSION = 1
 UNITS = {"energy": "eV", "length": "Å", "force": "eV/Å"}
 
+Source = EnergyModel | Ensemble | str | os.PathLike
+"""A model, or the model file or run folder of one."""
 
-def save(path: str | os.PathLike, model: EnergyModel, training: dict[str, Any] | None = None) -> None:
+
+def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[str, Any] | None = None) -> None:
     """Write a model, as a whole or not at all.
 
     Parameters
@@ -63,23 +69,77 @@ def save(path: str | os.PathLike, model: EnergyModel, training: dict[str, Any] |
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load(path: str | os.PathLike) -> EnergyModel:
+def load(path: str | os.PathLike) -> EnergyModel | Ensemble:
     """Read a model; its tensors are on the CPU.
+
+    Parameters
+    ----------
+    path
+        A model file, or a run folder, whose model.pt is taken.
 
     Raises
     ------
     InputError
         The file is missing, damaged, no model file, or of a later version.
     """
-    contents = _read(Path(path))
+    path = _file(path)
+    contents = _read(path)
     try:
-        model = EnergyModel.from_dict(contents["model"])
+        kind = Ensemble if "members" in contents["model"] else EnergyModel
+        model = kind.from_dict(contents["model"])
         model.load_state_dict(contents["state_dict"])
     except Exception as error:  # contents that do not fit together raise whatever they run into
         raise InputError(
             f"{path}: its parts do not fit together ({_first_line(error)}): write the model file again"
         ) from error
     return model.eval()
+
+
+def load_many(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Ensemble:
+    """Read the models of several files as one ensemble.
+
+    Parameters
+    ----------
+    paths
+        Model files, run folders, and glob patterns of files; the members of a file that holds an ensemble count each.
+
+    Raises
+    ------
+    InputError
+        As `load`, or a file whose model differs from that of the first in more than its weights.
+    """
+    entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    found = [path for entry in entries for path in _matches(entry)]
+    return _joined([load(path) for path in found], [str(path) for path in found])
+
+
+def resolve(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
+    """The model that is given or whose file is named; of several, their ensemble.
+
+    Parameters
+    ----------
+    model
+        A model or ensemble, or the model file or run folder of one, or a glob pattern of such, or a list of any of
+        these.
+
+    Raises
+    ------
+    InputError
+        As `load_many`, or something else than these.
+    """
+    if isinstance(model, EnergyModel | Ensemble):
+        return model
+    if isinstance(model, str | os.PathLike):
+        found = _matches(model)
+        return load(found[0]) if len(found) == 1 else load_many(found)
+    if not isinstance(model, Sequence):
+        raise InputError(
+            f"{type(model).__name__} is no model: give a model, its file or run folder, or a list of these"
+        )
+    if len(model) == 1:
+        return resolve(model[0])
+    names = [name(m) if isinstance(m, str | os.PathLike) else f"model {i}" for i, m in enumerate(model, start=1)]
+    return _joined([resolve(one) for one in model], names)
 
 
 def load_training(path: str | os.PathLike) -> dict[str, Any]:
@@ -90,7 +150,39 @@ def load_training(path: str | os.PathLike) -> dict[str, Any]:
     InputError
         As `load`.
     """
-    return _read(Path(path))["training"]
+    return _read(_file(path))["training"]
+
+
+def name(source: Source | Sequence[Source]) -> str:
+    """What a message calls that which `resolve` is given."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return ", ".join(map(name, source)) if isinstance(source, Sequence) else "the model"
+
+
+def _joined(models: Sequence[EnergyModel | Ensemble], names: Sequence[str]) -> Ensemble:
+    members: list[EnergyModel] = []
+    of_members: list[str] = []
+    for model, of_model in zip(models, names, strict=True):
+        own = [model.member(i) for i in range(model.n_members)] if isinstance(model, Ensemble) else [model]
+        members += own
+        of_members += [of_model] * len(own)
+    return Ensemble(members, of_members).eval()
+
+
+def _file(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    return path / "model.pt" if path.is_dir() else path
+
+
+def _matches(entry: str | os.PathLike) -> list[Path]:
+    """The files that a path or a glob pattern stands for."""
+    if Path(entry).exists() or not glob.has_magic(os.fspath(entry)):
+        return [_file(entry)]
+    matches = sorted(glob.glob(os.fspath(entry), recursive=True))
+    if not matches:
+        raise InputError(f"{entry}: the pattern matches no file: correct it")
+    return [_file(match) for match in matches]
 
 
 def _read(path: Path) -> dict[str, Any]:

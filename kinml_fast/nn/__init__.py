@@ -1,8 +1,9 @@
 """Descriptor, networks and model as torch modules, scriptable and exportable."""
 
 from kinml_fast.nn.aev import AEV, AEVParameters
+from kinml_fast.nn.ensemble import Ensemble
 from kinml_fast.nn.extension import extended
 from kinml_fast.nn.networks import ACTIVATIONS, SpeciesNetworks
 from kinml_fast.nn.potential import EnergyModel
 
-__all__ = ["ACTIVATIONS", "AEV", "AEVParameters", "EnergyModel", "SpeciesNetworks", "extended"]
+__all__ = ["ACTIVATIONS", "AEV", "AEVParameters", "EnergyModel", "Ensemble", "SpeciesNetworks", "extended"]

@@ -204,6 +204,11 @@ class SpeciesNetworks(torch.nn.Module):
 
         Differentiable twice, like the op `networks`. With one level, ``sae`` [n_species] and [n_structures].
         """
+        return self.with_weights(features, species, offsets, sae, self.weights)
+
+    @torch.jit.export
+    def with_weights(self, features: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, weights: Tensor) -> Tensor:
+        """What :meth:`forward` gives with other ``weights``, as long as the module's own."""
         rows, owners, starts = torch.ops.kinml_fast.species_order(species, offsets, self.n_species)
         n_structures = offsets.size(0) - 1
         if self.levels == 1:
@@ -212,7 +217,7 @@ class SpeciesNetworks(torch.nn.Module):
                 rows,
                 owners,
                 starts,
-                self.weights,
+                weights,
                 sae,
                 self.sizes,
                 self.activation_codes,
@@ -232,7 +237,7 @@ class SpeciesNetworks(torch.nn.Module):
                 rows,
                 rows,
                 starts,
-                self.weights[self.level_starts[level] : self.level_starts[level + 1]],
+                weights[self.level_starts[level] : self.level_starts[level + 1]],
                 None,
                 self.level_sizes[level],
                 self.activation_codes,

@@ -1,0 +1,72 @@
+"""The low level that a delta model corrects: any ASE calculator."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ase.calculators.calculator import BaseCalculator
+
+from kinml_fast.errors import InputError
+from kinml_fast.nn import EnergyModel, Ensemble
+
+_TBLITE = "tblite:"
+_WAYS = "an ASE calculator, tblite:METHOD (such as tblite:GFN1-xTB), or the model file of the low level"
+
+
+def make(name: str | os.PathLike) -> BaseCalculator:
+    """The calculator that a text stands for.
+
+    Parameters
+    ----------
+    name
+        "tblite:METHOD" for an xTB method of the package tblite, or a model file or run folder of kinml_fast.
+
+    Raises
+    ------
+    InputError
+        tblite is not installed or does not know the method, or there is no such model.
+    """
+    text = os.fspath(name)
+    if not text.startswith(_TBLITE):
+        from kinml_fast.deploy.calculator import KinMLCalculator
+
+        if not Path(text).exists():
+            raise InputError(f"{text}: is neither a file nor of the form tblite:METHOD: give {_WAYS}")
+        return KinMLCalculator(text)
+    method = text.removeprefix(_TBLITE)
+    try:
+        from tblite.ase import TBLite
+    except ImportError as error:
+        raise InputError(f"{text}: needs the package tblite ({error}): pip install tblite") from error
+    known = ("GFN1-xTB", "GFN2-xTB", "IPEA1-xTB")
+    if method not in known:
+        raise InputError(f"{text}: tblite knows {', '.join(known)}: name one of them")
+    return TBLite(method=method, verbosity=0)
+
+
+def checked(model: EnergyModel | Ensemble, base: BaseCalculator | str | os.PathLike | None) -> BaseCalculator | None:
+    """The base of a model as a calculator.
+
+    Raises
+    ------
+    InputError
+        A delta model without a base, another model with one, or a base that is no calculator.
+    """
+    if model.baseline is None:
+        if base is not None:
+            raise InputError(
+                "the model gives whole energies, no differences to a low level: leave out base, which is for models "
+                "that were trained with data.baseline"
+            )
+        return None
+    if base is None:
+        raise InputError(
+            f"the model gives differences of fidelity {model.fidelities[-1]} to fidelity {model.baseline}: give base, "
+            f"which computes fidelity {model.baseline}: {_WAYS}"
+        )
+    if isinstance(base, str | os.PathLike):
+        return make(base)
+    if not hasattr(base, "get_property"):
+        raise InputError(f"base is {type(base).__name__}, not a calculator: give {_WAYS}")
+    return base

@@ -1,0 +1,188 @@
+"""An ASE calculator for trained models and their ensembles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator, Calculator, CalculatorSetupError, all_changes
+from ase.outputs import Properties, all_outputs
+from scipy.spatial import cKDTree
+
+from kinml_fast.data.structures import CLOSEST_ALLOWED
+from kinml_fast.deploy import base as base_calculators
+from kinml_fast.deploy import members, model_file
+from kinml_fast.errors import InputError
+from kinml_fast.nn import EnergyModel, Ensemble
+
+_FEW_ATOMS = 50
+"""Molecules of fewer atoms are computed on one thread: starting a second one takes longer than what it would save."""
+
+
+class CalculatorInputError(InputError, CalculatorSetupError):
+    """Atoms or arguments that `KinMLCalculator` cannot use: one sentence. Programs for ASE catch it as ASE's error."""
+
+
+class KinMLCalculator(Calculator):
+    """Energies and forces of molecules without periodicity, for everything that ASE does with a calculator.
+
+    Parameters
+    ----------
+    model
+        A trained model or ensemble; a model file or a run folder; or a list of these, which becomes an ensemble.
+    base
+        The calculator of the low level for a delta model, whose energies and forces are added: any ASE calculator, or
+        what `base.make` takes, such as "tblite:GFN1-xTB".
+    threads
+        CPU threads of a calculation; None: one for molecules of fewer than 50 atoms, else PyTorch's number. The results
+        do not depend on it.
+
+    Notes
+    -----
+    ``energy`` and ``free_energy`` (the same, eV) and ``forces`` [n, 3] (−dE/dx, eV/Å) are those of the highest level.
+
+    An ensemble of M models gives their means, and: ``all_energies`` [M], ``all_forces`` [M, n, 3], ``energy_std`` and
+    ``forces_std`` [n, 3], the standard deviations of a sample (the divisor is M − 1, ddof = 1). A model of K > 1 levels
+    gives ``level_energies`` [K] and ``level_forces`` [K, n, 3], lowest level first. All are in `results` and can be
+    asked for with `get_property`.
+
+    Geometries are compared by positions, elements and periodicity; without a base, charges, magnetic moments and cell
+    change nothing. Deep copies and pickles carry the weights; calculators made from one model share them.
+
+    Raises
+    ------
+    InputError
+        A model that cannot be read; models that do not fit together; a delta model without a base, or another with one.
+    CalculatorInputError
+        When calculating: periodic atoms, an element that the model does not know, positions that are NaN or infinite,
+        two atoms closer than 0.1 Å. It is both an `InputError` and ASE's `CalculatorSetupError`.
+    """
+
+    implemented_properties = ("energy", "free_energy", "forces")
+
+    def __init__(
+        self,
+        model: EnergyModel | Ensemble | str | os.PathLike | Sequence[EnergyModel | Ensemble | str | os.PathLike],
+        *,
+        base: BaseCalculator | str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__()
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}: give a number of at least 1")
+        self.model = model_file.resolve(model)
+        self.base = base_calculators.checked(self.model, base)
+        self.threads = threads
+        self.n_members = members.count(self.model)
+        properties = list(type(self).implemented_properties)
+        if self.n_members > 1:
+            properties += ["energy_std", "forces_std", "all_energies", "all_forces"]
+        if len(self.model.fidelities) > 1:
+            properties += ["level_energies", "level_forces"]
+        self.implemented_properties = properties
+        # What the last molecule needs again: its elements as bytes, their codes, and where it begins and ends.
+        self._numbers: bytes | None = None
+        self._species = self._offsets = torch.empty(0)
+
+    def _get_name(self) -> str:
+        return "kinml_fast"
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What has changed since the last calculation (ASE's general comparison takes as long as the calculation)."""
+        if self.base is not None or self.atoms is None:
+            return super().check_state(atoms, tol)
+        before = self.atoms
+        # Bytes compare faster than arrays, and NaN equal to NaN does no harm: there are no results for it.
+        same = {
+            "positions": before.positions.tobytes() == atoms.positions.tobytes(),
+            "numbers": before.numbers.tobytes() == atoms.numbers.tobytes(),
+            "pbc": before.pbc.tobytes() == atoms.pbc.tobytes(),
+        }
+        return [name for name, equal in same.items() if not equal]
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Fill `results` with everything that the model gives, whatever is asked for."""
+        if atoms is not None:
+            self.atoms = atoms.copy()
+        if self.atoms is None:
+            raise CalculatorInputError("there are no atoms to calculate: give atoms")
+        self.results = {}
+        self._check(self.atoms)
+        energies, forces = self._evaluate(self.atoms)
+        if self.base is not None:
+            energies = energies + self.base.get_property("energy", self.atoms)
+            forces = forces + self.base.get_property("forces", self.atoms)
+        results = {}
+        if self.n_members > 1:
+            results["all_energies"], results["all_forces"] = energies[:, -1], forces[:, -1]
+            results["energy_std"] = float(members.deviation(energies[:, -1]))
+            results["forces_std"] = members.deviation(forces[:, -1])
+        energies, forces = members.mean(energies), members.mean(forces)
+        if len(energies) > 1:
+            results["level_energies"], results["level_forces"] = energies, forces
+        results["energy"] = results["free_energy"] = float(energies[-1])
+        results["forces"] = forces[-1]
+        self.results = results
+
+    def export_properties(self) -> Properties:
+        """The results that ASE has names for."""
+        return Properties({name: value for name, value in self.results.items() if name in all_outputs})
+
+    def _check(self, atoms: Atoms) -> None:
+        if atoms.pbc.any():
+            raise CalculatorInputError(
+                f"{atoms.symbols} is periodic (pbc = {atoms.pbc.tolist()}), and the model is for molecules: set "
+                "atoms.pbc = False"
+            )
+        finite = np.isfinite(atoms.positions)
+        if not finite.all():
+            atom = int(np.argmin(finite.all(axis=1)))
+            raise CalculatorInputError(
+                f"atom {atom} ({atoms.symbols[atom]}) of {atoms.symbols} is at {atoms.positions[atom].tolist()}, "
+                "NaN or infinite: go back to numbers, before a step that was too long"
+            )
+        numbers = atoms.numbers.tobytes()
+        if numbers != self._numbers:
+            self._learn(atoms)
+            self._numbers = numbers
+        close = cKDTree(atoms.positions).query_pairs(CLOSEST_ALLOWED) if len(atoms) else ()
+        if close:
+            a, b = min(close)
+            raise CalculatorInputError(
+                f"atoms {a} ({atoms.symbols[a]}) and {b} ({atoms.symbols[b]}) of {atoms.symbols} are only "
+                f"{atoms.get_distance(a, b):.3g} Å apart (less than {CLOSEST_ALLOWED} Å): move them apart"
+            )
+
+    def _learn(self, atoms: Atoms) -> None:
+        """Keep the codes of the elements, until others come."""
+        elements = self.model.elements
+        symbols = atoms.get_chemical_symbols()
+        unknown = sorted(set(symbols) - set(elements))
+        if unknown:
+            raise CalculatorInputError(
+                f"{atoms.symbols} contains {' '.join(unknown)}, but the model knows only {' '.join(elements)}: take "
+                "another molecule or train a model with this element"
+            )
+        device = self.model.sae.device
+        codes = [elements.index(symbol) for symbol in symbols]
+        self._species = torch.tensor(codes, dtype=torch.int64, device=device)
+        self._offsets = torch.tensor([0, len(symbols)], device=device)
+
+    def _evaluate(self, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+        """Energies [members, levels] and forces [members, levels, atoms, 3] of the model."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or (1 if len(atoms) < _FEW_ATOMS else before))
+        try:
+            coordinates = torch.from_numpy(atoms.positions).to(self.model.sae.device, self.model.dtype)
+            energies, forces = members.energies_and_forces(self.model, coordinates, self._species, self._offsets)
+        finally:
+            torch.set_num_threads(before)
+        return energies[..., 0], forces

@@ -1,0 +1,67 @@
+"""What models and ensembles have in common: energies and forces by member and by level, and what is said of members."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinml_fast.nn import EnergyModel, Ensemble
+
+
+def count(model: EnergyModel | Ensemble) -> int:
+    """The number of members, 1 for a model."""
+    return model.n_members if isinstance(model, Ensemble) else 1
+
+
+def energies_and_forces(
+    model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor, offsets: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Energies float64 [M, K, n_structures] in eV and forces float64 [M, K, n_atoms, 3] in eV/Å, of a ragged batch.
+
+    M members (1 for a model), K levels, lowest first. Coordinates are those of the model's device and dtype.
+    """
+    with torch.inference_mode():
+        if isinstance(model, Ensemble):
+            energies, forces = model.member_level_energies_and_forces(coordinates, species, offsets)
+        else:
+            energies, forces = model.level_energies_and_forces(coordinates, species, offsets)
+            energies, forces = energies.unsqueeze(0), forces.unsqueeze(0)
+        return energies.cpu().numpy(), forces.double().cpu().numpy()
+
+
+def energies(model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor, offsets: Tensor) -> np.ndarray:
+    """The energies of `energies_and_forces`, to the last bit, without computing forces."""
+    networks, members = model.networks, count(model)
+    with torch.inference_mode():
+        found, _ = torch.ops.kinml_fast.energy_forces_stored(
+            model.aev(coordinates, species, offsets),
+            None,
+            species,
+            offsets,
+            networks.weights.detach().reshape(members, -1),
+            model.sae.reshape(members, model.levels, -1),
+            networks.sizes,
+            networks.activation_codes,
+            networks.biases,
+            True,
+        )
+        return found.cpu().numpy()
+
+
+def sae(model: EnergyModel | Ensemble) -> np.ndarray:
+    """Single-atom energies float64 [K, n_elements] in eV, of an ensemble the means of its members."""
+    return mean(model.sae.reshape(count(model), model.levels, -1).cpu().numpy())
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the first axis, summed in order (as `Ensemble` does, and whatever the other axes are)."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total / len(values) if len(values) > 1 else total
+
+
+def deviation(values: np.ndarray) -> np.ndarray:
+    """The standard deviation over the first axis as of a sample: the divisor is one less than its length (ddof = 1)."""
+    return np.sqrt(mean(np.square(values - mean(values))) * (len(values) / (len(values) - 1)))

@@ -1,0 +1,222 @@
+"""Several models of one architecture as one: means of their energies and forces, and each member's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinml_fast.errors import InputError
+from kinml_fast.nn.aev import AEV
+from kinml_fast.nn.potential import EnergyModel
+
+_WORDS = {
+    "elements": "knows the elements",
+    "descriptor": "has the descriptor",
+    "layers": "has the layers",
+    "activations": "has the activations",
+    "biases": "has biases =",
+    "dtype": "computes in",
+    "fidelities": "has the fidelities",
+    "baseline": "has the baseline",
+}
+"""What members share, and how a message says that one differs."""
+
+
+class Ensemble(torch.nn.Module):
+    """M models that differ in their weights and single-atom energies only; one fused op evaluates all of them.
+
+    Parameters
+    ----------
+    members
+        At least one model; their weights are copied.
+    names
+        What a message calls each of them; default: member 1, member 2 …
+
+    Attributes
+    ----------
+    networks : SpeciesNetworks
+        As a member's, but its ``weights`` are [M, n_parameters], a row for each member.
+    sae : Tensor
+        Single-atom energies [M, n_elements], of K > 1 levels of theory [M, K, n_elements], in eV, float64.
+
+    Raises
+    ------
+    InputError
+        No members, or one that differs from the first in elements, descriptor, layers, activations, biases, precision,
+        fidelities or baseline.
+
+    Notes
+    -----
+    Means are sums in the order of the members, divided by M: the same bits for any number of threads.
+    """
+
+    __jit_unused_properties__ = ("dtype", "elements", "fidelities", "n_members")
+
+    def __init__(self, members: Sequence[EnergyModel], names: Sequence[str] | None = None) -> None:
+        super().__init__()
+        _check_alike(members, [f"member {i}" for i in range(1, len(members) + 1)] if names is None else names)
+        first = members[0]
+        self._architecture = first.to_dict()
+        self._fidelities = first.fidelities
+        self.baseline = first.baseline
+        self.levels = first.levels
+        self.descriptor = first.descriptor
+        self.aev = AEV(first.descriptor)
+        self.networks = copy.deepcopy(first.networks)
+        weights = torch.stack([member.networks.weights.detach() for member in members])
+        self.networks.weights = torch.nn.Parameter(weights)
+        self.register_buffer("sae", torch.stack([member.sae for member in members]))
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        """The elements that the members know; their place in this list is the species code."""
+        return self.descriptor.elements
+
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """The levels of theory, lowest first, as the data call them."""
+        return self._fidelities
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights, coordinates and features."""
+        return self.networks.weights.dtype
+
+    @property
+    def n_members(self) -> int:
+        """M."""
+        return self.networks.weights.shape[0]
+
+    def forward(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
+        """Mean energies [n_structures] at the highest level in eV, float64, differentiable.
+
+        The arguments are those of :meth:`EnergyModel.forward`.
+        """
+        return self._mean(self.member_level_energies(coordinates, species, offsets)[:, -1])
+
+    @torch.jit.export
+    def member_level_energies(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
+        """Energies [M, K, n_structures] of every member at all levels in eV, float64, differentiable."""
+        features = self.aev(coordinates, species, offsets)
+        energies: list[Tensor] = []
+        for member in range(self.sae.size(0)):
+            own = self.networks.with_weights(
+                features, species, offsets, self.sae[member], self.networks.weights[member]
+            )
+            energies.append(own.unsqueeze(0) if self.levels == 1 else own)
+        return torch.stack(energies)
+
+    @torch.jit.export
+    def energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean energies [n_structures] in eV and mean forces [n_atoms, 3] in eV/Å at the highest level."""
+        energies, forces = self.member_energies_and_forces(coordinates, species, offsets)
+        return self._mean(energies), self._mean(forces)
+
+    @torch.jit.export
+    def level_energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean energies [K, n_structures] and mean forces [K, n_atoms, 3] of all levels, lowest first."""
+        energies, forces = self.member_level_energies_and_forces(coordinates, species, offsets)
+        return self._mean(energies), self._mean(forces)
+
+    @torch.jit.export
+    def member_energies_and_forces(
+        self, coordinates: Tensor, species: Tensor, offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Energies and forces of every member at the highest level in one pass, in which descriptors are computed once.
+
+        Returns
+        -------
+        energies : Tensor
+            [M, n_structures] in eV, float64.
+        forces : Tensor
+            [M, n_atoms, 3], -dE/dx in eV/Å, of the members' dtype.
+
+        Notes
+        -----
+        Not differentiable: for derivatives take those of :meth:`forward` or :meth:`member_level_energies`.
+        """
+        return self._fused(coordinates, species, offsets, self.sae if self.levels == 1 else self.sae[:, -1], False)
+
+    @torch.jit.export
+    def member_level_energies_and_forces(
+        self, coordinates: Tensor, species: Tensor, offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Energies [M, K, n_structures] and forces [M, K, n_atoms, 3] of every member at all levels, lowest first.
+
+        Otherwise as :meth:`member_energies_and_forces`.
+        """
+        return self._fused(coordinates, species, offsets, self.sae.unsqueeze(1) if self.levels == 1 else self.sae, True)
+
+    def _fused(
+        self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, levels: bool
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.kinml_fast.energy_forces(
+            coordinates,
+            species,
+            offsets,
+            self.networks.weights.detach(),
+            sae,
+            self.aev.packed,
+            self.networks.sizes,
+            self.networks.activation_codes,
+            self.networks.biases,
+            levels,
+        )
+
+    def _mean(self, values: Tensor) -> Tensor:
+        total = values[0]
+        for member in range(1, values.size(0)):
+            total = total + values[member]
+        return total / values.size(0)
+
+    @torch.jit.unused
+    def member(self, index: int) -> EnergyModel:
+        """One member (counted from 0) as a model of its own, with copies of its weights."""
+        model = EnergyModel.from_dict(self._architecture).to(self.sae.device)
+        with torch.no_grad():
+            model.networks.weights.copy_(self.networks.weights[index])
+            model.sae.copy_(self.sae[index])
+        return model.train(self.training)
+
+    @torch.jit.unused
+    def to_dict(self) -> dict[str, Any]:
+        """The architecture, as plain lists, strings and numbers: that of a member, and how many there are."""
+        return {"members": self.n_members, **self._architecture}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Ensemble:
+        """An ensemble of the architecture that :meth:`to_dict` gave; its weights are new, and all members alike."""
+        return cls([EnergyModel.from_dict(values)] * values["members"])
+
+    def extra_repr(self) -> str:
+        return f"members: {self.n_members}"
+
+
+def _check_alike(members: Sequence[EnergyModel], names: Sequence[str]) -> None:
+    if not members:
+        raise InputError("an ensemble needs at least one model, none are given")
+    first = _shared(members[0])
+    for name, member in zip(names, members, strict=True):
+        own = _shared(member)
+        for key, words in _WORDS.items():
+            if own.get(key) != first.get(key):
+                raise InputError(
+                    f"{name} {words} {_shown(key, own, first)}, but {names[0]} {_shown(key, first, own)}: models of "
+                    f"one ensemble need the same {key}"
+                )
+
+
+def _shared(model: EnergyModel) -> dict[str, Any]:
+    return {"elements": list(model.elements), **model.to_dict()}
+
+
+def _shown(key: str, own: dict[str, Any], other: dict[str, Any]) -> str:
+    if key == "elements":
+        return " ".join(own[key])
+    if key == "descriptor":  # only what differs
+        return ", ".join(f"{name} = {value}" for name, value in own[key].items() if value != other[key].get(name))
+    return str(own.get(key))
