@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
-from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, report, runs
+from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, ensembles, report, runs
 from kinml_fast.train.steps import EnergyStep, LevelEnergyStep
 from kinml_fast.units import KCAL_PER_MOL
 
@@ -351,6 +352,12 @@ def test_metrics_summary_and_report(tmp_path, drawings, caplog):
     log = (tmp_path / "run/train.log").read_text()
     assert "energy, fidelity 3 " in log
     assert "kcal/mol and kcal/mol/Å" in log
+
+
+def test_summaries_come_back_from_the_processes_of_an_ensemble():
+    _, summary = fitted(settings(epochs=1), level_data(levels=3, forces="some"))
+    assert len(summary.lower) == 2
+    assert ensembles._summary(json.loads(json.dumps(asdict(summary)))) == summary
 
 
 def test_learning_curves_have_a_column_for_each_level(tmp_path):
