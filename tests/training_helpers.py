@@ -55,11 +55,65 @@ def training_data(
     return TrainingData(everything, Split(order[:first], order[first:second], order[second:]), SAE, weights)
 
 
-def model(seed: int = 0, layers: tuple[int, ...] = (8, 4, 1), dtype: torch.dtype = torch.float64) -> EnergyModel:
+LEVEL_SAE = np.array([SAE, [-101.0, -99.75], [-101.25, -99.5]])
+"""Of up to three levels of theory."""
+
+
+def level_structures(
+    count: int = 30, levels: int = 2, forces: str = "all", formulas: tuple[str, ...] = ("CCHH", "CHHH")
+) -> Structures:
+    """`structures` at several levels of theory, each a little different from the one below.
+
+    With `forces` "some", energies and forces of some structures lack at some levels; of every structure at least one
+    energy is known.
+    """
+    base = structures(count, "none" if forces == "none" else "all", formulas)
+    energies = np.stack([base.energies + 0.0 * k for k in range(levels)])
+    slopes = None if base.forces is None else np.stack([base.forces] * levels)
+    owners = base.owners
+    for k in range(1, levels):
+        # Further terms in the squares of coordinates, whose forces are simple.
+        x = base.coordinates - 1.0
+        energies[k] += base.counts() @ (LEVEL_SAE[k] - SAE)
+        energies[k] += 0.04 * k * np.bincount(owners, weights=np.cos(x).sum(axis=1))
+        if slopes is not None:
+            slopes[k] += 0.04 * k * np.sin(x)
+    if forces == "some":
+        i = np.arange(len(base))
+        energies[-1, i % 3 == 0] = np.nan
+        energies[0, i % 7 == 1] = np.nan
+        energies[0, np.isnan(energies).all(axis=0)] = base.energies[np.isnan(energies).all(axis=0)]
+        slopes[:, np.isin(owners, i[i % 5 == 2])] = np.nan
+        slopes[np.isnan(energies)[:, owners]] = np.nan
+    return Structures(base.elements, base.species, base.coordinates, base.offsets, energies, slopes, base.labels)
+
+
+def level_data(
+    count: int = 30,
+    levels: int = 2,
+    forces: str = "all",
+    formulas: tuple[str, ...] = ("CCHH", "CHHH"),
+    weights: np.ndarray | None = None,
+) -> TrainingData:
+    """As `training_data`, of several levels of theory."""
+    everything = level_structures(count, levels, forces, formulas)
+    order = np.random.default_rng(0).permutation(len(everything))
+    first, second = len(order) * 2 // 3, len(order) * 5 // 6
+    split = Split(order[:first], order[first:second], order[second:])
+    return TrainingData(everything, split, LEVEL_SAE[:levels], weights)
+
+
+def model(
+    seed: int = 0,
+    layers: tuple[int, ...] = (8, 4, 1),
+    dtype: torch.dtype = torch.float64,
+    fidelities: tuple[int, ...] = (1,),
+) -> EnergyModel:
     """A small model of carbon and hydrogen."""
     torch.manual_seed(seed)
     descriptor = AEVParameters.aevmod(("C", "H"), n_radial=4, n_angular=2, n_sections=2)
-    return EnergyModel(descriptor, list(layers), ["gaussian"] * (len(layers) - 1) + ["identity"], True, dtype)
+    activations = ["gaussian"] * (len(layers) - 1) + ["identity"]
+    return EnergyModel(descriptor, list(layers), activations, True, dtype, fidelities)
 
 
 def write_xyz(path: Path, count: int = 30, forces: str = "none") -> None:
@@ -107,14 +161,15 @@ class Interrupter(Progress):
             self.act()
 
 
-def interrupted_run(folder, config, stop_at, act=None, data=None, dtype=torch.float64, **keys):
+def interrupted_run(folder, config, stop_at, act=None, data=None, dtype=torch.float64, fidelities=(1,), **keys):
     """A run that ends after `stop_at` batches; last.pt is of the batch before that."""
 
     def kill():
         raise Killed
 
     progress = Interrupter(stop_at, act or kill)
-    trainer = Trainer(model(dtype=dtype), data or training_data(), config, folder, progress=progress, **keys)
+    trained = model(dtype=dtype, fidelities=fidelities)
+    trainer = Trainer(trained, data or training_data(), config, folder, progress=progress, **keys)
     every_batch(trainer)
     with pytest.raises((Killed, KeyboardInterrupt)):
         trainer.fit()

@@ -1,5 +1,6 @@
 """Data: reading, splitting, single-atom energies, the prepared data set."""
 
+from kinml_fast.data.levels import join as join_levels
 from kinml_fast.data.prepared import Prepared, prepare
 from kinml_fast.data.sources import DescriptorSource, read
 from kinml_fast.data.splits import Split, make_split, write_tvtmsk
@@ -13,6 +14,7 @@ __all__ = [
     "StoredDescriptors",
     "Structures",
     "concatenate",
+    "join_levels",
     "make_split",
     "prepare",
     "read",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from kinml_fast.data.files import first_few
-from kinml_fast.data.splits import PARTS, Split
-from kinml_fast.data.sqlite import level_tuple
-from kinml_fast.data.structures import Structures
+from kinml_fast.data.structures import Structures, atoms_of, concatenate
 from kinml_fast.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -19,7 +17,24 @@ log = logging.getLogger(__name__)
 INCOMPLETE = ("error", "drop", "keep")
 """What can happen to structures that lack a level."""
 
+SAME_GEOMETRY = 1e-6
+"""How far (Å) an atom may be from where it is at another level: coordinates may have been written with fewer digits."""
+
 _SHOWN = 10  # structures that a message names
+
+
+def level_tuple(fidelity: int | Sequence[int]) -> tuple[int, ...]:
+    """One or several fidelities as a tuple, in their order.
+
+    Raises
+    ------
+    InputError
+        The list is empty or names one twice.
+    """
+    several = (fidelity,) if isinstance(fidelity, int | np.integer) else tuple(fidelity)
+    if not several or len(set(several)) < len(several):
+        raise InputError(f"the fidelities are {list(several)}: name at least one, lowest first, and each once")
+    return tuple(map(int, several))
 
 
 @dataclass(frozen=True)
@@ -118,24 +133,103 @@ def difference(structures: Structures) -> Structures:
     forces = None if structures.forces is None else structures.forces[-1] - structures.forces[0]
     if forces is not None and np.isnan(forces).all():
         forces = None
-    return replace(structures, energies=structures.energies[-1] - structures.energies[0], forces=forces)
+    return structures.changed(energies=structures.energies[-1] - structures.energies[0], forces=forces)
 
 
-def table(structures: Structures, split: Split, fidelities: Sequence[int], baseline: int | None = None) -> str:
-    """How many structures of each part have which level, and how many have forces there, as lines of text."""
-    names = [f"fidelity {fidelity}" for fidelity in fidelities]
-    if baseline is not None:
-        names = [f"fidelity {fidelities[0]} minus {baseline}"]
-    energies, forces = structures.known_energies, structures.known_forces
-    rows = list(zip(names, energies, forces, strict=True))
-    if len(rows) > 1:
-        rows.append(("all of them", energies.all(axis=0), forces.all(axis=0)))
-    cells = [["level", *PARTS, "with forces"]]
-    for name, own, own_forces in rows:
-        numbers = [int(own[getattr(split, part)].sum()) for part in PARTS]
-        cells.append([name, *map(str, numbers), str(int(own_forces[split.used].sum()))])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([f"{line[0]:<{widths[0]}}"] + [f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True)])
-        for line in cells
-    )
+def join(levels: Sequence[Structures]) -> Structures:
+    """One set of several levels of theory that were read one by one, matched by label.
+
+    Parameters
+    ----------
+    levels
+        At least two, lowest first, each with energies of one level.
+
+    Returns
+    -------
+    Structures
+        Those that any level has, NaN at levels that they lack: first those of the highest level in its order, then what
+        the others have beside them, from the second highest down. Coordinates are those of the highest level.
+
+    Raises
+    ------
+    InputError
+        Geometries that differ, a label that a level has twice, something that is not one level with energies.
+    """
+    if len(levels) < 2:
+        raise InputError(f"{len(levels)} levels are given to be joined: give two or more, lowest first")
+    for k, level in enumerate(levels):
+        if level.energies is None or level.levels > 1:
+            what = "no energies" if level.energies is None else f"energies of {level.levels} levels"
+            raise InputError(f"level {k} (counted from 0) has {what}: give structures with those of one")
+    lifted = []
+    for k, level in reversed(list(enumerate(levels))):
+        energies = np.full((len(levels), len(level)), np.nan)
+        energies[k] = level.energies
+        forces = None
+        if level.forces is not None:
+            forces = np.full((len(levels), *level.forces.shape), np.nan)
+            forces[k] = level.forces
+        lifted.append(level.changed(energies=energies, forces=forces))
+    return merge(concatenate(lifted))
+
+
+def merge(structures: Structures) -> Structures:
+    """Make one structure of those that have the same label and other levels; the first says order and coordinates.
+
+    Parameters
+    ----------
+    structures
+        Of several levels.
+
+    Raises
+    ------
+    InputError
+        Geometries that differ by more than `SAME_GEOMETRY`, two energies of one label at a level.
+    """
+    places: dict[str, int] = {}
+    places_of = np.array([places.setdefault(label, len(places)) for label in structures.labels], dtype=np.int64)
+    if len(places) == len(structures):
+        return structures
+    known, known_forces = structures.known_energies, structures.known_forces
+    first = np.unique(places_of, return_index=True)[1]
+    twice = np.array([np.bincount(places_of[own], minlength=len(places)) > 1 for own in known])
+    if twice.any():
+        labels = [structures.labels[first[i]] for i in np.flatnonzero(twice.any(axis=0))]
+        level = int(np.argmax(twice.any(axis=1)))
+        raise InputError(
+            f"there are two energies of level {level} (counted from 0) for {first_few(labels)}: leave out one, or give "
+            "the files of different structures different names"
+        )
+    _check_same_geometries(structures, first[places_of])
+    result = structures.select(first)
+    energies = np.full(result.energies.shape, np.nan)
+    forces = None if structures.forces is None else np.full(result.forces.shape, np.nan)
+    for k in range(structures.levels):
+        energies[k, places_of[known[k]]] = structures.energies[k, known[k]]
+        if forces is not None:
+            own = np.flatnonzero(known_forces[k])
+            source, target = (atoms_of(s.offsets, i)[0] for s, i in ((structures, own), (result, places_of[own])))
+            forces[k, target] = structures.forces[k, source]
+    return result.changed(energies=energies, forces=forces)
+
+
+def _check_same_geometries(structures: Structures, others: np.ndarray) -> None:
+    """Compare each structure with another, int64 [n_structures]."""
+    differs = structures.sizes != structures.sizes[others]
+    rest = np.flatnonzero(~differs)
+    (mine, starts), (theirs, _) = atoms_of(structures.offsets, rest), atoms_of(structures.offsets, others[rest])
+    wrong = structures.species[mine] != structures.species[theirs]
+    farthest = 0.0
+    if structures.coordinates is not None:
+        distances = np.abs(structures.coordinates[mine] - structures.coordinates[theirs]).max(axis=1, initial=0)
+        farthest = float(distances.max(initial=0))
+        wrong |= distances > SAME_GEOMETRY
+    if len(rest):
+        differs[rest] = np.logical_or.reduceat(wrong, starts[:-1])
+    if differs.any():
+        labels = list(dict.fromkeys(structures.labels[i] for i in np.flatnonzero(differs)))
+        raise InputError(
+            f"the levels have different geometries of {first_few(labels)}"
+            + (f", by up to {farthest:.3g} Å" if farthest > SAME_GEOMETRY else "")
+            + ": energies of different levels must be of the same atoms in the same places"
+        )

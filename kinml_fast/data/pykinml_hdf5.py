@@ -189,6 +189,10 @@ def write(
     for name in ("energies", "coordinates"):
         if getattr(structures, name) is None:
             raise InputError(f"{path}: cannot be written without {name}: take structures that have them")
+    if structures.levels > 1:
+        raise InputError(
+            f"{path}: can hold one level of theory, and there are {structures.levels}: write one, Structures.level"
+        )
     if features.ndim != 2 or len(features) != n_atoms:
         raise InputError(f"features of shape {list(features.shape)} given for {n_atoms} atoms, expected [{n_atoms}, D]")
     expected = (n_atoms, features.shape[1], 3 * int(structures.sizes.max(initial=0)))

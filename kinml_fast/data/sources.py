@@ -141,11 +141,18 @@ def read_levels(
     structures = concatenate(parts, elements)
     for number, known in zip(levels.read, structures.known_energies, strict=True):
         if not known.any():
-            raise InputError(
-                f"none of the structures that are selected has an energy of fidelity {number}: leave it out, widen the "
-                "selection or add files that have it"
-            )
+            raise InputError(_absent(number, expand(files)))
     return levels.apply(structures)
+
+
+def _absent(fidelity: int, paths: Sequence[Path]) -> str:
+    there = sorted({number for path in paths if is_sqlite(path) for number in sqlite.fidelities(path)})
+    if there and fidelity not in there:
+        return (
+            f"{first_few(paths)}: no energies of fidelity {fidelity}, only of {' '.join(map(str, there))}: leave it "
+            "out or add files that have it"
+        )
+    return f"no structure that is selected has an energy of fidelity {fidelity}: widen the selection or leave it out"
 
 
 def _keys(name: str, key: str | Sequence[str] | None, levels: Levels, paths: Sequence[Path]) -> str | list[str] | None:

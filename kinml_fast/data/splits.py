@@ -217,6 +217,26 @@ def table(structures: Structures, split: Split, limit: int = 20) -> str:
     )
 
 
+def level_table(structures: Structures, split: Split, fidelities: Sequence[int], baseline: int | None = None) -> str:
+    """How many structures of each part have which level, and how many have forces there, as lines of text."""
+    names = [f"fidelity {fidelity}" for fidelity in fidelities]
+    if baseline is not None:
+        names = [f"fidelity {fidelities[0]} minus {baseline}"]
+    energies, forces = structures.known_energies, structures.known_forces
+    rows = list(zip(names, energies, forces, strict=True))
+    if len(rows) > 1:
+        rows.append(("all of them", energies.all(axis=0), forces.all(axis=0)))
+    cells = [["level", *PARTS, "with forces"]]
+    for name, own, own_forces in rows:
+        numbers = [int(own[getattr(split, part)].sum()) for part in PARTS]
+        cells.append([name, *map(str, numbers), str(int(own_forces[split.used].sum()))])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([f"{line[0]:<{widths[0]}}"] + [f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True)])
+        for line in cells
+    )
+
+
 def _checked_amounts(amounts: Sequence[float]) -> tuple[float, float, float]:
     amounts = tuple(amounts)
     if len(amounts) != 3 or any(not math.isfinite(a) or a < 0 for a in amounts):

@@ -24,6 +24,7 @@ from ase.data import chemical_symbols
 from ase.symbols import string2symbols
 
 from kinml_fast.data.files import check_distinct, expand, first_few, is_sqlite, replacing
+from kinml_fast.data.levels import level_tuple, merge
 from kinml_fast.data.structures import Structures, concatenate, element_order, formula_in_order
 from kinml_fast.errors import InputError
 
@@ -101,7 +102,8 @@ def read(
         Paths, glob patterns or `shipped:NAME`, see `files.expand`.
     fidelity
         Which energies and forces. Of a list of several, the levels of the result in this order (lowest first), a
-        structure is taken if it has one of them.
+        structure is taken if it has one of them. Files of one name in different folders may then have one level each:
+        their structures are matched by id.
     temperature
         Only geometries sampled at exactly this temperature (K); without it those above 0.
     names
@@ -128,13 +130,23 @@ def read(
     """
     paths = expand(files)
     selection = _Selection(level_tuple(fidelity), temperature, None if names is None else tuple(names))
-    _check_stems(paths, ids)
-    parts = [
-        _read_one(path, selection, None if ids is None else frozenset(ids[path.stem]), elements, every_level)
-        for path in paths
-        if ids is None or ids.get(path.stem)
-    ]
-    parts = [part for part in parts if part is not None]
+    if len(selection.fidelities) == 1:
+        check_distinct(paths, lambda path: path.stem)
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(path.stem, []).append(path)
+    _check_stems(list(groups), ids)
+    parts = []
+    for stem, same_stem in groups.items():
+        if ids is not None and not ids.get(stem):
+            continue
+        wanted = None if ids is None else frozenset(ids[stem])
+        read = [_read_one(path, selection, wanted, elements) for path in same_stem]
+        _check_fidelities(same_stem, selection.fidelities, [there for _, there in read], every_level)
+        own = [part for part, _ in read if part is not None]
+        if wanted is not None:
+            _check_ids(same_stem, selection, wanted, own)
+        parts += own if len(own) < 2 else [_by_id(merge(concatenate(own, elements)))]
     if not parts:
         raise InputError(
             f"{', '.join(map(str, paths[:3]))}{' …' if len(paths) > 3 else ''}: no structure fits the selection "
@@ -147,20 +159,6 @@ def fidelities(path: Path) -> list[int]:
     """The fidelities of the energies in a database, ascending."""
     with _opened(path) as database:
         return _fidelities(database)
-
-
-def level_tuple(fidelity: int | Sequence[int]) -> tuple[int, ...]:
-    """One or several fidelities as a tuple, in their order.
-
-    Raises
-    ------
-    InputError
-        The list is empty or names one twice.
-    """
-    several = (fidelity,) if isinstance(fidelity, int | np.integer) else tuple(fidelity)
-    if not several or len(set(several)) < len(several):
-        raise InputError(f"the fidelities are {list(several)}: name at least one, lowest first, and each once")
-    return tuple(map(int, several))
 
 
 def write(
@@ -266,9 +264,7 @@ def write(
             raise InputError(f"{path}: could not be written ({error}): nothing was changed") from error
 
 
-def _check_stems(paths: Sequence[Path], ids: Mapping[str, Collection[int]] | None) -> None:
-    check_distinct(paths, lambda path: path.stem)
-    stems = [path.stem for path in paths]
+def _check_stems(stems: Sequence[str], ids: Mapping[str, Collection[int]] | None) -> None:
     unknown = [stem for stem in ids or () if stem not in stems]
     if unknown:
         raise MissingIdsError(
@@ -302,29 +298,37 @@ class _Selection:
         return " AND ".join(conditions), values
 
 
+def _by_id(structures: Structures) -> Structures:
+    return structures.select(np.argsort([int(label.rsplit("/", 1)[1]) for label in structures.labels], kind="stable"))
+
+
+def _check_ids(
+    paths: Sequence[Path], selection: _Selection, wanted: frozenset[int], parts: Sequence[Structures]
+) -> None:
+    stem = paths[0].stem
+    found = {label for part in parts for label in part.labels}
+    missing = [label for label in (f"{stem}/{i}" for i in sorted(wanted)) if label not in found]
+    if missing:
+        raise MissingIdsError(
+            f"{first_few(paths)}: has no structure {first_few(missing)} ({selection}): correct the ids or the selection"
+        )
+
+
 def _read_one(
-    path: Path,
-    selection: _Selection,
-    ids: frozenset[int] | None,
-    elements: Sequence[str] | None,
-    every_level: bool,
-) -> Structures | None:
+    path: Path, selection: _Selection, ids: frozenset[int] | None, elements: Sequence[str] | None
+) -> tuple[Structures | None, list[int]]:
+    """The structures that are selected, if any are, and fidelities of the file: at least those of the selection."""
     symbols = formula_symbols(path.stem, str(path))
     order = element_order(symbols, elements, str(path))
-    geometries, energies = _query(path, symbols, selection, every_level)
+    geometries, energies, there = _query(path, symbols, selection)
     if ids is not None:
         geometries = [row for row in geometries if row[0] in ids]
         energies = [row for row in energies if row[0] in ids]
-        missing = sorted(ids.difference(row[0] for row in geometries))
-        if missing:
-            raise MissingIdsError(
-                f"{path}: has no structure {first_few([f'{path.stem}/{i}' for i in missing])} "
-                f"({selection}): correct the ids or the selection"
-            )
     if not geometries:
-        return None
+        return None, there
     numbers, blobs = zip(*geometries, strict=True)
-    labels = tuple(f"{path.stem}/{number}" for number in numbers)
+    stem = path.stem
+    labels = tuple(f"{stem}/{number}" for number in numbers)
     where = {number: i for i, number in enumerate(numbers)}
 
     def arrays(blobs: Sequence[object], rows: Sequence[int], what: str) -> np.ndarray:
@@ -351,7 +355,7 @@ def _read_one(
     if len(selection.fidelities) == 1:
         values, forces = values[0], None if forces is None else forces[0]
     try:
-        return Structures.of_one_formula(symbols, coordinates, values, forces, labels, order)
+        return Structures.of_one_formula(symbols, coordinates, values, forces, labels, order), there
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
 
@@ -369,10 +373,8 @@ def _check_energies(path: Path, fidelity: int, rows: Sequence[tuple]) -> None:
             raise InputError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
 
 
-def _query(
-    path: Path, symbols: tuple[str, ...], selection: _Selection, every_level: bool
-) -> tuple[list[tuple], list[tuple]]:
-    """Rows (id, geometry) and rows (id, fidelity, E, force) of these ids, both in the order of the ids."""
+def _query(path: Path, symbols: tuple[str, ...], selection: _Selection) -> tuple[list[tuple], list[tuple], list[int]]:
+    """Rows (id, geometry), rows (id, fidelity, E, force) of these ids, both in the order of the ids, and fidelities."""
     condition, values = selection.of_geometries()
     wanted = f"energy.fidelity IN ({', '.join('?' * len(selection.fidelities))})"
     with _opened(path) as database:
@@ -387,9 +389,10 @@ def _query(
             f"(SELECT xyz_id FROM energy WHERE {wanted}) ORDER BY xyz.id",
             [*values, *selection.fidelities],
         ).fetchall()
-        if len({row[1] for row in energies}) < len(selection.fidelities):
-            _check_fidelities(path, selection.fidelities, _fidelities(database), every_level)
-    return geometries, energies
+        there = {row[1] for row in energies}
+        if len(there) < len(selection.fidelities):
+            there = _fidelities(database)  # more of them need not be looked for
+    return geometries, energies, sorted(there)
 
 
 @contextmanager
@@ -411,20 +414,25 @@ def _fidelities(database: sqlite3.Connection) -> list[int]:
     return sorted(row[0] for row in database.execute("SELECT DISTINCT fidelity FROM energy"))
 
 
-def _check_fidelities(path: Path, wanted: Sequence[int], there: Sequence[int], every_level: bool) -> None:
-    if not there:
-        raise InputError(f"{path}: contains no energies: take a file with data")
-    lacking = " and ".join(str(fidelity) for fidelity in wanted if fidelity not in there)
+def _check_fidelities(
+    paths: Sequence[Path], wanted: Sequence[int], there: Sequence[Sequence[int]], every_level: bool
+) -> None:
+    """Files of one name must have the fidelities that are wanted between them."""
+    for path, own in zip(paths, there, strict=True):
+        if not own:
+            raise InputError(f"{path}: contains no energies: take a file with data")
+    present = sorted({fidelity for own in there for fidelity in own})
+    lacking = " and ".join(str(fidelity) for fidelity in wanted if fidelity not in present)
     if not lacking:
         return
-    has = " ".join(map(str, there))
-    if len(wanted) == 1:
-        raise InputError(f"{path}: has no energies of fidelity {lacking}, only of {has}: ask for one of these")
+    where, has = first_few(paths), " ".join(map(str, present))
+    if not set(wanted) & set(present):
+        raise InputError(f"{where}: has no energies of fidelity {lacking}, only of {has}: ask for one of these")
     if every_level:
         raise InputError(
-            f"{path}: has no energies of fidelity {lacking}, only of {has}: leave the file or the fidelity out"
+            f"{where}: has no energies of fidelity {lacking}, only of {has}: leave the file or the fidelity out"
         )
-    log.warning("%s: has no energies of fidelity %s, only of %s", path, lacking, has)
+    log.warning("%s: has no energies of fidelity %s, only of %s", where, lacking, has)
 
 
 def _check_tables(path: Path, database: sqlite3.Connection, symbols: tuple[str, ...]) -> None:
@@ -513,6 +521,10 @@ def _check_levels(path: Path, levels: Mapping[int, Structures], symbols: tuple[s
     for fidelity, level in levels.items():
         if level.energies is None:
             raise InputError(f"{path}: fidelity {fidelity} has no energies: a database needs one for each structure")
+        if level.levels > 1:
+            raise InputError(
+                f"{path}: the structures of fidelity {fidelity} have {level.levels} levels: give one, Structures.level"
+            )
         if len(level) != len(reference) or not np.array_equal(level.coordinates, reference.coordinates):
             raise InputError(
                 f"{path}: fidelities {fidelity} and {max(levels)} have different geometries: give the same ones"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -56,6 +56,11 @@ class Structures:
     labels: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        self._conform()
+        if self.coordinates is not None:
+            self._check_distances()
+
+    def _conform(self) -> None:
         def array(name: str, dtype: type) -> None:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else np.ascontiguousarray(value, dtype=dtype))
@@ -68,8 +73,6 @@ class Structures:
             array(name, np.float64)
         self._check_shapes()
         self._check_numbers()
-        if self.coordinates is not None:
-            self._check_distances()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -125,6 +128,14 @@ class Structures:
             labels=tuple(labels),
         )
 
+    def changed(self, **fields: object) -> Structures:
+        """Other values of fields, checked, for geometries that are checked already: `replace` without the distances."""
+        other = object.__new__(Structures)
+        for name in Structures.__dataclass_fields__:
+            object.__setattr__(other, name, fields.get(name, getattr(self, name)))
+        other._conform()
+        return other
+
     @property
     def levels(self) -> int:
         """Number of levels of theory, K; 1 too where there are no energies."""
@@ -175,8 +186,7 @@ class Structures:
         """The structures `indices` (int [n], any order), as new arrays."""
         indices = np.asarray(indices, dtype=np.int64)
         atoms, offsets = atoms_of(self.offsets, indices)
-        return replace(
-            self,
+        return self.changed(
             species=self.species[atoms],
             coordinates=None if self.coordinates is None else self.coordinates[atoms],
             offsets=offsets,
@@ -194,9 +204,9 @@ class Structures:
             forces = self.forces[level]
         known = self.known_energies[level]
         if known.all():
-            return replace(self, energies=self.energies[level], forces=forces)
+            return self.changed(energies=self.energies[level], forces=forces)
         energies = np.where(known, self.energies[level], 0.0)  # those that are unknown are left out in the next step
-        return replace(self, energies=energies, forces=forces).select(np.flatnonzero(known))
+        return self.changed(energies=energies, forces=forces).select(np.flatnonzero(known))
 
     def with_elements(self, elements: Sequence[str]) -> Structures:
         """The same structures with `species` counted in another order.
@@ -218,7 +228,7 @@ class Structures:
                 f"{label} contains {self.elements[self.species[atom]]}, which is not among the elements "
                 f"{' '.join(elements)}: add it to the list or leave the structure out"
             )
-        return replace(self, elements=elements, species=species)
+        return self.changed(elements=elements, species=species)
 
     # Checks
 
@@ -366,8 +376,7 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
         forces = np.concatenate(
             [np.full(s, np.nan) if p.forces is None else p.forces for p, s in zip(parts, shapes, strict=True)], axis=-2
         )
-    return Structures(
-        elements=order,
+    return parts[0].changed(
         species=np.concatenate([part.species for part in parts]),
         coordinates=None if parts[0].coordinates is None else np.concatenate([part.coordinates for part in parts]),
         offsets=np.concatenate([[0], *(part.offsets[1:] + s for part, s in zip(parts, shifts, strict=False))]),

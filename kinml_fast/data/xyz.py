@@ -12,7 +12,8 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from kinml_fast.data.files import check_distinct, expand
+from kinml_fast.data.files import check_distinct, expand, first_few
+from kinml_fast.data.levels import merge
 from kinml_fast.data.structures import Structures, concatenate, element_order
 from kinml_fast.errors import InputError
 
@@ -38,7 +39,8 @@ def read(
         Paths, glob patterns or `shipped:NAME`, see `files.expand`.
     energy_key
         Name of the energy (eV); default: `energy` or `REF_energy`, whichever a frame has. Of a list of several, the
-        levels of theory of the result in this order (lowest first), a frame has at least one.
+        levels of theory of the result in this order (lowest first), a frame has at least one. Files of one name in
+        different folders may then have one level each: frames are matched by their numbers.
     forces_key
         Name of the forces (eV/Å), which a frame need not have. Default: the energy's key with "forces" for "energy"
         (`dft_energy` goes with `dft_forces`), so that energies and forces never come from two methods. With several
@@ -63,7 +65,6 @@ def read(
         `Structures` refuses.
     """
     paths = expand(files)
-    check_distinct(paths, _file_label)
     energy_keys = [energy_key] if energy_key is None or isinstance(energy_key, str) else list(energy_key)
     forces_keys = [forces_key] if isinstance(forces_key, str) else list(forces_key or [None] * len(energy_keys))
     if len(forces_keys) != len(energy_keys) or not energy_keys:
@@ -72,7 +73,17 @@ def read(
             "every level"
         )
     keys = list(zip(energy_keys, forces_keys, strict=True))
-    parts = [_read_one(path, keys, elements, labelled, every_level) for path in paths]
+    if len(keys) == 1:
+        check_distinct(paths, _file_label)
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(_file_label(path), []).append(path)
+    parts = []
+    for same_label in groups.values():
+        own = [_read_one(path, keys, elements, labelled) for path in same_label]
+        if labelled and len(keys) > 1:
+            _check_keys(same_label, [key for key, _ in keys], own, every_level)
+        parts += own if len(own) < 2 else [merge(concatenate(own))]
     return concatenate(parts, elements)
 
 
@@ -86,7 +97,6 @@ def _read_one(
     keys: Sequence[tuple[str | None, str | None]],
     elements: Sequence[str] | None,
     labelled: bool,
-    every_level: bool,
 ) -> Structures:
     frames = list(_frames(path))
     if not frames:
@@ -98,8 +108,6 @@ def _read_one(
         energies, forces = _energies_and_forces(path, frames, keys)
         if len(keys) == 1:
             energies, forces = energies[0], None if forces is None else forces[0]
-        else:
-            _check_keys(path, [key for key, _ in keys], energies, every_level)
     numbers = np.concatenate([frame.numbers for frame in frames])
     present, inverse = np.unique(numbers, return_inverse=True)
     symbols = [chemical_symbols[z] for z in present]
@@ -159,14 +167,17 @@ def _energies_and_forces(
     return energies, None if np.isnan(forces).all() else forces
 
 
-def _check_keys(path: Path, keys: Sequence[str | None], energies: np.ndarray, every_level: bool) -> None:
-    lacking = [str(key) for key, own in zip(keys, energies, strict=True) if np.isnan(own).all()]
+def _check_keys(
+    paths: Sequence[Path], keys: Sequence[str | None], parts: Sequence[Structures], every_level: bool
+) -> None:
+    known = np.any([part.known_energies.any(axis=1) for part in parts], axis=0)
+    lacking = " or ".join(str(key) for key, own in zip(keys, known, strict=True) if not own)
     if lacking and every_level:
         raise InputError(
-            f"{path}: no frame has an energy under the key {' or '.join(lacking)}: leave the file or the level out"
+            f"{first_few(paths)}: no frame has an energy under the key {lacking}: leave the file or the level out"
         )
     if lacking:
-        log.warning("%s: no frame has an energy under the key %s", path, " or ".join(lacking))
+        log.warning("%s: no frame has an energy under the key %s", first_few(paths), lacking)
 
 
 def _there(frame: Atoms) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A trained model that learns to know further elements."""
+"""A trained model that learns to know further elements, or further levels of theory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from kinml_fast.nn.aev import AEVParameters
 from kinml_fast.nn.potential import EnergyModel
 
 
-def extended(model: EnergyModel, elements: Sequence[str], dtype: torch.dtype | None = None) -> EnergyModel:
-    """A copy of a model that also knows the given elements, behind its own.
+def extended(
+    model: EnergyModel,
+    elements: Sequence[str],
+    dtype: torch.dtype | None = None,
+    fidelities: Sequence[int] | None = None,
+) -> EnergyModel:
+    """A copy of a model that also knows the given elements, behind its own, and levels of theory, above its own.
 
     Parameters
     ----------
@@ -23,13 +28,16 @@ def extended(model: EnergyModel, elements: Sequence[str], dtype: torch.dtype | N
         Those of them that the model lacks are added in this order.
     dtype
         float64 or float32; None: the model's.
+    fidelities
+        What all levels are called, lowest first, at least as many as the model has; None: its own.
 
     Returns
     -------
     EnergyModel
-        Where no new element occurs, its predictions are those of `model`. The networks of new elements are drawn from
-        torch's global generator and have the layers of the first element's; their single-atom energies are 0. The old
-        networks read the parts of the descriptor that tell of new elements with weights of 0.
+        Where no new element occurs, its predictions at the levels of `model` are those of `model`. New networks are
+        drawn from torch's global generator; those of new elements have the layers of the first element's. New
+        single-atom energies are 0. The old networks read the parts of the descriptor that tell of new elements with
+        weights of 0.
     """
     new = [element for element in elements if element not in model.elements]
     architecture = model.to_dict()
@@ -38,33 +46,37 @@ def extended(model: EnergyModel, elements: Sequence[str], dtype: torch.dtype | N
     architecture["layers"] = [*layers, *[layers[0]] * len(new)]
     if dtype is not None:
         architecture["dtype"] = str(dtype).removeprefix("torch.")
+    if fidelities is not None:
+        architecture["fidelities"] = list(fidelities)
     result = EnergyModel.from_dict(architecture)
+    levels = len(model.fidelities)
     with torch.no_grad():
-        for species in range(len(model.elements)):
-            result.networks.layer(species, 0)[0].zero_()
+        for level in range(levels):
+            for species in range(len(model.elements)):
+                result.networks.layer(species, 0, level)[0].zero_()
         result.networks.weights[parameter_places(model, result)] = model.networks.weights.detach().to(result.dtype)
-        result.sae[: len(model.elements)] = model.sae
+        old_sae = model.sae.view(levels, -1)
+        result.sae.view(len(result.fidelities), -1)[:levels, : len(model.elements)] = old_sae
     return result.to(model.sae.device)
 
 
 def parameter_places(old: EnergyModel, new: EnergyModel) -> Tensor:
     """Where the parameters of a model are in that of an extended one, int64 [P_old] for flat tensors of P numbers."""
     features = _feature_places(old.descriptor, new.descriptor)
+    above = torch.cat([features, torch.tensor([new.descriptor.length])])  # and the energy of the level below
     places = torch.empty(old.networks.weights.numel(), dtype=torch.int64)
-    for species, element in enumerate(old.elements):
-        for layer in range(len(old.networks.activations)):
-            parts = [
-                networks.layer(species_of, layer)
-                for networks, species_of in ((old.networks, species), (new.networks, new.elements.index(element)))
-            ]
-            for before, after in zip(*parts, strict=True):
-                if before is None:
-                    continue
-                there = after.storage_offset() + torch.arange(after.numel()).view(after.shape)
-                if layer == 0 and before.dim() == 2:
-                    there = there[:, features]
-                start = before.storage_offset()
-                places[start : start + before.numel()] = there.reshape(-1)
+    for level in range(len(old.fidelities)):
+        for species, element in enumerate(old.elements):
+            for layer in range(len(old.networks.activations)):
+                before = old.networks.layer(species, layer, level)
+                after = new.networks.layer(new.elements.index(element), layer, level)
+                for own, other in zip(before, after, strict=True):
+                    if own is None:
+                        continue
+                    there = other.storage_offset() + torch.arange(other.numel()).view(other.shape)
+                    if layer == 0 and own.dim() == 2:
+                        there = there[:, above if level > 0 else features]
+                    places[own.storage_offset() : own.storage_offset() + own.numel()] = there.reshape(-1)
     return places.to(new.networks.weights.device)
 
 

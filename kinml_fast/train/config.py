@@ -286,8 +286,16 @@ class LossConfig(Section):
     """static: the share of L_F."""
     energy_per_atom: bool = False
     """Take L_E of energies divided by the number of atoms, so that molecules of all sizes count alike."""
+    level_weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None
+    """Several fidelities: factors of the levels in L_E and L_F, which are sums over them, lowest first; null: all 1."""
     extra_weights: dict[str, NotNegative] = {}
     """static: factors, by name, of further terms that a Python program gives (Trainer's extra_losses); by default 1."""
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> LossConfig:
+        if self.level_weights is not None and not any(self.level_weights):
+            raise ValueError("level_weights are all 0: give a level to train a factor")
+        return self
 
     @model_validator(mode="after")
     def _check_epochs(self) -> LossConfig:
@@ -307,12 +315,26 @@ class LossConfig(Section):
 
 class ScoreConfig(Section):
     """What a model is judged by, after each epoch, to choose the best one, to stop early and to lower the learning rate
-    (rop): energy · RMSE of the validation energies (kcal/mol) + forces · RMSE of the validation forces (kcal/mol/Å)."""
+    (rop): energy · RMSE of the validation energies (kcal/mol) + forces · RMSE of the validation forces (kcal/mol/Å).
+    With several fidelities these are the errors of the highest, for whose sake there are others."""
 
     energy: NotNegative = 1.0
     """Factor of the energy RMSE."""
     forces: NotNegative = 1.0
     """Factor of the force RMSE; it counts when training.loss.forces is true, in all epochs."""
+    level_weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None
+    """Several fidelities: factors of the levels, lowest first, to judge by a sum of their errors; null: 1 for the
+    highest and 0 for the others. Where no validation structure has forces of a level that counts, set forces to 0."""
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> ScoreConfig:
+        if self.level_weights is not None and not any(self.level_weights):
+            raise ValueError("level_weights are all 0: give a level to judge by a factor")
+        return self
+
+    def level_factors(self, levels: int) -> list[float]:
+        """The factor of each of so many levels."""
+        return self.level_weights or [0.0] * (levels - 1) + [1.0]
 
 
 class EarlyStoppingConfig(Section):
@@ -410,7 +432,7 @@ class StartConfig(Section):
     all of them from the data, which is right for energies of another level of theory."""
     freeze: list[str] = []
     """Layers whose weights stay as they are: names or patterns like C.0 (first layer of carbon's network), H.*, *.0;
-    they work with new weights too."""
+    with several fidelities 0:C.0, 0:* (fidelity 0), or C.0 for all of them. They work with new weights too."""
 
 
 class EnsembleConfig(Section):

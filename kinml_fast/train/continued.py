@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from kinml_fast.data import sae
-from kinml_fast.data.structures import Structures
+from kinml_fast.data.prepared import Prepared
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError, first_line
-from kinml_fast.metrics import Errors
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import Config, TrainingConfig
 from kinml_fast.train.loss import TaskWeights
+from kinml_fast.train.metrics import Residuals
 from kinml_fast.train.optimizers import WeightAverage
 
 log = logging.getLogger(__name__)
@@ -110,13 +110,14 @@ def _model_of(state: Mapping[str, Any], averaged: bool) -> EnergyModel:
 
 
 def resolved(config: Config, origin: Origin) -> Config:
-    """The configuration with the architecture of the model that it begins with.
+    """The configuration with the architecture of the model that it begins with, and its levels if none are given.
 
     Raises
     ------
     InputError
         A key that was given says otherwise.
     """
+    config = _with_levels(config, origin)
     model = origin.model
     networks, descriptor = model.networks, model.descriptor
     layers = networks.layers
@@ -152,72 +153,117 @@ def resolved(config: Config, origin: Origin) -> Config:
     return config.model_copy(update=update)
 
 
+def _with_levels(config: Config, origin: Origin) -> Config:
+    model, data = origin.model, config.data
+    own = {"fidelity": model.fidelities[0] if len(model.fidelities) == 1 else list(model.fidelities)}
+    if "baseline" in data.model_fields_set or "fidelity" in data.model_fields_set:
+        if (data.baseline is None) != (model.baseline is None):
+            kinds = ["whole energies" if x.baseline is None else "differences of energies" for x in (model, data)]
+            raise InputError(
+                f"{origin.path}: is a model of {kinds[0]}, and the configuration trains one of {kinds[1]}: start from "
+                f"one of {kinds[1]}, or set data.baseline={'null' if model.baseline is None else model.baseline}"
+            )
+    else:
+        own["baseline"] = model.baseline
+    if "fidelity" in data.model_fields_set:
+        given, there = [data.fidelity] if isinstance(data.fidelity, int) else data.fidelity, list(model.fidelities)
+        if len(given) < len(there) or (len(given) > len(there) and given[: len(there)] != there):
+            raise InputError(
+                f"{origin.path}: is a model of the fidelities {there}, and data.fidelity is {data.fidelity}: name as "
+                "many, or further ones above its own"
+            )
+        del own["fidelity"]
+    return config.model_copy(update={"data": data.model_copy(update=own)}) if own else config
+
+
 def _is_of_aevmod(p: AEVParameters) -> bool:
     numbers = (len(p.radial_shifts), len(p.angular_shifts), len(p.sections))
     return AEVParameters.aevmod(p.elements, *numbers, (p.radial_cutoff, p.angular_cutoff), p.beta) == p
 
 
-def model_for(origin: Origin, elements: Sequence[str], dtype: torch.dtype, seed: int = 0) -> EnergyModel:
-    """The model to begin with, which also knows the given elements.
+def model_for(origin: Origin, data: Prepared, elements: Sequence[str], dtype: torch.dtype, seed: int) -> EnergyModel:
+    """The model to begin with, which also knows the elements and levels of the data.
 
     Parameters
     ----------
     origin
         Where the weights come from.
+    data
+        Says what the levels are called.
     elements
-        Of the data.
+        Those to know.
     dtype
         float64 or float32.
     seed
-        Of the networks of elements that are new.
+        Of the networks that are new.
     """
+    old = origin.model
     torch.manual_seed(seed)
-    model = extended(origin.model, elements, dtype)
-    new = model.elements[len(origin.model.elements) :]
-    added = f", with new networks for {' '.join(new)}" if new else ""
-    log.info("starts from %s, a model of %s%s", origin.path, " ".join(origin.model.elements), added)
+    model = extended(old, elements, dtype, data.fidelities)
+    model.baseline = data.baseline
+    new = [
+        *model.elements[len(old.elements) :],
+        *(f"fidelity {fidelity}" for fidelity in model.fidelities[len(old.fidelities) :]),
+    ]
+    added = f", with new networks for {', '.join(new)}" if new else ""
+    log.info("starts from %s, a model of %s%s", origin.path, " ".join(old.elements), added)
     return model
 
 
 def keep_sae(
-    model: EnergyModel, n_old: int, setting: str | Mapping[str, float], structures: Structures, fitted: np.ndarray
+    model: EnergyModel, origin: Origin, setting: str | Mapping[str, float] | Sequence[Any], data: Prepared
 ) -> None:
-    """Give a model single-atom energies for the elements that are new to it, with those of the old ones unchanged.
+    """Give a model single-atom energies for what is new to it, with those of the start model unchanged.
 
     Parameters
     ----------
     model
-        Its first `n_old` elements are the old ones.
-    n_old
-        Their number.
+        `origin.model`, or extended from it.
+    origin
+        The start model.
     setting
-        data.sae, see `data.sae.resolve`; a fit is one to what the old elements leave of the energies.
-    structures
+        data.sae, see `data.sae.resolve_levels`; a fit for new elements is one to what the old ones leave of the
+        energies. Those of new levels are the data's.
+    data
         The data.
-    fitted
-        Indices of the structures for a fit.
     """
-    chosen = structures.with_elements(model.elements).select(fitted)
-    counts, new = chosen.counts(), model.elements[n_old:]
+    n_old, n_levels = len(origin.model.elements), len(origin.model.fidelities)
+    energies = model.sae.view(len(model.fidelities), -1)
+    new = model.elements[n_old:]
     if new:
-        left = chosen.energies - counts[:, :n_old] @ model.sae[:n_old].cpu().numpy()
-        model.sae[n_old:] = torch.from_numpy(sae.resolve(setting, counts[:, n_old:], left, new))
-    values = ", ".join(f"{e} {v:.6f}" for e, v in zip(model.elements, model.sae.tolist(), strict=True))
-    log.info("single-atom energies of the start model are kept%s, eV: %s", ", others added" if new else "", values)
+        fitted = np.concatenate([data.split.train, data.split.validation])
+        chosen = data.structures.with_elements(model.elements).select(fitted)
+        counts = chosen.counts()
+        levels = chosen.energies.reshape(len(model.fidelities), -1)
+        left = levels - energies[:, :n_old].cpu().numpy() @ counts[:, :n_old].T
+        energies[:, n_old:] = torch.from_numpy(sae.resolve_levels(setting, counts[:, n_old:], left, new))
+    for level in range(n_levels, len(model.fidelities)):
+        own = dict(zip(data.structures.elements, data.sae[level].tolist(), strict=True))
+        energies[level] = torch.tensor([own.get(element, 0.0) for element in model.elements], dtype=torch.float64)
+    others = " and others added" if energies.numel() > origin.model.sae.numel() else ""
+    for fidelity, own in zip(model.fidelities, energies.tolist(), strict=True):
+        values = ", ".join(f"{element} {value:.6f}" for element, value in zip(model.elements, own, strict=True))
+        of_level = f", fidelity {fidelity}" if len(model.fidelities) > 1 else ""
+        log.info("single-atom energies of the start model are kept%s, eV%s: %s", others, of_level, values)
 
 
-def say_first_errors(energies: np.ndarray, forces: np.ndarray | None, sae_kept: bool) -> None:
-    """Log how good the model is on the validation set before any training, by its residuals in eV and eV/Å."""
-    text = f"{Errors.of(energies).rmse:.4f} kcal/mol"
-    if forces is not None and forces.size:
-        text += f" and {Errors.of(forces).rmse:.4f} kcal/mol/Å"
-    log.info("before training: validation RMSE %s", text)
-    if sae_kept and abs(energies.mean()) > _FAR_OFF:
-        log.warning(
-            "the energies of the validation set are %.3f eV away from the start model's on average, as those of "
-            "another level of theory are: start.sae=data takes single-atom energies from the data",
-            -energies.mean(),
-        )
+def say_first_errors(model: EnergyModel, residuals: Sequence[Residuals], sae_kept: bool) -> None:
+    """Log how good the model is on the validation set before any training, by its residuals at each level."""
+    several = len(model.fidelities) > 1
+    for fidelity, own in zip(model.fidelities, residuals, strict=True):
+        of_level = f" of fidelity {fidelity}" if several else ""
+        energy, forces = own.errors()
+        if energy is None:
+            continue
+        text = f"{energy.rmse:.4f} kcal/mol" + ("" if forces is None else f" and {forces.rmse:.4f} kcal/mol/Å")
+        log.info("before training: validation RMSE%s %s", of_level, text)
+        if sae_kept and abs(own.energies.mean()) > _FAR_OFF:
+            log.warning(
+                "the energies%s of the validation set are %.3f eV away from the start model's on average, as those of "
+                "another level of theory are: start.sae=data takes single-atom energies from the data",
+                of_level,
+                -own.energies.mean(),
+            )
 
 
 def keep_state(

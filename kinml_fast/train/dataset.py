@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,12 +39,12 @@ class TrainingData:
     Parameters
     ----------
     structures
-        With energies, and with forces if they are trained on.
+        With energies, and with forces if they are trained on; of one level of theory or of several, like the model.
     split
         Indices of the structures for training, validation and test. Training without reshuffling keeps their order.
     sae
         Single-atom energies, float64 [n_elements] in the order of `structures.elements`, eV, which the model is given;
-        None: those that the model has.
+        of K > 1 levels [K, n_elements]. None: those that the model has.
     weights
         Weights of the structures in the loss, float64 [n_structures]; None: all 1.
     source
@@ -76,21 +77,23 @@ class Dataset:
     coordinates : [N, 3], Å, of the model's dtype; None where only stored descriptors are known
     species : [N] int64
     offsets : [M + 1] int64
-    energies : [M] float64, eV, without single-atom energies
-    forces : [N, 3] float64, eV/Å; NaN for structures without forces
+    levels : int, K
+    energies : [M] or, of K > 1 levels, [K, M] float64, eV, without single-atom energies; NaN where a level is unknown
+    forces : [N, 3] or [K, N, 3] float64, eV/Å; NaN for structures without forces
     n_atoms : int, N
-    energy_weights, force_weights : [M] float64, weights in L_E and L_F; the latter 0 without forces
+    energy_weights, force_weights : [M] or [K, M] float64, weights in L_E and L_F; 0 where nothing is known
     origin : [M] int64, where each structure is in the data that were given
-    known : numpy bool [M], which structures have forces
+    known_energies, known_forces : numpy bool [K, M], which structures have energies and forces at each level
     sizes : dict, number of structures of each part
     labels : tuple of str, what each structure is called
     fingerprint : str, by which a checkpoint knows its data
+    trained_components : list of int [K], force components of the training set that have a weight
 
     Raises
     ------
     InputError
-        Elements that the model does not have, an empty training or validation set, no energies, no forces where they
-        are asked for, weights that are none, no coordinates where nothing is stored.
+        Elements or levels that the model does not have, an empty training or validation set, no energies, no forces
+        where they are asked for, weights that are none, no coordinates where nothing is stored.
     """
 
     def __init__(self, model: EnergyModel, data: Data, config: TrainingConfig) -> None:
@@ -112,17 +115,27 @@ class Dataset:
         self.n_atoms = len(structures.species)
         self._structures, self._source = structures, data.source if config.jacobian == "stored" else None
 
+        self.levels, self._fidelities = structures.levels, model.fidelities
+        if self.levels != len(model.fidelities):
+            raise InputError(
+                f"the data have {_counted(self.levels)} of theory and the model is for "
+                f"{_counted(len(model.fidelities))}: make a model with as many fidelities"
+            )
+        self.known_energies, self.known_forces = structures.known_energies, structures.known_forces
         if data.sae is not None:
-            given = dict(zip(data.structures.elements, data.sae, strict=True))
-            values = torch.tensor([given.get(element, 0.0) for element in model.elements], dtype=torch.float64)
-            model.sae.copy_(values)
-        targets = structures.energies - (structures.counts() * model.sae.cpu().numpy()).sum(axis=1)
-        if structures.forces is None:
-            forces, self.known = np.full((self.n_atoms, 3), np.nan), np.zeros(len(structures), dtype=bool)
-        else:
-            forces, self.known = structures.forces, ~np.isnan(structures.forces[structures.offsets[:-1], 0])
+            model.sae.copy_(_of_elements(data.sae, data.structures.elements, model.elements))
+        sae = model.sae.cpu().numpy()[..., None, :]
+        targets = structures.energies - (structures.counts() * sae).sum(axis=-1)
+        leading = () if self.levels == 1 else (self.levels,)
+        forces = structures.forces
+        if forces is None:
+            forces = np.full((*leading, self.n_atoms, 3), np.nan)
+        self._check_levels(config)
         self._check_forces(config)
         weights = self._weights(data)[origin]
+        factors = np.array(config.loss.level_weights or [1.0] * self.levels)[:, None]
+        energy_weights = (weights / atoms**2 if config.loss.energy_per_atom else weights) * factors
+        force_weights = weights * factors * self.known_forces
 
         def tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
             return torch.from_numpy(array).to(model.sae.device, dtype)
@@ -130,12 +143,12 @@ class Dataset:
         self.coordinates = None if structures.coordinates is None else tensor(structures.coordinates, model.dtype)
         self.species, self.offsets = tensor(structures.species), tensor(structures.offsets)
         self.energies, self.forces, self.origin = tensor(targets), tensor(forces), tensor(origin)
-        self.energy_weights = tensor(weights / atoms**2 if config.loss.energy_per_atom else weights)
-        self.force_weights = tensor(weights * self.known)
-        self._atoms_known = np.repeat(self.known, atoms)
+        self.energy_weights = tensor((energy_weights * self.known_energies).reshape(*leading, -1))
+        self.force_weights = tensor(force_weights.reshape(*leading, -1))
+        self._atoms_known = np.repeat(self.known_forces, atoms, axis=1)
         self._first_atoms = structures.offsets
-        counted = (weights * self.known)[self.range("train")] != 0
-        self.trained_components = 3 * int(atoms[self.range("train")][counted].sum())
+        where = self.range("train")
+        self.trained_components = [3 * int(atoms[where][own[where] != 0].sum()) for own in force_weights]
 
         digest = hashlib.sha256(" ".join(structures.elements).encode())
         for array in (structures.species, structures.coordinates, structures.offsets, targets, forces, weights):
@@ -151,10 +164,10 @@ class Dataset:
         return slice(first, first + self.sizes[part])
 
     def atoms(self, part: str) -> tuple[slice, np.ndarray]:
-        """Where the atoms of a part are, and which of them have forces (bool)."""
+        """Where the atoms of a part are, and which of them have forces at each level (bool [K, n_atoms])."""
         where = self.range(part)
         atoms = slice(int(self._first_atoms[where.start]), int(self._first_atoms[where.stop]))
-        return atoms, self._atoms_known[atoms]
+        return atoms, self._atoms_known[:, atoms]
 
     def descriptors(self, model: EnergyModel, jacobian: bool) -> StoredDescriptors:
         """Descriptors of all atoms, and their Jacobians, from where the configuration says, on the model's device."""
@@ -173,11 +186,20 @@ class Dataset:
         atoms = torch.arange(len(shifts), device=shifts.device) + shifts
         return None if self.coordinates is None else self.coordinates[atoms], self.species[atoms], offsets
 
-    def component_labels(self, part: str) -> list[str]:
-        """The structure's label for each force component of a part that is known."""
+    def known_reference(self, part: str, level: int) -> tuple[list[str], np.ndarray]:
+        """Labels and energies, eV without single-atom energies, of the structures of a part that have the level."""
         where = self.range(part)
-        counts = 3 * np.diff(self._first_atoms)[where] * self.known[where]
-        return [label for label, count in zip(self.labels[where], counts.tolist(), strict=True) for _ in range(count)]
+        known = self.known_energies[level, where]
+        labels = [label for label, there in zip(self.labels[where], known, strict=True) if there]
+        return labels, self.energies.view(self.levels, -1)[level, where].cpu().numpy()[known]
+
+    def known_force_reference(self, part: str, level: int) -> tuple[list[str], np.ndarray]:
+        """The structure's label and the value, eV/Å, of each force component of a part that is known at the level."""
+        where = self.range(part)
+        counts = 3 * np.diff(self._first_atoms)[where] * self.known_forces[level, where]
+        labels = [label for label, count in zip(self.labels[where], counts.tolist(), strict=True) for _ in range(count)]
+        atoms, known = self.atoms(part)
+        return labels, self.forces.view(self.levels, -1, 3)[level, atoms].cpu().numpy()[known[level]].ravel()
 
     def _weights(self, data: Data) -> np.ndarray:
         count = len(data.structures)
@@ -190,17 +212,51 @@ class Dataset:
             raise InputError("the weights of all training structures are 0: give some of them a weight")
         return weights
 
+    def _check_levels(self, config: TrainingConfig) -> None:
+        for name, factors in (("loss", config.loss.level_weights), ("score", config.score.level_weights)):
+            if factors is not None and len(factors) != self.levels:
+                raise InputError(
+                    f"training.{name}.level_weights has {len(factors)} entries, but there are {_counted(self.levels)} "
+                    "of theory: give a factor for each, lowest first"
+                )
+        for level, fidelity in enumerate(self._fidelities):
+            needed = {"train": config.loss.level_weights, "validation": config.score.level_factors(self.levels)}
+            for part, factors in needed.items():
+                if (factors is None or factors[level]) and not self.known_energies[level, self.range(part)].any():
+                    raise InputError(
+                        f"no {part} structure has energies of fidelity {fidelity}: put some into that part, or set "
+                        f"the level's factor to 0 (training.{'loss' if part == 'train' else 'score'}.level_weights)"
+                    )
+
     def _check_forces(self, config: TrainingConfig) -> None:
         if not config.loss.forces:
             return
         files = first_few(list(dict.fromkeys(label.rsplit("/", 1)[0] for label in self.labels)))
-        if not self.known[self.range("train")].any():
+        if not self.known_forces[:, self.range("train")].any():
             raise InputError(
                 f"training.loss.forces is true, but no training structure has forces (data: {files}): take data with "
                 "forces, name their key in XYZ files by data.forces_key, or set training.loss.forces=false"
             )
-        if config.score.forces and not self.known[self.range("validation")].any():
+        judged = np.array(config.score.level_factors(self.levels)) > 0
+        known = self.known_forces[:, self.range("validation")].any(axis=1)
+        if config.score.forces and (judged & ~known).any():
+            level = int(np.argmax(judged & ~known))
+            of_level = f" of fidelity {self._fidelities[level]}" if self.levels > 1 else ""
             raise InputError(
-                f"training.score.forces is {config.score.forces:g}, but no validation structure has forces (data: "
-                f"{files}): put some into the validation set, or set training.score.forces=0"
+                f"training.score.forces is {config.score.forces:g}, but no validation structure has forces{of_level} "
+                f"(data: {files}): put some into the validation set, or set training.score.forces=0"
             )
+
+
+def _of_elements(sae: np.ndarray, given: Sequence[str], elements: Sequence[str]) -> Tensor:
+    """Single-atom energies [..., n] in another order of elements; 0 for those that are not given."""
+    values = torch.from_numpy(np.ascontiguousarray(sae, dtype=np.float64))
+    result = torch.zeros(*values.shape[:-1], len(elements), dtype=torch.float64)
+    for place, element in enumerate(elements):
+        if element in given:
+            result[..., place] = values[..., list(given).index(element)]
+    return result
+
+
+def _counted(levels: int) -> str:
+    return "one level" if levels == 1 else f"{levels} levels"

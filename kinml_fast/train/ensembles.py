@@ -279,8 +279,12 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _summary(values: Mapping[str, Any]) -> Summary:
-    errors = {name: {part: Errors(**own) for part, own in values[name].items()} for name in ("errors", "forces")}
-    return Summary(**{**values, **errors})
+    def of_parts(own: Mapping[str, Mapping[str, float]]) -> dict[str, Errors]:
+        return {part: Errors(**errors) for part, errors in own.items()}
+
+    found = {name: of_parts(values[name]) for name in ("errors", "forces")}
+    lower = {int(fidelity): tuple(map(of_parts, own)) for fidelity, own in values["lower"].items()}
+    return Summary(**{**values, **found, "lower": lower})
 
 
 # The end

@@ -21,9 +21,10 @@ class FrozenLayers:
     Parameters
     ----------
     model
-        The layers of its networks are called `C.0`, `C.1` … (element and number, from 0).
+        The layers of its networks are called `C.0`, `C.1` … (element and number, from 0); of several levels of theory
+        `0:C.0`, `1:C.0` …, with the fidelity in front.
     patterns
-        Names, or patterns as of file names: `C.*`, `*.0`.
+        Names, or patterns as of file names: `C.*`, `*.0`. Without a fidelity (`0:`, `*:`) they are for all levels.
 
     Attributes
     ----------
@@ -40,19 +41,26 @@ class FrozenLayers:
 
     def __init__(self, model: EnergyModel, patterns: Sequence[str]) -> None:
         self._weights = model.networks.weights
+        several = len(model.fidelities) > 1
         layers = {
-            f"{element}.{layer}": _range(model, species, layer)
+            f"{fidelity}:{element}.{layer}": _range(model, species, layer, level)
+            for level, fidelity in enumerate(model.fidelities)
             for species, element in enumerate(model.elements)
             for layer in range(len(model.networks.activations))
         }
+        shown = {name: name if several else name.partition(":")[2] for name in layers}
+        whole = {pattern: pattern if ":" in pattern else f"*:{pattern}" for pattern in patterns}
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in layers):
-                raise InputError(f"start.freeze: no layer is called {pattern}: the layers are {', '.join(layers)}")
-        self.names = tuple(name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns))
+            if not any(fnmatchcase(name, whole[pattern]) for name in layers):
+                raise InputError(
+                    f"start.freeze: no layer is called {pattern}: the layers are {', '.join(shown.values())}"
+                )
+        chosen = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in whole.values())]
+        self.names = tuple(shown[name] for name in chosen)
         if len(self.names) == len(layers):
             raise InputError("start.freeze: all layers are frozen, so that nothing can be trained: leave one out")
         self._ranges: list[tuple[int, int]] = []
-        for first, end in sorted(layers[name] for name in self.names):
+        for first, end in sorted(layers[name] for name in chosen):
             if self._ranges and self._ranges[-1][1] == first:
                 first = self._ranges.pop()[0]
             self._ranges.append((first, end))
@@ -80,8 +88,8 @@ class FrozenLayers:
             torch._foreach_copy_(self._views, self._kept)
 
 
-def _range(model: EnergyModel, species: int, layer: int) -> tuple[int, int]:
+def _range(model: EnergyModel, species: int, layer: int, level: int) -> tuple[int, int]:
     """Where the weights of a layer begin and end in the flat parameter."""
-    weight, bias = model.networks.layer(species, layer)
+    weight, bias = model.networks.layer(species, layer, level)
     first = weight.storage_offset() - model.networks.weights.storage_offset()
     return first, first + weight.numel() + (0 if bias is None else bias.numel())

@@ -37,6 +37,8 @@ ExtraLoss = Callable[[EnergyModel, LossBatch], Tensor]
 class TaskWeights:
     """The factors of the terms of the loss in each step.
 
+    The energy and force terms are the sums of those of the levels of theory, where there are several.
+
     Static: 1 − fw and fw for energies and forces, given numbers for further terms. Learned: e^(−σ) for each term, where
     total = Σ e^(−σ_t) L_t + σ_t (Kendall, Gal, Cipolla, CVPR 2018, DOI 10.1109/CVPR.2018.00781) and the optimizer moves
     the σ_t, with dtotal/dσ_t = 1 − e^(−σ_t) L_t. A term that stands alone has the factor 1, and no σ moves.
@@ -105,11 +107,12 @@ class TaskWeights:
         Parameters
         ----------
         order
-            Energy and force weights [n_structures] in the order of the epoch: a term without any weight is no term.
+            Energy and force weights, [n_structures] or [K, n_structures], in the order of the epoch: a term without any
+            weight is no term.
         batch_size
             Structures in a batch.
         """
-        batches = [torch.stack([w.any() for w in weights.split(batch_size)]).double() for weights in order]
+        batches = [torch.stack([w.any() for w in weights.split(batch_size, dim=-1)]).double() for weights in order]
         rows = torch.stack([*batches, *[torch.ones_like(batches[0])] * (len(self.names) - 2)], dim=1)
         return list((rows * self._active).unbind(0))
 

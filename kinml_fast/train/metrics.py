@@ -8,6 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
@@ -25,20 +28,65 @@ COLUMNS = (
     "seconds",
     "structures_per_second",
 )
-"""Columns of metrics.csv: errors in kcal/mol and kcal/mol/Å, empty where there are none. A run whose loss learns its
-weights has more, log_sigma_energy and so on, in the rows of the training set: its state at the end of the epoch."""
+"""Columns of metrics.csv: errors in kcal/mol and kcal/mol/Å, empty where there are none. With several levels of theory
+they are those of the highest level, and there are more columns for each lower one: energy_mae_fidelity0 and so on. A
+run whose loss learns its weights also has log_sigma_energy and so on, in the rows of the training set: its state at the
+end of the epoch."""
+
+LevelErrors = tuple[Errors | None, Errors | None]
+"""Errors of the energies and of the forces at one level of theory, None where nothing is known."""
+
+
+class Residuals(NamedTuple):
+    """Predicted minus reference, where the latter is known, of a part of the data at one level of theory.
+
+    `energies` [n] in eV, `forces` [n_atoms, 3] in eV/Å or None if not asked for; float64.
+    """
+
+    energies: np.ndarray
+    forces: np.ndarray | None
+
+    def errors(self) -> LevelErrors:
+        """In kcal/mol and kcal/mol/Å; None where nothing is known."""
+        with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
+            energy, forces = (None if x is None or not x.size else Errors.of(x) for x in self)
+        return energy, forces
+
+
+def level_columns(fidelities: Sequence[int]) -> list[str]:
+    """The further columns of the lower ones of several levels of theory, given lowest first."""
+    return [column + _suffix(fidelity) for fidelity in fidelities[:-1] for column in COLUMNS[2:8]]
+
+
+def level_values(fidelities: Sequence[int], errors: Sequence[LevelErrors]) -> dict[str, float]:
+    """What stands in these columns."""
+    lower = zip(fidelities[:-1], errors[:-1], strict=True)
+    return {column + _suffix(fidelity): value for fidelity, own in lower for column, value in _values(*own).items()}
+
+
+def _suffix(fidelity: int) -> str:
+    return f"_fidelity{fidelity}"
+
+
+def _values(energy: Errors | None, forces: Errors | None) -> dict[str, float]:
+    found = {}
+    for kind, errors in (("energy", energy), ("forces", forces)):
+        if errors is not None:
+            found |= {f"{kind}_mae": errors.mae, f"{kind}_rmse": errors.rmse, f"{kind}_max": errors.max}
+    return found
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the table: the errors of one split in one epoch.
 
-    `seconds` is what the pass over the split took, `more` are further columns.
+    `energy` and `forces` are those of the highest level of theory, None where nothing is known. `seconds` is what the
+    pass over the split took, `more` are further columns.
     """
 
     epoch: int
     split: str
-    energy: Errors
+    energy: Errors | None
     forces: Errors | None
     lr: float
     seconds: float
@@ -47,16 +95,29 @@ class Row:
 
     def values(self) -> dict[str, float | int | str]:
         """What stands in each column, without the empty ones."""
-        values = {"epoch": self.epoch, "split": self.split}
-        for kind, errors in (("energy", self.energy), ("forces", self.forces)):
-            if errors is not None:
-                values |= {f"{kind}_mae": errors.mae, f"{kind}_rmse": errors.rmse, f"{kind}_max": errors.max}
-        return values | {
+        return {
+            "epoch": self.epoch,
+            "split": self.split,
+            **_values(self.energy, self.forces),
             "lr": self.lr,
             "seconds": self.seconds,
             "structures_per_second": self.structures_per_second,
             **self.more,
         }
+
+    def rmse(self) -> str:
+        """The root mean square errors in words, those of lower levels in brackets: `0.5 and 1.2 (fidelity 0: 0.4)`."""
+        text = _pair(*(None if errors is None else errors.rmse for errors in (self.energy, self.forces)))
+        of_lower = []
+        for level in dict.fromkeys(name.partition("_fidelity")[2] for name in self.more if "_fidelity" in name):
+            own = (self.more.get(f"{kind}_rmse_fidelity{level}") for kind in ("energy", "forces"))
+            of_lower.append(f"fidelity {level}: {_pair(*own)}")
+        return f"{text} ({', '.join(of_lower)})" if of_lower else text
+
+
+def _pair(energy: float | None, forces: float | None) -> str:
+    text = "-" if energy is None else f"{energy:.4f}"
+    return text if forces is None else f"{text} and {forces:.4f}"
 
 
 class MetricsTable:

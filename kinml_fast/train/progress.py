@@ -98,12 +98,9 @@ class LiveProgress(Progress):
 
 
 def _errors(train: Row, validation: Row) -> str:
-    unit = "kcal/mol" if validation.forces is None else "kcal/mol and kcal/mol/Å"
-    return f"train RMSE {_rmse(train)}, validation RMSE {_rmse(validation)} {unit}"
-
-
-def _rmse(row: Row) -> str:
-    return f"{row.energy.rmse:.4f}" + ("" if row.forces is None else f" and {row.forces.rmse:.4f}")
+    with_forces = any(name.startswith("forces_rmse") for name in validation.values())
+    unit = "kcal/mol and kcal/mol/Å" if with_forces else "kcal/mol"
+    return f"train RMSE {train.rmse()}, validation RMSE {validation.rmse()} {unit}"
 
 
 def _clock(seconds: float) -> str:

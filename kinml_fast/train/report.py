@@ -1,7 +1,8 @@
 """The report on a run: learning curves, parity plots and a table of errors.
 
 `write_report` makes the folder from metrics.csv and from predictions. Energies are in eV on the way in and in kcal/mol
-in everything that is shown, forces in eV/Å and kcal/mol/Å.
+in everything that is shown, forces in eV/Å and kcal/mol/Å. Where there are several levels of theory, lower ones have
+curves, plots and rows of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -27,6 +28,9 @@ from kinml_fast.units import KCAL_PER_MOL
 
 Comparison = tuple[Sequence[str], np.ndarray, np.ndarray]
 """Labels, reference and predicted values (eV or eV/Å) of one split, all of one length."""
+
+Lower = Mapping[int, tuple[Mapping[str, Comparison], Mapping[str, Comparison]]]
+"""Comparisons of energies and of forces at lower levels of theory, by fidelity."""
 
 COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
 _OTHER_COLOUR = "#555555"
@@ -60,7 +64,8 @@ _COLOURED_BY_DENSITY = 500
 class Quantity:
     """What is compared, and how it is called in tables and on axes.
 
-    `relative`: only differences have a meaning, so that axes start at the lowest reference.
+    `relative`: only differences have a meaning, so that axes start at the lowest reference. `fidelity` is None for the
+    only or highest level of theory.
     """
 
     name: str
@@ -69,6 +74,12 @@ class Quantity:
     error: str
     value: str
     counted: str
+    fidelity: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What stands behind the name in metrics.csv, errors.csv and names of files."""
+        return "" if self.fidelity is None else f"_fidelity{self.fidelity}"
 
 
 ENERGY = Quantity("energy", "kcal/mol", True, "energy error", "relative energy", "structures")
@@ -93,8 +104,11 @@ def write_report(
     energies: Mapping[str, Comparison],
     forces: Mapping[str, Comparison] | None = None,
     best: int | None = None,
+    lower: Lower | None = None,
 ) -> list[ErrorRow]:
     """Write learning_curves.png, parity_SPLIT.png for each split, and errors.csv.
+
+    Lower levels of theory have their own parity_SPLIT_fidelity0.png.
 
     Parameters
     ----------
@@ -109,6 +123,8 @@ def write_report(
         The same for force components in eV/Å, labels repeated; they get a panel of their own.
     best
         The epoch to mark in the learning curves; None: that of the lowest validation RMSE of energies.
+    lower
+        The same at lower levels of theory.
 
     Returns
     -------
@@ -121,7 +137,7 @@ def write_report(
         metrics.csv is missing or damaged, or the folder cannot be written.
     """
     curves = read_metrics(metrics_csv)
-    rows = write_parity(folder, energies, forces)
+    rows = write_parity(folder, energies, forces, lower)
     with matplotlib.rc_context(_STYLE):
         _save(draw_learning_curves(curves, best), Path(folder) / "learning_curves.png")
     return rows
@@ -173,11 +189,28 @@ def write_member_curves(
 
 
 def write_parity(
-    folder: str | os.PathLike, energies: Mapping[str, Comparison], forces: Mapping[str, Comparison] | None = None
+    folder: str | os.PathLike,
+    energies: Mapping[str, Comparison],
+    forces: Mapping[str, Comparison] | None = None,
+    lower: Lower | None = None,
 ) -> list[ErrorRow]:
-    """Write parity_SPLIT.png for each split, and errors.csv: what `write_report` does without learning curves."""
+    """Write parity plots and errors.csv: what `write_report` does without learning curves."""
     folder = _made(folder)
-    quantities = {ENERGY: energies, FORCES: forces or {}}
+    rows = []
+    for fidelity, (of_energies, of_forces) in {None: (energies, forces or {}), **(lower or {})}.items():
+        quantities = {
+            quantity if fidelity is None else replace(quantity, fidelity=fidelity): comparisons
+            for quantity, comparisons in ((ENERGY, of_energies), (FORCES, of_forces))
+        }
+        rows += _write_parity_of_level(folder, quantities)
+    order = list(dict.fromkeys(row.split for row in rows))
+    rows.sort(key=lambda row: order.index(row.split))
+    _write_errors(folder / "errors.csv", rows)
+    return rows
+
+
+def _write_parity_of_level(folder: Path, quantities: Mapping[Quantity, Mapping[str, Comparison]]) -> list[ErrorRow]:
+    energies = next(iter(quantities.values()))
     splits = [split for split in energies if len(energies[split][1])]
     rows = [
         _error_row(split, quantity, *comparisons[split])
@@ -190,8 +223,7 @@ def write_parity(
         for split in splits:
             own = [row for row in rows if row.split == split]
             panels = [(row, *quantities[row.quantity][split][1:], limits[row.quantity]) for row in own]
-            _save(draw_parity(split, panels), folder / f"parity_{split}.png")
-    _write_errors(folder / "errors.csv", rows)
+            _save(draw_parity(split, panels), folder / f"parity_{split}{own[0].quantity.suffix}.png")
     return rows
 
 
@@ -201,7 +233,8 @@ def table(rows: Sequence[ErrorRow]) -> str:
     for row in rows:
         errors = [f"{value:.3f}" for value in (row.errors.mae, row.errors.rmse, row.errors.max)]
         number = f"{row.count:,}"
-        cells.append([row.split, row.quantity.name, number, *errors, f"{row.r2:.5f}", row.quantity.unit, row.worst])
+        name = row.quantity.name + row.quantity.suffix.replace("_fidelity", ", fidelity ")
+        cells.append([row.split, name, number, *errors, f"{row.r2:.5f}", row.quantity.unit, row.worst])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = [str.ljust] * 2 + [str.rjust] * 5 + [str.ljust] * 2
     lines = ["  ".join(side(text, w) for side, text, w in zip(sides, line, widths, strict=True)) for line in cells]
@@ -242,35 +275,53 @@ def read_metrics(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
 
 def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: int | None = None) -> Figure:
     """RMSE and MAE of every split against the epoch, the best one marked, and the learning rate below."""
-    with_forces = any(_positive(columns, f"{FORCES.name}_rmse").any() for columns in metrics.values())
-    quantities = [ENERGY, FORCES] if with_forces else [ENERGY]
-    figure = Figure(figsize=(8.0, 1.8 + 3.4 * len(quantities)), layout="constrained")
-    heights = [3.4] * len(quantities) + [1.1]
-    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for ax, quantity in zip(axes, quantities, strict=False):
-        for kind, style in (("rmse", {"lw": 1.8, "zorder": 3}), ("mae", {"lw": 1.0, "alpha": 0.5})):
-            for split, columns in metrics.items():
-                name = f"{quantity.name}_{kind}"
-                there = _positive(columns, name)
-                if there.any():
-                    few = {"marker": "o", "ms": 3.5} if there.sum() <= 25 else {}
-                    label = f"{split} {kind.upper()}"
-                    x, y = columns["epoch"][there], columns[name][there]
-                    ax.plot(x, y, color=_colour(split), label=label, **style, **few)
-        ax.set_ylabel(f"{quantity.error}, {quantity.unit}")
-        if ax.lines:
-            _make_logarithmic(ax)
-            ax.legend(ncols=2, fontsize=10, loc="upper right")
-    _mark_best(axes, quantities, metrics, best)
-    rates = metrics.get("train", next(iter(metrics.values())))
-    there = _positive(rates, "lr")
-    if there.any():
-        axes[-1].step(rates["epoch"][there], rates["lr"][there], where="post", color=_OTHER_COLOUR, lw=1.4)
-        _make_logarithmic(axes[-1])
-    axes[-1].set_ylabel("learning rate")
-    axes[-1].set_xlabel("epoch")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    levels = _levels(metrics)
+    with_forces = any(
+        _positive(columns, f"{FORCES.name}_rmse{replace(FORCES, fidelity=level).suffix}").any()
+        for columns in metrics.values()
+        for level in levels
+    )
+    kinds = [ENERGY, FORCES] if with_forces else [ENERGY]
+    figure = Figure(figsize=(8.0 * len(levels), 1.8 + 3.4 * len(kinds)), layout="constrained")
+    heights = [3.4] * len(kinds) + [1.1]
+    # All rows share the epochs; a column for each level, the highest first.
+    all_axes = figure.subplots(len(heights), len(levels), sharex=True, squeeze=False, height_ratios=heights)
+    for axes, level in zip(all_axes.T, levels, strict=True):
+        quantities = [replace(quantity, fidelity=level) for quantity in kinds]
+        for ax, quantity in zip(axes, quantities, strict=False):
+            _draw_curves(ax, quantity, metrics)
+        _mark_best(axes, quantities, metrics, best)
+        rates = metrics.get("train", next(iter(metrics.values())))
+        there = _positive(rates, "lr")
+        if there.any():
+            axes[-1].step(rates["epoch"][there], rates["lr"][there], where="post", color=_OTHER_COLOUR, lw=1.4)
+            _make_logarithmic(axes[-1])
+        axes[-1].set_ylabel("learning rate")
+        axes[-1].set_xlabel("epoch")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def _levels(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> list[int | None]:
+    """The levels of theory that a table of metrics has: None for the highest, then the lower ones by fidelity."""
+    names = [name.partition("_fidelity")[2] for columns in metrics.values() for name in columns if "_fidelity" in name]
+    return [None, *(int(name) for name in reversed(dict.fromkeys(names)))]
+
+
+def _draw_curves(ax: Axes, quantity: Quantity, metrics: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    for kind, style in (("rmse", {"lw": 1.8, "zorder": 3}), ("mae", {"lw": 1.0, "alpha": 0.5})):
+        for split, columns in metrics.items():
+            name = f"{quantity.name}_{kind}{quantity.suffix}"
+            there = _positive(columns, name)
+            if there.any():
+                few = {"marker": "o", "ms": 3.5} if there.sum() <= 25 else {}
+                label = f"{split} {kind.upper()}"
+                x, y = columns["epoch"][there], columns[name][there]
+                ax.plot(x, y, color=_colour(split), label=label, **style, **few)
+    ax.set_ylabel(f"{quantity.error}, {quantity.unit}")
+    if ax.lines:
+        _make_logarithmic(ax)
+        ax.legend(ncols=2, fontsize=10, loc="upper right")
 
 
 def draw_parity(
@@ -288,7 +339,8 @@ def draw_parity(
     """
     figure = Figure(figsize=(6.2 * len(panels), 7.6), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex="col", squeeze=False, height_ratios=[3, 1.1])
-    figure.suptitle(f"{split} set", fontsize=13)
+    fidelity = panels[0][0].quantity.fidelity
+    figure.suptitle(f"{split} set" + ("" if fidelity is None else f", fidelity {fidelity}"), fontsize=13)
     for (upper, lower), panel in zip(axes.T, panels, strict=True):
         _draw_panel(upper, lower, split, *panel)
     return figure
@@ -404,13 +456,15 @@ def _mark_best(
     (place,) = np.flatnonzero(columns["epoch"] == best)[:1] if best in columns["epoch"] else (None,)
     if place is None:
         return
-    values = []
+    values, fidelity = [], quantities[0].fidelity
     for ax, quantity in zip(axes, quantities, strict=False):
-        if _positive(columns, f"{quantity.name}_rmse")[place]:
-            value = columns[f"{quantity.name}_rmse"][place]
+        name = f"{quantity.name}_rmse{quantity.suffix}"
+        if _positive(columns, name)[place]:
+            value = columns[name][place]
             ax.plot([best], [value], "o", ms=8, mfc="none", mec="black", mew=1.4, zorder=4)
             values.append(f"{_three_digits(value)} {quantity.unit}")
-    axes[0].set_title(f"best validation RMSE {', '.join(values)} (epoch {best})", loc="left")
+    which = "best" if fidelity is None else f"fidelity {fidelity}:"
+    axes[0].set_title(f"{which} validation RMSE {', '.join(values)} (epoch {best})", loc="left")
 
 
 def _make_logarithmic(ax: Axes) -> None:
@@ -466,7 +520,17 @@ def _write_errors(path: Path, rows: Sequence[ErrorRow]) -> None:
     for row in rows:
         e, q = row.errors, row.quantity
         writer.writerow(
-            [row.split, q.name, q.unit, row.count, repr(e.mae), repr(e.rmse), repr(e.max), repr(row.r2), row.worst]
+            [
+                row.split,
+                q.name + q.suffix,
+                q.unit,
+                row.count,
+                repr(e.mae),
+                repr(e.rmse),
+                repr(e.max),
+                repr(row.r2),
+                row.worst,
+            ]
         )
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kinml_fast.data import levels, prepared, splits, weights
+from kinml_fast.data import prepared, splits, weights
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
@@ -21,6 +20,7 @@ from kinml_fast.train import config as configuration
 from kinml_fast.train import continued
 from kinml_fast.train.config import Config
 from kinml_fast.train.continued import Origin
+from kinml_fast.train.dataset import TrainingData
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.trainer import Summary, Trainer
@@ -124,11 +124,12 @@ def go_on(
     folder = RunFolder(config.run)
     with folder.logged():
         if config.start.model is None:
-            model = make_model(config, data.structures.elements)
+            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
         else:
             # The start model may be gone; elements that were added to it are in the checkpoint, too.
-            model = continued.load(folder.last).model
-            data = replace(data, sae=None) if config.start.sae == "keep" else data
+            origin = continued.load(folder.last)
+            config, model = continued.resolved(config, origin), origin.model
+            data = _without_sae(data) if config.start.sae == "keep" else data
     _seed_others(config)
     trainer = Trainer(
         model, data, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
@@ -164,14 +165,13 @@ def fit(
     folder = RunFolder(config.run)
     with folder.logged():
         if origin is None:
-            model = make_model(config, data.structures.elements)
+            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
         else:
-            elements = config.data.elements or data.structures.elements
-            model = continued.model_for(origin, elements, getattr(torch, config.training.dtype), config.network.seed)
+            elements, dtype = config.data.elements or data.structures.elements, getattr(torch, config.training.dtype)
+            model = continued.model_for(origin, data, elements, dtype, config.network.seed)
             if config.start.sae == "keep":
-                fitted = np.concatenate([data.split.train, data.split.validation])
-                continued.keep_sae(model, len(origin.model.elements), config.data.sae, data.structures, fitted)
-                data = replace(data, sae=None)
+                continued.keep_sae(model, origin, config.data.sae, data)
+                data = _without_sae(data)
         log.info("%s", model)
         _seed_others(config)
         trainer = Trainer(
@@ -186,7 +186,7 @@ def fit(
         )
         if origin is not None:
             residuals = trainer.evaluate("validation", config.training.loss.forces)
-            continued.say_first_errors(*residuals, config.start.sae == "keep")
+            continued.say_first_errors(model, residuals, config.start.sae == "keep")
     return trainer.fit()
 
 
@@ -209,7 +209,7 @@ def prepare(config: Config) -> Prepared:
     splits.write_tvtmsk(folder.split, data.structures, data.split)
     several = len(data.fidelities) > 1
     if several or data.baseline is not None:
-        log.info("%s", levels.table(data.structures, data.split, data.fidelities, data.baseline))
+        log.info("%s", splits.level_table(data.structures, data.split, data.fidelities, data.baseline))
     for fidelity, sae in zip(data.fidelities, data.sae.reshape(len(data.fidelities), -1), strict=True):
         energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, sae, strict=True))
         log.info("single-atom energies%s, eV: %s", f" of fidelity {fidelity}" if several else "", energies)
@@ -218,8 +218,18 @@ def prepare(config: Config) -> Prepared:
     return data
 
 
-def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
-    """The model of a configuration with its initial weights, which the seed decides."""
+def make_model(
+    config: Config, elements: Sequence[str], fidelities: Sequence[int] = (1,), baseline: int | None = None
+) -> EnergyModel:
+    """The model of a configuration with its initial weights, which the seed decides.
+
+    Parameters
+    ----------
+    config
+        Descriptor, layers and precision.
+    elements, fidelities, baseline
+        Those of the prepared data.
+    """
     network = config.network
     torch.manual_seed(network.seed)
     return EnergyModel(
@@ -228,7 +238,14 @@ def make_model(config: Config, elements: Sequence[str]) -> EnergyModel:
         activations=network.layer_activations,
         biases=network.biases,
         dtype=getattr(torch, config.training.dtype),
+        fidelities=fidelities,
+        baseline=baseline,
     )
+
+
+def _without_sae(data: Prepared) -> TrainingData:
+    """The data for a model that keeps its own single-atom energies."""
+    return TrainingData(data.structures, data.split, None, data.weights, data.source)
 
 
 def _ensembles() -> ModuleType:

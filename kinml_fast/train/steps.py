@@ -1,8 +1,9 @@
 """Where energies and forces come from in training: each kind takes a batch forward and backward, and predicts.
 
-`EnergyStep` keeps the descriptors of all atoms and computes energies only. `ForceStep` computes energies and forces
-from coordinates, `StoredForceStep` from descriptors and Jacobians that it keeps; both give the same numbers. A trainer
-calls `batches` once an epoch and `run` with each of its entries: what need not be done in each step is done there.
+`EnergyStep` keeps the descriptors of all atoms and computes energies only; `LevelEnergyStep` does so for several levels
+of theory. `ForceStep` computes energies and forces from coordinates, `StoredForceStep` from descriptors and Jacobians
+that it keeps; both give the same numbers, and take any number of levels. A trainer calls `batches` once an epoch and
+`run` with each of its entries: what need not be done in each step is done there.
 """
 
 from __future__ import annotations
@@ -19,10 +20,56 @@ from kinml_fast.train.dataset import Dataset
 from kinml_fast.train.loss import TaskWeights
 
 
+class EpochErrors:
+    """What the steps of an epoch say about the structures that they train on, batch by batch.
+
+    Parameters
+    ----------
+    levels
+        K, levels of theory.
+    count
+        Structures in an epoch.
+    size
+        Structures in a batch.
+    device
+        Of the model.
+
+    Attributes
+    ----------
+    energies, forces : list of Tensor
+        For each batch of n structures [n] and [n, 3] or, of several levels, [K, n] and [K, n, 3], float64: the
+        `energy_residuals` and `force_errors` of `ops.force_step`.
+    """
+
+    def __init__(self, levels: int, count: int, size: int, device: torch.device) -> None:
+        leading = () if levels == 1 else (levels,)
+        sizes = [min(size, count - first) for first in range(0, count, size)]
+        like = {"dtype": torch.float64, "device": device}
+        self.energies = [torch.zeros(*leading, own, **like) for own in sizes]
+        self.forces = [torch.zeros(*leading, own, 3, **like) for own in sizes]
+
+    def joined(self, batches: int | None = None) -> tuple[Tensor, Tensor]:
+        """Those of the first batches, of all by default, in one tensor each: [n] or [K, n], and [n, 3] or [K, n, 3]."""
+        if batches == 0:
+            return self.energies[0][..., :0].clone(), self.forces[0][..., :0, :].clone()
+        return torch.cat(self.energies[:batches], dim=-1), torch.cat(self.forces[:batches], dim=-2)
+
+    def restore(self, energies: Tensor, forces: Tensor) -> None:
+        """Take over what `joined` gave, of the first batches."""
+        first = 0
+        for own, own_forces in zip(self.energies, self.forces, strict=True):
+            end = first + own.shape[-1]
+            if end > energies.shape[-1]:
+                break
+            own.copy_(energies[..., first:end])
+            own_forces.copy_(forces[..., first:end, :])
+            first = end
+
+
 class Step(Protocol):
     """What the trainer needs of a source of energies, or of energies and forces."""
 
-    def batches(self, order: Tensor, size: int, residuals: Tensor, errors: Tensor) -> Sequence[tuple]:
+    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Sequence[tuple]:
         """The arguments of `run` for each batch of an epoch.
 
         Parameters
@@ -31,8 +78,8 @@ class Step(Protocol):
             [n] int64, the training structures in the order of the epoch.
         size
             Structures in a batch.
-        residuals, errors
-            [n] and [n, 3], float64, receive the energy residuals and force errors (see `ops.force_step`).
+        errors
+            Receives the energy residuals and force errors.
         """
 
     def run(self, *arguments: Any) -> None:
@@ -41,7 +88,8 @@ class Step(Protocol):
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
         """Energies [last − first] without single-atom energies, and forces [n_atoms, 3], of consecutive structures.
 
-        Computed `size` structures at a time, under `torch.inference_mode`. Forces are None if there are none.
+        With several levels they are [K, last − first] and [K, n_atoms, 3]. Computed `size` structures at a time, under
+        `torch.inference_mode`. Forces are None if there are none.
         """
 
 
@@ -54,12 +102,12 @@ class EnergyStep:
         self._features = data.descriptors(model, jacobian=False).features
         self._plans: dict[tuple[int, int, int], list[ops.Batch]] = {}
 
-    def batches(self, order: Tensor, size: int, residuals: Tensor, errors: Tensor) -> list[tuple]:
+    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> list[tuple]:
         """See `Step`."""
         data = self._data
         planned = ops.plan_batches(data.species, data.offsets, order, size, self._n_species)
-        parts = (data.energies[order], data.energy_weights[order], residuals)
-        return list(zip(planned, *(part.split(size) for part in parts), strict=True))
+        parts = (data.energies[order].split(size), data.energy_weights[order].split(size), errors.energies)
+        return list(zip(planned, *parts, strict=True))
 
     def run(self, batch: ops.Batch, targets: Tensor, weights: Tensor, residuals: Tensor) -> None:
         """See `Step`."""
@@ -102,10 +150,10 @@ class ForceStep:
         self._settings: tuple = (model.aev.packed, networks.sizes, networks.activation_codes, networks.biases)
         self.run, self._predict = ops.force_step, ops.energy_forces
 
-    def _sources_of(self, model: EnergyModel) -> tuple[Tensor, ...]:
+    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
         return (self._data.coordinates,)
 
-    def batches(self, order: Tensor, size: int, residuals: Tensor, errors: Tensor) -> list[tuple]:
+    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> list[tuple]:
         """See `Step`."""
         data, tasks, weights = self._data, self._tasks, self._networks.weights
         if weights.grad is None:
@@ -120,24 +168,26 @@ class ForceStep:
             tasks.scales[:2],
         )
         after = (tasks.losses[:2], weights.grad, *self._settings)
-        parts = zip(order.split(size), residuals.split(size), errors.split(size), strict=True)
+        parts = zip(order.split(size), errors.energies, errors.forces, strict=True)
         return [(*before, structures, *middle, *outputs, *after) for structures, *outputs in parts]
 
-    def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor]:
+    def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
         """See `Step`."""
         data, weights = self._data, self._networks.weights
         offsets = data.offsets[first : last + 1].tolist()
-        energies, forces = [data.energies[:0]], [weights.detach().new_empty(0, 3)]
+        energies, forces = [data.energies[..., :0]], [data.forces[..., :0, :].to(weights.dtype)]
         with torch.inference_mode():
             for low in range(0, last - first, size):
                 high = min(low + size, last - first)
                 atoms = slice(offsets[low], offsets[high])
                 own = data.offsets[first + low : first + high + 1] - offsets[low]
-                sources = (source[atoms] for source in self._sources)
-                energy, force = self._predict(*sources, data.species[atoms], own, weights, None, *self._settings)
+                sources = [source if source is None else source[atoms] for source in self._sources]
+                inputs = (*sources, data.species[atoms], own, weights, None, *self._settings)
+                energy, force = self._predict(*inputs, data.levels > 1)
                 energies.append(energy)
                 forces.append(force)
-            return torch.cat(energies), torch.cat(forces)
+            with_forces = self._sources[-1] is not None
+            return torch.cat(energies, dim=-1), torch.cat(forces, dim=-2) if with_forces else None
 
 
 class StoredForceStep(ForceStep):
@@ -148,6 +198,13 @@ class StoredForceStep(ForceStep):
         self._settings = self._settings[1:]  # without the descriptor
         self.run, self._predict = ops.force_step_stored, ops.energy_forces_stored
 
-    def _sources_of(self, model: EnergyModel) -> tuple[Tensor, ...]:
+    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
         found = self._data.descriptors(model, jacobian=True)
         return found.features, found.jacobian
+
+
+class LevelEnergyStep(StoredForceStep):
+    """Energies of several levels from descriptors that are computed once and kept."""
+
+    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
+        return self._data.descriptors(model, jacobian=False).features, None

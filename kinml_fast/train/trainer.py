@@ -28,11 +28,11 @@ from kinml_fast.train.dataset import Data, Dataset
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.freezing import FrozenLayers
 from kinml_fast.train.loss import ExtraLoss, ExtraLosses, LossBatch, TaskWeights
-from kinml_fast.train.metrics import MetricsTable, Row
+from kinml_fast.train.metrics import LevelErrors, MetricsTable, Residuals, Row, level_columns, level_values
 from kinml_fast.train.optimizers import WeightAverage, make_optimizer
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.schedulers import advance, forget_best, make_scheduler
-from kinml_fast.train.steps import EnergyStep, ForceStep, Step, StoredForceStep
+from kinml_fast.train.steps import EnergyStep, EpochErrors, ForceStep, LevelEnergyStep, Step, StoredForceStep
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ CHANGEABLE = {
     "loss.forces_from",
     "loss.forces_until",
     "loss.force_weight",
+    "loss.level_weights",
     "score",
 }
 """Keys and sections of the training configuration that may change when a run is resumed; others make it another run.
@@ -64,7 +65,8 @@ class Summary:
     """How a run ended.
 
     `errors` are those of the energies of the best model (lowest score) on each split that is not empty, `forces` those
-    of its forces on each split that has any.
+    of its forces on each split that has any; with several levels of theory, those of the highest. `lower` has the same
+    two of each lower level, by fidelity.
     """
 
     epochs: int
@@ -72,13 +74,14 @@ class Summary:
     errors: dict[str, Errors]
     seconds: float
     forces: dict[str, Errors] = field(default_factory=dict)
+    lower: dict[int, tuple[dict[str, Errors], dict[str, Errors]]] = field(default_factory=dict)
 
 
 class Trainer:
     """Trains a model on energies, or on energies and forces.
 
     Targets are the structures' energies without single-atom energies, and their forces; `LossConfig` says what the loss
-    is.
+    is. A model of several levels of theory is trained on all of them at once; a structure counts at those that it has.
 
     Parameters
     ----------
@@ -150,9 +153,8 @@ class Trainer:
         # Where the run is: `_batch` batches of epoch `_epoch` are done, in `_elapsed` seconds.
         self._epoch = self._batch = 0
         self._elapsed = 0.0
-        like = {"dtype": torch.float64, "device": model.sae.device}
-        self._residuals = torch.zeros(self._data.sizes["train"], **like)
-        self._force_errors = torch.zeros(self._data.sizes["train"], 3, **like)
+        count = self._data.sizes["train"]
+        self._errors = EpochErrors(self._data.levels, count, self.config.batch_size, model.sae.device)
         self._best = {"epoch": -1, "score": math.inf, "weights": self._weights()}
         self._best_on_disk = -1
         self._stopping = {"score": math.inf, "waited": 0}
@@ -195,26 +197,37 @@ class Trainer:
         """Compute what the first epoch needs and keeps in memory, such as descriptors; `fit` begins with this."""
         numbers = ", ".join(f"{size} {name}" for name, size in self._data.sizes.items())
         log.info("structures: %s", numbers)
-        known = {name: int(self._data.known[self._data.range(name)].sum()) for name in PARTS}
-        if self.config.loss.forces:
-            log.info("forces: %s", ", ".join(f"{known[name]} of {self._data.sizes[name]} {name}" for name in PARTS))
-        elif any(known.values()):
+        fidelities = self.model.fidelities
+        several = len(fidelities) > 1
+        for fidelity, energies, forces in zip(
+            fidelities, self._data.known_energies, self._data.known_forces, strict=True
+        ):
+            if several:
+                log.info("energies of fidelity %d: %s", fidelity, self._counts(energies))
+            if self.config.loss.forces:
+                log.info("forces%s: %s", f" of fidelity {fidelity}" if several else "", self._counts(forces))
+        if not self.config.loss.forces and self._data.known_forces.any():
             log.info("the data have forces, which training.loss.forces=true would train on")
         self._step(self.config.loss.has_forces(self._epoch))
+
+    def _counts(self, known: np.ndarray) -> str:
+        """How many of the structures of each part are among those that are known, in words."""
+        own = {name: int(known[self._data.range(name)].sum()) for name in PARTS}
+        return ", ".join(f"{own[name]} of {self._data.sizes[name]} {name}" for name in PARTS)
 
     def _step(self, with_forces: bool) -> Step:
         """What trains an epoch on energies, or on energies and forces."""
         if with_forces not in self._steps:
             started = time.monotonic()
             if not with_forces:
-                kind = EnergyStep
+                kind = EnergyStep if self._data.levels == 1 else LevelEnergyStep
             elif self.config.loss.forces and self.config.jacobian == "stored":
                 kind = StoredForceStep
             else:
                 kind = ForceStep
             self._steps[with_forces] = kind(self.model, self._data, self._tasks)
             if kind is not ForceStep:
-                kept = "descriptors" if kind is EnergyStep else "descriptors and Jacobians"
+                kept = "descriptors and Jacobians" if kind is StoredForceStep else "descriptors"
                 log.info("%s of %d atoms in %.2f s", kept, self._data.n_atoms, time.monotonic() - started)
         return self._steps[with_forces]
 
@@ -275,15 +288,17 @@ class Trainer:
         if with_forces:
             self._steps.pop(False, None)  # what an energy-only phase kept takes memory
         else:
-            self._force_errors.zero_()
+            for errors in self._errors.forces:
+                errors.zero_()
         step, tasks, extra, clip = self._step(with_forces), self._tasks, self._extra, self.config.gradient_clip
         frozen = self._frozen
         order = self._order(epoch)
-        batches = step.batches(order, size, self._residuals, self._force_errors)
+        batches = step.batches(order, size, self._errors)
         tasks.begin(with_forces)
         learning = tasks.learning
         if learning:
-            counted = tasks.counted((self._data.energy_weights[order], self._data.force_weights[order]), size)
+            weights = self._data.energy_weights[..., order], self._data.force_weights[..., order]
+            counted = tasks.counted(weights, size)
         for number in range(self._batch, len(batches)):
             step.run(*batches[number])
             if extra is not None:
@@ -307,27 +322,35 @@ class Trainer:
                 self._elapsed = time.perf_counter() - started
                 self._tick(len(batches))
         self._epoch, self._batch, self._elapsed = epoch + 1, 0, 0.0
-        forces = None
-        if with_forces:
+        errors = self._training_errors(order, with_forces)
+        return self._row("train", epoch, lr, errors, time.perf_counter() - started, tasks.row())
+
+    def _training_errors(self, order: Tensor, with_forces: bool) -> list[LevelErrors]:
+        """The errors of an epoch at each level, each structure's before the update from its batch."""
+        data, found = self._data, []
+        energies, forces = (x.cpu().numpy() for x in self._errors.joined())
+        known = data.known_energies[:, order.cpu().numpy()]
+        per_level = energies.reshape(data.levels, -1), forces.reshape(data.levels, -1, 3)
+        for own, own_forces, there, components in zip(*per_level, known, data.trained_components, strict=True):
+            energy, _ = Residuals(own[there], None).errors()
             with np.errstate(over="ignore", invalid="ignore"):
-                forces = Errors.of_sums(self._force_errors.cpu().numpy(), self._data.trained_components)
-        seconds = time.perf_counter() - started
-        return self._row("train", epoch, lr, self._residuals.cpu().numpy(), forces, seconds, tasks.row())
+                found.append((energy, Errors.of_sums(own_forces, components) if with_forces and components else None))
+        return found
 
     def _end_epoch(self, train: Row) -> None:
         epoch, lr = train.epoch, train.lr
         with self._evaluated():
-            validation = self._evaluated_row("validation", epoch, lr)
-            score = self._score(validation)
-            of_forces = 0.0 if train.forces is None else train.forces.rmse
-            if not math.isfinite(train.energy.rmse + of_forces + score + sum(train.more.values())):
+            validation, errors = self._evaluated_row("validation", epoch, lr)
+            score = self._score(errors)
+            numbers = (x for x in train.values().values() if not isinstance(x, str))
+            if not math.isfinite(score) or not all(map(math.isfinite, numbers)):
                 raise self._diverged(epoch)
             self._judge(epoch, score)
             advance(self._scheduler, score)
             rows = [train, validation]
             kept = _every(self.config.save_every, epoch + 1)
             if self._data.sizes["test"] and (kept or _every(self.config.test_every, epoch + 1) or self._finished):
-                rows.append(self._evaluated_row("test", epoch, lr))
+                rows.append(self._evaluated_row("test", epoch, lr)[0])
         self.progress.epoch(train, validation)
         if self._table is None:
             return
@@ -339,51 +362,57 @@ class Trainer:
             self._table.flush()
             self._next_flush = time.monotonic() + _SECONDS_BETWEEN_FLUSHES
 
-    def _evaluated_row(self, part: str, epoch: int, lr: float) -> Row:
-        """The row of a part of the data with the present weights."""
+    def _evaluated_row(self, part: str, epoch: int, lr: float) -> tuple[Row, list[LevelErrors]]:
+        """The row of a part of the data with the present weights, and the errors of each level."""
         started = time.perf_counter()
-        energies, forces = self.evaluate(part, self.config.loss.forces)
-        errors = Errors.of(forces) if forces is not None and forces.size else None
-        return self._row(part, epoch, lr, energies, errors, time.perf_counter() - started)
+        errors = [residuals.errors() for residuals in self.evaluate(part, self.config.loss.forces)]
+        return self._row(part, epoch, lr, errors, time.perf_counter() - started), errors
 
     def _row(
         self,
         part: str,
         epoch: int,
         lr: float,
-        residuals: np.ndarray,
-        forces: Errors | None,
+        errors: Sequence[LevelErrors],
         seconds: float,
         more: Mapping[str, float] | None = None,
     ) -> Row:
-        rate = len(residuals) / max(seconds, 1e-9)
-        with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
-            errors = Errors.of(residuals)
-        return Row(epoch, part, errors, forces, lr, seconds, rate, more or {})
+        rate = self._data.sizes[part] / max(seconds, 1e-9)
+        further = {**level_values(self.model.fidelities, errors), **(more or {})}
+        return Row(epoch, part, *errors[-1], lr, seconds, rate, further)
 
-    def evaluate(self, part: str, with_forces: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """Residuals of a part with the present weights: energies [n] in eV, and forces in eV/Å where they are known.
-
-        The forces are [n_known_atoms, 3], or None if not asked for.
-        """
-        where = self._data.range(part)
+    def evaluate(self, part: str, with_forces: bool = False) -> list[Residuals]:
+        """Residuals of a part with the present weights at each level of theory, lowest first."""
+        data = self._data
+        where = data.range(part)
         size = self.config.validation_batch_size if part == "validation" else self.config.test_batch_size
         energies, forces = self._step(with_forces).predict(where.start, where.stop, size)
-        residuals = (energies - self._data.energies[where]).cpu().numpy()
+        residuals = (energies - data.energies[..., where]).reshape(data.levels, -1).cpu().numpy()
+        found = [
+            Residuals(own[known], None) for own, known in zip(residuals, data.known_energies[:, where], strict=True)
+        ]
         if forces is None:
-            return residuals, None
-        atoms, known = self._data.atoms(part)
-        return residuals, (forces.double() - self._data.forces[atoms]).cpu().numpy()[known]
+            return found
+        atoms, known = data.atoms(part)
+        of_forces = (forces.double() - data.forces[..., atoms, :]).reshape(data.levels, -1, 3).cpu().numpy()
+        return [own._replace(forces=f[there]) for own, f, there in zip(found, of_forces, known, strict=True)]
 
-    def _score(self, validation: Row) -> float:
+    def _score(self, validation: Sequence[LevelErrors]) -> float:
         """What the model is judged by; see `ScoreConfig`."""
-        factors = self._score_factors()
-        forces = 0.0 if validation.forces is None else validation.forces.rmse
-        return factors["energy"] * validation.energy.rmse + factors["forces"] * forces
+        score, total = self._score_factors(), 0.0
+        for factor, (energy, forces) in zip(score["levels"], validation, strict=True):
+            if factor:
+                of_forces = 0.0 if forces is None else forces.rmse
+                total += factor * (score["energy"] * energy.rmse + score["forces"] * of_forces)
+        return total
 
-    def _score_factors(self) -> dict[str, float]:
+    def _score_factors(self) -> dict[str, Any]:
         score = self.config.score
-        return {"energy": score.energy, "forces": score.forces if self.config.loss.forces else 0.0}
+        return {
+            "energy": score.energy,
+            "forces": score.forces if self.config.loss.forces else 0.0,
+            "levels": score.level_factors(self._data.levels),
+        }
 
     def _evaluated(self) -> contextlib.AbstractContextManager[None]:
         """Lets the model have the weights that are judged and saved: their average, if there is one."""
@@ -456,7 +485,7 @@ class Trainer:
         folder.make()
         if not folder.config.exists():
             save_yaml(folder.config, {"training": self.config.model_dump()})
-        self._table = MetricsTable(folder.path, more=self._tasks.columns())
+        self._table = MetricsTable(folder.path, more=self._further_columns())
 
     def _save(self) -> None:
         """Write last.pt, and before it the best weights if there are new ones."""
@@ -471,9 +500,10 @@ class Trainer:
         checkpoint.save(self.folder.last, self._state())
 
     def _state(self) -> dict[str, Any]:
-        done = slice(0, self._batch * self.config.batch_size)
-        residuals, force_errors = self._residuals[done], self._force_errors[done]
-        finite = torch.isfinite(residuals).all() and torch.isfinite(force_errors).all()
+        residuals, force_errors = self._errors.joined(self._batch)
+        order = self._order(self._epoch)[: residuals.shape[-1]].cpu().numpy()
+        known = torch.from_numpy(self._data.known_energies[:, order]).to(residuals.device)
+        finite = torch.isfinite(residuals.view_as(known)[known]).all() and torch.isfinite(force_errors).all()
         if not finite:
             raise self._diverged(self._epoch)
         return {
@@ -490,8 +520,8 @@ class Trainer:
             "epoch": self._epoch,
             "batch": self._batch,
             "elapsed": self._elapsed,
-            "residuals": residuals.clone(),
-            "force_errors": force_errors.clone(),
+            "residuals": residuals,
+            "force_errors": force_errors,
             "score": self._score_factors(),
             "best": self._best,
             "stopping": self._stopping,
@@ -511,9 +541,8 @@ class Trainer:
                 self._average.load_state_dict(state["average"])
             checkpoint.set_random_states(state["random"])
             self._epoch, self._batch, self._elapsed = state["epoch"], state["batch"], state["elapsed"]
-            self._residuals[: len(state["residuals"])] = state["residuals"]
-            self._force_errors[: len(state["force_errors"])] = state["force_errors"]
-            if state["score"] == self._score_factors():
+            self._errors.restore(state["residuals"], state["force_errors"])
+            if {"levels": [1.0]} | state["score"] == self._score_factors():
                 self._best, self._stopping = state["best"], state["stopping"]
             else:
                 log.info("the score is another one than before: the best model is looked for from here on")
@@ -525,15 +554,19 @@ class Trainer:
             raise InputError(
                 f"{path}: does not hold a whole run ({first_line(error)}): put an intact checkpoint there"
             ) from error
-        self._table = MetricsTable(self.folder.path, length, self._epoch, self._tasks.columns())
+        self._table = MetricsTable(self.folder.path, length, self._epoch, self._further_columns())
+
+    def _further_columns(self) -> list[str]:
+        return level_columns(self.model.fidelities) + self._tasks.columns()
 
     def _check_belongs(self, state: dict[str, Any]) -> None:
         path = self.folder.last
+        there = {"fidelities": [1], "baseline": None} | state["model"]
         for key, value in self.model.to_dict().items():
-            if state["model"].get(key) != value:
+            if there.get(key) != value:
                 raise InputError(
-                    f"{path}: is a checkpoint of another architecture ({key} is {state['model'].get(key)} there and "
-                    f"{value} here): resume with the configuration of that run"
+                    f"{path}: is a checkpoint of another architecture ({key} is {there.get(key)} there and {value} "
+                    "here): resume with the configuration of that run"
                 )
         before = _flat(state["training"])
         for key, value in _flat(self.config.model_dump()).items():
@@ -562,29 +595,41 @@ class Trainer:
         self.model.load_state_dict(self._best["weights"])
         parts = [part for part in PARTS if self._data.sizes[part]]
         residuals = {part: self.evaluate(part, self.config.loss.forces) for part in parts}
-        if not self.config.loss.forces and self._data.known.any() and self._data.coordinates is not None:
+        if not self.config.loss.forces and self._data.known_forces.any() and self._data.coordinates is not None:
             # Forces that were not trained on are reported all the same.
-            residuals = {part: (residuals[part][0], self.evaluate(part, True)[1]) for part in parts}
+            for part in parts:
+                with_forces = self.evaluate(part, True)
+                both = zip(residuals[part], with_forces, strict=True)
+                residuals[part] = [own._replace(forces=other.forces) for own, other in both]
         if self._table is not None and self._epoch > 0:
             self._report(residuals)
-        errors = {part: Errors.of(energies) for part, (energies, _) in residuals.items()}
-        forces = {part: Errors.of(f) for part, (_, f) in residuals.items() if f is not None and f.size}
-        return Summary(self._epoch, self._best["epoch"], errors, time.monotonic() - started, forces)
+        of_levels = []
+        for level in range(self._data.levels):
+            errors = {part: own[level].errors() for part, own in residuals.items()}
+            of_levels.append(
+                tuple({part: own[kind] for part, own in errors.items() if own[kind] is not None} for kind in (0, 1))
+            )
+        lower = dict(zip(self.model.fidelities[:-1], of_levels[:-1], strict=True))
+        energies, forces = of_levels[-1]
+        return Summary(self._epoch, self._best["epoch"], energies, time.monotonic() - started, forces, lower)
 
-    def _report(self, residuals: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> None:
+    def _report(self, residuals: Mapping[str, Sequence[Residuals]]) -> None:
         from kinml_fast.train import report  # matplotlib takes a second to import
 
-        data, energies, forces = self._data, {}, {}
-        for part, (of_energies, of_forces) in residuals.items():
-            where = data.range(part)
-            targets = data.energies[where].cpu().numpy()
-            energies[part] = (data.labels[where], targets, targets + of_energies)
-            if of_forces is not None and of_forces.size:
-                atoms, known = data.atoms(part)
-                reference = data.forces[atoms].cpu().numpy()[known].ravel()
-                forces[part] = (data.component_labels(part), reference, reference + of_forces.ravel())
-        rows = report.write_report(self.folder.report, self.folder.metrics, energies, forces, self._best["epoch"])
-        log.info("best epoch %d of %d, %s:\n%s", self._best["epoch"], self._epoch, self.folder, report.table(rows))
+        data, of_levels = self._data, []
+        for level in range(data.levels):
+            energies, forces = {}, {}
+            for part, own in residuals.items():
+                labels, reference = data.known_reference(part, level)
+                energies[part] = (labels, reference, reference + own[level].energies)
+                if own[level].forces is not None and own[level].forces.size:
+                    labels, reference = data.known_force_reference(part, level)
+                    forces[part] = (labels, reference, reference + own[level].forces.ravel())
+            of_levels.append((energies, forces))
+        lower = dict(zip(self.model.fidelities[:-1], of_levels[:-1], strict=True))
+        best = self._best["epoch"]
+        rows = report.write_report(self.folder.report, self.folder.metrics, *of_levels[-1], best, lower)
+        log.info("best epoch %d of %d, %s:\n%s", best, self._epoch, self.folder, report.table(rows))
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
