@@ -322,5 +322,5 @@ def test_data_that_are_not_there_or_that_pykinml_prepared(tmp_path):
         run_here("load_model", tmp_path)
     (tmp_path / "my_model_0_1" / "training1").mkdir(parents=True)
     torch.save([torch.zeros(1)], tmp_path / "my_model_0_1" / "training1" / "train_engs")
-    with pytest.raises(InputError, match="training1: was prepared by PyKinML: set args.pre_saved = False"):
+    with pytest.raises(InputError, match=r"training1: was prepared by PyKinML: set args.pre_saved = False"):
         run_here("load_model", tmp_path)
