@@ -32,7 +32,11 @@ Batches of 50 C5H5. The floor of a kernel is its arithmetic at the rate of torch
 µs per structure in an epoch of 2048 C5H5, optimizer and all.""",
     "size": """### Growth with the molecule
 µs per atom in an epoch of 20,000 atoms of shaken alkanes from CH4 to C16H34, about 500 atoms in a batch.""",
+    "levels": """## Several levels of theory
+An epoch of 2000 C5H5 as above, every structure with all levels: ms, and how many times that of one level.""",
     "evaluation": "## Energies and forces of C5H5",
+    "ensemble": """## Ensembles
+Energies and forces of every member from one call: how many times the time of one model.""",
     "memory": """## Memory
 Peak of a process that trains an epoch of 2000 C5H5 with forces, less its peak after `import torch`.""",
     "cold_start": """## From a cold start to an accurate model
@@ -171,6 +175,30 @@ class Run:
             )
         return table(rows)
 
+    def levels(self) -> str:
+        tasks = {"energies": "energies", "forces": "energies and forces"}
+        rows = [["levels", *(f"{name}, {dtype}" for name in tasks.values() for dtype in DTYPES)]]
+        counts = sorted({int(form) for group, form in self.by if group.startswith("levels ")})
+        for count in counts:
+            row = [str(count)]
+            for group in (f"levels {task} {dtype}" for task in tasks for dtype in DTYPES):
+                one, own = self.seconds(group, "1"), self.seconds(group, str(count))
+                row.append(f"{own * 1e3:.1f}" + (f" ({own / one:.2f} x)" if count > 1 else ""))
+            rows.append(row)
+        return table(rows) if counts else ""
+
+    def ensemble(self) -> str:
+        sizes = sorted({int(g.split()[1]) for g, _ in self.by if g.startswith("ensemble ")})
+        groups = [f"ensemble {size} {dtype}" for size in sizes for dtype in DTYPES]
+        rows = [["members", *(f"{group.split()[1]} C5H5, {group.split()[2]}" for group in groups)]]
+        for count in sorted({int(form) for group, form in self.by if group.startswith("ensemble ")}):
+            row = [str(count)]
+            for group in groups:
+                one, own = self.seconds(group, "1"), self.seconds(group, str(count))
+                row.append(f"{own * 1e6:.0f} µs" if count == 1 else f"{own / one:.2f} x")
+            rows.append(row)
+        return table(rows) if sizes else ""
+
     def memory(self) -> str:
         forms = list(dict.fromkeys(form for group, form in self.by if group.startswith("forces memory ")))
         if not forms:
@@ -265,7 +293,9 @@ class Run:
             "kernels": self.kernels,
             "batch": lambda: self.grown("forces batch", "structures in a batch", "structures"),
             "size": lambda: self.grown("forces size", "atoms in a molecule", "atoms"),
+            "levels": self.levels,
             "evaluation": self.evaluation,
+            "ensemble": self.ensemble,
             "memory": self.memory,
             "cold_start": self.cold_start,
         }

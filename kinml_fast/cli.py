@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
+_MODEL = "model.pt of a run, the run's folder, or a pattern of several, which make an ensemble"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
@@ -72,21 +74,38 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("evaluate", help="errors of a model on data")
-    evaluate.add_argument("model", metavar="MODEL", help="model.pt of a run")
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("files", metavar="DATA", nargs="+", help="databases, XYZ files, patterns, shipped:NAME")
-    evaluate.add_argument("--fidelity", type=int, default=1, help="level of theory to take from databases")
+    evaluate.add_argument(
+        "--fidelity", type=_integers, metavar="N[,N…]", help="levels of theory to compare; by default the model's"
+    )
+    evaluate.add_argument(
+        "--incomplete", choices=("error", "drop", "keep"), help="what to do with structures that lack a level"
+    )
     evaluate.add_argument("--temperature", type=float, help="only structures of databases sampled at this temperature")
     evaluate.add_argument("--names", metavar="PATTERN", nargs="+", help="only structures of databases named like this")
-    evaluate.add_argument("--energy-key", metavar="KEY", help="name of the energy in XYZ files")
-    evaluate.add_argument("--forces-key", metavar="KEY", help="name of the forces in XYZ files")
+    evaluate.add_argument(
+        "--energy-key",
+        type=_words,
+        metavar="KEY[,KEY…]",
+        help="name of the energy in XYZ files; of several levels, or of the baseline and the level, a list",
+    )
+    evaluate.add_argument(
+        "--forces-key", type=_words, metavar="KEY[,KEY…]", help="name of the forces in XYZ files, or a list"
+    )
     evaluate.add_argument("--csv", metavar="FILE", help="write the errors of each structure")
     evaluate.add_argument("--plots", metavar="FOLDER", help="draw predicted against reference energies and forces")
     evaluate.set_defaults(command=_evaluate)
 
     predict = commands.add_parser("predict", help="energies and forces of molecules")
-    predict.add_argument("model", metavar="MODEL", help="model.pt of a run")
+    predict.add_argument("model", metavar="MODEL", help=_MODEL)
     predict.add_argument("input", metavar="in.xyz", help="molecules, in a format that ASE reads")
     predict.add_argument("-o", "--output", metavar="out.xyz", required=True, help="extended XYZ file to write")
+    predict.add_argument(
+        "--base",
+        metavar="BASE",
+        help="the low level of a delta model, which is added: tblite:METHOD, like tblite:GFN1-xTB, or a MODEL",
+    )
     predict.set_defaults(command=_predict)
 
     convert = commands.add_parser(
@@ -108,6 +127,21 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--baseline", metavar="F", type=int, help="level that was subtracted (delta learning)")
     convert.set_defaults(command=_convert)
     return parser
+
+
+def _integers(text: str) -> int | list[int]:
+    """The number, or the numbers between commas."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number and no list of such, like 0,1") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _words(text: str) -> str | list[str]:
+    """The word, or the words between commas."""
+    words = text.split(",")
+    return words[0] if len(words) == 1 else words
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -170,6 +204,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.model,
         options.files,
         fidelity=options.fidelity,
+        incomplete=options.incomplete,
         temperature=options.temperature,
         names=options.names,
         energy_key=options.energy_key,
@@ -183,7 +218,7 @@ def _predict(options: argparse.Namespace) -> None:
     from kinml_fast.deploy.predict import predict
 
     _show_log()
-    predict(options.model, options.input, options.output)
+    predict(options.model, options.input, options.output, base=options.base)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -195,11 +195,35 @@ def energies(
 
     `parameters` are the keyword arguments of `aev`, the other arguments those of `aev` and `networks`.
     """
-    atomic = networks(aev(coordinates, species, offsets, **parameters), species, weights, activations).double()
-    atomic = atomic + torch.as_tensor(sae, dtype=torch.float64)[species]
-    ranges = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    sums = [atomic[start:stop].sum() for start, stop in ranges]
-    return torch.stack(sums) if sums else atomic.new_zeros(0)
+    return level_energies(coordinates, species, offsets, parameters, [weights], activations, [sae])[0]
+
+
+def level_energies(
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    parameters: dict,
+    weights: Sequence[Sequence[Sequence[Layer]]],
+    activations: Sequence[str],
+    sae: Sequence[Sequence[float] | Tensor],
+) -> Tensor:
+    """Energies at several levels of theory: float64 [n_levels, n_structures], in eV, lowest level first.
+
+    The networks of a level k > 0 take the vector and, behind it, the atom's energy at the level below without
+    single-atom energy. The atom's energy is ε₀ = f₀(a), ε_k = ε_(k−1) + f_k(a, ε_(k−1)).
+
+    `weights` and `sae` have an entry for each level; otherwise as `energies`.
+    """
+    vectors = aev(coordinates, species, offsets, **parameters)
+    ranges = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+    atomic, levels = vectors.new_zeros(len(species)), []
+    for level, (own, shifts) in enumerate(zip(weights, sae, strict=True)):
+        features = vectors if level == 0 else torch.cat([vectors, atomic[:, None]], dim=1)
+        atomic = atomic + networks(features, species, own, activations)
+        shifted = atomic.double() + torch.as_tensor(shifts, dtype=torch.float64)[species]
+        sums = [shifted[start:stop].sum() for start, stop in ranges]
+        levels.append(torch.stack(sums) if sums else shifted.new_zeros(0))
+    return torch.stack(levels)
 
 
 def forces(coordinates: Tensor, *arguments, create_graph: bool = False) -> Tensor:

@@ -114,6 +114,35 @@ def test_ensembles_give_means_and_deviations():
     assert set(atoms.calc.results) == set(expected)
 
 
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_several_levels(n_members):
+    models = [make_model(seed, fidelities=(0, 1)) for seed in range(n_members)]
+    atoms = water()
+    atoms.calc = KinMLCalculator(models)
+    inputs = torch.tensor(atoms.positions), torch.tensor([1, 0, 0]), torch.tensor([0, 3])
+    with torch.no_grad():
+        both = [model.level_energies_and_forces(*inputs) for model in models]
+    energies, forces = (np.stack([np.asarray(x) for x in values]) for values in zip(*both, strict=True))
+    energies = energies[..., 0]
+    expected = {
+        "energy": energies.mean(axis=0)[1],
+        "free_energy": energies.mean(axis=0)[1],
+        "forces": forces.mean(axis=0)[1],
+        "level_energies": energies.mean(axis=0),
+        "level_forces": forces.mean(axis=0),
+    }
+    if n_members > 1:
+        expected |= {"energy_std": energies[:, 1].std(ddof=1), "forces_std": forces[:, 1].std(axis=0, ddof=1)}
+        expected |= {"all_energies": energies[:, 1], "all_forces": forces[:, 1]}
+    assert set(atoms.calc.implemented_properties) == set(expected)
+    for name, value in expected.items():
+        found = atoms.calc.get_property(name, atoms)
+        assert np.shape(found) == np.shape(value)
+        np.testing.assert_allclose(found, value, rtol=1e-12, atol=1e-12, err_msg=name)
+    # The forces of the highest level contain the way by which the lower one takes part in it.
+    np.testing.assert_allclose(calculate_numerical_forces(atoms, eps=1e-4), atoms.get_forces(), rtol=0, atol=1e-6)
+
+
 def test_means_are_those_of_the_module():
     ensemble = Ensemble([make_model(seed) for seed in range(9)])
     atoms = water()

@@ -108,19 +108,20 @@ def test_scripted_model_in_cpp(tmp_path):
     from kinml_fast._library import library_path
     from kinml_fast.nn import AEVParameters, EnergyModel
 
-    torch.manual_seed(0)
-    model = EnergyModel(AEVParameters.aevmod(("C", "H")))
-    model.sae.copy_(torch.tensor([-1035.0, -16.0]))
-    torch.jit.script(model).save(tmp_path / "model.ts")
     program = build_program(tmp_path / "predict", "predict", 0, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
-    printed = [float(word) for word in run(program, tmp_path / "model.ts", library_path()).split()]
+    for fidelities in ((1,), (0, 1)):
+        torch.manual_seed(0)
+        model = EnergyModel(AEVParameters.aevmod(("C", "H")), fidelities=fidelities)
+        model.sae.copy_(torch.tensor([-1035.0, -16.0]))
+        torch.jit.script(model).save(tmp_path / "model.ts")
+        printed = [float(word) for word in run(program, tmp_path / "model.ts", library_path()).split()]
 
-    coordinates = torch.tensor([[0, 0, 0.6], [0, 0, -0.6], [0, 0.1, 1.7], [0, 0, -1.7]], dtype=torch.float64)
-    coordinates.requires_grad_()
-    energies = model(coordinates, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 4]))
-    forces = -torch.autograd.grad(energies.sum(), coordinates)[0]
-    assert printed[0] == pytest.approx(energies.item(), rel=1e-14)
-    assert printed[1:] == pytest.approx(forces.flatten().tolist(), rel=1e-10, abs=1e-13)
+        coordinates = torch.tensor([[0, 0, 0.6], [0, 0, -0.6], [0, 0.1, 1.7], [0, 0, -1.7]], dtype=torch.float64)
+        coordinates.requires_grad_()
+        energies = model(coordinates, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 4]))
+        forces = -torch.autograd.grad(energies.sum(), coordinates)[0]
+        assert printed[0] == pytest.approx(energies.item(), rel=1e-14)
+        assert printed[1:] == pytest.approx(forces.flatten().tolist(), rel=1e-10, abs=1e-13)
 
     # Without the library: an error that names the op, no crash.
     done = subprocess.run([program, tmp_path / "model.ts"], capture_output=True, text=True)

@@ -6,6 +6,7 @@ import csv
 import logging
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import ase.io
@@ -13,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from scipy import stats
 
 from kinml_fast import reference
-from kinml_fast.data import concatenate
+from kinml_fast.data import concatenate, read
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import evaluate, model_file, predict
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
-from kinml_fast.nn import AEVParameters, EnergyModel
+from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
+from kinml_fast.units import KCAL_PER_MOL
 
 WATER = np.array([[0.0, 0.0, 0.12], [0.0, 0.76, -0.48], [0.0, -0.76, -0.48]])
 
@@ -30,8 +33,8 @@ def model() -> EnergyModel:
     return make_model()
 
 
-def make_model(elements=("H", "O", "C"), dtype=torch.float64, **settings) -> EnergyModel:
-    torch.manual_seed(0)
+def make_model(elements=("H", "O", "C"), dtype=torch.float64, seed=0, **settings) -> EnergyModel:
+    torch.manual_seed(seed)
     descriptor = AEVParameters.aevmod(elements, n_radial=8, n_angular=4, n_sections=4)
     model = EnergyModel(descriptor, [8, 4, 1], ["gaussian", "tanh", "identity"], dtype=dtype, **settings)
     model.sae.copy_(torch.arange(len(elements), dtype=torch.float64) - 20)
@@ -336,6 +339,176 @@ def test_evaluation_of_what_the_model_does_not_know_names_all_three(tmp_path):
     assert not (tmp_path / "out.csv").exists()
 
 
+# Ensembles, several levels, differences
+
+
+def make_ensemble(n: int = 3, **settings) -> Ensemble:
+    return Ensemble([make_model(seed=seed, **settings) for seed in range(n)])
+
+
+KEYS = ["low_energy", "high_energy"]
+
+
+def of_levels(structures: Structures, missing: dict[int, list[int]] | None = None) -> Structures:
+    """The structures at two levels, the lower one half an eV up; `missing`: structures that lack a level."""
+    energies = np.stack([structures.energies + 0.5, structures.energies])
+    forces = np.stack([structures.forces * 0.5, structures.forces])
+    for level, lacking in (missing or {}).items():
+        energies[level, lacking] = np.nan
+        forces[level, np.isin(structures.owners, lacking)] = np.nan
+    return replace(structures, energies=energies, forces=forces)
+
+
+def write_levels(path: Path, structures: Structures) -> Path:
+    """The structures of two levels as an extended XYZ file."""
+    frames = []
+    for i in range(len(structures)):
+        atoms = slice(structures.offsets[i], structures.offsets[i + 1])
+        frame = Atoms(structures.symbols(i), structures.coordinates[atoms])
+        for level, key in enumerate(KEYS):
+            if structures.known_energies[level, i]:
+                frame.info[key] = structures.energies[level, i]
+            if structures.known_forces[level, i]:
+                frame.arrays[key.replace("energy", "forces")] = structures.forces[level, atoms]
+        frames.append(frame)
+    ase.io.write(path, frames, format="extxyz")
+    return path
+
+
+@pytest.mark.parametrize("fidelities", [(1,), (0, 1)])
+def test_predictions_of_an_ensemble_are_means_with_deviations(fidelities):
+    ensemble = make_ensemble(fidelities=fidelities)
+    structures = concatenate([waters(4), hydrogens(3)])
+    found = evaluate.evaluate(ensemble, structures, 3, forces=True)
+    alone = [evaluate.evaluate(ensemble.member(i), structures, forces=True) for i in range(3)]
+    for name in ("energies", "forces"):
+        values = np.stack([getattr(one, name) for one in alone])
+        expected_std = getattr(found, {"energies": "energy_std", "forces": "forces_std"}[name])
+        np.testing.assert_allclose(getattr(found, name), values.mean(axis=0), rtol=1e-13, atol=1e-14)
+        np.testing.assert_allclose(expected_std, values.std(axis=0, ddof=1), rtol=1e-10, atol=1e-13)
+    leading = () if fidelities == (1,) else (2,)
+    assert found.energies.shape == found.energy_std.shape == (*leading, 7)
+    assert found.forces.shape == found.forces_std.shape == (*leading, 18, 3)
+    assert alone[0].energy_std is alone[0].forces_std is None
+    # Without forces: the same energies, to the last bit.
+    energies = evaluate.evaluate(ensemble, structures, forces=False)
+    np.testing.assert_array_equal(energies.energies, found.energies)
+    np.testing.assert_array_equal(energies.energy_std, found.energy_std)
+    assert energies.forces is energies.forces_std is None
+
+
+def test_the_number_of_threads_and_batches_change_no_bit_of_an_ensemble(any_threads):
+    ensemble = make_ensemble(9, fidelities=(0, 1), dtype=torch.float32)
+    structures = waters(400)
+    results = []
+    for threads, size in ((1, 400), (2, 400), (2, 1), (3, 7)):
+        torch.set_num_threads(threads)
+        results.append(evaluate.evaluate(ensemble, structures, size))
+    for other in results[1:]:
+        for name in ("energies", "forces", "energy_std", "forces_std"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(results[0], name))
+
+
+def test_run_evaluate_of_an_ensemble_shows_the_spread(tmp_path, caplog):
+    ensemble = make_ensemble(2)
+    for i in range(2):
+        (tmp_path / f"member-{i}").mkdir()
+        model_file.save(tmp_path / f"member-{i}" / "model.pt", ensemble.member(i))
+    data = write_xyz(tmp_path / "mixed.xyz", concatenate([waters(5), hydrogens(3)]))
+    out = tmp_path / "errors.csv"
+    with caplog.at_level(logging.INFO):
+        rows = evaluate.run_evaluate(f"{tmp_path}/member-*", data, csv_path=out, plots=tmp_path / "plots")
+    assert [(row.formula, row.n_structures) for row in rows] == [("H2O", 5), ("H2", 3), ("all", 8)]
+    found = evaluate.evaluate(ensemble, read(data), forces=True)
+    with out.open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    energy_std = np.array([float(w["energy_std"]) for w in written])
+    np.testing.assert_allclose(energy_std, found.energy_std * KCAL_PER_MOL, rtol=1e-12)
+    of_first = np.sqrt(np.mean(found.forces_std[:3] ** 2)) * KCAL_PER_MOL
+    assert float(written[0]["forces_std"]) == pytest.approx(of_first, rel=1e-12)
+    assert [row.spread.energy for row in rows] == pytest.approx(
+        [energy_std[:5].mean(), energy_std[5:].mean(), energy_std.mean()]
+    )
+    # Force deviations are shown where there are forces to compare with.
+    expected = found.forces_std[:15].mean() * KCAL_PER_MOL
+    assert [row.spread.forces for row in rows] == [pytest.approx(expected), None, pytest.approx(expected)]
+    errors = np.abs([float(w["energy_error"]) for w in written])
+    for row, own in zip(rows, (slice(5), slice(5, 8), slice(8)), strict=True):
+        correlation = stats.spearmanr(energy_std[own], errors[own]).statistic
+        assert row.spread.correlation == pytest.approx(correlation)
+    (message,) = (record.getMessage() for record in caplog.records if "energies in kcal/mol" in record.getMessage())
+    assert message == evaluate.table(rows)
+    _, head, *lines, last = message.splitlines()
+    assert " ".join(head.split()) == "file formula structures energy MAE RMSE max std forces MAE RMSE max std"
+    assert lines[0].split()[-1] == f"{rows[0].spread.forces:.3f}"
+    assert last.endswith(f"its rank correlation with the energy error is {rows[-1].spread.correlation:.2f}")
+    assert (tmp_path / "plots" / "parity_evaluated.png").exists()
+
+
+def test_run_evaluate_of_several_levels_has_rows_for_each(tmp_path, caplog):
+    model = make_model(fidelities=(0, 1))
+    model_file.save(tmp_path / "model.pt", model)
+    structures = of_levels(waters(6), {0: [5], 1: [0, 1]})
+    data = write_levels(tmp_path / "levels.xyz", structures)
+    out = tmp_path / "errors.csv"
+    with caplog.at_level(logging.INFO):
+        rows = evaluate.run_evaluate(
+            tmp_path / "model.pt", data, energy_key=KEYS, csv_path=out, plots=tmp_path / "plots"
+        )
+    assert [(row.fidelity, row.n_structures) for row in rows] == [(0, 5), (1, 4)]
+    found = evaluate.evaluate(model, structures)
+    for level, row in enumerate(rows):
+        known = structures.known_energies[level]
+        assert_close(row.energy, Errors.of((found.energies - structures.energies)[level, known]))
+        assert_close(row.forces, Errors.of((found.forces - structures.forces)[level, np.repeat(known, 3)]))
+    assert rows[0].energy.mae != pytest.approx(rows[1].energy.mae)
+    with out.open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [(w["structure"], w["fidelity"]) for w in written] == [
+        *((f"levels.xyz/{i}", "0") for i in range(1, 6)),
+        *((f"levels.xyz/{i}", "1") for i in range(3, 7)),
+    ]
+    assert float(written[-1]["energy_predicted"]) == pytest.approx(found.energies[1, 5], abs=1e-6)
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "errors.csv",
+        "parity_evaluated_fidelity0.png",
+        "parity_evaluated_fidelity1.png",
+    }
+
+    title, head, *_ = evaluate.table(rows).splitlines()
+    assert head.split()[:4] == ["file", "formula", "fidelity", "structures"]
+    assert title in caplog.text
+
+    # Two files: a row for all of each level.
+    other = write_levels(tmp_path / "more.xyz", of_levels(waters(3, seed=2)))
+    rows = evaluate.run_evaluate(tmp_path / "model.pt", [data, other], energy_key=KEYS)
+    assert [(row.formula, row.fidelity, row.n_structures) for row in rows[-2:]] == [("all", 0, 8), ("all", 1, 7)]
+    # One level alone.
+    (row,) = evaluate.run_evaluate(tmp_path / "model.pt", other, fidelity=1, energy_key=KEYS[1])
+    assert row == rows[3]
+    for wanted, shown in ((2, "2"), ([1, 2], "1 and 2"), ([0, 1, 2], "0 and 1 and 2")):
+        message = rf"model\.pt: has the fidelity 0 and 1, but {shown} is asked for: name levels"
+        with pytest.raises(InputError, match=message):
+            evaluate.run_evaluate(tmp_path / "model.pt", data, fidelity=wanted, energy_key=KEYS)
+
+
+def test_run_evaluate_of_a_delta_model_compares_differences(tmp_path, caplog):
+    model = make_model(fidelities=(1,), baseline=0)
+    model_file.save(tmp_path / "model.pt", model)
+    structures = of_levels(waters(5), {0: [3]})
+    data = write_levels(tmp_path / "levels.xyz", structures)
+    with pytest.raises(InputError, match=r"fidelity 0: 1.*levels\.xyz/4"):
+        evaluate.run_evaluate(tmp_path / "model.pt", data, energy_key=KEYS)
+    with caplog.at_level(logging.INFO):
+        (row,) = evaluate.run_evaluate(tmp_path / "model.pt", data, energy_key=KEYS, incomplete="drop")
+    assert "differences of fidelity 1 to fidelity 0" in caplog.text
+    found = evaluate.evaluate(model, structures)
+    known = structures.known_energies.all(axis=0)
+    assert_close(row.energy, Errors.of((found.energies + 0.5)[known]))
+    assert_close(row.forces, Errors.of((found.forces - 0.5 * structures.forces[1])[np.repeat(known, 3)]))
+    assert (row.fidelity, row.n_structures) == (None, 4)
+
+
 # Prediction
 
 
@@ -350,19 +523,64 @@ def test_predictions_of_a_file(tmp_path, model):
 
     out = tmp_path / "out.xyz"
     assert predict.predict(tmp_path / "model.pt", source, out) == 5
-    read = ase.io.read(source, ":")
+    frames = ase.io.read(source, ":")
     expected = by_reference(
-        model, concatenate([Structures.of_one_formula(f.symbols, f.positions[None], None) for f in read])
+        model, concatenate([Structures.of_one_formula(f.symbols, f.positions[None], None) for f in frames])
     )
     written = ase.io.read(out, ":")
     assert [str(frame.symbols) for frame in written] == ["OH2"] * 3 + ["H2"] * 2
     assert written[0].info["name"] == "first"
-    np.testing.assert_allclose([f.info["REF_energy"] for f in written], [f.info["REF_energy"] for f in read])
+    np.testing.assert_allclose([f.info["REF_energy"] for f in written], [f.info["REF_energy"] for f in frames])
     np.testing.assert_allclose([f.get_potential_energy() for f in written], expected[0], rtol=0, atol=1e-7)
     np.testing.assert_allclose(np.concatenate([f.get_forces() for f in written]), expected[1], rtol=0, atol=1e-7)
     # What was written can be evaluated: the model agrees with itself.
     (row,) = evaluate.run_evaluate(tmp_path / "model.pt", _only_waters(out, tmp_path), energy_key="energy")
     assert row.energy.max < 1e-4
+
+
+def test_predictions_of_an_ensemble_of_two_levels(tmp_path):
+    ensemble = make_ensemble(fidelities=(0, 1))
+    model_file.save(tmp_path / "model.pt", ensemble)
+    source = write_xyz(tmp_path / "in.xyz", concatenate([waters(3), hydrogens(2)]))
+    assert predict.predict(tmp_path / "model.pt", source, tmp_path / "out.xyz") == 5
+    found = evaluate.evaluate(ensemble, read(source), forces=True)
+    written = ase.io.read(tmp_path / "out.xyz", ":")
+    expected = {
+        "energy": (found.energies[1], [f.get_potential_energy() for f in written]),
+        "energy_std": (found.energy_std[1], [f.info["energy_std"] for f in written]),
+        "energy_fidelity0": (found.energies[0], [f.info["energy_fidelity0"] for f in written]),
+        "forces": (found.forces[1], np.concatenate([f.get_forces() for f in written])),
+        "forces_std": (found.forces_std[1], np.concatenate([f.arrays["forces_std"] for f in written])),
+        "forces_fidelity0": (found.forces[0], np.concatenate([f.arrays["forces_fidelity0"] for f in written])),
+    }
+    for name, (ours, theirs) in expected.items():
+        np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-7, err_msg=name)
+    # What was written is data of two levels.
+    rows = evaluate.run_evaluate(tmp_path / "model.pt", tmp_path / "out.xyz", energy_key=["energy_fidelity0", "energy"])
+    assert max(row.energy.max for row in rows) < 1e-4
+
+
+def test_predictions_of_a_delta_model_add_the_base(tmp_path):
+    delta, low = make_model(fidelities=(1,), baseline=0), make_model(seed=5)
+    model_file.save(tmp_path / "delta.pt", delta)
+    model_file.save(tmp_path / "low.pt", low)
+    source = write_xyz(tmp_path / "in.xyz", waters(3))
+    predict.predict(tmp_path / "delta.pt", source, tmp_path / "out.xyz", base=str(tmp_path / "low.pt"))
+    structures = read(source)
+    both = [evaluate.evaluate(model, structures, forces=True) for model in (delta, low)]
+    written = ase.io.read(tmp_path / "out.xyz", ":")
+    expected = both[0].energies + both[1].energies, both[0].forces + both[1].forces
+    np.testing.assert_allclose([f.get_potential_energy() for f in written], expected[0], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(np.concatenate([f.get_forces() for f in written]), expected[1], rtol=0, atol=1e-7)
+
+    with pytest.raises(InputError, match="differences of fidelity 1 to fidelity 0: give base"):
+        predict.predict(tmp_path / "delta.pt", source, tmp_path / "out2.xyz")
+    with pytest.raises(InputError, match="leave out base"):
+        predict.predict(tmp_path / "low.pt", source, tmp_path / "out2.xyz", base="tblite:GFN1-xTB")
+    model_file.save(tmp_path / "small.pt", make_model(elements=("H", "C")))
+    with pytest.raises(InputError, match=r"in\.xyz: frame 1: the base cannot compute it \(OH2 contains O"):
+        predict.predict(tmp_path / "delta.pt", source, tmp_path / "out2.xyz", base=str(tmp_path / "small.pt"))
+    assert not (tmp_path / "out2.xyz").exists()
 
 
 def _only_waters(path: Path, folder: Path) -> Path:

@@ -24,10 +24,14 @@ def members(n: int = 3, dtype: torch.dtype = torch.float64, **changes) -> list[E
     return made
 
 
+LEVELS = [(1,), (0, 1), (0, 1, 7)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("n_members", [1, 2, 5])
-def test_members_are_the_models(n_members, dtype):
-    alone = members(n_members, dtype)
+@pytest.mark.parametrize("fidelities", LEVELS)
+def test_members_are_the_models(n_members, dtype, fidelities):
+    alone = members(n_members, dtype, fidelities=fidelities)
     ours = Ensemble(alone)
     inputs = batch(dtype=dtype)
     found = ours.member_energies_and_forces(*inputs)
@@ -35,7 +39,14 @@ def test_members_are_the_models(n_members, dtype):
     expected = [torch.stack(both) for both in zip(*(one.energies_and_forces(*inputs) for one in alone), strict=True)]
     for ours_, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours_, theirs)
-    assert torch.equal(ours.member_level_energies(*inputs)[:, 0], torch.stack([one(*inputs) for one in alone]))
+    of_levels = ours.member_level_energies_and_forces(*inputs)
+    assert of_levels[0].shape == (n_members, len(fidelities), 5)
+    assert of_levels[1].shape == (n_members, len(fidelities), 17, 3)
+    for i, one in enumerate(alone):
+        for ours_, theirs in zip(of_levels, one.level_energies_and_forces(*inputs), strict=True):
+            assert torch.equal(ours_[i], theirs)
+    assert torch.equal(ours.member_level_energies(*inputs), torch.stack([one.level_energies(*inputs) for one in alone]))
+    assert (ours.fidelities, ours.baseline, ours.levels) == (fidelities, None, len(fidelities))
     for i, one in enumerate(alone):
         again = ours.member(i)
         assert again.to_dict() == one.to_dict()
@@ -43,13 +54,20 @@ def test_members_are_the_models(n_members, dtype):
         assert again.networks.weights.data_ptr() != ours.networks.weights[i].data_ptr()
 
 
-def test_means_are_those_of_the_members():
-    alone = members(3)
+@pytest.mark.parametrize("fidelities", LEVELS)
+def test_means_are_those_of_the_members(fidelities):
+    alone = members(3, fidelities=fidelities)
     ours = Ensemble(alone)
     inputs = batch()
     energies, mean_forces = ours.energies_and_forces(*inputs)
     torch.testing.assert_close(energies, sum(one(*inputs) for one in alone) / 3, rtol=1e-15, atol=0)
     torch.testing.assert_close(mean_forces, sum(forces(one, *inputs) for one in alone) / 3, rtol=1e-11, atol=1e-12)
+    level_energies, level_forces = ours.level_energies_and_forces(*inputs)
+    assert torch.equal(level_energies[-1], energies)
+    assert torch.equal(level_forces[-1], mean_forces)
+    torch.testing.assert_close(
+        level_energies, sum(one.level_energies(*inputs) for one in alone) / 3, rtol=1e-14, atol=0
+    )
     # The way that autograd goes gives the same.
     torch.testing.assert_close(ours(*inputs), energies, rtol=1e-14, atol=0)
     torch.testing.assert_close(forces(ours, *inputs), mean_forces, rtol=1e-10, atol=1e-11)
@@ -98,8 +116,9 @@ def test_coordinates_of_any_layout():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_scripted_saved_and_loaded_ensemble(dtype, tmp_path):
-    ours = Ensemble(members(3, dtype)).eval()
+@pytest.mark.parametrize("fidelities", LEVELS[:2])
+def test_scripted_saved_and_loaded_ensemble(dtype, fidelities, tmp_path):
+    ours = Ensemble(members(3, dtype, fidelities=fidelities)).eval()
     scripted = torch.jit.script(ours)
     scripted.save(tmp_path / "ensemble.ts")
     loaded = torch.jit.load(tmp_path / "ensemble.ts")
@@ -107,7 +126,7 @@ def test_scripted_saved_and_loaded_ensemble(dtype, tmp_path):
     for other in (scripted, loaded):
         assert torch.equal(other(*inputs), ours(*inputs))
         assert torch.equal(forces(other, *inputs), forces(ours, *inputs))
-        for name in ("energies_and_forces", "member_energies_and_forces"):
+        for name in ("energies_and_forces", "member_energies_and_forces", "member_level_energies_and_forces"):
             for a, b in zip(getattr(other, name)(*inputs), getattr(ours, name)(*inputs), strict=True):
                 assert torch.equal(a, b)
 
@@ -146,6 +165,8 @@ CH = AEVParameters.aevmod(("C", "H"), 4, 2, 2)
             "member 2 has the activations ['tanh', 'tanh', 'identity'], but member 1",
         ),
         ({}, {"biases": False}, "member 2 has biases = False, but member 1 True"),
+        ({}, {"fidelities": (0, 1)}, "member 2 has the fidelities [0, 1], but member 1 [1]"),
+        ({}, {"baseline": 0}, "member 2 has the baseline 0, but member 1 None"),
         ({}, {"dtype": torch.float32}, "member 2 computes in float32, but member 1 float64"),
     ],
 )
@@ -160,6 +181,31 @@ def test_an_ensemble_of_nothing():
 
 
 # Files
+
+
+@pytest.mark.parametrize("changes", [{}, {"fidelities": (0, 1)}, {"fidelities": (1,), "baseline": 0}])
+def test_models_of_every_kind_are_kept(changes, tmp_path):
+    for ours in (model(**changes), Ensemble(members(2, **changes))):
+        model_file.save(tmp_path / "model.pt", ours)
+        loaded = model_file.load(tmp_path / "model.pt")
+        assert type(loaded) is type(ours)
+        assert (loaded.fidelities, loaded.baseline) == (changes.get("fidelities", (1,)), changes.get("baseline"))
+        for a, b in zip(
+            loaded.level_energies_and_forces(*batch()), ours.level_energies_and_forces(*batch()), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_model_files_of_the_time_before_levels(tmp_path):
+    path = tmp_path / "model.pt"
+    model_file.save(path, model())
+    contents = torch.load(path, weights_only=True)
+    for key in ("fidelities", "baseline"):
+        del contents["model"][key]
+    torch.save(contents, path)
+    loaded = model_file.load(path)
+    assert (loaded.fidelities, loaded.baseline) == ((1,), None)
+    assert torch.equal(loaded(*batch()), model()(*batch()))
 
 
 def test_a_saved_ensemble_is_the_same(tmp_path):
@@ -226,6 +272,10 @@ def test_models_as_they_come(tmp_path):
         model_file.resolve([alone[0], model(layers=[4, 3, 1])])
     with pytest.raises(InputError, match="needs at least one model"):
         model_file.resolve([])
+    # A pattern that matches one file is that model, of several their ensemble.
+    assert isinstance(model_file.resolve(f"{tmp_path}/m*.pt"), EnergyModel)
+    model_file.save(tmp_path / "more.pt", alone[0])
+    assert model_file.resolve(f"{tmp_path}/m*.pt").n_members == 2
 
 
 @pytest.mark.parametrize("change", [{"members": 2}, {"members": "two"}, {"layers": [9, 5, 1]}])

@@ -14,10 +14,12 @@ import pytest
 import torch
 from data_helpers import molecules
 from training_helpers import (
+    LEVEL_SAE,
     SAE,
     assert_same_bits,
     assert_same_run,
     interrupted_run,
+    level_data,
     model,
     rows,
     training_data,
@@ -471,6 +473,8 @@ def test_resuming_does_not_need_the_start_model(tmp_path, sae):
         assert_same_bits(a[key], b[key])
     with pytest.raises(InputError, match=r"has begun already, so that start\.… cannot change"):
         runs.resume(tmp_path / "cut", ["start.freeze=[]"])
+    with pytest.raises(InputError, match=r"network\.layers is \[9, 1\] in the configuration and \[8, 4, 1\] in"):
+        runs.resume(tmp_path / "cut", ["network.layers=[9, 1]", "network.activations=null"])
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):
@@ -537,3 +541,144 @@ def test_other_data_other_split_from_python(tmp_path):
     )
     assert trained.elements == ("C", "H", "N")
     assert set(summary.errors) == {"train", "validation", "test"}
+
+
+# Several levels of theory
+
+
+def two_levels(**keys) -> EnergyModel:
+    return model(fidelities=(0, 3), **keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_elements_and_levels_are_added_to_several_levels(dtype):
+    old = two_levels(dtype=dtype)
+    old.sae.copy_(torch.from_numpy(LEVEL_SAE[:2]))
+    new = extended(old, ("N", "C"), fidelities=(0, 3, 7))
+    assert (new.elements, new.fidelities) == (("C", "H", "N"), (0, 3, 7))
+    assert torch.equal(new.sae[:2, :2], old.sae)
+    assert not new.sae[2].any()
+    inputs = batch(molecules("CHHCHC", 40).with_elements(("C", "H")), dtype)
+    for a, b in zip(old.level_energies_and_forces(*inputs), new.level_energies_and_forces(*inputs), strict=True):
+        assert torch.equal(a, b[:2])
+        assert (b[2] - b[1]).abs().max() > 1e-3
+    places = parameter_places(old, new)
+    assert len(set(places.tolist())) == old.networks.weights.numel()
+    assert torch.equal(new.networks.weights[places], old.networks.weights)
+
+
+def test_names_of_layers_at_several_levels(tmp_path):
+    trained = two_levels()
+    assert FrozenLayers(trained, ["0:C.1", "3:H.*"]).names == ("0:C.1", "3:H.0", "3:H.1", "3:H.2")
+    assert FrozenLayers(trained, ["C.0"]).names == FrozenLayers(trained, ["*:C.0"]).names == ("0:C.0", "3:C.0")
+    lowest = FrozenLayers(trained, ["0:*"])
+    assert lowest.count == model().networks.weights.numel()
+    with pytest.raises(InputError, match=r"no layer is called 1:C\.0: the layers are 0:C\.0, .*, 3:H\.2$"):
+        FrozenLayers(trained, ["1:C.0"])
+    assert FrozenLayers(model(), ["1:C.0"]).names == ("C.0",)
+
+    data, start = level_data(forces="some"), trained.networks.weights.detach().clone()
+    chosen = settings(loss={"forces": True}, optimizer={"weight_decay": 0.1}, ema_decay=0.9)
+    fitted(chosen, data, tmp_path / "run", trained, freeze=["0:*"])
+    last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    for weights in (last["weights"]["networks.weights"], last["average"]["averages"][0]):
+        assert torch.equal(weights[: lowest.count], start[: lowest.count])
+        assert (weights[lowest.count :] != start[lowest.count :]).double().mean() > 0.9
+
+
+def test_with_the_optimizers_state_two_runs_of_levels_are_one(tmp_path):
+    data = level_data(forces="some")
+    common = {"shuffle": False, "loss": {"forces": True, "weighting": "learned"}, "ema_decay": 0.9}
+    fitted(settings(epochs=4, **common), data, tmp_path / "whole", two_levels())
+    fitted(settings(epochs=2, **common), data, tmp_path / "first", two_levels())
+    origin = continued.load(tmp_path / "first/checkpoints/last.pt", averaged=False)
+    fitted(settings(epochs=2, **common), data, tmp_path / "second", origin.model, origin=origin)
+    whole, second = (checkpoint.load(tmp_path / run / "checkpoints/last.pt") for run in ("whole", "second"))
+    for key in ("weights", "optimizer", "tasks", "average"):
+        assert_same_bits(whole[key], second[key])
+
+
+def two_level_xyz(path: Path, elements: str = "CCHH") -> None:
+    """Molecules with the energies of two levels, the higher one 3 eV an atom lower."""
+    frames = []
+    for symbols, seed in (("CCHH", 5), ("CHHH", 6), (elements, 7)):
+        part = molecules(symbols, 12, seed, forces=False)
+        for i in range(12):
+            x = part.coordinates[4 * i : 4 * i + 4]
+            frame = ase.Atoms(symbols, x)
+            own = {"C": SAE[0], "H": SAE[1], "N": -50.0}
+            energy = sum(own[s] for s in symbols) + 0.3 * np.sin(np.linalg.norm(x[0] - x[1:], axis=1)).sum()
+            frame.info |= {"REF_energy": energy, "low_energy": energy, "high_energy": energy - 12.0}
+            frames.append(frame)
+    ase.io.write(path, frames, format="extxyz")
+
+
+BOTH = ("data.fidelity=[1, 2]", "data.energy_key=[low_energy, high_energy]")
+
+
+def test_a_level_is_added_to_a_trained_model(tmp_path, caplog):
+    path = first_run(tmp_path, "training.epochs=20", "training.optimizer.learning_rate=0.01")
+    two_level_xyz(tmp_path / "data.xyz", "CHHN")
+    before = model_file.load(tmp_path / "run/model.pt")
+    with caplog.at_level(logging.INFO):
+        started(path, tmp_path / "two", *BOTH, *STILL)
+    assert "a model of C H, with new networks for N, fidelity 2" in caplog.text
+    assert "before training: validation RMSE of fidelity 1 " in caplog.text
+    assert "single-atom energies of the start model are kept and others added, eV, fidelity 2: C " in caplog.text
+    now = model_file.load(tmp_path / "two/model.pt")
+    assert (now.fidelities, now.elements) == ((1, 2), ("C", "H", "N"))
+    old = batch(molecules("CHCH", 20).with_elements(("C", "H")))
+    for a, b in zip(before.energies_and_forces(*old), now.level_energies_and_forces(*old), strict=True):
+        assert torch.equal(a, b[0])
+    assert torch.equal(before.sae, now.sae[0, :2])
+    # Those of the new level are the data's.
+    counts = torch.tensor([[2.0, 2.0, 0.0], [1.0, 2.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(counts @ (now.sae[1] - now.sae[0]), torch.full((2,), -12.0).double(), rtol=0, atol=0.5)
+
+    (tmp_path / "run/model.pt").rename(tmp_path / "elsewhere.pt")
+    options = [f"start.model={tmp_path}/elsewhere.pt", *BOTH, "start.freeze=['1:*']"]
+    started(path, tmp_path / "whole", *options, "training.epochs=3")
+    started(path, tmp_path / "cut", *options, "training.epochs=1")
+    (tmp_path / "elsewhere.pt").unlink()
+    runs.resume(tmp_path / "cut", ["training.epochs=3"])
+    a, b = (checkpoint.load(tmp_path / run / "checkpoints/last.pt") for run in ("whole", "cut"))
+    for key in ("weights", "optimizer", "data", "frozen"):
+        assert_same_bits(a[key], b[key])
+    trained = model_file.load(tmp_path / "cut/model.pt")
+    for a, b in zip(before.energies_and_forces(*old), trained.level_energies_and_forces(*old), strict=True):
+        assert torch.equal(a, b[0])
+
+
+def test_levels_of_the_start_model(tmp_path):
+    """They are taken over if none are named, may be called otherwise, and must fit."""
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"run: {tmp_path}/run\n"
+        "data: {files: ['shipped:C2H2.db'], split: [20, 5, 5]}\n"
+        "descriptor: {n_radial: 4, n_angular: 2, n_sections: 2}\n"
+        "network: {layers: [8, 4, 1]}\n"
+        "training: {epochs: 1}\n"
+    )
+    runs.start(config.load(path, ["data.fidelity=[0, 1]"]))
+    before = model_file.load(tmp_path / "run/model.pt")
+    started(path, tmp_path / "a", *STILL)
+    a = model_file.load(tmp_path / "a/model.pt")
+    assert a.fidelities == (0, 1)
+    assert_same_bits(dict(a.state_dict()), dict(before.state_dict()))
+    assert config.load(tmp_path / "a/config.yaml").data.fidelity == [0, 1]
+    for fidelity in ("1", "[1, 0, 2]"):
+        with pytest.raises(InputError, match=r"is a model of the fidelities \[0, 1\], and data\.fidelity is"):
+            started(path, tmp_path / "c", f"data.fidelity={fidelity}")
+    renamed = config.load(path, [f"run={tmp_path}/b", f"start.model={tmp_path}/run/model.pt", "data.fidelity=[1, 0]"])
+    runs.start(renamed)
+    assert model_file.load(tmp_path / "b/model.pt").fidelities == (1, 0)
+
+    runs.start(config.load(path, [f"run={tmp_path}/run2", "data.fidelity=1", "data.baseline=0"]))
+    delta = f"start.model={tmp_path}/run2/model.pt"
+    runs.start(config.load(path, [f"run={tmp_path}/d", delta, *STILL]))
+    found = model_file.load(tmp_path / "d/model.pt")
+    assert (found.fidelities, found.baseline) == ((1,), 0)
+    with pytest.raises(InputError, match=r"of differences .*, and the configuration trains one of whole .*baseline=0$"):
+        runs.start(config.load(path, [f"run={tmp_path}/e", delta, "data.fidelity=1"]))
+    with pytest.raises(InputError, match=r"of whole energies, and the configuration trains one of differences"):
+        started(path, tmp_path / "e", "data.fidelity=1", "data.baseline=0")

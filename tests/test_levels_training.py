@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
-from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, report, runs
+from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, ensembles, report, runs
 from kinml_fast.train.steps import EnergyStep, LevelEnergyStep
 from kinml_fast.units import KCAL_PER_MOL
 
@@ -228,7 +229,7 @@ def test_energy_steps_of_one_level_and_of_several_agree():
 
 @pytest.mark.parametrize("forces", [False, True])
 def test_structures_with_the_low_level_alone_train_it(forces):
-    """The step of a batch is that of all structures at the low level plus that of the complete ones at the high level."""
+    """A step is that of all structures at the low level plus that of the complete ones at the high level."""
     data = level_data()
     complete = np.arange(60) % 2 == 1
     energies, slopes = data.structures.energies.copy(), data.structures.forces.copy()
@@ -351,6 +352,12 @@ def test_metrics_summary_and_report(tmp_path, drawings, caplog):
     log = (tmp_path / "run/train.log").read_text()
     assert "energy, fidelity 3 " in log
     assert "kcal/mol and kcal/mol/Å" in log
+
+
+def test_summaries_come_back_from_the_processes_of_an_ensemble():
+    _, summary = fitted(settings(epochs=1), level_data(levels=3, forces="some"))
+    assert len(summary.lower) == 2
+    assert ensembles._summary(json.loads(json.dumps(asdict(summary)))) == summary
 
 
 def test_learning_curves_have_a_column_for_each_level(tmp_path):
@@ -532,19 +539,18 @@ def test_forces_of_a_level_may_be_wholly_unknown(tmp_path):
 
 
 TEXT = """
-data: {{files: ["shipped:C5H5.db"], {data}, split: [40, 10, 10]}}
-descriptor: {{n_radial: 4, n_angular: 2, n_sections: 2}}
-network: {{layers: [8, 4, 1]}}
-training: {{epochs: 2, batch_size: 10, optimizer: {{learning_rate: 1.0e-2}}, loss: {{forces: true}}}}
+data: {{files: ["shipped:C5H5.db"], {data}, split: [100, 20, 20]}}
+network: {{layers: [24, 12, 1], biases: false}}
+training: {{epochs: 4, batch_size: 10, test_every: 1, optimizer: {{learning_rate: 1.0e-2}}, loss: {{forces: true}}}}
 """
 
 
 def test_a_multi_fidelity_run_of_shipped_data(tmp_path):
     path, run = tmp_path / "multi.yaml", tmp_path / "run"
-    path.write_text(TEXT.format(data="fidelity: [0, 1]").replace("epochs: 2", "epochs: 2, test_every: 1"))
+    path.write_text(TEXT.format(data="fidelity: [0, 1]"))
     assert cli.main(["train", str(path), f"run={run}"]) == 0
-    assert cli.main(["train", "--resume", str(run), "training.epochs=3"]) == 0
-    assert cli.main(["train", str(path), f"run={tmp_path}/whole", "training.epochs=3"]) == 0
+    assert cli.main(["train", "--resume", str(run), "training.epochs=6"]) == 0
+    assert cli.main(["train", str(path), f"run={tmp_path}/whole", "training.epochs=6"]) == 0
     assert rows(run) == rows(tmp_path / "whole")
     trained = model_file.load(run / "model.pt")
     assert trained.fidelities == (0, 1)
@@ -561,5 +567,7 @@ def test_a_run_on_differences_of_shipped_data(tmp_path):
     runs.start(config.load(path, [f"run={tmp_path}/run"]))
     trained = model_file.load(tmp_path / "run/model.pt")
     assert (trained.fidelities, trained.baseline) == ((1,), 0)
-    runs.resume(tmp_path / "run", ["training.epochs=3"])
-    assert len(rows(tmp_path / "run")) > 6
+    runs.resume(tmp_path / "run", ["training.epochs=5"])
+    errors = [float(r["energy_rmse"]) for r in rows(tmp_path / "run") if r["split"] == "validation"]
+    assert len(errors) == 5
+    assert errors[-1] < errors[0]

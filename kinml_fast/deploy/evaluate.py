@@ -15,11 +15,11 @@ import torch
 
 from kinml_fast.data import sources
 from kinml_fast.data.files import expand, replacing
-from kinml_fast.data.structures import Structures
-from kinml_fast.deploy import model_file
+from kinml_fast.data.structures import Structures, atoms_of
+from kinml_fast.deploy import members, model_file
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
-from kinml_fast.nn import EnergyModel
+from kinml_fast.nn import EnergyModel, Ensemble
 from kinml_fast.units import KCAL_PER_MOL
 
 log = logging.getLogger(__name__)
@@ -29,25 +29,49 @@ BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of structures.
+    """What a model says of structures; of an ensemble the means over its members.
 
     Parameters
     ----------
     energies
-        float64 [n_structures], eV.
+        float64 [n_structures], eV; of K > 1 levels of theory, lowest first, [K, n_structures].
     forces
-        float64 [n_atoms, 3], eV/Å, −dE/dx; None if they were not asked for.
+        float64 [n_atoms, 3] or [K, n_atoms, 3], eV/Å, −dE/dx; None if they were not asked for.
+    energy_std, forces_std
+        Standard deviations of the members of an ensemble (ddof = 1), shaped as energies and forces; None of one model.
     """
 
     energies: np.ndarray
     forces: np.ndarray | None
+    energy_std: np.ndarray | None = None
+    forces_std: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far the members of an ensemble lie apart.
+
+    Parameters
+    ----------
+    energy, forces
+        Mean standard deviation of the members' energies (kcal/mol), and of their force components (kcal/mol/Å) if there
+        are forces to compare with.
+    correlation
+        Spearman's rank correlation, over the structures, of the standard deviation of the energy with the error of the
+        mean: 1 if a larger spread always means a larger error; NaN of fewer than three structures.
+    """
+
+    energy: float
+    forces: float | None
+    correlation: float
 
 
 @dataclass(frozen=True)
 class Group:
-    """Errors of the structures of one formula in one file ("all" for sums over several).
+    """Errors of the structures of one formula in one file at one level of theory ("all" for sums over several).
 
-    `forces` counts only structures that have forces, and is None if none has.
+    `forces` counts only structures that have forces, and is None if none has. `fidelity` is None of a model of one
+    level, `spread` is None of a single model.
     """
 
     file: str
@@ -55,12 +79,24 @@ class Group:
     n_structures: int
     energy: Errors
     forces: Errors | None
+    fidelity: int | None = None
+    spread: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The structures of a file that are known at one level, and what the model says of them at this level."""
+
+    structures: Structures
+    predictions: Predictions
+    file: str
+    fidelity: int | None = None
 
 
 def evaluate(
-    model: EnergyModel, structures: Structures, batch_size: int = BATCH_SIZE, forces: bool | None = None
+    model: EnergyModel | Ensemble, structures: Structures, batch_size: int = BATCH_SIZE, forces: bool | None = None
 ) -> Predictions:
-    """Energies, and forces if there are any to compare them with.
+    """Energies, and forces if there are any to compare them with, at all levels of the model.
 
     Parameters
     ----------
@@ -82,87 +118,132 @@ def evaluate(
     if structures.coordinates is None:
         raise InputError(f"{structures.labels[0]} has no coordinates, only stored descriptors: take files with both")
     with_forces = structures.forces is not None if forces is None else forces
-    device = model.networks.weights.device
-    if structures.coordinates is None:
-        raise InputError(
-            f"the data have no coordinates, only stored descriptors (first structure: {structures.labels[0]}), and a "
-            "model needs them: take files that have both"
-        )
+    device = model.sae.device
     species = torch.from_numpy(structures.species).to(device)
     coordinates = torch.from_numpy(structures.coordinates).to(device, model.dtype)
-    energies: list[np.ndarray] = [np.empty(0)]
-    computed: list[np.ndarray] = [np.empty((0, 3))]
-    with torch.inference_mode():
-        for first in range(0, len(structures), batch_size):
-            offsets = structures.offsets[first : first + batch_size + 1]
-            atoms = slice(int(offsets[0]), int(offsets[-1]))
-            batch = (coordinates[atoms], species[atoms], torch.from_numpy(offsets - offsets[0]).to(device))
-            if with_forces:
-                energy, force = model.energies_and_forces(*batch)
-                computed.append(force.double().cpu().numpy())
-            else:
-                energy = model(*batch)
-            energies.append(energy.cpu().numpy())
-    return Predictions(np.concatenate(energies), np.concatenate(computed) if with_forces else None)
+    several = members.count(model), model.levels
+    energies: list[np.ndarray] = [np.empty((*several, 0))]
+    computed: list[np.ndarray] = [np.empty((*several, 0, 3))]
+    for first in range(0, len(structures), batch_size):
+        offsets = structures.offsets[first : first + batch_size + 1]
+        atoms = slice(int(offsets[0]), int(offsets[-1]))
+        batch = (coordinates[atoms], species[atoms], torch.from_numpy(offsets - offsets[0]).to(device))
+        if with_forces:
+            energy, force = members.energies_and_forces(model, *batch)
+            computed.append(force)
+        else:
+            energy = members.energies(model, *batch)
+        energies.append(energy)
+    found = [np.concatenate(energies, axis=2), np.concatenate(computed, axis=2) if with_forces else None]
+    means = [None if x is None else members.mean(x) for x in found]
+    spreads = [None if x is None or several[0] == 1 else members.deviation(x) for x in found]
+    # The dimension of the levels is there if there is more than one.
+    return Predictions(*(x[0] if x is not None and several[1] == 1 else x for x in (*means, *spreads)))
 
 
-def groups(structures: Structures, predictions: Predictions, file: str) -> list[Group]:
+def parts(
+    structures: Structures,
+    predictions: Predictions,
+    file: str = "",
+    fidelities: Sequence[int] = (1,),
+    predicted: Sequence[int] = (1,),
+) -> list[Part]:
+    """Structures and predictions level by level; structures that lack a level are left out there.
+
+    Parameters
+    ----------
+    structures
+        With as many levels as there are fidelities.
+    predictions
+        With as many levels as are predicted.
+    file
+        What the results call the place where the structures come from.
+    fidelities
+        The levels to compare, those of the structures.
+    predicted
+        The levels of the predictions; with one, it is compared with whatever one the structures have.
+    """
+    if len(predicted) == 1:
+        return [Part(structures, predictions, file)]
+    found = []
+    for level, fidelity in enumerate(fidelities):
+        own = np.flatnonzero(structures.known_energies[level])
+        atoms, _ = atoms_of(structures.offsets, own)
+        k = list(predicted).index(fidelity)
+        energies, energy_std = (
+            None if x is None else x[k][own] for x in (predictions.energies, predictions.energy_std)
+        )
+        forces, forces_std = (None if x is None else x[k][atoms] for x in (predictions.forces, predictions.forces_std))
+        of_level = Predictions(energies, forces, energy_std, forces_std)
+        found.append(Part(structures.level(level), of_level, file, fidelity))
+    return [part for part in found if len(part.structures)]
+
+
+def groups(part: Part) -> list[Group]:
     """Errors by formula, in the order in which the formulas occur."""
-    formulas = np.array(structures.formulas())
-    return [
-        _group(structures, predictions, np.flatnonzero(formulas == formula), file, formula)
-        for formula in dict.fromkeys(formulas.tolist())
-    ]
+    formulas = np.array(part.structures.formulas())
+    return [_group(part, np.flatnonzero(formulas == formula), formula) for formula in dict.fromkeys(formulas.tolist())]
 
 
 def run_evaluate(
-    model_path: str | os.PathLike,
+    model_path: str | os.PathLike | Sequence[str | os.PathLike],
     files: str | os.PathLike | Sequence[str | os.PathLike],
     *,
-    fidelity: int = 1,
+    fidelity: int | Sequence[int] | None = None,
+    incomplete: str | None = None,
     temperature: float | None = None,
     names: Sequence[str] | None = None,
-    energy_key: str | None = None,
-    forces_key: str | None = None,
+    energy_key: str | Sequence[str] | None = None,
+    forces_key: str | Sequence[str] | None = None,
     batch_size: int = BATCH_SIZE,
     csv_path: str | os.PathLike | None = None,
     plots: str | os.PathLike | None = None,
 ) -> list[Group]:
     """Compare a model with data, log a table of its errors, and write each structure's and draw all on request.
 
+    A model of differences to a baseline is compared with the differences of the data.
+
     Parameters
     ----------
     model_path
-        A model file.
+        What `model_file.resolve` takes: a model file, a run folder, a pattern, or several, which make an ensemble.
     files
         Databases and files that ASE reads: paths, patterns, `shipped:NAME`.
-    fidelity, temperature, names, energy_key, forces_key
-        Selections, see `kinml_fast.data.read`.
+    fidelity
+        Level to compare with, of a model of several levels one or more of these; None: the model's.
+    incomplete, temperature, names, energy_key, forces_key
+        Selections, see `kinml_fast.data.read`; the keys are lists for several levels, or for baseline and fidelity.
     batch_size
         Structures at a time.
     csv_path
-        File to write with a row for each structure: energies in eV; errors in kcal/mol and kcal/mol/Å (forces: root
-        mean square and largest over the structure's components).
+        File to write with a row for each structure and level: energies in eV; errors and standard deviations in
+        kcal/mol and kcal/mol/Å (forces: root mean square and largest over the structure's components).
     plots
-        Folder for a parity plot of all structures, parity_evaluated.png, and errors.csv; made if it is not there.
+        Folder for a parity plot of all structures, parity_evaluated.png (of several levels one for each,
+        parity_evaluated_fidelity0.png), and errors.csv; made if it is not there.
 
     Returns
     -------
     list of Group
-        By file and formula; with more than one, the last is for all together.
+        By file, level and formula; with more than one of a level, the last are for all together.
 
     Raises
     ------
     InputError
-        A file that cannot be read or written, or an element that the model does not know.
+        A file that cannot be read or written, an element or a level that the model does not know.
     """
-    model = model_file.load(model_path)
+    model = model_file.resolve(model_path)
+    fidelities = _fidelities(model, fidelity, model_path)
+    if model.baseline is not None:
+        log.info("energies and forces are differences of fidelity %d to fidelity %d", fidelities[0], model.baseline)
     rows: list[Group] = []
-    parts: list[tuple[Structures, Predictions]] = []
+    found: list[Part] = []
     for path in expand(files):
         structures = sources.read(
             [path],
-            fidelity=fidelity,
+            fidelity=fidelities,
+            baseline=model.baseline,
+            incomplete=incomplete,
             temperature=temperature,
             names=names,
             energy_key=energy_key,
@@ -171,17 +252,20 @@ def run_evaluate(
         try:
             predictions = evaluate(model, structures, batch_size)
         except InputError as error:
-            raise InputError(f"{model_path} cannot evaluate {path}: {error}") from error
-        rows += groups(structures, predictions, str(path))
-        parts.append((structures, predictions))
-    if len(rows) > 1:
-        rows.append(_total(parts))
+            raise InputError(f"{model_file.name(model_path)} cannot evaluate {path}: {error}") from error
+        of_file = parts(structures, predictions, str(path), fidelities, model.fidelities)
+        for part in of_file:
+            rows += groups(part)
+        found += of_file
+    levels = list(dict.fromkeys(part.fidelity for part in found))
+    if len(rows) > len(levels):
+        rows += [total([part for part in found if part.fidelity == level]) for level in levels]
     log.info("%s", table(rows))
     if csv_path is not None:
-        _write_csv(Path(csv_path), parts)
+        _write_csv(Path(csv_path), found)
         log.info("wrote the errors of every structure to %s", csv_path)
     if plots is not None:
-        _draw(Path(plots), model, parts)
+        draw(Path(plots), model, found)
         log.info("wrote parity plots to %s", plots)
     return rows
 
@@ -189,86 +273,157 @@ def run_evaluate(
 def table(rows: Sequence[Group]) -> str:
     """The errors as a text table: energies in kcal/mol, forces in kcal/mol/Å."""
     with_forces = any(row.forces is not None for row in rows)
-    cells = [["file", "formula", "structures", "energy MAE", "RMSE", "max"]]
-    if with_forces:
-        cells[0] += ["forces MAE", "RMSE", "max"]
+    with_levels = any(row.fidelity is not None for row in rows)
+    with_spread = any(row.spread is not None for row in rows)
+    spread = ["std"] if with_spread else []
+    cells = [["file", "formula", *(["fidelity"] if with_levels else []), "structures"]]
+    cells[0] += ["energy MAE", "RMSE", "max", *spread] + (["forces MAE", "RMSE", "max", *spread] if with_forces else [])
     for row in rows:
+        line = [row.file, row.formula, *([f"{row.fidelity}"] if with_levels else []), f"{row.n_structures:,}"]
+        deviations = [row.spread and row.spread.energy, row.spread and row.spread.forces]
         errors = [row.energy, row.forces] if with_forces else [row.energy]
-        numbers = [("-",) * 3 if e is None else (f"{e.mae:.3f}", f"{e.rmse:.3f}", f"{e.max:.3f}") for e in errors]
-        cells.append([row.file, row.formula, f"{row.n_structures:,}", *(text for three in numbers for text in three)])
+        for error, deviation in zip(errors, deviations, strict=False):
+            numbers = (None,) * 3 if error is None else (error.mae, error.rmse, error.max)
+            line += ["-" if x is None else f"{x:.3f}" for x in (*numbers, *([deviation] if with_spread else []))]
+        cells.append(line)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)
     lines = ["  ".join(side(text, w) for side, text, w in zip(sides, line, widths, strict=True)) for line in cells]
     units = "energies in kcal/mol" + (", forces in kcal/mol/Å" if with_forces else "")
-    return "\n".join([f"errors ({units})", *lines])
+    lines = [f"errors ({units})", *lines]
+    if with_spread:
+        lines.append("std: mean standard deviation of the members; " + _correlations(rows))
+    return "\n".join(lines)
 
 
-def _group(structures: Structures, predictions: Predictions, members: np.ndarray, file: str, formula: str) -> Group:
-    residuals = _force_residuals(structures, predictions)
-    forces = None
-    if residuals is not None:
-        chosen = residuals[np.isin(structures.owners, members)]
-        chosen = chosen[~np.isnan(chosen)]
-        forces = Errors.of(chosen) if chosen.size else None
-    energy = Errors.of(predictions.energies[members] - structures.energies[members])
-    return Group(file, formula, len(members), energy, forces)
+def _correlations(rows: Sequence[Group]) -> str:
+    last = {row.fidelity: row.spread.correlation for row in rows if row.spread is not None}  # the row of all structures
+    values = [f"{value:.2f}" + ("" if level is None else f" at fidelity {level}") for level, value in last.items()]
+    return f"its rank correlation with the energy error is {', '.join(values)}"
 
 
-def _force_residuals(structures: Structures, predictions: Predictions) -> np.ndarray | None:
+def _fidelities(
+    model: EnergyModel | Ensemble, wanted: int | Sequence[int] | None, path: str | os.PathLike | Sequence
+) -> tuple[int, ...]:
+    """The levels to compare."""
+    if wanted is None:
+        return model.fidelities
+    levels = (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    if model.levels == 1 and len(levels) == 1:
+        return levels  # whatever it is called: another level's data are a comparison too
+    unknown = [level for level in levels if level not in model.fidelities]
+    if unknown or not levels or len(levels) > model.levels:
+        raise InputError(
+            f"{model_file.name(path)}: has the fidelity {' and '.join(map(str, model.fidelities))}, but "
+            f"{' and '.join(map(str, levels)) or 'none'} is asked for: name levels that the model has"
+        )
+    return levels
+
+
+def _group(part: Part, chosen: np.ndarray, formula: str) -> Group:
+    atoms, _ = atoms_of(part.structures.offsets, chosen)
+    residuals = part.predictions.energies[chosen] - part.structures.energies[chosen]
+    forces = _force_residuals(part)
+    spread = None
+    if part.predictions.energy_std is not None:
+        of_forces = None if forces is None else part.predictions.forces_std[atoms][~np.isnan(forces[atoms])]
+        spread = _spread(residuals, part.predictions.energy_std[chosen], of_forces)
+    of_forces = None if forces is None else forces[atoms][~np.isnan(forces[atoms])]
+    errors = Errors.of(of_forces) if of_forces is not None and of_forces.size else None
+    return Group(part.file, formula, len(chosen), Errors.of(residuals), errors, part.fidelity, spread)
+
+
+def total(found: Sequence[Part]) -> Group:
+    """The errors of all structures of parts that are of one level."""
+    residuals = np.concatenate([part.predictions.energies - part.structures.energies for part in found])
+    pairs = [(part, forces[~np.isnan(forces)], ~np.isnan(forces)) for part, forces in _with_forces(found)]
+    of_forces = np.concatenate([np.empty(0), *(forces for _, forces, _ in pairs)])
+    spread = None
+    if found[0].predictions.energy_std is not None:
+        deviations = [part.predictions.forces_std[known] for part, _, known in pairs]
+        spread = _spread(
+            residuals,
+            np.concatenate([part.predictions.energy_std for part in found]),
+            np.concatenate([np.empty(0), *deviations]),
+        )
+    errors = Errors.of(of_forces) if of_forces.size else None
+    return Group("all", "all", len(residuals), Errors.of(residuals), errors, found[0].fidelity, spread)
+
+
+def _with_forces(found: Sequence[Part]) -> list[tuple[Part, np.ndarray]]:
+    pairs = [(part, _force_residuals(part)) for part in found]
+    return [(part, forces) for part, forces in pairs if forces is not None]
+
+
+def _force_residuals(part: Part) -> np.ndarray | None:
     """[n_atoms, 3] in eV/Å, NaN for structures without forces."""
-    if structures.forces is None or predictions.forces is None:
+    if part.structures.forces is None or part.predictions.forces is None:
         return None
-    return predictions.forces - structures.forces
+    return part.predictions.forces - part.structures.forces
 
 
-def _total(parts: Sequence[tuple[Structures, Predictions]]) -> Group:
-    energy = np.concatenate([predictions.energies - structures.energies for structures, predictions in parts])
-    residuals = [r.ravel() for r in (_force_residuals(*part) for part in parts) if r is not None]
-    forces = np.concatenate([np.empty(0), *residuals])
-    forces = forces[~np.isnan(forces)]
-    return Group("all", "all", len(energy), Errors.of(energy), Errors.of(forces) if forces.size else None)
+def _spread(residuals: np.ndarray, energy_std: np.ndarray, forces_std: np.ndarray | None) -> Spread:
+    ranks = [np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (energy_std, np.abs(residuals))]
+    correlation = float(np.corrcoef(*ranks)[0, 1]) if len(residuals) > 2 else float("nan")
+    forces = None if forces_std is None or not forces_std.size else float(forces_std.mean()) * KCAL_PER_MOL
+    return Spread(float(energy_std.mean()) * KCAL_PER_MOL, forces, correlation)
 
 
-def _draw(folder: Path, model: EnergyModel, parts: Sequence[tuple[Structures, Predictions]]) -> None:
+def draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part], split: str = "evaluated") -> None:
+    """Write a parity plot for each level, parity_SPLIT.png or parity_SPLIT_fidelity0.png, and errors.csv."""
     from kinml_fast.train import report  # matplotlib takes a second to import
 
-    labels: list[str] = []
-    of_forces: list[str] = []
-    energies = [np.empty((2, 0))]
-    forces = [np.empty((2, 0))]
-    sae = dict(zip(model.elements, model.sae.tolist(), strict=True))
-    for structures, predictions in parts:
-        labels += structures.labels
-        both = np.stack([structures.energies, predictions.energies])
-        energies.append(both - structures.counts() @ [sae[element] for element in structures.elements])
-        if structures.forces is not None and predictions.forces is not None:
-            known = ~np.isnan(structures.forces[:, 0])
-            forces.append(np.stack([structures.forces[known].ravel(), predictions.forces[known].ravel()]))
+    energies: dict[str, tuple] = {}
+    forces: dict[str, tuple] = {}
+    for fidelity in dict.fromkeys(part.fidelity for part in found):
+        own = [part for part in found if part.fidelity == fidelity]
+        level = 0 if fidelity is None else model.fidelities.index(fidelity)
+        name = split if fidelity is None else f"{split}_fidelity{fidelity}"
+        sae = dict(zip(model.elements, members.sae(model)[level].tolist(), strict=True))
+        labels: list[str] = []
+        shifted = [np.empty((2, 0))]
+        for part in own:
+            labels += part.structures.labels
+            both = np.stack([part.structures.energies, part.predictions.energies])
+            shifted.append(both - part.structures.counts() @ [sae[element] for element in part.structures.elements])
+        energies[name] = (labels, *np.concatenate(shifted, axis=1))
+        of_forces: list[str] = []
+        both_forces = [np.empty((2, 0))]
+        for part, residuals in _with_forces(own):
+            known = ~np.isnan(residuals[:, 0])
+            structures = part.structures
+            both_forces.append(np.stack([x[known].ravel() for x in (structures.forces, part.predictions.forces)]))
             of_forces += [structures.labels[i] for i in np.repeat(structures.owners[known], 3)]
-    split = "evaluated"
-    report.write_parity(
-        folder,
-        {split: (labels, *np.concatenate(energies, axis=1))},
-        {split: (of_forces, *np.concatenate(forces, axis=1))},
-    )
+        forces[name] = (of_forces, *np.concatenate(both_forces, axis=1))
+    report.write_parity(folder, energies, forces)
 
 
-def _write_csv(path: Path, parts: Sequence[tuple[Structures, Predictions]]) -> None:
+def _write_csv(path: Path, found: Sequence[Part]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    with_levels = any(part.fidelity is not None for part in found)
+    with_spread = any(part.predictions.energy_std is not None for part in found)
     writer.writerow(
-        ["structure", "formula", "energy_reference", "energy_predicted", "energy_error", "forces_rmse", "forces_max"]
+        ["structure", "formula", *(["fidelity"] if with_levels else [])]
+        + ["energy_reference", "energy_predicted", "energy_error", "forces_rmse", "forces_max"]
+        + (["energy_std", "forces_std"] if with_spread else [])
     )
-    for structures, predictions in parts:
-        residuals = _force_residuals(structures, predictions)
+    for part in found:
+        structures, predictions, residuals = part.structures, part.predictions, _force_residuals(part)
         for i, (label, formula) in enumerate(zip(structures.labels, structures.formulas(), strict=True)):
             reference, predicted = float(structures.energies[i]), float(predictions.energies[i])
-            row = [label, formula, repr(reference), repr(predicted), repr((predicted - reference) * KCAL_PER_MOL)]
-            own = None if residuals is None else residuals[structures.offsets[i] : structures.offsets[i + 1]]
-            if own is None or np.isnan(own).any():
-                writer.writerow([*row, "", ""])
+            atoms = slice(structures.offsets[i], structures.offsets[i + 1])
+            row: list[object] = [label, formula, *([part.fidelity] if with_levels else [])]
+            row += [repr(reference), repr(predicted), repr((predicted - reference) * KCAL_PER_MOL)]
+            if residuals is None or np.isnan(residuals[atoms]).any():
+                row += ["", ""]
             else:
-                errors = Errors.of(own)
-                writer.writerow([*row, repr(errors.rmse), repr(errors.max)])
+                errors = Errors.of(residuals[atoms])
+                row += [repr(errors.rmse), repr(errors.max)]
+            if with_spread:
+                row.append(repr(float(predictions.energy_std[i]) * KCAL_PER_MOL))
+                of_forces = predictions.forces_std
+                row.append("" if of_forces is None else repr(Errors.of(of_forces[atoms]).rmse))
+            writer.writerow(row)
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")

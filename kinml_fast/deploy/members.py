@@ -49,6 +49,11 @@ def energies(model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor
         return found.cpu().numpy()
 
 
+def sae(model: EnergyModel | Ensemble) -> np.ndarray:
+    """Single-atom energies float64 [K, n_elements] in eV, of an ensemble the means of its members."""
+    return mean(model.sae.reshape(count(model), model.levels, -1).cpu().numpy())
+
+
 def mean(values: np.ndarray) -> np.ndarray:
     """The mean over the first axis, summed in order (as `Ensemble` does, and whatever the other axes are)."""
     total = values[0]

@@ -119,7 +119,8 @@ def resolve(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
     Parameters
     ----------
     model
-        A model or ensemble, or the model file or run folder of one, or a list of any of these.
+        A model or ensemble, or the model file or run folder of one, or a glob pattern of such, or a list of any of
+        these.
 
     Raises
     ------
@@ -129,14 +130,15 @@ def resolve(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
     if isinstance(model, EnergyModel | Ensemble):
         return model
     if isinstance(model, str | os.PathLike):
-        return load(model)
+        found = _matches(model)
+        return load(found[0]) if len(found) == 1 else load_many(found)
     if not isinstance(model, Sequence):
         raise InputError(
             f"{type(model).__name__} is no model: give a model, its file or run folder, or a list of these"
         )
     if len(model) == 1:
         return resolve(model[0])
-    names = [os.fspath(m) if isinstance(m, str | os.PathLike) else f"model {i}" for i, m in enumerate(model, start=1)]
+    names = [name(m) if isinstance(m, str | os.PathLike) else f"model {i}" for i, m in enumerate(model, start=1)]
     return _joined([resolve(one) for one in model], names)
 
 
@@ -151,13 +153,20 @@ def load_training(path: str | os.PathLike) -> dict[str, Any]:
     return _read(_file(path))["training"]
 
 
+def name(source: Source | Sequence[Source]) -> str:
+    """What a message calls that which `resolve` is given."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return ", ".join(map(name, source)) if isinstance(source, Sequence) else "the model"
+
+
 def _joined(models: Sequence[EnergyModel | Ensemble], names: Sequence[str]) -> Ensemble:
     members: list[EnergyModel] = []
     of_members: list[str] = []
-    for name, model in zip(names, models, strict=True):
+    for model, of_model in zip(models, names, strict=True):
         own = [model.member(i) for i in range(model.n_members)] if isinstance(model, Ensemble) else [model]
         members += own
-        of_members += [name] * len(own)
+        of_members += [of_model] * len(own)
     return Ensemble(members, of_members).eval()
 
 

@@ -4,44 +4,52 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ase.io
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator, CalculatorError
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from kinml_fast.data import xyz
 from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.structures import Structures
+from kinml_fast.deploy import base as base_calculators
 from kinml_fast.deploy import model_file
-from kinml_fast.deploy.evaluate import BATCH_SIZE, evaluate
+from kinml_fast.deploy.evaluate import BATCH_SIZE, Predictions, evaluate
 from kinml_fast.errors import InputError
 
 log = logging.getLogger(__name__)
 
 
 def predict(
-    model_path: str | os.PathLike,
+    model_path: str | os.PathLike | Sequence[str | os.PathLike],
     in_path: str | os.PathLike,
     out_path: str | os.PathLike,
     batch_size: int = BATCH_SIZE,
+    base: BaseCalculator | str | None = None,
 ) -> int:
     """Write the molecules of a file as extended XYZ with the model's energy (eV) and forces (eV/Å).
 
-    Energies and forces that the file has under these names are replaced; whatever else ASE has read stays.
+    Energies and forces are those of the highest level of theory; those of a lower level are `energy_fidelity0` and
+    `forces_fidelity0`. Of an ensemble they are the means, and `energy_std` and `forces_std` are the standard deviations
+    of its members (ddof = 1). What the file has under these names is replaced; whatever else ASE has read stays.
 
     Parameters
     ----------
     model_path
-        A model file.
+        What `model_file.resolve` takes: a model file, a run folder, a pattern, or several, which make an ensemble.
     in_path
         A file that ASE reads.
     out_path
         The file to write, as a whole or not at all; one that is there is replaced.
     batch_size
         Structures at a time.
+    base
+        The low level of a model of differences, whose energies and forces are added: a calculator, or what `base.make`
+        takes.
 
     Returns
     -------
@@ -52,38 +60,63 @@ def predict(
     ------
     InputError
         A file that cannot be read or written, a frame that is periodic or has atoms in one place, an element that the
-        model does not know.
+        model does not know, a model of differences without a base, or a frame for which the base fails.
     """
-    model = model_file.load(model_path)
+    model = model_file.resolve(model_path)
+    calculator = base_calculators.checked(model, base)
     path, *others = expand(in_path)
     if others:
         raise InputError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
     structures = xyz.read(path, labelled=False)
-    _check_elements(path, structures, model.elements, model_path)
+    _check_elements(path, structures, model.elements, model_file.name(model_path))
     predictions = evaluate(model, structures, batch_size, forces=True)
     with replacing(out_path) as temporary:
-        frames = list(_frames(path, structures, predictions.energies, predictions.forces))
+        frames = list(_frames(path, structures, predictions, model.fidelities, calculator))
         ase.io.write(temporary, frames, format="extxyz")
     log.info("wrote energies and forces of %d molecules to %s", len(structures), out_path)
     return len(structures)
 
 
-def _frames(path: Path, structures: Structures, energies: np.ndarray, forces: np.ndarray) -> Iterator[Atoms]:
+def _frames(
+    path: Path,
+    structures: Structures,
+    predictions: Predictions,
+    fidelities: Sequence[int],
+    base: BaseCalculator | None,
+) -> Iterator[Atoms]:
+    levels = len(fidelities)
+    energies = predictions.energies.reshape(levels, -1)
+    forces = predictions.forces.reshape(levels, -1, 3)
     frames = ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
     for i, frame in enumerate(frames):
-        own = forces[structures.offsets[i] : structures.offsets[i + 1]]
-        frame.calc = SinglePointCalculator(frame, energy=float(energies[i]), forces=own)
+        atoms = slice(structures.offsets[i], structures.offsets[i + 1])
+        energy, own = float(energies[-1, i]), forces[-1, atoms]
+        if base is not None:
+            low_energy, low_forces = _low_level(f"{path}: frame {i + 1}", frame, base)
+            energy, own = energy + low_energy, own + low_forces
+        if predictions.energy_std is not None:
+            frame.info["energy_std"] = float(predictions.energy_std.reshape(levels, -1)[-1, i])
+            frame.arrays["forces_std"] = predictions.forces_std.reshape(levels, -1, 3)[-1, atoms]
+        for level, fidelity in enumerate(fidelities[:-1]):
+            frame.info[f"energy_fidelity{fidelity}"] = float(energies[level, i])
+            frame.arrays[f"forces_fidelity{fidelity}"] = forces[level, atoms]
+        frame.calc = SinglePointCalculator(frame, energy=energy, forces=own)
         yield frame
 
 
-def _check_elements(
-    path: Path, structures: Structures, elements: tuple[str, ...], model_path: str | os.PathLike
-) -> None:
+def _low_level(where: str, frame: Atoms, base: BaseCalculator) -> tuple[float, np.ndarray]:
+    try:
+        return base.get_property("energy", frame), base.get_property("forces", frame)
+    except (InputError, CalculatorError) as error:
+        raise InputError(f"{where}: the base cannot compute it ({error}): leave the frame out") from error
+
+
+def _check_elements(path: Path, structures: Structures, elements: tuple[str, ...], model: str) -> None:
     unknown = [number for number, element in enumerate(structures.elements) if element not in elements]
     atoms = np.flatnonzero(np.isin(structures.species, unknown))
     if atoms.size:
         raise InputError(
             f"{path}: frame {structures.owners[atoms[0]] + 1} contains "
-            f"{structures.elements[structures.species[atoms[0]]]}, but {model_path} knows only {' '.join(elements)}: "
+            f"{structures.elements[structures.species[atoms[0]]]}, but {model} knows only {' '.join(elements)}: "
             "leave the frame out or train a model with this element"
         )

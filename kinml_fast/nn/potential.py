@@ -181,8 +181,8 @@ class EnergyModel(torch.nn.Module):
                 values["activations"],
                 values["biases"],
                 {"float64": torch.float64, "float32": torch.float32}[values["dtype"]],
-                values.get("fidelities", (1,)),
-                values.get("baseline"),
+                values["fidelities"],
+                values["baseline"],
             )
         except KeyError as error:
             raise InputError(f"The model's architecture lacks or does not know {error}.") from error

@@ -435,6 +435,22 @@ class StartConfig(Section):
     with several fidelities 0:C.0, 0:* (fidelity 0), or C.0 for all of them. They work with new weights too."""
 
 
+class EnsembleConfig(Section):
+    """Several models instead of one, in RUN/member-1, RUN/member-2 …: RUN/model.pt holds all, its predictions are their
+    means and standard deviations. A run that was interrupted goes on where it was; members can be added to one that
+    varies seeds (`--resume RUN ensemble.members=12`)."""
+
+    members: Count = 1
+    """Number of models."""
+    vary: Literal["seeds", "folds"] = "seeds"
+    """How they differ. seeds: member i adds i - 1 to network.seed and training.seed, so that member 1 is what a run
+    without an ensemble gives. folds: this, and training and validation structures together are divided into as many
+    parts as there are members, member i is validated on part i and trained on the others. The test set is the same."""
+    processes: Count = 1
+    """Members that are trained at the same time, each with training.threads threads (null: an equal share of the
+    cores); results do not depend on it."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -450,13 +466,24 @@ class Config(Section):
     """See the section."""
     training: TrainingConfig = TrainingConfig()
     """See the section."""
+    ensemble: EnsembleConfig = EnsembleConfig()
+    """See the section."""
 
     def ignored(self) -> list[str]:
         """Sentences about keys that were changed but have no effect."""
         sentences = self.training.ignored()
         if self.start.model is None and self.start.sae != "keep":
             sentences.append("start.sae has no effect without start.model")
+        if self.ensemble.members == 1:
+            keys = _changed(self.ensemble, {"vary", "processes"})
+            sentences += [f"ensemble.{key} has no effect with ensemble.members = 1" for key in keys]
         return sentences
+
+    @model_validator(mode="after")
+    def _check_ensemble(self) -> Config:
+        if self.ensemble.members > 1 and self.training.epochs == 0:
+            raise ValueError("an ensemble needs training.epochs of at least 1")
+        return self
 
     @model_validator(mode="after")
     def _check_start(self) -> Config:

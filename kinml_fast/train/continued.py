@@ -17,7 +17,7 @@ from kinml_fast.data import sae
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError, first_line
-from kinml_fast.nn import AEVParameters, EnergyModel, extended
+from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import Config, TrainingConfig
@@ -81,7 +81,10 @@ def load(path: str | Path, *, averaged: bool = True) -> Origin:
             "its checkpoints (those of PyKinML are converted first)"
         ) from error
     if kind == model_file.FORMAT:
-        return Origin(path, model_file.load(path))
+        model = model_file.load(path)
+        if isinstance(model, Ensemble):
+            raise InputError(f"{path}: is an ensemble: name model.pt of one of its members")
+        return Origin(path, model)
     if kind != checkpoint.FORMAT:
         raise InputError(
             f"{path}: is no model file and no checkpoint of this program: name model.pt of a run or one of its "

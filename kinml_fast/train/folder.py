@@ -32,6 +32,15 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
+    def member(self, number: int) -> RunFolder:
+        """The folder of a member of an ensemble, counted from 1."""
+        return RunFolder(self.path / f"member-{number}")
+
+    def members(self) -> list[RunFolder]:
+        """The folders of members that are there, by number."""
+        names = (path.name.removeprefix("member-") for path in self.path.glob("member-*") if path.is_dir())
+        return [self.member(number) for number in sorted(int(name) for name in names if name.isdecimal())]
+
     def epoch(self, epoch: int) -> Path:
         """The checkpoint that is kept after an epoch (counted from 0, as in metrics.csv)."""
         return self.checkpoints / f"epoch-{epoch:04}.pt"
@@ -49,7 +58,7 @@ class RunFolder:
         InputError
             An earlier run is there, or the folder cannot be made.
         """
-        if self.metrics.exists() or self.last.exists():
+        if self.metrics.exists() or self.last.exists() or self.members():
             if not overwrite:
                 raise InputError(
                     f"{self}: holds a run already: continue it with `kinml-fast train --resume {self}`, "
@@ -57,7 +66,7 @@ class RunFolder:
                 )
             for path in (self.config, self.metrics, self.log, self.model, *self.path.glob("events.out.tfevents.*")):
                 path.unlink(missing_ok=True)
-            for path in (self.checkpoints, self.report):
+            for path in (self.checkpoints, self.report, *(member.path for member in self.members())):
                 shutil.rmtree(path, ignore_errors=True)
         self.make()
 

@@ -70,6 +70,8 @@ class LiveProgress(Progress):
     def begin(self, epochs: int, first: int) -> None:
         """A run from epoch `first` to `epochs` starts."""
         super().begin(epochs, first)
+        for earlier in self.bar.task_ids:  # of the members of an ensemble that are at their end
+            self.bar.remove_task(earlier)
         self.task = self.bar.add_task(self.text, total=epochs, completed=first, epoch=f"{first}/{epochs - 1}")
         self.bar.start()
 

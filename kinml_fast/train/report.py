@@ -143,6 +143,51 @@ def write_report(
     return rows
 
 
+def write_member_curves(
+    folder: str | os.PathLike, metrics_csv: Mapping[str, str | os.PathLike], best: Mapping[str, int]
+) -> None:
+    """Write learning_curves.png of several runs: the validation RMSE of each, and its best epoch.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    metrics_csv
+        The table of each run, by name.
+    best
+        The best epoch of each run, by name.
+
+    Raises
+    ------
+    InputError
+        As `write_report`.
+    """
+    folder = _made(folder)
+    curves = {name: read_metrics(path)["validation"] for name, path in metrics_csv.items()}
+    with_forces = any(_positive(columns, f"{FORCES.name}_rmse").any() for columns in curves.values())
+    quantities = [ENERGY, FORCES] if with_forces else [ENERGY]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.0, 0.6 + 3.4 * len(quantities)), layout="constrained")
+        axes = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(curves)))
+        for ax, quantity in zip(axes, quantities, strict=True):
+            for (name, columns), shade in zip(curves.items(), shades, strict=True):
+                y = columns.get(f"{quantity.name}_rmse")
+                there = _positive(columns, f"{quantity.name}_rmse")
+                if not there.any():
+                    continue
+                ax.plot(columns["epoch"][there], y[there], color=shade, lw=1.2, label=name)
+                at = there & (columns["epoch"] == best[name])
+                ax.plot(columns["epoch"][at], y[at], "o", ms=6, mfc="none", mec=shade, mew=1.4)
+            ax.set_ylabel(f"validation RMSE, {quantity.unit}")
+            if ax.lines:
+                _make_logarithmic(ax)
+        axes[0].legend(ncols=4, fontsize=9, loc="upper right")
+        axes[-1].set_xlabel("epoch")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        _save(figure, folder / "learning_curves.png")
+
+
 def write_parity(
     folder: str | os.PathLike,
     energies: Mapping[str, Comparison],
@@ -150,11 +195,7 @@ def write_parity(
     lower: Lower | None = None,
 ) -> list[ErrorRow]:
     """Write parity plots and errors.csv: what `write_report` does without learning curves."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
+    folder = _made(folder)
     rows = []
     for fidelity, (of_energies, of_forces) in {None: (energies, forces or {}), **(lower or {})}.items():
         quantities = {
@@ -456,6 +497,15 @@ def _positive(columns: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Where the column has numbers that a logarithmic axis can show; nowhere if there is no such column."""
     values = columns.get(name, np.zeros(len(columns["epoch"])))
     return np.isfinite(values) & (values > 0)
+
+
+def _made(folder: str | os.PathLike) -> Path:
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
+    return folder
 
 
 def _save(figure: Figure, path: Path) -> None:

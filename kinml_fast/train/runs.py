@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,20 +20,26 @@ from kinml_fast.train import config as configuration
 from kinml_fast.train import continued
 from kinml_fast.train.config import Config
 from kinml_fast.train.continued import Origin
+from kinml_fast.train.dataset import TrainingData
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.trainer import Summary, Trainer
 
+if TYPE_CHECKING:
+    from kinml_fast.train import ensembles
+
 log = logging.getLogger(__name__)
 
 
-def start(config: Config, *, overwrite: bool = False, progress: Progress | None = None) -> Summary:
+def start(
+    config: Config, *, overwrite: bool = False, progress: Progress | None = None
+) -> Summary | ensembles.EnsembleSummary:
     """Prepare the data, initialise the model or take the one to start from, and train it, in a new run folder.
 
     Parameters
     ----------
     config
-        The run.
+        The run; with ensemble.members > 1 that of as many models.
     overwrite
         Replace an earlier run in the folder.
     progress
@@ -51,11 +58,15 @@ def start(config: Config, *, overwrite: bool = False, progress: Progress | None 
         for sentence in config.ignored():
             log.warning("%s", sentence)
         data = prepare(config)
-    return _fit(config, data, origin, progress)
+    if config.ensemble.members > 1:
+        return _ensembles().train(config, data, progress)
+    return fit(config, data, origin, progress)
 
 
-def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> Summary:
-    """Continue a run from its last checkpoint.
+def resume(
+    path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None
+) -> Summary | ensembles.EnsembleSummary:
+    """Continue a run from its last checkpoint, or an ensemble with the members that are not at their end.
 
     Parameters
     ----------
@@ -74,33 +85,57 @@ def resume(path: str | Path, overrides: Sequence[str] = (), *, progress: Progres
         raise InputError(f"{folder}: holds no run ({folder.config.name} is missing): start one with a configuration")
     values = configuration.read_yaml(folder.config)
     if "data" not in values:
+        parent = RunFolder(folder.path.resolve().parent)
+        if folder.path.resolve() in [member.path for member in parent.members()] and parent.config.exists():
+            raise InputError(f"{folder}: is a member of an ensemble: resume {parent}")
         raise InputError(f"{folder}: was started from Python: resume it there, with Trainer(…, resume=True)")
-    before = configuration.from_dict(values, str(folder.config)).start
+    before = configuration.from_dict(values, str(folder.config))
     config = configuration.with_overrides(values, overrides, str(folder.config))
-    if config.start != before:
+    if config.start != before.start:
         raise InputError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
-    folder.make()
+    here = config.model_copy(update={"run": str(folder)})  # it may have moved
     folder.sweep()
+    if max(before.ensemble.members, config.ensemble.members) > 1:
+        return _ensembles().resume(before, here, lambda: configuration.save(config, folder.config), progress)
+    folder.make()
     if not folder.last.exists():
-        config, origin = begin(config)
+        here, origin = begin(here)
         with folder.logged():
-            data = prepare(config)
-        return _fit(config, data, origin, progress, resume=True)
+            data = prepare(here)
+        return fit(here, data, origin, progress, resume=True)
     with folder.logged():
-        # The run's own copy of the data, so that it goes on from any working folder.
-        copy = _prepared_path(config, folder)
-        data = prepared.load(copy) if copy.exists() else prepare(config)
+        data = prepared_before(here)
+    return go_on(here, data, progress, lambda: configuration.save(config, folder.config))
+
+
+def prepared_before(config: Config) -> Prepared:
+    """The data of a run that has begun: its own copy, so that it goes on from any working folder."""
+    copy = _prepared_path(config, RunFolder(config.run))
+    return prepared.load(copy) if copy.exists() else prepare(config)
+
+
+def go_on(
+    config: Config, data: Prepared, progress: Progress | None = None, accepted: Callable[[], None] | None = None
+) -> Summary:
+    """Train on from the last checkpoint in the configuration's folder.
+
+    `accepted` is called when the checkpoint has turned out to fit data and configuration.
+    """
+    folder = RunFolder(config.run)
+    with folder.logged():
         if config.start.model is None:
             model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
         else:
             # The start model may be gone; elements that were added to it are in the checkpoint, too.
-            model = continued.load(folder.last).model
-            data = replace(data, sae=None) if config.start.sae == "keep" else data
+            origin = continued.load(folder.last)
+            config, model = continued.resolved(config, origin), origin.model
+            data = _without_sae(data) if config.start.sae == "keep" else data
     _seed_others(config)
     trainer = Trainer(
         model, data, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
     )
-    configuration.save(config, folder.config)
+    if accepted is not None:
+        accepted()
     return trainer.fit()
 
 
@@ -123,8 +158,8 @@ def begin(config: Config) -> tuple[Config, Origin | None]:
     return continued.resolved(config, origin), origin
 
 
-def _fit(
-    config: Config, data: Prepared, origin: Origin | None, progress: Progress | None, resume: bool = False
+def fit(
+    config: Config, data: Prepared, origin: Origin | None, progress: Progress | None = None, resume: bool = False
 ) -> Summary:
     """Train from the beginning, in a folder that is there."""
     folder = RunFolder(config.run)
@@ -136,7 +171,7 @@ def _fit(
             model = continued.model_for(origin, data, elements, dtype, config.network.seed)
             if config.start.sae == "keep":
                 continued.keep_sae(model, origin, config.data.sae, data)
-                data = replace(data, sae=None)
+                data = _without_sae(data)
         log.info("%s", model)
         _seed_others(config)
         trainer = Trainer(
@@ -206,6 +241,17 @@ def make_model(
         fidelities=fidelities,
         baseline=baseline,
     )
+
+
+def _without_sae(data: Prepared) -> TrainingData:
+    """The data for a model that keeps its own single-atom energies."""
+    return TrainingData(data.structures, data.split, None, data.weights, data.source)
+
+
+def _ensembles() -> ModuleType:
+    from kinml_fast.train import ensembles  # which imports this module
+
+    return ensembles
 
 
 def _seed_others(config: Config) -> None:
