@@ -1,4 +1,4 @@
-"""The command line: kinml-fast info, prepare, train, evaluate, predict."""
+"""The command line: kinml-fast info, prepare, train, evaluate, predict, convert."""
 
 from __future__ import annotations
 
@@ -107,6 +107,25 @@ def _parser() -> argparse.ArgumentParser:
         help="the low level of a delta model, which is added: tblite:METHOD, like tblite:GFN1-xTB, or a MODEL",
     )
     predict.set_defaults(command=_predict)
+
+    convert = commands.add_parser(
+        "convert",
+        help="make a model file of a checkpoint of PyKinML",
+        description="Options that a checkpoint of kinml_fast.pykinml says itself need not be given.",
+    )
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="model-0099.pt of PyKinML or of kinml_fast.pykinml")
+    convert.add_argument("-o", "--output", metavar="model.pt", required=True, help="model file to write")
+    convert.add_argument("--elements", metavar="E", nargs="+", help="present_elements, in their order (C H)")
+    convert.add_argument("--aev-params", metavar="N", nargs=3, type=int, default=[16, 8, 8], help="aev_params (16 8 8)")
+    convert.add_argument(
+        "--cutoffs", metavar="R", nargs=2, type=float, default=[5.2, 3.8], help="cuttoff_radius, Å (5.2 3.8)"
+    )
+    convert.add_argument("--beta", type=float, default=0.95, help="beta (0.95)")
+    convert.add_argument(
+        "--fidelity", metavar="F", nargs="+", type=int, help="levels of theory, lowest first (1, or 0 1)"
+    )
+    convert.add_argument("--baseline", metavar="F", type=int, help="level that was subtracted (delta learning)")
+    convert.set_defaults(command=_convert)
     return parser
 
 
@@ -200,6 +219,24 @@ def _predict(options: argparse.Namespace) -> None:
 
     _show_log()
     predict(options.model, options.input, options.output, base=options.base)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from kinml_fast.deploy import pykinml_checkpoint
+
+    _show_log()
+    pykinml_checkpoint.convert(
+        options.checkpoint,
+        options.output,
+        elements=options.elements,
+        n_radial=options.aev_params[0],
+        n_angular=options.aev_params[1],
+        n_sections=options.aev_params[2],
+        cutoffs=options.cutoffs,
+        beta=options.beta,
+        fidelities=options.fidelity,
+        baseline=options.baseline,
+    )
 
 
 def _show_log() -> Progress:

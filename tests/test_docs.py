@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ase
 import pytest
 import torch
 
@@ -17,7 +18,9 @@ from kinml_fast.nn import AEVParameters, EnergyModel
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("script", ["docs/make_configuration.py", "benchmarks/report.py"])
+@pytest.mark.parametrize(
+    "script", ["docs/make_configuration.py", "benchmarks/report.py", "benchmarks/few_high_level.py"]
+)
 def test_page_is_up_to_date(script):
     done = subprocess.run([sys.executable, ROOT / script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, f"run: python {script}\n{done.stderr}"
@@ -32,11 +35,13 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
         "coordinates": torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.1]], dtype=torch.float64, requires_grad=True),
         "species": torch.tensor([0, 1]),
         "offsets": torch.tensor([0, 2]),
+        "atoms": ase.Atoms("CH", [[0, 0, 0], [0, 0, 1.1]]),
     }
     exec(block, names)
     assert names["energies"].shape == (1,)
     torch.testing.assert_close(names["forces"].sum(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
     assert Path("model.ts").exists()
+    assert names["atoms"].get_potential_energy() == pytest.approx(names["energies"].item())
 
 
 def test_python_of_the_page_on_stored_jacobians_runs(tmp_path, monkeypatch):

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import sqlite3
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from kinml_fast import reference
+from kinml_fast import cli, reference
 from kinml_fast.deploy import model_file, pykinml_checkpoint
 from kinml_fast.errors import InputError
 
 PYKINML = Path(__file__).parents[2] / "shared" / "data" / "pykinml"
 needs_pykinml_data = pytest.mark.skipif(not PYKINML.is_dir(), reason="needs ../shared/data/pykinml")
 LENGTH = 224
+FUNCTIONS = ("gaussian", "Tanh", "identity")
 
 
 def contents(
@@ -65,6 +69,51 @@ def contents(
             "biases": biases,
         },
     }
+
+
+def two_levels(
+    monkeypatch, *, biases: bool = False, sae: bool = True, prefix: str = "", functions: tuple[str, ...] = FUNCTIONS
+) -> dict:
+    """A checkpoint for two levels: PyKinML keeps the functions of the second networks as functions and modules."""
+    nnpes = ModuleType("pykinml.nnpes")
+    for name in ("gaussian", "my_relu", "silu", "identity"):
+        function = FunctionType((lambda x: x).__code__, {}, name)
+        function.__module__, function.__qualname__ = "pykinml.nnpes", name
+        setattr(nnpes, name, function)
+    monkeypatch.setitem(sys.modules, "pykinml", ModuleType("pykinml"))
+    monkeypatch.setitem(sys.modules, "pykinml.nnpes", nnpes)
+    values = contents(biases=biases, prefix=prefix)
+    params, generator = values["params"], torch.Generator().manual_seed(1)
+    params["activations"] = [[{"my_relu": "relu", "Tanh": "tanh"}.get(name, name) for name in functions]] * 2
+    own = [torch.nn.Tanh() if name == "Tanh" else getattr(nnpes, name) for name in functions]
+    params |= {"neurons_hf": params["neurons"], "activations_hf": [own] * 2, "pass_eng": True, "pass_aev": True}
+    for name, value in list(values["model_state_dict"].items()):
+        if "NNs." in name:
+            shape = list(value.shape)
+            if name.endswith("0.linear.weight"):
+                shape[1] += 1
+            weight = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+            values["model_state_dict"][name.replace("NNs.", "NNs_hf.")] = torch.nn.Parameter(weight)
+    if not sae:
+        values["sae_energies"] = params["sae_energies"] = np.zeros(2)
+    return values
+
+
+def pykinml_energies(values: dict, prefix: str, x: torch.Tensor, species: list[int]) -> list[float]:
+    """Energies of both levels as PyKinML has them: the second network is fed with single-atom energies."""
+    vectors = reference.aev(x, torch.tensor(species), torch.tensor([0, len(x)]), **reference.aevmod_parameters(2))
+    state, names = values["model_state_dict"], values["params"]["activations"][0]
+
+    def network(kind: str, s: int, y: torch.Tensor) -> torch.Tensor:
+        for layer, name in enumerate(names):
+            y = state[f"{prefix}{kind}.{s}.{layer}.linear.weight"] @ y
+            y = y + state.get(f"{prefix}{kind}.{s}.{layer}.linear.bias", 0.0)
+            y = reference.ACTIVATIONS[name](y)
+        return y
+
+    lower = [network("NNs", s, v) + values["sae_energies"][s] for v, s in zip(vectors, species, strict=True)]
+    added = [network("NNs_hf", s, torch.cat([v, e])) for v, e, s in zip(vectors, lower, species, strict=True)]
+    return [sum(lower).item(), (sum(lower) + sum(added)).item()]
 
 
 def saved(folder: Path, values: object) -> Path:
@@ -133,6 +182,53 @@ def test_unequal_networks_and_energies_that_are_not_added(tmp_path):
     assert model.sae.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("sae", [True, False])
+@pytest.mark.parametrize(
+    ("prefix", "functions"), [("", FUNCTIONS), ("module.", ("silu", "my_relu", "identity")), ("", ("silu",) * 3)]
+)
+def test_two_levels_of_theory(tmp_path, monkeypatch, biases, sae, prefix, functions):
+    values = two_levels(monkeypatch, biases=biases, sae=sae, prefix=prefix, functions=functions)
+    path = saved(tmp_path, values)
+    monkeypatch.undo()  # PyKinML is not there when the file is read
+    model, notes = pykinml_checkpoint.load(path)
+    assert notes["epoch"] == 7
+    assert model.fidelities == (0, 1)
+    assert model.networks.biases == (biases or sae)
+    x = torch.tensor([[0.0, 0, 0], [1.1, 0.1, 0], [-0.3, 1.0, 0.2]], dtype=torch.float64)
+    found = model.level_energies(x, torch.tensor([0, 1, 1]), torch.tensor([0, 3]))[:, 0]
+    np.testing.assert_allclose(found.detach(), pykinml_energies(values, prefix, x, [0, 1, 1]), rtol=1e-13)
+
+
+def test_levels_are_named_as_asked(tmp_path, monkeypatch):
+    both, one = saved(tmp_path, two_levels(monkeypatch)), tmp_path / "one.pt"
+    torch.save(contents(), one)
+    assert pykinml_checkpoint.load(both, fidelities=(2, 5))[0].fidelities == (2, 5)
+    model, _ = pykinml_checkpoint.load(one, fidelities=[3], baseline=0)
+    assert (model.fidelities, model.baseline) == ((3,), 0)
+    with pytest.raises(InputError, match="a model for 2 levels of theory, but the fidelities 1 are given: name 2"):
+        pykinml_checkpoint.load(both, fidelities=[1])
+    with pytest.raises(InputError, match="a model for 1 level of theory, but the fidelities 0 1 are given: name 1"):
+        pykinml_checkpoint.load(one, fidelities=[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.update(neurons_hf=[[4, 3, 1]] * 2), "different layers or activation functions"),
+        (lambda p: p.update(activations_hf=[["silu", "silu", "silu"]] * 2), "different layers or activation functions"),
+        (lambda p: p.update(activations_hf=[["gaussian"]] * 2), "do not fit together"),
+        (lambda p: p.update(pass_aev=False), "pass_aev=False"),
+        (lambda p: p.update(pass_eng=False), "pass_eng=False"),
+    ],
+)
+def test_two_levels_of_another_kind(tmp_path, monkeypatch, change, message):
+    values = two_levels(monkeypatch)
+    change(values["params"])
+    with pytest.raises(InputError, match=message):
+        pykinml_checkpoint.load(saved(tmp_path, values))
+
+
 class Evil:
     """Creates a file when it is unpickled."""
 
@@ -143,7 +239,7 @@ class Evil:
         return self.reduced
 
 
-@pytest.mark.parametrize("place", ["optimizer", "lr_scheduler", "epoch", "sae_energies"])
+@pytest.mark.parametrize("place", ["optimizer", "lr_scheduler", "epoch", "sae_energies", "params", "kinml_fast"])
 @pytest.mark.parametrize("function", [os.system, eval, exec, __import__])
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, place, function):
     target = tmp_path / "was_run"
@@ -209,7 +305,8 @@ def with_value(values: dict, value: object, *keys: str) -> dict:
         (lambda v: with_value(v, [["elu"] * 3] * 2, "params", "activations"), "'elu', expected one of gaussian"),
         (lambda v: with_value(v, [LENGTH, 10], "params", "n_input"), "n_input differs from element to element"),
         (lambda v: with_value(v, np.zeros(3), "sae_energies"), "3 single-atom energies for 2 elements"),
-        (lambda v: with_value(v, [[5, 3, 1]] * 2, "params", "neurons_hf"), "two fidelity levels"),
+        (lambda v: with_value(v, [[5, 3, 1]] * 2, "params", "neurons_hf"), "do not fit together .*activations_hf"),
+        (lambda v: with_value(v, torch.ones(3, 3), "model_state_dict", "NNs_hf.0.0.linear.weight"), "neurons_hf"),
         (
             lambda v: with_value(v, torch.full((5, LENGTH), torch.nan), "model_state_dict", "NNs.0.0.linear.weight"),
             "NaN or infinite",
@@ -260,3 +357,69 @@ def test_files_of_another_kind(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError):
         pykinml_checkpoint.load(path)
+
+
+# The command line
+
+
+def complaint(capsys, *arguments: object) -> str:
+    """The one line that a mistake gives, with exit code 2."""
+    assert cli.main(["convert", *map(str, arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("kinml-fast: ")
+    return line
+
+
+@pytest.fixture
+def quiet_logger():
+    """Each call of main adds a handler; a process calls it once."""
+    logger = logging.getLogger("kinml_fast")
+    before = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(before[0])
+    logger.handlers[:] = before[1]
+
+
+@pytest.mark.usefixtures("quiet_logger")
+def test_convert_writes_a_model_file(tmp_path, capsys, monkeypatch):
+    path, target = saved(tmp_path, contents()), tmp_path / "model.pt"
+    options = ["--elements", "O", "N", "--cutoffs", "5", "3.5", "--beta", "0.9", "--fidelity", "2", "--baseline", "1"]
+    assert cli.main(["convert", str(path), "-o", str(target), *options]) == 0
+    assert "fidelity 2 minus 1 of O N, epoch 7" in capsys.readouterr().out
+    model = model_file.load(target)
+    assert (model.elements, model.fidelities, model.baseline) == (("O", "N"), (2,), 1)
+    assert (model.descriptor.radial_cutoff, model.descriptor.angular_cutoff, model.descriptor.beta) == (5.0, 3.5, 0.9)
+    expected, _ = pykinml_checkpoint.load(path)
+    assert torch.equal(model.networks.weights, expected.networks.weights)
+    assert model_file.load_training(target) == {"source": "PyKinML checkpoint model-0007.pt", "epoch": 7}
+
+    path = saved(tmp_path, two_levels(monkeypatch))
+    assert cli.main(["convert", str(path), "-o", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "fidelities 0 1 of C H" in out
+    assert "become biases of its first layer" in out
+    assert model_file.load(target).fidelities == (0, 1)
+
+
+@pytest.mark.usefixtures("quiet_logger")
+def test_convert_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    target = tmp_path / "out.pt"
+    path = saved(tmp_path, contents())
+    assert "networks for 2 elements, but C H O" in complaint(capsys, path, "-o", target, "--elements", "C", "H", "O")
+    assert "8 8 8 for C H give 208" in complaint(capsys, path, "-o", target, "--aev-params", 8, 8, 8)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "is no checkpoint of PyKinML, or damaged" in complaint(capsys, path, "-o", target)
+    path.write_text("C5H5/1 2\n", encoding="utf-8")
+    assert "is no checkpoint of PyKinML, or damaged" in complaint(capsys, path, "-o", target)
+    assert "cannot be read" in complaint(capsys, tmp_path / "missing.pt", "-o", target)
+    values = contents()
+    values["optimizer"] = Evil(tmp_path / "was_run")
+    assert "names posix.system, which no checkpoint of PyKinML needs" in complaint(
+        capsys, saved(tmp_path, values), "-o", target
+    )
+    assert "no/such/out.pt: cannot be written" in complaint(
+        capsys, saved(tmp_path, contents()), "-o", tmp_path / "no" / "such" / "out.pt"
+    )
+    assert not target.exists()
+    assert not (tmp_path / "was_run").exists()

@@ -32,8 +32,8 @@ class Progress:
     def batch(self, epoch: int, fraction: float) -> None:
         """The given fraction of an epoch's batches is done."""
 
-    def epoch(self, train: Row, validation: Row) -> None:
-        """An epoch is done."""
+    def epoch(self, train: Row, validation: Row, test: Row | None = None) -> None:
+        """An epoch is done, and the test set was evaluated if there is a row of it."""
         now = time.monotonic()
         if now >= self.next_line or train.epoch + 1 == self.epochs:
             self.next_line = now + SECONDS_BETWEEN_LINES
@@ -87,9 +87,9 @@ class LiveProgress(Progress):
             refresh=True,
         )
 
-    def epoch(self, train: Row, validation: Row) -> None:
+    def epoch(self, train: Row, validation: Row, test: Row | None = None) -> None:
         """An epoch is done."""
-        super().epoch(train, validation)
+        super().epoch(train, validation, test)
         self.text = f"{_errors(train, validation)}  {train.structures_per_second:,.0f} structures/s"
 
     def end(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from kinml_fast.data.splits import PARTS
 from kinml_fast.deploy import model_file
@@ -191,6 +192,16 @@ class Trainer:
                 self._save()
             return self._finish(started)
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What moves the weights; its parameters are the model's, and the learned factors of the loss if there are."""
+        return self._optimizer
+
+    @property
+    def scheduler(self) -> LRScheduler | None:
+        """The schedule of the learning rate; None for none."""
+        return self._scheduler
+
     # Data
 
     def prepare(self) -> None:
@@ -351,7 +362,7 @@ class Trainer:
             kept = _every(self.config.save_every, epoch + 1)
             if self._data.sizes["test"] and (kept or _every(self.config.test_every, epoch + 1) or self._finished):
                 rows.append(self._evaluated_row("test", epoch, lr)[0])
-        self.progress.epoch(train, validation)
+        self.progress.epoch(*rows)
         if self._table is None:
             return
         for row in rows:
