@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import random
 import re
 from pathlib import Path
@@ -257,7 +259,7 @@ def test_names_of_the_manual_are_the_same_arguments():
         ("fidlevel_lf", 0.5, "number of a level"),
         ("input_data_fname", [], "glob pattern"),
         ("trtsid_name", ["a.txt", "b.txt"], "one file"),
-        ("load_model_name", None, "one checkpoint"),
+        ("load_model_name", ["a.pt", "b.pt"], "one checkpoint"),
         ("savenm", [], "a folder"),
         ("nameset", [1], "names"),
         ("ddp", True, "several GPUs or nodes is not there yet: set args.ddp = False"),
@@ -278,6 +280,7 @@ def test_a_value_that_is_not_allowed_names_those_that_are(name, value, allowed):
     [
         ({"my_neurons": [8, 1]}, "2 layers and args.my_actfn 4 activation functions"),
         ({"delta": True, "multi_fid": True, "fidlevel_lf": 0}, "both True"),
+        ({"load_model": True, "load_model_name": None}, "args.load_model_name is None: give the path"),
         ({"delta": True}, "args.delta is True and args.fidlevel_lf is None"),
         ({"multi_fid": True, "fidlevel_lf": 1}, "args.multi_fid is True and args.fidlevel_lf is 1"),
     ],
@@ -285,6 +288,15 @@ def test_a_value_that_is_not_allowed_names_those_that_are(name, value, allowed):
 def test_values_that_do_not_go_together(values, message):
     with pytest.raises(InputError, match=message):
         check(Arguments(**{**DEFAULTS, **values}))
+
+
+def test_arguments_can_be_copied():
+    args = parse_arguments_list([])
+    args.epochs = 77
+    for other in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        assert vars(other) == vars(args)
+        with pytest.raises(InputError, match="not allowed"):
+            other.epochs = -1
 
 
 def test_step_takes_its_step_size_where_a_script_sets_it():

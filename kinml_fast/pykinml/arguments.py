@@ -133,6 +133,8 @@ def check(args: argparse.Namespace) -> None:
             f"args.my_neurons has {len(args.my_neurons)} layers and args.my_actfn {len(args.my_actfn)} activation "
             "functions: give one function for each layer"
         )
+    if args.load_model and args.load_model_name is None:
+        raise InputError("args.load_model is True and args.load_model_name is None: give the path of a checkpoint")
     if args.delta and args.multi_fid:
         raise InputError("args.delta and args.multi_fid are both True: choose one of the two")
     if (args.delta or args.multi_fid) and args.fidlevel_lf in (None, args.fidlevel):
@@ -340,7 +342,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "input_data_fname": (_names, "give a path or glob pattern, or a list of them"),
     "trtsid_name": (_word((), nothing=True), "give one file, or None for a random division"),
     "savenm": (_word(()), "give the name of a folder"),
-    "load_model_name": (_word(()), "give the path of one checkpoint"),
+    "load_model_name": (_word((), nothing=True), "give the path of one checkpoint"),
     "my_actfn": (_words(ACTIVATIONS), f"give a list with one of {', '.join(ACTIVATIONS)} for each layer"),
     "my_neurons": (
         lambda v: _numbers(v, Integral) and len(v) > 0 and min(v) > 0 and v[-1] == 1,

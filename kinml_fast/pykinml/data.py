@@ -160,15 +160,22 @@ class Data_pes:
         config = configuration(args)
         data, fidelity = config.data, int(args.fidlevel if fid == "" else fid)
         paths = expand(data.files)
+        # What a temperature or names leave out may stand in a list of structures; what is in no file may not.
+        selected = data.temperature is not None or data.names is not None
         self.structures = sources.read(
             paths,
             fidelity=fidelity,
             baseline=data.baseline,
             temperature=data.temperature,
             names=data.names,
-            ids=None if xid is None else _ids(xid, paths),
+            ids=None if xid is None or selected else _ids(xid, paths),
             elements=data.elements,
         )
+        if xid is not None and selected:
+            labels = {f"{stem}/{number}" for stem, numbers in _ids(xid, paths).items() for number in numbers}
+            chosen = [i for i, label in enumerate(self.structures.labels) if label in labels]
+            log.info("%d of %d structures in the list are selected", len(chosen), len(labels))
+            self.structures = self.structures.select(chosen)
         self.fidelities, self.baseline = (fidelity,), data.baseline
         self.source = DescriptorSource(
             config.descriptor.backend, tuple((p.resolve(), file_digest(p)) for p in paths if is_hdf5(p))
@@ -197,6 +204,8 @@ class Data_pes:
             Whether descriptors are kept there too, under PyKinML's names.
         """
         self.pool = self._numbers(train_ind)
+        if not self.pool.size:
+            raise InputError(f"none of the {self.ndat} structures is for training: mark some of them with 2")
         counts, energies = self.structures.counts()[self.pool], self.structures.energies[self.pool]
         start = None if self.baseline is None else np.zeros(self.num_nn)
         self.sae_energies = resolve_levels(self.config.data.sae, counts, energies, self.structures.elements, start)
@@ -295,6 +304,15 @@ class Data_pes:
             _save(folder / "aev_length", self.dimdat)
         if with_aev_data and forces:
             note("Jacobians (train_daevs, test_daevs) are not written: training takes forces from coordinates")
+
+
+def get_data(
+    args: argparse.Namespace, xid: Sequence[str] | None = None, fid: int | str = "", get_aevs: bool = True
+) -> Data_pes:
+    """The structures that `args` says, as `Data_pes` with its `get_data` called."""
+    dpes = Data_pes(args.present_elements)
+    dpes.get_data(args, xid, fid, get_aevs)
+    return dpes
 
 
 def descriptor(config: Config) -> AEVParameters:

@@ -241,7 +241,7 @@ class _Report(Progress):
                 ):
                     self._file.write(f"{part} {long}{norm}{suffix} loss: {value}\n")
                     lines.append(f"device  {self._loop.device}   {part} {short}{name}{suffix}:  {value}")
-        if self._loop.force_train:
+        if self._loop.force_train and hasattr(self._loop.model, "log_sigma"):
             self._file.write("log_sigma: " + " ".join(map(str, self._loop.model.log_sigma.tolist())) + " ")
         self._file.write("\n")
         return lines

@@ -11,10 +11,10 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import all_changes
 
-from kinml_fast.deploy import pykinml_checkpoint
+from kinml_fast.deploy import model_file, pykinml_checkpoint
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import InputError
-from kinml_fast.nn import EnergyModel
+from kinml_fast.nn import EnergyModel, Ensemble
 from kinml_fast.pykinml import state
 from kinml_fast.pykinml.arguments import note, show_log
 from kinml_fast.train import continued
@@ -79,6 +79,8 @@ class Nn_surr(KinMLCalculator):
             )
             for model in models:
                 model.baseline = None
+        if isinstance(base, Nn_surr):
+            base = KinMLCalculator(base.model, base=base.base)  # whose results are arrays
         super().__init__(models if len(models) > 1 else models[0], base=base, threads=threads)
         self.tnsr, self.device, self.label = tnsr, device, label
         if atoms is not None:
@@ -98,7 +100,8 @@ class Nn_surr(KinMLCalculator):
         self.results = {n: torch.from_numpy(v) for n, v in arrays.items()} if self.tnsr else arrays
 
 
-def _model(name: str | os.PathLike, settings: tuple) -> EnergyModel:
-    if state.is_native(name):
-        return continued.load(name).model
-    return pykinml_checkpoint.load(name, *settings)[0]
+def _model(name: str | os.PathLike, settings: tuple) -> EnergyModel | Ensemble:
+    kind = state.kind(name)
+    if kind is None:
+        return pykinml_checkpoint.load(name, *settings)[0]
+    return model_file.load(name) if kind == model_file.FORMAT else continued.load(name).model

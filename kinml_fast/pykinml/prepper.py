@@ -53,6 +53,8 @@ __all__ = [
     "parse_arguments_list",
     "prep_data",
     "prep_model",
+    "prep_testing_data",
+    "prep_training_data",
     "set_up_task_weights",
     "task_weights",
 ]
@@ -186,19 +188,22 @@ def prep_data(args: argparse.Namespace, mf: Any = None, fid: int | str = "", get
     folder = Path(one(args.savenm))
     fid = args.fidlevel if fid == "" else fid
     args.savepth, args.trpath, args.tspath = f"{folder}/", f"{folder}/training{fid}/", f"{folder}/testing{fid}/"
-    dpes = Data_pes(args.present_elements)
     mask = None if config.data.split_file is None else splits.read_tvtmsk(config.data.split_file)
-    dpes.get_data(args, None if mask is None else mask.labels, fid, get_aevs)
+    dpes = data.get_data(args, None if mask is None else mask.labels, fid, get_aevs)
     if mask is None:
         split = splits.make_split(dpes.structures, config.data.split, config.data.split_seed)
         chosen = np.concatenate([split.train, split.validation])
         train, test = ([dpes.md[i] for i in indices] for indices in (chosen, split.test))
     else:
         train, test = ([x for x, m in zip(mask.labels, mask.masks, strict=True) if m == value] for value in (2, -1))
-    dpes.prep_training_data(train, args.trpath, get_aevs)
-    dpes.prep_testing_data(test, args.tspath, get_aevs)
+    prep_training_data(dpes, train, args.trpath, get_aevs)
+    prep_testing_data(dpes, test, args.tspath, get_aevs)
     dpes.save(args.trpath)
     log.info("%s: %d structures for training and validation, %d for testing", folder, len(dpes.pool), len(dpes.test))
+
+
+# The manual calls these functions of this module.
+prep_training_data, prep_testing_data = Data_pes.prep_training_data, Data_pes.prep_testing_data
 
 
 def load_data(args: argparse.Namespace, get_aevs: bool = True, fid: int | str = "", mf: Any = None) -> tuple[Any, ...]:

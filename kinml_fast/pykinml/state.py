@@ -14,14 +14,11 @@ from torch import Tensor
 
 from kinml_fast.data.files import replacing
 from kinml_fast.deploy import model_file, pykinml_checkpoint
-from kinml_fast.errors import InputError
 from kinml_fast.nn import EnergyModel
 from kinml_fast.pykinml import nnpes
 from kinml_fast.train import checkpoint, continued
 
 log = logging.getLogger(__name__)
-
-_NATIVE = (model_file.FORMAT, checkpoint.FORMAT)
 
 
 @dataclass(frozen=True)
@@ -71,10 +68,8 @@ def load(path: str | Path) -> tuple[nnpes.Composite, Saved | None, tuple[str, ..
         The file is missing, damaged, of another kind, or names foreign classes or functions.
     """
     path = Path(path)
-    if is_native(path):
+    if kind(path) is not None:
         origin = continued.load(path, averaged=False)
-        if not isinstance(origin.model, EnergyModel):
-            raise InputError(f"{path}: holds several models: name the file of one of them")
         net = nnpes.from_energy_model(origin.model)
         return net, _of_native(net, origin.state), origin.model.elements
     found = pykinml_checkpoint.read(path)
@@ -82,12 +77,13 @@ def load(path: str | Path) -> tuple[nnpes.Composite, Saved | None, tuple[str, ..
     return net, _of_pykinml(net, found), found.elements
 
 
-def is_native(path: str | Path) -> bool:
-    """Whether a file is model.pt or a checkpoint of a native run; False too if it is damaged or missing."""
+def kind(path: str | Path) -> str | None:
+    """The format of a native file, that of model files or that of checkpoints; None for others and damaged ones."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True).get("format") in _NATIVE
+        found = torch.load(path, map_location="cpu", weights_only=True).get("format")
     except Exception:  # whoever reads it says what is wrong
-        return False
+        return None
+    return found if found in (model_file.FORMAT, checkpoint.FORMAT) else None
 
 
 def write(
