@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.optimize import BFGS
 from pykinml_helpers import errors, metrics, small
 from torch.utils.data import DataLoader
 
@@ -22,7 +23,7 @@ from kinml_fast.deploy import model_file, pykinml_checkpoint
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
 from kinml_fast.pykinml import arguments, daev, multi_fid_loop, nnpes, prepper, state, trainer
-from kinml_fast.pykinml.arguments import KEPT_ORDER, NO_BIASES
+from kinml_fast.pykinml.arguments import FORCES, KEPT_ORDER, NO_BIASES
 from kinml_fast.pykinml.data import Data_pes, PesDataset, get_data
 from kinml_fast.pykinml.model_calculator import Nn_surr
 from kinml_fast.train import Trainer
@@ -625,6 +626,8 @@ def test_what_a_script_does_to_the_optimizer_counts(tmp_path):
     assert "learning_rate: 0.0123" in text
     assert "batch_size: 6" in text
     assert "shuffle: true" in text
+    assert "save_every: 1" in text
+    assert not list((tmp_path / "own" / "checkpoints").glob("epoch-*.pt"))
 
 
 def test_what_cannot_be_trained(tmp_path):
@@ -671,7 +674,8 @@ def test_what_is_different_is_said_once(tmp_path, caplog):
     arguments.note.cache_clear()
     with caplog.at_level("INFO", logger="kinml_fast"):
         for name in ("a", "b"):
-            trainer.main(small(tmp_path, savenm=str(tmp_path / name), epochs=1))
+            trainer.main(small(tmp_path, savenm=str(tmp_path / name), epochs=1, floss=True))
+    assert caplog.text.count(FORCES) == 1
     assert caplog.text.count(NO_BIASES) == caplog.text.count(KEPT_ORDER) == 1
     assert (0, "test RMSE") in errors("\n".join(caplog.messages))
 
@@ -740,6 +744,15 @@ def test_calculators_of_two_levels_and_of_differences(trained):
     assert abs(difference.results["energy"]) < 20
     torch.testing.assert_close(whole.results["energy"], difference.results["energy"] + low.results["energy"])
     torch.testing.assert_close(whole.results["forces"], difference.results["forces"] + low.results["forces"])
+
+
+def test_ase_moves_molecules_with_it(trained):
+    atoms = acetylene()
+    atoms.calc = Nn_surr([str(trained / name / "model.pt") for name in ("one", "other")], tnsr=False)
+    before = atoms.get_potential_energy()
+    BFGS(atoms, logfile=None).run(fmax=1e-6, steps=3)
+    assert atoms.get_potential_energy() < before
+    assert atoms.calc.results["energy_std"].item() >= 0
 
 
 def test_calculators_that_cannot_be_made(trained):

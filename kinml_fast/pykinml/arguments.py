@@ -297,6 +297,10 @@ NO_BIASES = (
     "biases=True)"
 )
 KEPT_ORDER = "batches keep their structures from epoch to epoch, as in PyKinML (native: training.shuffle)"
+FORCES = "forces are derivatives of the energies (PyKinML's are those of aevmod's eval_Jac, which differ a little)"
+LEVELS = (
+    "single-atom energies belong to a level each and are no input of the second network (PyKinML feeds them into it)"
+)
 THRESHOLD = "args.LR_threshold is in kcal/mol, as the manual says (PyKinML takes it as a fraction)"
 
 

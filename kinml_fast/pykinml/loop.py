@@ -20,7 +20,7 @@ from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.pykinml import nnpes, state
-from kinml_fast.pykinml.arguments import KEPT_ORDER, NOT_DISTRIBUTED, note, show_log
+from kinml_fast.pykinml.arguments import FORCES, KEPT_ORDER, NOT_DISTRIBUTED, note, show_log
 from kinml_fast.pykinml.data import PesDataset
 from kinml_fast.train import Trainer
 from kinml_fast.train import config as configurations
@@ -63,6 +63,8 @@ class Loop:
     """What stands behind the names of errors in the log, for each level of theory, lowest first."""
     opening = "\ndevice  {device}  epoch:  {epoch}"
     closing = "device Number  {device} is DONE!!!"
+    notes: tuple[str, ...] = ()
+    """What is different from PyKinML and said once."""
 
     def __init__(
         self,
@@ -94,14 +96,17 @@ class Loop:
             As the native trainer.
         """
         show_log()
-        note(KEPT_ORDER)
+        for sentence in (KEPT_ORDER, *([FORCES] if self.force_train else []), *self.notes):
+            note(sentence)
         started = time.time()
         config, data = self._config(max_epochs), self._prepared()
         folder = RunFolder(self.svpath)
         shape = dataset(self.loaders["train"]).descriptor
         model = nnpes.energy_model(self.model, shape, fidelities=data.fidelities, baseline=data.baseline)
         report = _Report(self, model)
-        trainer = Trainer(model, data, config.training, folder.path, overwrite=True, progress=report)
+        # The checkpoints to keep are PyKinML's, which the report writes.
+        training = config.training.model_copy(update={"save_every": None})
+        trainer = Trainer(model, data, training, folder.path, overwrite=True, progress=report)
         configurations.save(config, folder.config)
         prepared.save(folder.prepared, data)
         splits.write_tvtmsk(folder.split, data.structures, data.split)
@@ -161,28 +166,25 @@ class Loop:
         values = base.model_dump()
         values["run"] = str(self.svpath)
         values["data"] |= {"split_file": str(RunFolder(self.svpath).split), "prepared": None}
-        first = list(self.model.blocks())
-        layers = [block for level, species, _, block in first if (level, species) == (0, 0)]
+        layers = [block for level, species, _, block in self.model.blocks() if (level, species) == (0, 0)]
         values["network"] |= {
             "layers": [block.linear.out_features for block in layers],
             "activations": [nnpes.name_of(block.activation) for block in layers],
             "biases": self.model.biases,
         }
-        weights = getattr(self.model, "mtl", None)
         loss: dict[str, Any] = {"forces": self.force_train}
-        if self.force_train and weights is not None:
-            share = None if weights.traditional is False else float(self.model.log_sigma[0])
-            loss |= {"weighting": "learned"} if share is None else {"force_weight": share}
-        shuffled = isinstance(self.loaders["train"].sampler, RandomSampler)
+        if self.force_train and hasattr(self.model, "mtl"):
+            given = self.model.mtl.traditional
+            loss |= {"force_weight": float(self.model.log_sigma[0])} if given else {"weighting": "learned"}
         values["training"] |= {
             "epochs": epochs,
-            "shuffle": shuffled,
+            "shuffle": isinstance(self.loaders["train"].sampler, RandomSampler),
             "dtype": str(layers[0].linear.weight.dtype).removeprefix("torch."),
             "loss": values["training"]["loss"] | loss,
             "score": {"forces": 0.0},
             "optimizer": optimizer_settings(self.optimizer),
             "scheduler": scheduler_settings(self.lr_scheduler),
-            "save_every": None,
+            "save_every": self.save_every,
             "test_every": 1,
             **{_SIZES[part]: loader.batch_size or 1 for part, loader in self.loaders.items()},
         }

@@ -17,7 +17,7 @@ from kinml_fast.errors import InputError
 from kinml_fast.pykinml import nnpes
 from kinml_fast.pykinml import prepper as prep
 from kinml_fast.pykinml import trainer as single
-from kinml_fast.pykinml.arguments import one, refuse_distributed
+from kinml_fast.pykinml.arguments import LEVELS, one, refuse_distributed
 from kinml_fast.pykinml.loop import Loop, dataset
 from kinml_fast.pykinml.trainer import ddp_setup
 from kinml_fast.train.config import Config
@@ -45,6 +45,7 @@ class Trainer_mf(Loop):
     suffixes = ("_lf", "_hf")
     opening = "\nGPU  {device}  epoch:  {epoch}"
     closing = "device  {device} is DONE!!!"
+    notes = (LEVELS,)
 
     def __init__(
         self,
