@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import ase
 import ase.io
 import pytest
 import torch
@@ -118,6 +119,69 @@ def test_training_on_forces_with_weights(tmp_path, capsys):
     assert main(["evaluate", str(run / "model.pt"), str(tmp_path / "data.xyz"), "--plots", str(tmp_path / "p")]) == 0
     assert "forces MAE" in capsys.readouterr().out
     assert (tmp_path / "p" / "parity_evaluated.png").exists()
+
+
+def test_an_ensemble_from_data_to_predictions(tmp_path, capsys):
+    config = write_config(tmp_path, "loss: {forces: true}", forces="all")
+    run, data = tmp_path / "run", tmp_path / "data.xyz"
+    assert main(["train", str(config), "ensemble.members=2", "training.epochs=2"]) == 0
+    text = capsys.readouterr().out
+    assert "member 2 of 2" in text
+    assert re.search(r"^ *ensemble +- +\d", text, re.MULTILINE)
+    assert main(["train", "--resume", str(run), "training.epochs=3"]) == 0
+    assert [r["epoch"] for r in rows(run / "member-2") if r["split"] == "train"] == list("012")
+
+    capsys.readouterr()
+    assert main(["evaluate", str(run), str(data), "--csv", str(tmp_path / "errors.csv")]) == 0
+    whole = capsys.readouterr().out
+    assert "rank correlation" in whole
+    with (tmp_path / "errors.csv").open() as file:
+        assert file.readline().strip().endswith("forces_max,energy_std,forces_std")
+    # Its members, by a pattern, are the same ensemble.
+    assert main(["evaluate", f"{run}/member-*", str(data)]) == 0
+    again = capsys.readouterr().out
+    assert all(line in again for line in whole.splitlines() if "errors.csv" not in line)
+    assert main(["predict", str(run), str(data), "-o", str(tmp_path / "out.xyz")]) == 0
+    assert all(frame.info["energy_std"] > 0 for frame in ase.io.read(tmp_path / "out.xyz", ":"))
+    assert "is a member of an ensemble" in complaint(capsys, "train", "--resume", run / "member-1")
+
+
+def test_levels_and_differences_from_data_to_predictions(tmp_path, capsys):
+    shared = (
+        "descriptor: {n_radial: 4, n_angular: 2, n_sections: 2}\nnetwork: {layers: [8, 1]}\ntraining: {epochs: 1}\n"
+    )
+    for name, data in (("levels", "fidelity: [0, 1]"), ("delta", "fidelity: 1, baseline: 0"), ("low", "fidelity: 0")):
+        text = f"run: {tmp_path}/{name}\ndata: {{files: ['shipped:C2H2.db'], {data}}}\n{shared}"
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert main(["train", str(tmp_path / f"{name}.yaml")]) == 0
+    capsys.readouterr()
+    levels, delta = tmp_path / "levels", tmp_path / "delta"
+    assert main(["evaluate", str(levels), "shipped:C2H2.db"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines[2:4]] == ["0", "1"]
+    assert main(["evaluate", str(levels), "shipped:C2H2.db", "--fidelity", "1"]) == 0
+    alone = capsys.readouterr().out.splitlines()
+    assert alone[2] == lines[3]
+    assert lines[2] not in alone
+    assert "has the fidelity 0 and 1, but 3 is asked for" in complaint(
+        capsys, "evaluate", levels, "shipped:C2H2.db", "--fidelity", "3"
+    )
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(levels), "shipped:C2H2.db", "--fidelity", "high"])
+    assert "'high' is no whole number and no list of such, like 0,1" in capsys.readouterr().err
+
+    assert main(["evaluate", str(delta), "shipped:C2H2.db"]) == 0
+    assert "differences of fidelity 1 to fidelity 0" in capsys.readouterr().out
+    ase.io.write(tmp_path / "in.xyz", ase.Atoms("C2H2", [[0, 0, 0.6], [0, 0, -0.6], [0, 0, 1.7], [0, 0, -1.7]]))
+    out = tmp_path / "out.xyz"
+    assert main(["predict", str(levels), str(tmp_path / "in.xyz"), "-o", str(out)]) == 0
+    frame = ase.io.read(out)
+    assert frame.info["energy_fidelity0"] != frame.get_potential_energy()
+    assert "give base" in complaint(capsys, "predict", delta, tmp_path / "in.xyz", "-o", out)
+    assert main(["predict", str(delta), str(tmp_path / "in.xyz"), "-o", str(out), "--base", f"{tmp_path}/low"]) == 0
+    whole = ase.io.read(out).get_potential_energy()
+    assert main(["predict", f"{tmp_path}/low", str(tmp_path / "in.xyz"), "-o", str(out)]) == 0
+    assert abs(whole - ase.io.read(out).get_potential_energy()) > 1e-3
 
 
 def test_forces_that_are_not_there(tmp_path, capsys):

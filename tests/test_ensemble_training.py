@@ -158,6 +158,33 @@ def test_every_fold_has_its_share_of_each_formula(tmp_path):
         ensembles.fold(data.structures, Split([0, 1], [2], [3]), 4, 0)
 
 
+@pytest.mark.parametrize("data", ["fidelity: [0, 1]", "fidelity: 1, baseline: 0"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ensembles_of_several_levels_and_of_differences(tmp_path, data, processes):
+    path = tmp_path / "levels.yaml"
+    path.write_text(
+        f"run: {tmp_path}/run\n"
+        f"data: {{files: ['shipped:C2H2.db'], {data}, split: [0.6, 0.2, 0.2]}}\n"
+        "descriptor: {n_radial: 4, n_angular: 2, n_sections: 2}\n"
+        "network: {layers: [8, 4, 1]}\n"
+        "training: {epochs: 2, loss: {forces: true}}\n"
+        f"ensemble: {{members: 2, vary: folds, processes: {processes}}}\n"
+    )
+    run, summary = run_of(path)
+    ensemble = model_file.load(run)
+    assert (ensemble.fidelities, ensemble.baseline) == (((0, 1), None) if "[" in data else ((1,), 0))
+    prepared = runs.prepare(load(path))
+    structures = prepared.structures.select(prepared.split.test)
+    predictions = evaluate.evaluate(ensemble, structures)
+    part = evaluate.parts(structures, predictions, "test", prepared.fidelities, ensemble.fidelities)[-1]
+    assert summary.errors["test"] == evaluate.total([part]).energy
+    assert summary.forces["test"] == evaluate.total([part]).forces
+    assert set(summary.members[0].errors) == {"train", "validation", "test"}
+    assert {p.name for p in (run / "report").iterdir()} == {
+        *("errors.csv", "learning_curves.png", "members.csv", "parity_test.png")
+    }
+
+
 def assert_same_ensembles(a: Path, b: Path) -> None:
     """Both ended with the same bits."""
     numbers = [member.path.name for member in RunFolder(a).members()]

@@ -377,7 +377,7 @@ def draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part], spl
     forces: dict[str, tuple] = {}
     for fidelity in dict.fromkeys(part.fidelity for part in found):
         own = [part for part in found if part.fidelity == fidelity]
-        level = 0 if fidelity is None else model.fidelities.index(fidelity)
+        level = -1 if fidelity is None else model.fidelities.index(fidelity)
         name = split if fidelity is None else f"{split}_fidelity{fidelity}"
         sae = dict(zip(model.elements, members.sae(model)[level].tolist(), strict=True))
         labels: list[str] = []
