@@ -106,13 +106,16 @@ def test_scripted_model_in_cpp(tmp_path):
     import torch
 
     from kinml_fast._library import library_path
-    from kinml_fast.nn import AEVParameters, EnergyModel
+    from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
 
-    program = build_program(tmp_path / "predict", "predict", 0, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
-    for fidelities in ((1,), (0, 1)):
-        torch.manual_seed(0)
+    def made(fidelities: tuple[int, ...], seed: int = 0) -> EnergyModel:
+        torch.manual_seed(seed)
         model = EnergyModel(AEVParameters.aevmod(("C", "H")), fidelities=fidelities)
         model.sae.copy_(torch.tensor([-1035.0, -16.0]))
+        return model
+
+    program = build_program(tmp_path / "predict", "predict", 0, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
+    for model in (made((1,)), made((0, 1)), Ensemble([made((0, 1), seed) for seed in range(3)])):
         torch.jit.script(model).save(tmp_path / "model.ts")
         printed = [float(word) for word in run(program, tmp_path / "model.ts", library_path()).split()]
 

@@ -51,3 +51,15 @@ def test_python_of_the_page_on_stored_jacobians_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(block, names)
     assert len(read("c2h3.h5")) == len(names["structures"]) > 0
+
+
+def test_python_of_the_page_on_running_models_runs(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/example").mkdir(parents=True)
+    model_file.save("runs/example/model.pt", EnergyModel(AEVParameters.aevmod(("C", "H"))))
+    names: dict = {}
+    exec(block, names)
+    assert names["forces"].shape == (6, 3)
+    assert "forces" in capsys.readouterr().out

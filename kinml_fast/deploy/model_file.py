@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kinml_fast.data.files import replacing
-from kinml_fast.errors import InputError
+from kinml_fast.errors import InputError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
 
 FORMAT = "kinml_fast.model"
@@ -62,7 +62,7 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
         torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
     except Exception as error:  # whatever the reader would say later is said now
         raise InputError(
-            f"{path}: the notes on the training hold something that is no plain value ({_first_line(error)}): "
+            f"{path}: the notes on the training hold something that is no plain value ({first_line(error)}): "
             "give numbers, strings, lists, dictionaries and tensors only"
         ) from error
     with replacing(path) as temporary:
@@ -90,7 +90,7 @@ def load(path: str | os.PathLike) -> EnergyModel | Ensemble:
         model.load_state_dict(contents["state_dict"])
     except Exception as error:  # contents that do not fit together raise whatever they run into
         raise InputError(
-            f"{path}: its parts do not fit together ({_first_line(error)}): write the model file again"
+            f"{path}: its parts do not fit together ({first_line(error)}): write the model file again"
         ) from error
     return model.eval()
 
@@ -199,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
     except Exception as error:  # damaged archives raise many kinds
-        raise InputError(f"{path}: is damaged ({_first_line(error)}): copy the model file again") from error
+        raise InputError(f"{path}: is damaged ({first_line(error)}): copy the model file again") from error
     try:
         contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception:  # an archive of something else, perhaps with code in it
@@ -215,8 +215,3 @@ def _read(path: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}: use the program that wrote it"
         )
     return contents
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
