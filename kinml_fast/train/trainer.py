@@ -23,6 +23,7 @@ from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError, first_line
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
+from kinml_fast.nn.potential import BEFORE_LEVELS
 from kinml_fast.train import checkpoint, continued
 from kinml_fast.train.config import TrainingConfig, save_yaml
 from kinml_fast.train.dataset import Data, Dataset
@@ -572,7 +573,7 @@ class Trainer:
 
     def _check_belongs(self, state: dict[str, Any]) -> None:
         path = self.folder.last
-        there = {"fidelities": [1], "baseline": None} | state["model"]
+        there = BEFORE_LEVELS | state["model"]
         for key, value in self.model.to_dict().items():
             if there.get(key) != value:
                 raise InputError(
