@@ -2,7 +2,9 @@
 
 pytest benchmarks --benchmark-json=run.json
 python benchmarks/report.py run.json          # keeps a trimmed copy in benchmarks/results and rewrites the tables
-python benchmarks/report.py --check           # exit code 1 if the tables differ from the newest kept run
+python benchmarks/report.py --check           # exit code 1 if the tables differ from the kept runs
+
+Each table comes from the newest kept run that has its benchmarks: `pytest benchmarks/bench_levels.py` renews some only.
 """
 
 from __future__ import annotations
@@ -265,7 +267,7 @@ class Run:
                     f"{t / self.floor(b):.1f}",
                 ]
             rows.append(row)
-        return table(rows)
+        return table(rows) if ("aev float64", "aev") in self.by else ""
 
     def prepare(self) -> str:
         rows = [["from C5H5.db", "µs/structure", "ms in all"]]
@@ -273,7 +275,7 @@ class Run:
             if group == "prepare":
                 t, n = b["stats"]["median"], b["extra_info"]["structures"]
                 rows.append([form, f"{t / n * 1e6:.1f}", f"{t * 1e3:.1f} ({n} structures)"])
-        return table(rows)
+        return table(rows) if len(rows) > 1 else ""
 
     def parts(self) -> dict[str, str]:
         tables = {
@@ -303,6 +305,17 @@ class Run:
         return f"{SECTIONS[name]}\n\n{made}" if made else ""
 
 
+def newest(runs: list[Run]) -> dict[str, str]:
+    """Each part from the newest run that has it. One on another machine than the main tables says on which."""
+    made = [run.parts() for run in runs]
+    main = next(run for run, own in zip(runs, made, strict=True) if own["training"])
+    found = {}
+    for name in made[0]:
+        run, part = next(((r, own[name]) for r, own in zip(runs, made, strict=True) if own[name]), (main, ""))
+        found[name] = part if run is main or not part else f"{part}\n\n{run.machine()}"
+    return found | {"machine": main.machine()}
+
+
 def fill(text: str, parts: dict[str, str]) -> str:
     """Replace what stands between `<!-- bench: NAME -->` and `<!-- /bench -->`."""
 
@@ -316,7 +329,7 @@ def fill(text: str, parts: dict[str, str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="JSON of pytest-benchmark")
-    parser.add_argument("--check", action="store_true", help="only compare the tables with the newest kept run")
+    parser.add_argument("--check", action="store_true", help="only compare the tables with the kept runs")
     arguments = parser.parse_args()
     results = HERE / "results"
     if arguments.run is not None:
@@ -327,7 +340,7 @@ def main() -> int:
     if not kept:
         sys.stderr.write("benchmarks/results holds no run yet\n")
         return 1
-    parts = Run(json.loads(kept[-1].read_text())).parts()
+    parts = newest([Run(json.loads(path.read_text())) for path in reversed(kept)])
     differ = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
