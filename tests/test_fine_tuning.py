@@ -31,7 +31,7 @@ from kinml_fast.data.splits import Split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
-from kinml_fast.nn import AEVParameters, EnergyModel, extended
+from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, continued, report, runs
 from kinml_fast.train.freezing import FrozenLayers
@@ -328,9 +328,17 @@ def test_files_that_are_none(tmp_path, name, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_is_no_model(tmp_path):
-    with pytest.raises(InputError, match=r"cannot be read .* name model.pt or a checkpoint of a run"):
+def test_a_run_folder_stands_for_its_model(tmp_path):
+    with pytest.raises(InputError, match=r"model\.pt: cannot be read .* name model\.pt or a checkpoint of a run"):
         continued.load(tmp_path)
+    trained, _ = fitted(settings(), folder=tmp_path)
+    assert torch.equal(continued.load(tmp_path).model.networks.weights, trained.networks.weights)
+
+
+def test_an_ensemble_is_no_single_model(tmp_path):
+    model_file.save(tmp_path / "model.pt", Ensemble([model(0), model(1)]))
+    with pytest.raises(InputError, match=r"model\.pt: is an ensemble: name model\.pt of one of its members"):
+        continued.load(tmp_path / "model.pt")
 
 
 # From a configuration

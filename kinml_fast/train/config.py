@@ -421,8 +421,9 @@ class StartConfig(Section):
     or to make one longer, resume it instead (`kinml-fast train --resume`), which keeps everything."""
 
     model: str | None = None
-    """model.pt of a run, or one of its checkpoints: last.pt, best.pt, epoch-*.pt (where that run averaged its weights,
-    their average, but with optimizer: keep the weights that the optimizer moved); null: new weights."""
+    """model.pt of a run, or the run's folder, or one of its checkpoints: last.pt, best.pt, epoch-*.pt (where that run
+    averaged its weights, their average, but with optimizer: keep the weights that the optimizer moved); null: new
+    weights."""
     optimizer: Literal["reset", "keep"] = "reset"
     """Begin with a new optimizer, or keep the state of the optimizer (running means, number of steps), the learned
     factors of the loss and the moving average of the weights, which last.pt and epoch-*.pt hold. Learning rate, other

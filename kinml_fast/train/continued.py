@@ -56,7 +56,7 @@ def load(path: str | Path, *, averaged: bool = True) -> Origin:
     Parameters
     ----------
     path
-        model.pt, last.pt, best.pt or epoch-*.pt.
+        model.pt, last.pt, best.pt or epoch-*.pt; of a run folder its model.pt.
     averaged
         Whether to take, from the checkpoint of a run that averaged its weights, the average, by which such a run is
         judged, or the weights that the optimizer moved.
@@ -67,6 +67,7 @@ def load(path: str | Path, *, averaged: bool = True) -> Origin:
         The file is missing, damaged, of another kind, or of a later version.
     """
     path = Path(path)
+    path = path / "model.pt" if path.is_dir() else path
     try:
         raw = path.read_bytes()
     except OSError as error:
