@@ -27,7 +27,7 @@ using namespace kinml::cpu;
 using Index = std::int64_t;
 using Clock = std::chrono::steady_clock;
 
-constexpr Index kAtoms = 10, kBatch = 50, kTile = 6, kLength = 224;
+constexpr Index kAtoms = 10, kBatch = 50, kTile = 6, kLength = 224, kMembers = 8;
 
 AevParameters descriptor() {
   const auto shifts = [](int n, double cutoff) {
@@ -240,6 +240,29 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
   Row& step = result.back();
   step.seconds *= double(kTile) / kBatch;
   for (std::size_t i = 0; i + 1 < result.size(); ++i) step.flops += result[i].flops;
+
+  // Not a part of a step: the evaluation of an ensemble.
+  std::vector<std::vector<T>> member_g(kMembers, g), member_forces(kMembers, forces);
+  const auto before_many = [&] {
+    after_backward();
+    for (auto& own : member_g) own = g;
+  };
+  add(
+      "not in a step: forces Jᵀg of 8 members", before_many,
+      [&] {
+        for (Index i = 0; i < kTile; ++i) {
+          const T* from[kMembers];
+          T* to[kMembers];
+          for (Index m = 0; m < kMembers; ++m) {
+            from[m] = member_g[m].data() + i * kAtoms * kLength;
+            to[m] = member_forces[m].data() + 3 * kAtoms * i;
+            std::fill_n(to[m], 3 * kAtoms, T(0));
+          }
+          KINML_CALL_KERNEL(aev_transposed_many, tables, kept[i], from, kMembers, kLength, to,
+                            environments.many_scratch(kept[i]));
+        }
+      },
+      kMembers * (14 * 8 + 4 * 64) * n_triples);
   return result;
 }
 

@@ -254,6 +254,10 @@ class Environments {
   T* scratch(const Environment<T>& e) {
     return thread_scratch().template get<T>(scratch_memory(tables_, e));
   }
+  // For aev_transposed_many; lost as well.
+  T* many_scratch(const Environment<T>& e) {
+    return thread_scratch().template get<T>(many_scratch_memory(tables_, e));
+  }
 
  private:
   static Bump& thread_memory() {

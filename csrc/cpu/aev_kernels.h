@@ -7,11 +7,13 @@
 //   aev_rows          a_i
 //   aev_transposed    sum_i J_i^T g_i          (of a dual environment: its derivative along v)
 //   aev_tangent_rows  J_i v
+//   aev_transposed_many  aev_transposed for several g
 // The caller owns all memory.
 #pragma once
 
 #include <cstdint>
 
+#include "../core/aev_layout.h"
 #include "dispatch.h"
 
 namespace kinml::cpu {
@@ -102,6 +104,18 @@ std::int64_t scratch_memory(const AevTables<T>&, const Environment<T>& environme
          4 * pairs;
 }
 
+// The same for aev_transposed_many, which takes up to 2 registers of g at a time.
+template <class T>
+std::int64_t many_scratch_memory(const AevTables<T>& tables, const Environment<T>& environment) {
+  const std::int64_t lanes = 2 * kMaxLanes, atoms = environment.structure.n_atoms;
+  const std::int64_t near = environment.most_near;
+  const std::int64_t length = padded(
+      AevLayout{tables.n_species, tables.n_radial, tables.n_angular, tables.n_sections}.length());
+  return length * (1 + lanes) + 3 * atoms * lanes + 5 * near * lanes + padded(4 * near) +
+         padded(environment.structure.max_candidates * padded(tables.n_radial)) +
+         (2 * tables.n_sections + tables.n_angular) * kMaxLanes;
+}
+
 }  // namespace kinml::cpu
 
 namespace kinml {
@@ -119,7 +133,12 @@ namespace kinml {
                        T* scratch)                                                                 \
   /* out [n_atoms, 3] += sum over the centres of J_i^T g_i, or its derivative */                   \
   KINML_DECLARE_KERNEL(void, aev_transposed, const cpu::AevTables<T>&, const cpu::Environment<T>&, \
-                       const T* g, std::int64_t stride, T* out, T* scratch)
+                       const T* g, std::int64_t stride, T* out, T* scratch)                        \
+  /* the same for g[i] and out[i], i < count, of an environment that is not dual, with             \
+     many_scratch_memory. What comes out of a g depends on count, not on i or the other g. */      \
+  KINML_DECLARE_KERNEL(void, aev_transposed_many, const cpu::AevTables<T>&,                        \
+                       const cpu::Environment<T>&, const T* const* g, std::int64_t count,          \
+                       std::int64_t stride, T* const* out, T* scratch)
 KINML_DECLARE_AEV(double)
 KINML_DECLARE_AEV(float)
 #undef KINML_DECLARE_AEV

@@ -20,6 +20,11 @@ using Index = std::int64_t;
 // Atoms of a tile, about; more make the products with the weights a little faster and leave the
 // cache sooner.
 constexpr Index kTileAtoms = 64;
+// The weights of an ensemble do not stay in the cache anyway: the fewer tiles they are read for,
+// the better, as long as there is one for each thread.
+constexpr Index kEnsembleTileAtoms = 256;
+// For fewer gradients aev_transposed is faster, one after the other, than aev_transposed_many.
+constexpr Index kTogether = 3;
 // Weight gradients are summed in at most so many parts, each by one thread at a time.
 constexpr Index kParts = 32;
 
@@ -59,8 +64,8 @@ Index count_atoms(const ForceBatch<T>& batch, Range range) {
   return total;
 }
 template <class T>
-std::vector<Range> tiles_of(const ForceBatch<T>& batch, Range range) {
-  return cut(batch, range, (count_atoms(batch, range) + kTileAtoms - 1) / kTileAtoms);
+std::vector<Range> tiles_of(const ForceBatch<T>& batch, Range range, Index atoms = kTileAtoms) {
+  return cut(batch, range, (count_atoms(batch, range) + atoms - 1) / atoms);
 }
 
 // A chain of networks, with the weights in the order of the passes.
@@ -90,6 +95,18 @@ struct TileStructure {
   bool* any;  // [K] ... this is set; it is zero otherwise
 };
 
+// Where the outputs of energy_forces begin.
+template <class T>
+struct Outputs {
+  double* energies;
+  T* forces;
+  Index rows;  // levels of the outputs
+  Index count, n_atoms;
+
+  double* energy(Index member, Index row) const { return energies + (member * rows + row) * count; }
+  T* force(Index member, Index row) const { return forces + (member * rows + row) * 3 * n_atoms; }
+};
+
 // One thread's work on tiles.
 template <class T>
 class Worker {
@@ -105,26 +122,37 @@ class Worker {
     if (stride_ * sizeof(T) % 1024 == 0) stride_ += kMaxLanes;
     if (tables != nullptr) environments_.emplace(*tables);
     e_.resize(n_levels_);
+    rows_g_.resize(n_levels_);
     any_ = std::make_unique<bool[]>(n_levels_);
   }
 
-  // Energies and forces: result(member, row, i, E_i, F_i [3 n]) for the structures of the tile, the
-  // members of an ensemble and the levels of the outputs; F_i is null if there are no forces.
-  template <class Result>
-  void evaluate(Range range, const std::vector<PackedLevels<T>>& members, Levels levels,
-                const Result& result) {
+  // Energies and forces of the members of an ensemble.
+  void evaluate(Range range, const std::vector<PackedLevels<T>>& members, const Outputs<T>& out) {
     const bool forces = batch_.has_forces();
-    begin(range, members[0]);
-    for (Index m = 0; m < static_cast<Index>(members.size()); ++m) {
+    const Index n_members = static_cast<Index>(members.size()), first = n_levels_ - out.rows;
+    // The forces of all outputs are computed together where that is faster.
+    const bool together =
+        forces && environments_ && n_members > 1 && n_members * out.rows >= kTogether;
+    const Index n_kept = together ? n_members * out.rows : 0;
+    begin(range, members[0], n_kept);
+    second_ = false;
+    std::vector<const T*> g(n_kept);
+    for (Index m = 0; m < n_members; ++m) {
+      for (Index row = 0; together && row < out.rows; ++row) {
+        rows_g_[first + row] = kept_g_ + (m * out.rows + row) * matrix_;
+        g[m * out.rows + row] = rows_g_[first + row];
+      }
       ascend(members[m], forces, forces);
-      const Index first = levels == Levels::all ? 0 : n_levels_ - 1;
       for (Index i = 0; i < count_; ++i)
-        for (Index k = first; k < n_levels_; ++k) {
-          if (forces) multiply_transposed(i, k);
-          result(m, k - first, first_ + i, energies_[i * n_levels_ + k],
-                 forces ? forces_ + k * room_ : nullptr);
+        for (Index row = 0; row < out.rows; ++row) {
+          out.energy(m, row)[first_ + i] = energies_[i * n_levels_ + first + row];
+          if (!forces || together) continue;
+          multiply_transposed(i, first + row);
+          std::copy_n(forces_ + (first + row) * room_, 3 * atoms(i),
+                      out.force(m, row) + 3 * atom(i));
         }
     }
+    for (Index i = 0; together && i < count_; ++i) multiply_transposed(i, g, out);
   }
 
   // The gradient of the loss, written to `gradient` or added to it. wanted(TileStructure) gives the
@@ -134,6 +162,7 @@ class Worker {
   void differentiate(Range range, const PackedLevels<T>& levels, bool on_forces, bool forces,
                      const Function& wanted, T* gradient, bool add) {
     begin(range, levels);
+    second_ = on_forces;
     ascend(levels, on_forces, forces || n_levels_ > 1);
     for (Index i = 0; i < count_; ++i) {
       for (Index k = 0; forces && on_forces && k < n_levels_; ++k) multiply_transposed(i, k);
@@ -168,7 +197,8 @@ class Worker {
 
  private:
   // Sorts the atoms of a tile by species, and computes their descriptors.
-  void begin(Range range, const PackedLevels<T>& levels) {
+  // There is room for so many more gradients g and forces, at kept_g_ and kept_forces_.
+  void begin(Range range, const PackedLevels<T>& levels, Index n_kept = 0) {
     first_ = range.first;
     count_ = range.last - range.first;
     n_ = count_atoms(batch_, range);
@@ -206,16 +236,18 @@ class Worker {
     for (const auto& level : levels) memory_ = std::max(memory_, padded(level->tile_memory(n_)));
     matrix_ = padded(n_ * stride_);
     room_ = padded(3 * largest + kMaxLanes);
-    T* next =
-        thread_scratch().template get<T>((1 + n_levels_) * matrix_ + n_levels_ * memory_ +
-                                         2 * (1 + n_levels_) * padded(n_) + 2 * n_levels_ * room_);
+    T* next = thread_scratch().template get<T>(
+        (1 + n_levels_ + n_kept) * matrix_ + n_levels_ * memory_ +
+        2 * (1 + n_levels_) * padded(n_) + (2 * n_levels_ + n_kept) * room_);
     const auto take = [&](Index numbers) {
       T* p = next;
       next += numbers;
       return p;
     };
     rows_a_ = take(matrix_);
-    rows_g_ = take(n_levels_ * matrix_);
+    for (T*& rows : rows_g_) rows = take(matrix_);
+    kept_g_ = take(n_kept * matrix_);
+    kept_forces_ = take(n_kept * room_);
     network_memory_ = take(n_levels_ * memory_);
     atomic_ = take(padded(n_));
     seeds_ = take(padded(n_));
@@ -250,12 +282,13 @@ class Worker {
   }
 
   // Of level k: gradients g_k, later directions U_k, in the order of the rows.
-  T* rows_of(Index k) const { return rows_g_ + k * matrix_; }
+  T* rows_of(Index k) const { return rows_g_[k]; }
   // In species order: eps_{k-1}, and c_k.
   T* below(Index k) const { return eps_ + (k - 1) * padded(n_); }
   T* slopes(Index k) const { return slopes_ + k * padded(n_); }
   NetworkTile<T> tile_of(Index k) const {
-    return {rows_a_, stride_, rows_.data(), starts_.data(), network_memory_ + k * memory_};
+    return {rows_a_, stride_, rows_.data(), starts_.data(), network_memory_ + k * memory_,
+            nullptr, 0,       second_};
   }
   // The number behind the descriptor's, in each row; values in species order.
   void set_last(T* rows, const T* values) const {
@@ -301,6 +334,25 @@ class Worker {
       KINML_CALL_KERNEL(jacobian_transpose_product, stored(i), g, stride_, out);
     }
     for (Index c = 0; c < n; ++c) out[c] = T(0) - out[c];  // no negative zero
+  }
+
+  // The forces of structure i for all outputs: output j has the gradients g[j].
+  void multiply_transposed(Index i, const std::vector<const T*>& g, const Outputs<T>& out) {
+    const Index n = 3 * atoms(i), count = static_cast<Index>(g.size());
+    if (n == 0) return;
+    from_.resize(count);
+    to_.resize(count);
+    for (Index j = 0; j < count; ++j) {
+      from_[j] = g[j] + firsts_[i] * stride_;
+      to_[j] = kept_forces_ + j * room_;
+      std::fill_n(to_[j], n, T(0));
+    }
+    KINML_CALL_KERNEL(aev_transposed_many, *tables_, kept_[i], from_.data(), count, stride_,
+                      to_.data(), environments_->many_scratch(kept_[i]));
+    for (Index j = 0; j < count; ++j) {
+      T* const forces = out.force(j / out.rows, j % out.rows) + 3 * atom(i);
+      for (Index c = 0; c < n; ++c) forces[c] = T(0) - to_[j][c];
+    }
   }
 
   // (U_k, T_k) of structure i for all levels, from r_k and any_[k], in place of g_k.
@@ -362,15 +414,20 @@ class Worker {
   std::optional<Environments<T>> environments_;
 
   // The tile.
+  bool second_ = true;  // whether second derivatives follow
   Index first_ = 0, count_ = 0, n_ = 0;
   std::vector<Index> firsts_, starts_, next_, rows_, owners_, places_;
   std::vector<double> energies_;  // [count_, K]; later dL/dE
   std::vector<double> e_;
   std::unique_ptr<bool[]> any_;
   std::vector<Environment<T>> kept_;
+  std::vector<const T*> from_;  // of aev_transposed_many
+  std::vector<T*> to_;
   Index matrix_ = 0, memory_ = 0, room_ = 0;
-  T *rows_a_ = nullptr, *rows_g_ = nullptr, *network_memory_ = nullptr, *atomic_ = nullptr,
-    *seeds_ = nullptr, *eps_ = nullptr, *slopes_ = nullptr, *forces_ = nullptr, *r_ = nullptr;
+  std::vector<T*> rows_g_;
+  T *rows_a_ = nullptr, *kept_g_ = nullptr, *kept_forces_ = nullptr, *network_memory_ = nullptr,
+    *atomic_ = nullptr, *seeds_ = nullptr, *eps_ = nullptr, *slopes_ = nullptr, *forces_ = nullptr,
+    *r_ = nullptr;
 };
 
 template <class T>
@@ -415,48 +472,31 @@ void differentiate(const NetworkLevels& networks, const T* weights, const ForceB
   });
 }
 
-// Where the outputs of energy_forces begin.
-template <class T>
-struct Outputs {
-  double* energies;
-  T* forces;
-  Index rows;  // levels of the outputs
-  Index count, n_atoms;
-
-  double* energy(Index member, Index row) const { return energies + (member * rows + row) * count; }
-  T* force(Index member, Index row) const { return forces + (member * rows + row) * 3 * n_atoms; }
-};
-
 template <class T>
 void evaluate_tiles(const NetworkLevels& networks, const T* weights, Index n_members,
-                    const ForceBatch<T>& batch, Levels levels, const Outputs<T>& out,
-                    int n_threads) {
+                    const ForceBatch<T>& batch, const Outputs<T>& out, int n_threads) {
   const auto tables = tables_of(batch);
   std::vector<PackedLevels<T>> members;
   for (Index m = 0; m < n_members; ++m)
     members.push_back(packed_levels(networks, weights + m * networks.parameters(), n_threads));
-  const std::vector<Range> tiles = tiles_of(batch, {0, batch.count});
+  const Range all{0, batch.count};
+  const Index share = count_atoms(batch, all) / std::max(n_threads, 1);
+  const Index atoms =
+      n_members == 1 ? kTileAtoms : std::clamp(share, kTileAtoms, kEnsembleTileAtoms);
+  const std::vector<Range> tiles = tiles_of(batch, all, atoms);
   guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index tile) {
     Worker<T> worker(networks, batch, tables ? &*tables : nullptr);
-    worker.evaluate(tiles[tile], members, levels,
-                    [&](Index m, Index row, Index i, double energy, const T* forces) {
-                      const Index s = batch.structure(i), begin = batch.offsets[s];
-                      out.energy(m, row)[i] = energy;
-                      if (forces != nullptr)
-                        std::copy(forces, forces + 3 * (batch.offsets[s + 1] - begin),
-                                  out.force(m, row) + 3 * begin);
-                    });
+    worker.evaluate(tiles[tile], members, out);
   });
 }
 
 // Energies and forces with all threads on one structure after another.
 template <class T>
 void evaluate_large(const NetworkLevels& networks, const T* weights, Index n_members,
-                    const ForceBatch<T>& batch, Levels levels, const Outputs<T>& out,
-                    int n_threads) {
+                    const ForceBatch<T>& batch, const Outputs<T>& out, int n_threads) {
   const Index length = batch.parameters->length(), n_levels = networks.count();
   const Index stride = length + (n_levels > 1 ? 1 : 0), n_species = networks.n_species();
-  const Index first_row = levels == Levels::all ? 0 : n_levels - 1;
+  const Index first_row = n_levels - out.rows;
   for (Index i = 0; i < batch.count; ++i) {
     const Index s = batch.structure(i), begin = batch.offsets[s];
     const Index n = batch.offsets[s + 1] - begin;
@@ -515,9 +555,9 @@ void energy_forces(const NetworkLevels& networks, const T* weights, std::int64_t
   for (Index i = 0; i < batch.count; ++i)
     largest = std::max(largest, count_atoms(batch, {i, i + 1}));
   if (largest > kLargeStructure && batch.parameters != nullptr)
-    evaluate_large(networks, weights, n_members, batch, levels, out, n_threads);
+    evaluate_large(networks, weights, n_members, batch, out, n_threads);
   else
-    evaluate_tiles(networks, weights, n_members, batch, levels, out, n_threads);
+    evaluate_tiles(networks, weights, n_members, batch, out, n_threads);
   if (sae == nullptr) return;
   for (Index row = 0; row < n_members * rows; ++row, sae += networks.n_species())
     for (Index i = 0; i < batch.count; ++i) {

@@ -77,9 +77,12 @@ struct NetworkLevels {
 enum class Levels { all, highest };
 
 // Of an ensemble, n_members models that differ in their weights [n_members, parameters()]; R:
-// levels of the outputs. energies  // [n_members, R, count] sums over atoms of eps and, unless
-// null,
-//           // sae [n_members, R, n_species], eV
+// levels of the outputs. Energies have the bits of a single model's; forces, which are computed for
+// several members at once (aev_transposed_many), depend in rounding on n_members but neither on the
+// place of a member nor on the others.
+//
+// energies  // [n_members, R, count] sums over atoms of eps and, unless null, sae
+//           // [n_members, R, n_species], eV
 // forces    // [n_members, R, n_atoms, 3]: rows of the data set's atoms; those of the batch are
 //           // written, if there are forces
 template <class T>

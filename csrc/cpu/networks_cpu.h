@@ -113,6 +113,7 @@ struct NetworkTile {
   T* memory;                    // [tile_memory(n)], aligned to 64 bytes: what the passes keep
   const T* tangents = nullptr;  // [*, tangent_stride] directions v; null: no second derivatives
   std::int64_t tangent_stride = 0;
+  bool second = true;  // whether the backward pass keeps what second derivatives need
 };
 
 // The weights in the order in which the passes read them. The passes of a tile run on the calling

@@ -247,30 +247,6 @@ void multiply_column(Rows<const T> a, Index n_rows, Index depth, const T* b, T b
 
 // ---- packing --------------------------------------------------------------------------------
 
-// First (high = 0) or second half (high = 1) of a0 b0 a1 b1 a2 b2 ...
-template <int high, class T, int W>
-KINML_HD Vec<T, W> interleave(Vec<T, W> a, Vec<T, W> b) {
-  typename Vec<T, W>::IntRaw lanes;
-  for (int i = 0; i < W; ++i) lanes[i] = (i + high * W) / 2 + (i % 2) * W;
-  return __builtin_shuffle(a.raw, b.raw, lanes);
-}
-
-// Transposes W registers of W numbers: after log2(W) such steps row and column have changed places.
-template <class T>
-KINML_HD void transpose(Native<T> (&rows)[kNativeWidth<T>]) {
-  constexpr int W = kNativeWidth<T>;
-  for (int step = 1; step < W; step *= 2) {
-    Native<T> mixed[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W / 2; ++i) {
-      mixed[2 * i] = interleave<0>(rows[i], rows[i + W / 2]);
-      mixed[2 * i + 1] = interleave<1>(rows[i], rows[i + W / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) rows[i] = mixed[i];
-  }
-}
-
 // For multiply: packed = W^T [in, out] with columns rounded up to registers (zeros), cut into
 // panels; panel after panel, each [in, width of the panel].
 template <class T>
@@ -290,7 +266,7 @@ void pack_transposed(const T* weights, Index in, Index out, T* packed) {
           V block[W];
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) block[i] = V::load(weights + (column + i) * in + k);
-          transpose<T>(block);
+          transpose(block);
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) block[i].store(panel + (k + i) * width + j);
         }
@@ -877,8 +853,13 @@ void tile_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T
       down<T>(plan, part.species, n, packed, seeds ? seeds + atom : nullptr, T(1), delta,
               {grad_features, stride, tile.rows + atom}, grad_last ? grad_last + atom : nullptr,
               [&](Index l, const NetworkLayer& layer) {
-                multiply_slope<T>(plan.activations[l], layer, n, z.of(layer).base, h.of(layer).base,
-                                  delta.of(layer).base, curve.of(layer).base);
+                const Index code = plan.activations[l];
+                T *const own_z = z.of(layer).base, *const own_h = h.of(layer).base,
+                         *const own = delta.of(layer).base;
+                if (tile.second)
+                  multiply_slope<T>(code, layer, n, own_z, own_h, own, curve.of(layer).base);
+                else
+                  multiply_slope<T>(code, layer, n, own_z, own_h, own);
               });
     });
   });

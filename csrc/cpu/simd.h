@@ -133,6 +133,47 @@ KINML_HD T reduce_add(Vec<T, W> a) {
   }
 }
 
+// Keeps a number in its register: the compiler may read one that is used twice from memory twice.
+template <class T, int W>
+KINML_HD void hold(Vec<T, W>& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x.raw));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x.raw));
+#else
+  (void)x;
+#endif
+}
+
+// Keeps the compiler from knowing what a pointer has given before: it is read again.
+template <class T>
+KINML_HD void forget(const T*& p) {
+  asm("" : "+r"(p));
+}
+
+// Blocks of `step` numbers, of a and b in turn: a's even ones before b's even ones (odd = 0), or
+// the odd ones (odd = 1).
+template <int step, int odd, class T, int W>
+KINML_HD Vec<T, W> alternate(Vec<T, W> a, Vec<T, W> b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return Vec<T, W>(__builtin_shufflevector(
+        a.raw, b.raw, ((I & step) == 0 ? I + odd * step : W + I - (1 - odd) * step)...));
+  }(std::make_integer_sequence<int, W>());
+}
+
+// Transposes W registers of W numbers: halves change places, then quarters, and so on.
+template <class T, int W, int step = W / 2>
+KINML_HD void transpose(Vec<T, W> (&rows)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if ((i & step) != 0) continue;
+    const Vec<T, W> a = rows[i], b = rows[i + step];
+    rows[i] = alternate<step, 0>(a, b);
+    rows[i + step] = alternate<step, 1>(a, b);
+  }
+  if constexpr (step > 1) transpose<T, W, step / 2>(rows);
+}
+
 // e^x. Arguments below the smallest normal result give 0, above the largest give infinity or a
 // number close to the largest; NaN stays NaN. Relative error below 2 ulp.
 // Method: x = k ln2 + r, |r| <= ln2/2; Taylor polynomial in r; 2^k through the exponent bits.

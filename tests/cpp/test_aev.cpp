@@ -12,9 +12,11 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cpu/aev_cpu.h"
@@ -529,6 +531,74 @@ void test_memory(const AevParameters& p, const Batch& batch) {
   CHECK(all_finite(one.transposed) && all_finite(one.derivative));
 }
 
+// J^T g for several g at once, on memory that ends where the interface says and that holds junk
+// before. The centres come in two parts, which add up.
+template <class T>
+std::vector<std::vector<T>> many_products(const AevParameters& p, const Batch& batch,
+                                          const std::vector<std::vector<T>>& gradients,
+                                          Index stride, T junk) {
+  const Index n = batch.n_atoms(), length = p.length();
+  const Index count = static_cast<Index>(gradients.size());
+  const std::vector<T> x = as<T>(batch.coordinates);
+  std::vector<std::unique_ptr<Guarded<T>>> g, out;
+  std::vector<const T*> from;
+  std::vector<T*> to;
+  for (const std::vector<T>& gradient : gradients) {
+    g.push_back(std::make_unique<Guarded<T>>((n - 1) * stride + length, junk));
+    for (Index i = 0; i < n; ++i)
+      std::copy_n(gradient.begin() + i * length, length, g.back()->data() + i * stride);
+    out.push_back(std::make_unique<Guarded<T>>(3 * n, T(0)));
+    from.push_back(g.back()->data());
+    to.push_back(out.back()->data());
+  }
+  kinml::cpu::AevTableStorage<T> tables(p);
+  kinml::cpu::Environments<T> environments(tables);
+  environments.set_structure(n, x.data(), batch.species.data());
+  for (const auto& [begin, end] : {std::pair{Index(0), n / 3}, std::pair{n / 3, n}}) {
+    const kinml::cpu::Environment<T> e = environments.make(begin, end);
+    Guarded<T> memory(kinml::cpu::many_scratch_memory<T>(tables, e), junk);
+    KINML_CALL_KERNEL(aev_transposed_many, tables, e, from.data(), count, stride, to.data(),
+                      memory.data());
+  }
+  std::vector<std::vector<T>> result;
+  for (T* const forces : to) result.emplace_back(forces, forces + 3 * n);
+  return result;
+}
+
+template <class T>
+void test_many(const AevParameters& p, const Batch& batch, Index count) {
+  const Index size = batch.n_atoms() * p.length();
+  std::vector<std::vector<T>> gradients;
+  for (Index i = 0; i < count; ++i) gradients.push_back(as<T>(random_numbers(size)));
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const auto products = many_products<T>(p, batch, gradients, p.length(), nan);
+  const Library<T> library(p, batch);
+  for (Index i = 0; i < count; ++i) {
+    const std::vector<T> expected = library.vjp(gradients[i]);
+    const Real scale = std::max<Real>(1, largest(expected));
+    for (std::size_t c = 0; c < expected.size(); ++c)
+      CHECK_CLOSE(products[i][c], expected[c], 0, (is_double<T> ? 1e-13L : 2e-5L) * scale);
+  }
+  // Neither the place among the others nor what they are matters, but for their number.
+  const Index turn = random_index(0, count - 1), spoiled = random_index(0, count - 1);
+  std::rotate(gradients.begin(), gradients.begin() + turn, gradients.end());
+  if (count > 1) std::fill(gradients[spoiled].begin(), gradients[spoiled].end(), nan);
+  const auto others = many_products<T>(p, batch, gradients, p.length() + 5, T(1e30));
+  for (Index i = 0; i < count; ++i)
+    if (count == 1 || i != spoiled) CHECK(same_bits(others[i], products[(i + turn) % count]));
+}
+
+template <class T>
+void test_many() {
+  check::section("several gradients");
+  for (const NamedParameters& set : parameter_sets()) {
+    Batch batch;
+    batch.add_molecule(small_run ? 7 : 25, set.parameters);
+    for (const Index count : {1, 2, 3, 4, 5, 8, 11, 16, 17, 20, 33})
+      if (!small_run || count % 4 == 1) test_many<T>(set.parameters, batch, count);
+  }
+}
+
 template <class T>
 void test_memory() {
   check::section("memory");
@@ -546,12 +616,14 @@ void test_memory() {
         Batch batch;
         batch.add_cluster(near + 1, p);
         test_memory<T>(p, batch);
+        test_many<T>(p, batch, random_index(1, 20));
       }
       // Different ones for every atom.
       for (const double edge : {20.0, 9.0, 6.0}) {
         Batch batch;
         batch.add_random(small_run ? 20 : 50, n_species, edge, edge, edge, p, 0.5);
         test_memory<T>(p, batch);
+        test_many<T>(p, batch, random_index(1, 20));
       }
     }
   }
@@ -596,6 +668,7 @@ void test_type() {
   }
   test_cells<T>();
   test_memory<T>();
+  test_many<T>();
   test_same_bits<T>();
   test_empty<T>();
   test_coincident<T>();

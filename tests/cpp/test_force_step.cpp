@@ -414,47 +414,88 @@ void test_levels() {
 }
 
 // The members of an ensemble are what they are alone; a large structure takes another way.
+// Energies of the members are those of a single model, forces but for rounding; how many threads
+// there are and where in the ensemble a member stands does not matter.
+template <class T>
+void test_ensemble(Index n_members, Index n_levels, bool large) {
+  const AevParameters p =
+      small_run ? aevmod(2, 2, 1, 1, 2.5, 2.0, 0.95) : aevmod(2, 4, 2, 3, 3.6, 2.6, 0.95);
+  std::vector<Model> members;
+  std::vector<T> weights;
+  for (Index m = 0; m < n_members; ++m) {
+    members.emplace_back(p, std::vector<Index>{5}, std::vector<Index>{1, 0}, true, n_levels);
+    for (const double w : members.back().weights) weights.push_back(static_cast<T>(w));
+  }
+  Batch batch;
+  for (const Index n : {4, 0, 30, 9}) batch.add_molecule(n, p);
+  if (large) {
+    batch.add_random(530, 2, 19, 19, 19, p);
+    batch.finish_structure();
+  } else {
+    for (int i = 0; i < (small_run ? 3 : 20); ++i) batch.add_molecule(random_index(1, 25), p);
+  }
+  const Index count = batch.n_structures(), n_atoms = batch.n_atoms();
+  const Index e = n_levels * count, f = n_levels * 3 * n_atoms;
+  std::vector<double> sae = random_numbers(n_members * n_levels * 2);
+  std::vector<double> energies;
+  std::vector<T> forces;
+  const auto evaluate = [&](int threads) {
+    const Library<T> library(members[0], batch, false, threads);
+    energies = Library<T>::template room<double>(n_members * e);
+    forces = Library<T>::template room<T>(n_members * f);
+    kinml::cpu::energy_forces<T>(members[0].levels(), weights.data(), n_members, library.view(),
+                                 sae.data(), Levels::all, energies.data(), forces.data(), threads);
+  };
+  evaluate(1);
+  for (Index m = 0; m < n_members; ++m) {
+    std::vector<double> own_energies;
+    std::vector<T> own_forces;
+    Library<T>(members[m], batch, false, 1)
+        .evaluate(sae.data() + m * n_levels * 2, own_energies, own_forces);
+    CHECK(same_bits(own_energies, {energies.begin() + m * e, energies.begin() + (m + 1) * e}));
+    const Real scale = largest(own_forces);
+    for (Index c = 0; c < f; ++c)
+      CHECK_CLOSE(forces[m * f + c], own_forces[c], 0, (is_double<T> ? 1e-12L : 2e-5L) * scale);
+  }
+  const std::vector<double> first_energies = energies;
+  const std::vector<T> first_forces = forces;
+  for (const int threads : {2, 3}) {
+    evaluate(threads);
+    CHECK(same_bits(energies, first_energies) && same_bits(forces, first_forces));
+  }
+  const Index turn = random_index(1, n_members - 1), per_member = members[0].weights.size();
+  std::rotate(weights.begin(), weights.begin() + turn * per_member, weights.end());
+  std::rotate(sae.begin(), sae.begin() + turn * n_levels * 2, sae.end());
+  evaluate(2);
+  std::rotate(energies.begin(), energies.end() - turn * e, energies.end());
+  std::rotate(forces.begin(), forces.end() - turn * f, forces.end());
+  CHECK(same_bits(energies, first_energies) && same_bits(forces, first_forces));
+
+  // A coordinate that is not a number spoils its own structure.
+  constexpr Index kSpoiled = 2;
+  batch.coordinates[3 * batch.offsets[kSpoiled] + 1] = std::numeric_limits<double>::quiet_NaN();
+  evaluate(1);
+  std::rotate(energies.begin(), energies.end() - turn * e, energies.end());
+  std::rotate(forces.begin(), forces.end() - turn * f, forces.end());
+  for (Index row = 0; row < n_members * n_levels; ++row) {
+    const auto own = [&](const std::vector<T>& list, Index from, Index to) {
+      const auto begin = list.begin() + row * 3 * n_atoms;
+      return std::vector<T>(begin + 3 * from, begin + 3 * to);
+    };
+    const Index from = batch.offsets[kSpoiled], to = batch.offsets[kSpoiled + 1];
+    CHECK(std::isnan(energies[row * count + kSpoiled]));
+    CHECK(std::isnan(own(forces, from, from + 1)[1]));
+    CHECK(same_bits(own(forces, 0, from), own(first_forces, 0, from)));
+    CHECK(same_bits(own(forces, to, n_atoms), own(first_forces, to, n_atoms)));
+  }
+}
+
 template <class T>
 void test_ensembles() {
   check::section("ensembles");
-  const AevParameters p =
-      small_run ? aevmod(2, 2, 1, 1, 2.5, 2.0, 0.95) : aevmod(2, 4, 2, 3, 3.6, 2.6, 0.95);
-  constexpr Index kMembers = 3;
   for (const Index n_levels : {1, 2})
-    for (const bool large : {false, true}) {
-      std::vector<Model> members;
-      std::vector<T> weights;
-      for (Index m = 0; m < kMembers; ++m) {
-        members.emplace_back(p, std::vector<Index>{5}, std::vector<Index>{1, 0}, true, n_levels);
-        for (const double w : members.back().weights) weights.push_back(static_cast<T>(w));
-      }
-      Batch batch;
-      for (const Index n : {4, 0, 30, 9}) batch.add_molecule(n, p);
-      if (large) {
-        batch.add_random(530, 2, 19, 19, 19, p);
-        batch.finish_structure();
-      }
-      const Index count = batch.n_structures(), n_atoms = batch.n_atoms();
-      const std::vector<double> sae = random_numbers(kMembers * n_levels * 2);
-      for (const int threads : {1, 3}) {
-        const Library<T> first(members[0], batch, false, threads);
-        std::vector<double> energies(kMembers * n_levels * count);
-        std::vector<T> forces(kMembers * n_levels * 3 * n_atoms);
-        kinml::cpu::energy_forces<T>(members[0].levels(), weights.data(), kMembers, first.view(),
-                                     sae.data(), Levels::all, energies.data(), forces.data(),
-                                     threads);
-        for (Index m = 0; m < kMembers; ++m) {
-          std::vector<double> own_energies;
-          std::vector<T> own_forces;
-          Library<T>(members[m], batch, false, 1)
-              .evaluate(sae.data() + m * n_levels * 2, own_energies, own_forces);
-          const Index e = n_levels * count, f = n_levels * 3 * n_atoms;
-          CHECK(
-              same_bits(own_energies, {energies.begin() + m * e, energies.begin() + (m + 1) * e}));
-          CHECK(same_bits(own_forces, {forces.begin() + m * f, forces.begin() + (m + 1) * f}));
-        }
-      }
-    }
+    for (const Index n_members : {2, 3, 5, 8, 9, 20})
+      test_ensemble<T>(n_members, n_levels, n_members == 3);
 }
 
 // Descriptors without Jacobians: energies and their gradient.

@@ -369,7 +369,20 @@ void test_dual() {
 }
 
 template <class T, int W>
+void test_transpose() {
+  check::section("transpose");
+  using V = kinml::Vec<T, W>;
+  V rows[W];
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) rows[i].raw[j] = static_cast<T>(W * i + j);
+  kinml::transpose(rows);
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) CHECK(rows[i][j] == static_cast<T>(W * j + i));
+}
+
+template <class T, int W>
 void test_width() {
+  test_transpose<T, W>();
   test_exp<T, W>();
   test_log<T, W>();
   test_sqrt_and_reductions<T, W>();
