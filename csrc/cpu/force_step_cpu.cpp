@@ -20,9 +20,6 @@ using Index = std::int64_t;
 // Atoms of a tile, about; more make the products with the weights a little faster and leave the
 // cache sooner.
 constexpr Index kTileAtoms = 64;
-// The weights of an ensemble do not stay in the cache anyway: the fewer tiles they are read for,
-// the better, as long as there is one for each thread.
-constexpr Index kEnsembleTileAtoms = 256;
 // For fewer gradients aev_transposed is faster, one after the other, than aev_transposed_many.
 constexpr Index kTogether = 3;
 // Weight gradients are summed in at most so many parts, each by one thread at a time.
@@ -64,8 +61,8 @@ Index count_atoms(const ForceBatch<T>& batch, Range range) {
   return total;
 }
 template <class T>
-std::vector<Range> tiles_of(const ForceBatch<T>& batch, Range range, Index atoms = kTileAtoms) {
-  return cut(batch, range, (count_atoms(batch, range) + atoms - 1) / atoms);
+std::vector<Range> tiles_of(const ForceBatch<T>& batch, Range range) {
+  return cut(batch, range, (count_atoms(batch, range) + kTileAtoms - 1) / kTileAtoms);
 }
 
 // A chain of networks, with the weights in the order of the passes.
@@ -479,11 +476,7 @@ void evaluate_tiles(const NetworkLevels& networks, const T* weights, Index n_mem
   std::vector<PackedLevels<T>> members;
   for (Index m = 0; m < n_members; ++m)
     members.push_back(packed_levels(networks, weights + m * networks.parameters(), n_threads));
-  const Range all{0, batch.count};
-  const Index share = count_atoms(batch, all) / std::max(n_threads, 1);
-  const Index atoms =
-      n_members == 1 ? kTileAtoms : std::clamp(share, kTileAtoms, kEnsembleTileAtoms);
-  const std::vector<Range> tiles = tiles_of(batch, all, atoms);
+  const std::vector<Range> tiles = tiles_of(batch, {0, batch.count});
   guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index tile) {
     Worker<T> worker(networks, batch, tables ? &*tables : nullptr);
     worker.evaluate(tiles[tile], members, out);
