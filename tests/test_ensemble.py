@@ -37,14 +37,17 @@ def test_members_are_the_models(n_members, dtype, fidelities):
     found = ours.member_energies_and_forces(*inputs)
     assert (found[0].dtype, found[1].dtype) == (torch.float64, dtype)
     expected = [torch.stack(both) for both in zip(*(one.energies_and_forces(*inputs) for one in alone), strict=True)]
-    for ours_, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours_, theirs)
+    # Energies have the same bits; forces of several members are computed together, and rounded in another way.
+    rtol, atol = (1e-11, 1e-13) if dtype == torch.float64 else (1e-4, 1e-6)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=rtol, atol=atol)
     of_levels = ours.member_level_energies_and_forces(*inputs)
     assert of_levels[0].shape == (n_members, len(fidelities), 5)
     assert of_levels[1].shape == (n_members, len(fidelities), 17, 3)
     for i, one in enumerate(alone):
-        for ours_, theirs in zip(of_levels, one.level_energies_and_forces(*inputs), strict=True):
-            assert torch.equal(ours_[i], theirs)
+        energies, forces = one.level_energies_and_forces(*inputs)
+        assert torch.equal(of_levels[0][i], energies)
+        torch.testing.assert_close(of_levels[1][i], forces, rtol=rtol, atol=atol)
     assert torch.equal(ours.member_level_energies(*inputs), torch.stack([one.level_energies(*inputs) for one in alone]))
     assert (ours.fidelities, ours.baseline, ours.levels) == (fidelities, None, len(fidelities))
     for i, one in enumerate(alone):

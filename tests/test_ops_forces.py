@@ -516,7 +516,7 @@ WRONG_BATCHES = [
     ("parameters", lambda w: w.half(), r"parameters is Half but (coordinates|features) is Double; both must have one"),
     ("parameters", lambda w: w[1:], "the networks have 476 parameters, got 475"),
     ("parameters", lambda w: w[None, None], r"parameters must be one flat tensor, or .* got shape \[1, 1, 476\]"),
-    ("sizes", lambda s: s[:-1], "3 layers and (2|1) species need (8|4) sizes, got 7"),
+    ("sizes", lambda s: s[:-1], "3 layers need 4 sizes for each network, got 7 in all"),
     ("sizes", lambda s: [17, *s[1:]], "the network of species 0 takes 17 inputs, the features have 18"),
     ("sizes", lambda s: [*s[:-1], 2], "the last layer must have one output, that of species 1 has 2"),
     ("activations", lambda a: [9, *a[1:]], "unknown activation code 9"),
