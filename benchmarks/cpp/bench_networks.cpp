@@ -66,7 +66,7 @@ template <class T>
 void bench(const char* dtype, Index n_structures, int n_threads, double seconds) {
   const std::vector<Index> sizes = {224, 48, 24, 12, 1, 224, 48, 24, 12, 1};
   const std::vector<Index> activations = {1, 1, 1, 0};
-  const kinml::cpu::NetworkShape shape{2, 4, sizes.data(), activations.data(), true};
+  const kinml::NetworkShape shape{2, 4, sizes.data(), activations.data(), true};
   const Index n = 10 * n_structures;
   const Index stored = std::max<Index>(n, 20000);  // a data set of 2000 structures
   const std::vector<Index> starts = {0, n / 2, n};
@@ -120,7 +120,7 @@ template <class T>
 void bench_tile(const char* dtype, Index n, double seconds) {
   const std::vector<Index> sizes = {224, 48, 24, 12, 1, 224, 48, 24, 12, 1};
   const std::vector<Index> activations = {1, 1, 1, 0};
-  const kinml::cpu::NetworkShape shape{2, 4, sizes.data(), activations.data(), false};
+  const kinml::NetworkShape shape{2, 4, sizes.data(), activations.data(), false};
   // Like molecules of C5H5 one after the other.
   std::vector<Index> rows;
   for (const Index species : {0, 1})

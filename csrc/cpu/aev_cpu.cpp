@@ -8,12 +8,6 @@
 
 namespace kinml::cpu {
 
-std::int64_t AevParameters::length() const {
-  return AevLayout{static_cast<int>(n_species), static_cast<int>(radial_shifts.size()),
-                   static_cast<int>(angular_shifts.size()), static_cast<int>(sections.size())}
-      .length();
-}
-
 namespace {
 
 // Smaller structures share a task.

@@ -15,34 +15,10 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+
+#include "../core/batches.h"
 
 namespace kinml::cpu {
-
-struct AevParameters {
-  std::int64_t n_species;
-  std::vector<double> radial_shifts;  // rho_l, angstrom
-  double radial_eta;                  // 1/angstrom^2
-  double radial_cutoff;               // angstrom
-  double radial_factor;
-  std::vector<double> angular_shifts;  // rho_l, angstrom
-  double angular_eta;
-  double angular_cutoff;
-  double angular_factor;
-  std::vector<double> sections;  // alpha_m, rad
-  double zeta;
-  double beta;  // theta = arccos(beta cos(angle))
-
-  std::int64_t length() const;  // D
-};
-
-template <class T>
-struct AevBatch {
-  std::int64_t n_structures;
-  const T* coordinates;         // [n_atoms, 3], angstrom
-  const std::int64_t* species;  // [n_atoms], 0 <= species < n_species
-  const std::int64_t* offsets;  // [n_structures + 1], offsets[0] = 0, last = n_atoms
-};
 
 template <class T>
 void aev_forward(const AevParameters& parameters, const AevBatch<T>& batch, T* aev /*[n_atoms, D]*/,

@@ -23,58 +23,11 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "aev_cpu.h"
 #include "networks_cpu.h"
 
 namespace kinml::cpu {
-
-// A data set, and which of its structures are meant.
-template <class T>
-struct ForceBatch {
-  const std::int64_t* species;     // [n_atoms]
-  const std::int64_t* offsets;     // [n_structures + 1]
-  const std::int64_t* structures;  // [count] indices, or null: structures 0 .. count - 1
-  std::int64_t count;
-  std::int64_t n_structures, n_atoms;  // of the data set
-
-  // Either the coordinates [n_atoms, 3] and what the AEV is made of ...
-  const AevParameters* parameters = nullptr;
-  const T* coordinates = nullptr;
-  // ... or stored descriptors [n_atoms, length] and Jacobians [n_atoms, length, columns], of which
-  // a structure of n atoms has the first 3 n columns. Without Jacobians (null) there are no forces.
-  const T* features = nullptr;
-  const T* jacobian = nullptr;
-  std::int64_t length = 0;
-  std::int64_t columns = 0;
-
-  std::int64_t structure(std::int64_t i) const { return structures == nullptr ? i : structures[i]; }
-  bool has_forces() const { return features == nullptr || jacobian != nullptr; }
-};
-
-// The networks of K levels of theory, lowest first. Those of level 0 take the D numbers of a
-// descriptor; the others one more, the last: the atomic energy of the level below.
-struct NetworkLevels {
-  std::vector<NetworkShape> shapes;  // [K]
-
-  std::int64_t count() const { return static_cast<std::int64_t>(shapes.size()); }
-  std::int64_t n_species() const { return shapes[0].n_species; }
-  // Numbers of the parameters of level k, which follow those of level k - 1.
-  std::int64_t parameters_of(std::int64_t k) const {
-    std::int64_t total = 0;
-    for (std::int64_t s = 0; s < n_species(); ++s) total += shapes[k].parameters_of(s);
-    return total;
-  }
-  std::int64_t parameters() const {
-    std::int64_t total = 0;
-    for (std::int64_t k = 0; k < count(); ++k) total += parameters_of(k);
-    return total;
-  }
-};
-
-// Which levels the outputs have: one row for each, or one for the highest alone.
-enum class Levels { all, highest };
 
 // Of an ensemble, n_members models that differ in their weights [n_members, parameters()]; R:
 // levels of the outputs. Energies have the bits of a single model's; forces, which are computed for

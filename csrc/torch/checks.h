@@ -49,11 +49,11 @@ inline void check_batch_shapes(const at::Tensor& coordinates, const at::Tensor& 
 }
 
 // The packed descriptor: see kinml_fast.nn.aev.AEVParameters.packed.
-inline cpu::AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
+inline AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
   constexpr size_t kHead = 12;
   TORCH_CHECK(packed.size() >= kHead, "kinml_fast: the descriptor must have at least ", kHead,
               " numbers, got ", packed.size());
-  cpu::AevParameters p;
+  AevParameters p;
   p.n_species = static_cast<int64_t>(packed[0]);
   const auto n_radial = static_cast<size_t>(packed[1]);
   const auto n_angular = static_cast<size_t>(packed[2]);
@@ -86,7 +86,7 @@ inline cpu::AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
   return p;
 }
 
-inline void check_network(const cpu::NetworkShape& shape, int64_t species, int64_t inputs) {
+inline void check_network(const NetworkShape& shape, int64_t species, int64_t inputs) {
   TORCH_CHECK(shape.size(species, 0) == inputs, "kinml_fast: the network of species ", species,
               " takes ", shape.size(species, 0), " inputs, the features have ", inputs);
   TORCH_CHECK(shape.size(species, shape.n_layers) == 1,
@@ -99,15 +99,15 @@ inline void check_activations(at::IntArrayRef activations) {
 }
 
 // The description of the networks for features of `length` numbers; the lists must outlive it.
-inline cpu::NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n_species,
-                                         int64_t length, at::IntArrayRef sizes,
-                                         at::IntArrayRef activations, bool biases) {
+inline NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n_species, int64_t length,
+                                    at::IntArrayRef sizes, at::IntArrayRef activations,
+                                    bool biases) {
   const auto n_layers = static_cast<int64_t>(activations.size());
   TORCH_CHECK(n_layers >= 1 && n_species >= 1 &&
                   static_cast<int64_t>(sizes.size()) == n_species * (n_layers + 1),
               "kinml_fast: ", n_layers, " layers and ", n_species, " species need ",
               n_species * (n_layers + 1), " sizes, got ", sizes.size());
-  const cpu::NetworkShape shape{n_species, n_layers, sizes.data(), activations.data(), biases};
+  const NetworkShape shape{n_species, n_layers, sizes.data(), activations.data(), biases};
   int64_t n_parameters = 0;
   for (int64_t s = 0; s < n_species; ++s) {
     n_parameters += shape.parameters_of(s);
@@ -121,7 +121,7 @@ inline cpu::NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n
   return shape;
 }
 
-// Species and levels of a chain of networks (cpu::NetworkLevels) from `sizes`, which has
+// Species and levels of a chain of networks (NetworkLevels) from `sizes`, which has
 // [n_levels, n_species, n_layers + 1] numbers: networks of level 0 take `length` numbers.
 inline std::pair<int64_t, int64_t> count_levels(int64_t length, at::IntArrayRef sizes,
                                                 at::IntArrayRef activations) {
@@ -141,16 +141,16 @@ inline std::pair<int64_t, int64_t> count_levels(int64_t length, at::IntArrayRef 
 
 // The description of such a chain; parameters [n] or, for an ensemble, [n_members, n]. The lists
 // must outlive it.
-inline cpu::NetworkLevels unpack_levels(const at::Tensor& parameters, int64_t length,
-                                        at::IntArrayRef sizes, at::IntArrayRef activations,
-                                        bool biases) {
+inline NetworkLevels unpack_levels(const at::Tensor& parameters, int64_t length,
+                                   at::IntArrayRef sizes, at::IntArrayRef activations,
+                                   bool biases) {
   TORCH_CHECK(parameters.dim() == 1 || parameters.dim() == 2,
               "kinml_fast: parameters must be one flat tensor, or [n_members, n] for an ensemble, "
               "got shape ",
               parameters.sizes());
   const auto [n_species, n_levels] = count_levels(length, sizes, activations);
   const auto n_layers = static_cast<int64_t>(activations.size());
-  cpu::NetworkLevels levels;
+  NetworkLevels levels;
   for (int64_t k = 0; k < n_levels; ++k) {
     levels.shapes.push_back({n_species, n_layers, sizes.data() + k * n_species * (n_layers + 1),
                              activations.data(), biases});

@@ -23,7 +23,7 @@ int threads() {
 struct Source {
   bool stores = false;
   Tensor coordinates, features, jacobian;  // the last may be missing: then there are no forces
-  cpu::AevParameters parameters;
+  AevParameters parameters;
 
   static Source recomputed(const Tensor& coordinates, Doubles descriptor) {
     Source s;
@@ -55,7 +55,7 @@ struct Source {
   int64_t length() const { return stores ? features.size(1) : parameters.length(); }
   bool has_forces() const { return !stores || jacobian.defined(); }
   template <class T>
-  void describe(cpu::ForceBatch<T>& batch) const {
+  void describe(ForceBatch<T>& batch) const {
     if (stores) {
       batch.features = features.const_data_ptr<T>();
       batch.length = features.size(1);
@@ -74,7 +74,7 @@ struct Source {
 struct Call {
   const Source& source;
   Tensor species, offsets, structures, weights;
-  cpu::NetworkLevels networks;
+  NetworkLevels networks;
   int64_t n_members;
   int64_t n_structures;  // of the data set
   int64_t count;         // of the batch
@@ -135,13 +135,13 @@ struct Call {
   }
 
   template <class T>
-  cpu::ForceBatch<T> batch() const {
-    cpu::ForceBatch<T> b{species.const_data_ptr<int64_t>(),
-                         offsets.const_data_ptr<int64_t>(),
-                         structures.defined() ? structures.const_data_ptr<int64_t>() : nullptr,
-                         count,
-                         n_structures,
-                         source.n_atoms()};
+  ForceBatch<T> batch() const {
+    ForceBatch<T> b{species.const_data_ptr<int64_t>(),
+                    offsets.const_data_ptr<int64_t>(),
+                    structures.defined() ? structures.const_data_ptr<int64_t>() : nullptr,
+                    count,
+                    n_structures,
+                    source.n_atoms()};
     source.describe(b);
     return b;
   }
@@ -171,8 +171,8 @@ c10::SmallVector<Number, 5> output_shape(bool ensemble, Number n_members, bool l
   for (const Number& n : last) shape.push_back(n);
   return shape;
 }
-cpu::Levels which(bool levels) {
-  return levels ? cpu::Levels::all : cpu::Levels::highest;
+Levels which(bool levels) {
+  return levels ? Levels::all : Levels::highest;
 }
 
 std::tuple<Tensor, Tensor> evaluate(const Call& call, const std::optional<Tensor>& sae,

@@ -39,7 +39,7 @@ struct Batch {
                        species.size(0), offsets.size(0) - 1, n_species);
   }
   template <class T>
-  cpu::AevBatch<T> as() const {
+  AevBatch<T> as() const {
     return {offsets.size(0) - 1, coordinates.const_data_ptr<T>(), species.const_data_ptr<int64_t>(),
             offsets.const_data_ptr<int64_t>()};
   }
@@ -48,7 +48,7 @@ struct Batch {
 Tensor aev(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
            at::ArrayRef<double> descriptor) {
   check_batch_shapes(coordinates, species, offsets);
-  const cpu::AevParameters p = unpack_descriptor(descriptor);
+  const AevParameters p = unpack_descriptor(descriptor);
   const Batch batch(coordinates, species, offsets, p.n_species);
   Tensor out = at::empty({coordinates.size(0), p.length()}, coordinates.options());
   with_type(coordinates, [&](auto zero) {
@@ -65,7 +65,7 @@ Tensor aev_product(const Tensor& coordinates, const Tensor& species, const Tenso
                    const Tensor* gradient, const Tensor* tangent, at::ArrayRef<double> descriptor,
                    const Kernel& kernel) {
   check_batch_shapes(coordinates, species, offsets);
-  const cpu::AevParameters p = unpack_descriptor(descriptor);
+  const AevParameters p = unpack_descriptor(descriptor);
   Tensor g, v;
   if (gradient != nullptr) {
     check_same_type(*gradient, "gradient", coordinates, "coordinates");
@@ -114,7 +114,7 @@ Tensor aev_hvp(const Tensor& coordinates, const Tensor& species, const Tensor& o
 Tensor aev_jacobian(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
                     int64_t max_atoms, at::ArrayRef<double> descriptor) {
   check_batch_shapes(coordinates, species, offsets);
-  const cpu::AevParameters p = unpack_descriptor(descriptor);
+  const AevParameters p = unpack_descriptor(descriptor);
   const Batch batch(coordinates, species, offsets, p.n_species);
   const int64_t* o = batch.offsets.const_data_ptr<int64_t>();
   for (int64_t s = 0; s + 1 < offsets.size(0); ++s)
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species_,
 
 // The networks' description, and checks of all that goes with it.
 struct Networks {
-  cpu::NetworkShape shape;
+  NetworkShape shape;
   Tensor features, rows, owners, starts, parameters;
 
   Networks(const Tensor& features_, const Tensor& rows_, const Tensor& owners_,
@@ -520,8 +520,8 @@ std::tuple<Tensor, Tensor> networks_forward_meta(const Tensor& features, const T
                                                  const std::optional<Tensor>&,
                                                  at::IntArrayRef sizes, at::IntArrayRef activations,
                                                  bool biases, c10::SymInt n_structures, bool save) {
-  const cpu::NetworkShape shape{starts.size(0) - 1, static_cast<int64_t>(activations.size()),
-                                sizes.data(), activations.data(), biases};
+  const NetworkShape shape{starts.size(0) - 1, static_cast<int64_t>(activations.size()),
+                           sizes.data(), activations.data(), biases};
   return {at::empty_symint({n_structures}, features.options().dtype(at::kDouble)),
           at::empty_symint({save ? rows.sym_size(0) : c10::SymInt(0), shape.saved_per_atom()},
                            features.options())};

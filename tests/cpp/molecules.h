@@ -14,7 +14,7 @@
 
 namespace molecules {
 
-using kinml::cpu::AevParameters;
+using kinml::AevParameters;
 using Index = std::int64_t;
 using Real = long double;
 

@@ -29,7 +29,7 @@
 namespace {
 
 using namespace molecules;
-using kinml::cpu::AevBatch;
+using kinml::AevBatch;
 
 bool small_run = false;
 

@@ -25,10 +25,10 @@
 namespace {
 
 using namespace molecules;
-using kinml::cpu::ForceBatch;
-using kinml::cpu::Levels;
-using kinml::cpu::NetworkLevels;
-using kinml::cpu::NetworkShape;
+using kinml::ForceBatch;
+using kinml::Levels;
+using kinml::NetworkLevels;
+using kinml::NetworkShape;
 
 bool small_run = false;
 
@@ -197,8 +197,7 @@ struct Library {
     columns = 3 * most + 2;
     features.resize(b.n_atoms() * length);
     jacobian.resize(b.n_atoms() * length * columns);
-    const kinml::cpu::AevBatch<T> view{b.n_structures(), x.data(), b.species.data(),
-                                       b.offsets.data()};
+    const kinml::AevBatch<T> view{b.n_structures(), x.data(), b.species.data(), b.offsets.data()};
     kinml::cpu::aev_forward<T>(m.aev, view, features.data(), 1);
     kinml::cpu::aev_jacobian<T>(m.aev, view, columns, jacobian.data(), 1);
     for (Index s = 0; s < b.n_structures(); ++s)

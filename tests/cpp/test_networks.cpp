@@ -30,7 +30,7 @@
 using activations::curvature;
 using activations::slope;
 using activations::value;
-using kinml::cpu::NetworkShape;
+using kinml::NetworkShape;
 using Index = std::int64_t;
 using Real = long double;
 

@@ -1,0 +1,83 @@
+// Starts kernels: on a stream of the GPU or, compiled without nvcc, on the host (group.h).
+//
+// A kernel is a struct of arguments with
+//   static constexpr int kThreads       threads of a block, a multiple of 32
+//   KINML_DEVICE void operator()(const Block& block) const
+// It is passed by value: at most 32,764 bytes (4,096 before CUDA 12.1).
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "group.h"
+
+namespace kinml::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Memory of the blocks of a kernel: on the chip, or pieces of `bytes` from `global` on, of which
+// the i-th is that of the i-th block. `bytes` is a multiple of 16.
+struct BlockMemory {
+  std::int64_t bytes = 0;
+  char* global = nullptr;
+};
+
+// The most memory on the chip that a block may have, and the number of multiprocessors, of the
+// current device. Throws Error, with what is wrong with the device or driver.
+struct Device {
+  std::int64_t block_memory;
+  int multiprocessors;
+};
+Device current_device();
+
+#if defined(__CUDACC__)
+
+[[noreturn]] void throw_launch_error(int code);
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads)
+    run(const __grid_constant__ Kernel kernel, char* global, std::int64_t bytes) {
+  extern __shared__ __align__(16) char on_chip[];
+  kernel(Block(global == nullptr ? on_chip : global + blockIdx.x * bytes));
+}
+
+template <class Kernel>
+void launch(const Kernel& kernel, std::int64_t blocks, Stream stream,
+            const BlockMemory& memory = {}) {
+  static_assert(Kernel::kThreads % 32 == 0);
+  if (blocks == 0) return;
+  const std::size_t on_chip = memory.global == nullptr ? memory.bytes : 0;
+  cudaError_t error = cudaSuccess;
+  if (on_chip > 48 * 1024)
+    error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(on_chip));
+  if (error == cudaSuccess) {
+    run<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, on_chip,
+                  static_cast<cudaStream_t>(stream)>>>(kernel, memory.global, memory.bytes);
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess) throw_launch_error(static_cast<int>(error));
+}
+
+#else
+
+// Host: `global` is not used, so that a block's memory is always new and a sanitizer sees its ends.
+template <class Kernel>
+void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory& memory = {}) {
+  static_assert(Kernel::kThreads % 32 == 0);
+  run_step(static_cast<int>(blocks), [&](int i) {
+    char* const own = static_cast<char*>(std::malloc(static_cast<std::size_t>(memory.bytes)));
+    for (std::int64_t b = 0; b < memory.bytes; ++b) own[b] = static_cast<char>(0xff);
+    kernel(Block(i, Kernel::kThreads, own));
+    std::free(own);
+  });
+}
+
+#endif
+
+}  // namespace kinml::cuda
