@@ -13,11 +13,16 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../core/config.h"
+
 #if defined(__CUDACC__)
 #define KINML_DEVICE __device__ __forceinline__
+#define KINML_UNROLL _Pragma("unroll")
 #else
 #define KINML_DEVICE inline
+#define KINML_UNROLL
 #include <cstdlib>
+#include <utility>
 #include <vector>
 #endif
 
@@ -157,15 +162,15 @@ class Block {
 // kernel takes, so that the count and the use are one function.
 class Pieces {
  public:
-  KINML_DEVICE explicit Pieces(char* begin) : next_(begin), taken_(0) {}
+  KINML_HD explicit Pieces(char* begin) : next_(begin), taken_(0) {}
 
   template <class N>
-  KINML_DEVICE N* take(std::int64_t n) {
+  KINML_HD N* take(std::int64_t n) {
     N* const piece = reinterpret_cast<N*>(next_ == nullptr ? nullptr : next_ + taken_);
     taken_ += (n * static_cast<std::int64_t>(sizeof(N)) + 15) / 16 * 16;
     return piece;
   }
-  KINML_DEVICE std::int64_t taken() const { return taken_; }
+  KINML_HD std::int64_t taken() const { return taken_; }
 
  private:
   char* next_;

@@ -1,0 +1,337 @@
+#include "networks_cuda.h"
+
+#include <cmath>
+#include <limits>
+
+#include "network_group.h"
+
+namespace kinml::cuda {
+
+namespace {
+
+using Index = std::int64_t;
+
+constexpr int kThreads = 256;
+
+Index blocks_for(Index items) {
+  return (items + kThreads - 1) / kThreads;
+}
+
+template <class T>
+struct PackKernel {
+  static constexpr int kThreads = cuda::kThreads;
+  ChainPlan plan;
+  const T* parameters;
+  T* packed;
+
+  // One block for a piece of one member's packed form.
+  KINML_DEVICE void operator()(const Block& block) const {
+    const Index blocks = (plan.packed + kThreads - 1) / kThreads;
+    const Index member = block.index() / blocks, begin = block.index() % blocks * kThreads;
+    block.each(kThreads, [&](int item) {
+      const Index i = begin + item;
+      if (i >= plan.packed) return;
+      const PackedPlace from = packed_place(plan, static_cast<int>(i));
+      packed[member * plan.packed + i] =
+          from.parameter < 0 ? T(0) : parameters[member * plan.parameters + from.parameter];
+    });
+  }
+};
+
+enum class Pass { forward, backward, second };
+
+template <class T>
+struct NetworkKernel {
+  static constexpr int kThreads = cuda::kThreads;
+  ChainPlan plan;
+  NetworkBatch<T> batch;
+  Pass pass;
+  int length = 0;  // D
+  // [n, saved_stride] written by the forward pass and read by the backward pass
+  T* saved = nullptr;
+  Index saved_stride = 0;
+  const T* tangents = nullptr;
+  const double* grad_energies = nullptr;
+  T *atomic = nullptr, *derivatives = nullptr, *grad_atoms = nullptr;
+  T* parts = nullptr;  // [n_blocks, plan.parameters]
+  Index n_blocks = 0, n_tiles = 0;
+
+  struct Memory {
+    TileRows rows;
+    T *features, *directions, *seeds, *parts;
+    HiddenArrays<T> hidden;
+
+    KINML_HD void take(Pieces& pieces, const ChainPlan& plan, bool second) {
+      const Index matrix = Index(kNetworkRows) * plan.features;
+      rows.take(pieces, kNetworkRows, plan.n_species);
+      features = pieces.take<T>(matrix);
+      directions = second ? pieces.take<T>(matrix) : nullptr;
+      seeds = pieces.take<T>(kNetworkRows);
+      parts = pieces.take<T>(Index(kMostParts) * kNetworkRows * plan.widest);
+      hidden.take(pieces, kNetworkRows, plan.hidden, second);
+    }
+  };
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    Pieces pieces(block.memory());
+    Memory memory;
+    memory.take(pieces, plan, pass == Pass::second);
+    T* const gradient = parts == nullptr ? nullptr : parts + block.index() * plan.parameters;
+    if (gradient != nullptr) block.each(plan.parameters, [&](int i) { gradient[i] = 0; });
+    for (Index tile = block.index(); tile < n_tiles; tile += n_blocks) {
+      const NetworkTileSpan span = network_tile(batch.starts, plan.n_species, tile);
+      if (span.count > 0) run_tile(block, memory, span, gradient);
+    }
+  }
+
+  KINML_DEVICE void run_tile(const Block& block, Memory& memory, const NetworkTileSpan& span,
+                             T* gradient) const {
+    TileRows& rows = memory.rows;
+    block.each(plan.n_species + 1,
+               [&](int s) { rows.starts[s] = s <= span.species ? 0 : span.count; });
+    rows.cut(block, plan.n_species);
+    const int stride = plan.features;
+    stage(block, span, batch.features, batch.stride, memory.features);
+    if (pass == Pass::second) stage(block, span, tangents, length, memory.directions);
+    if (pass != Pass::forward)
+      block.each(span.count, [&](int row) {
+        const Index owner = batch.owners[span.first + row];
+        const bool there = owner >= 0 && owner < batch.n_structures;
+        memory.seeds[row] = there ? static_cast<T>(grad_energies[owner]) : kNan;
+      });
+    const TileNetwork<T> network{&plan, 0, batch.packed, memory.hidden, memory.parts};
+    const auto seed = [&](int row) { return memory.seeds[row]; };
+    const int hidden = plan.hidden, last = network.last();
+    const auto kept = [&](int i) {
+      return saved + (span.first + i / hidden) * saved_stride + i % hidden;
+    };
+    if (pass == Pass::backward)
+      block.each(span.count * hidden, [&](int i) {
+        memory.hidden.values[i] = kept(i)[0];
+        memory.hidden.slopes[i] = kept(i)[saved_stride / 2];
+      });
+    else
+      network.forward(block, rows, memory.features, stride, pass == Pass::second);
+    if (pass == Pass::forward) {
+      if (saved != nullptr)
+        block.each(span.count * hidden, [&](int i) {
+          kept(i)[0] = memory.hidden.values[i];
+          kept(i)[saved_stride / 2] = memory.hidden.slopes[i];
+        });
+      block.each(span.count, [&](int row) {
+        atomic[span.first + row] = memory.hidden.values[network.place(row, span.species, last, 0)];
+      });
+      return;
+    }
+    // Gradients are rows of all features of a tile at first, since products fill whole rooms.
+    T* const by_features = memory.features;
+    if (pass == Pass::backward) {
+      network.backward(block, rows, seed, false);
+      if (gradient != nullptr)
+        network.weight_gradients(block, rows, memory.features, stride, nullptr, 0, gradient);
+      if (grad_atoms != nullptr)
+        network.feature_gradients(block, rows, memory.hidden.deltas, by_features, stride);
+    } else {
+      network.backward(block, rows, seed, true);
+      network.tangent(block, rows, memory.directions, stride);
+      if (derivatives != nullptr)
+        block.each(span.count, [&](int row) {
+          derivatives[span.first + row] =
+              memory.hidden.tangents[network.place(row, span.species, last, 0)];
+        });
+      network.second_backward(block, rows, [](int) { return T(0); });
+      if (gradient != nullptr)
+        network.weight_gradients(block, rows, memory.features, stride, memory.directions, stride,
+                                 gradient);
+      if (grad_atoms != nullptr)
+        network.feature_gradients(block, rows, memory.hidden.bends, by_features, stride);
+    }
+    if (grad_atoms != nullptr)
+      block.each(span.count * length, [&](int i) {
+        grad_atoms[span.first * length + i] = by_features[i / length * stride + i % length];
+      });
+  }
+
+  static constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+
+  // Rows of a matrix [n_features, pitch] into [kNetworkRows, plan.features], 0 behind.
+  KINML_DEVICE void stage(const Block& block, const NetworkTileSpan& span, const T* from,
+                          Index pitch, T* to) const {
+    const int stride = plan.features;
+    block.each(span.count * stride, [&](int i) {
+      const int row = i / stride, column = i % stride;
+      const Index source = batch.rows[span.first + row];
+      const bool there = source >= 0 && source < batch.n_features;
+      to[i] = column >= length ? T(0) : there ? from[source * pitch + column] : kNan;
+    });
+  }
+};
+
+template <class T>
+struct SumByStructureKernel {
+  static constexpr int kThreads = cuda::kThreads;
+  const T* values;
+  const Index *order, *firsts;
+  Index n_structures;
+  const Index* starts;
+  int n_species;
+  const double* shifts;
+  double* sums;
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    block.each(kThreads, [&](int item) {
+      const Index structure = Index(block.index()) * kThreads + item;
+      if (structure >= n_structures) return;
+      double sum = 0;
+      for (Index i = firsts[structure]; i < firsts[structure + 1]; ++i) {
+        const Index atom = order[i];
+        double shift = 0;
+        if (shifts != nullptr) {
+          int s = 0;
+          while (s + 1 < n_species && atom >= starts[s + 1]) ++s;
+          shift = shifts[s];
+        }
+        sum += static_cast<double>(values[atom]) + shift;
+      }
+      sums[structure] = sum;
+    });
+  }
+};
+
+template <class T>
+struct SumPartsKernel {
+  static constexpr int kThreads = cuda::kThreads;
+  const T* parts;
+  Index n_parts, n;
+  T* sums;
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    block.each(kThreads, [&](int item) {
+      const Index i = Index(block.index()) * kThreads + item;
+      if (i >= n) return;
+      T sum = 0;
+      for (Index part = 0; part < n_parts; ++part) sum += parts[part * n + i];
+      sums[i] = sum;
+    });
+  }
+};
+
+Index round_up(Index bytes) {
+  return (bytes + 15) / 16 * 16;
+}
+
+template <class T>
+Index tile_bytes(const ChainPlan& plan, bool second) {
+  Pieces count(nullptr);
+  typename NetworkKernel<T>::Memory memory;
+  memory.take(count, plan, second);
+  return count.taken();
+}
+Index blocks_of(const ChainPlan& plan, Index n) {
+  const Index tiles = most_network_tiles(n, plan.n_species);
+  return tiles < kNetworkBlocks ? tiles : kNetworkBlocks;
+}
+template <class T>
+Index parts_bytes(const ChainPlan& plan, Index n, bool gradients) {
+  return gradients ? round_up(blocks_of(plan, n) * plan.parameters * Index(sizeof(T))) : 0;
+}
+
+// Runs a pass with the memory of its tiles on the chip where that is large enough.
+template <class T>
+void run_pass(NetworkKernel<T> kernel, T* grad_parameters, char* workspace, Stream stream) {
+  const ChainPlan& plan = kernel.plan;
+  const Index n = kernel.batch.n;
+  kernel.length = plan.layers[0].in;
+  kernel.n_tiles = most_network_tiles(n, plan.n_species);
+  kernel.n_blocks = blocks_of(plan, n);
+  const bool gradients = grad_parameters != nullptr;
+  kernel.parts = gradients ? reinterpret_cast<T*>(workspace) : nullptr;
+  const Index bytes = tile_bytes<T>(plan, kernel.pass == Pass::second);
+  const bool fits = bytes <= current_device().block_memory;
+  char* const memory = fits ? nullptr : workspace + parts_bytes<T>(plan, n, gradients);
+  launch(kernel, kernel.n_blocks, stream, {bytes, memory});
+  if (gradients)
+    sum_parts(kernel.parts, kernel.n_blocks, Index(plan.parameters), grad_parameters, stream);
+}
+
+}  // namespace
+
+template <class T>
+void pack_networks(const ChainPlan& plan, const T* parameters, std::int64_t n_members, T* packed,
+                   Stream stream) {
+  launch(PackKernel<T>{plan, parameters, packed}, n_members * blocks_for(plan.packed), stream);
+}
+
+template <class T>
+std::int64_t networks_workspace(const ChainPlan& plan, std::int64_t n, bool second,
+                                bool gradients) {
+  const Index bytes = tile_bytes<T>(plan, second);
+  const bool fits = bytes <= current_device().block_memory;
+  return parts_bytes<T>(plan, n, gradients) + (fits ? 0 : blocks_of(plan, n) * bytes);
+}
+
+template <class T>
+void networks_forward(const ChainPlan& plan, const NetworkBatch<T>& batch, T* saved,
+                      std::int64_t saved_stride, T* atomic, char* workspace, Stream stream) {
+  NetworkKernel<T> kernel{plan, batch, Pass::forward};
+  kernel.saved = saved;
+  kernel.saved_stride = saved_stride;
+  kernel.atomic = atomic;
+  run_pass<T>(kernel, nullptr, workspace, stream);
+}
+
+template <class T>
+void networks_backward(const ChainPlan& plan, const NetworkBatch<T>& batch, const T* saved,
+                       std::int64_t saved_stride, const double* grad_energies, T* grad_atoms,
+                       T* grad_parameters, char* workspace, Stream stream) {
+  NetworkKernel<T> kernel{plan, batch, Pass::backward};
+  kernel.saved = const_cast<T*>(saved);
+  kernel.saved_stride = saved_stride;
+  kernel.grad_energies = grad_energies;
+  kernel.grad_atoms = grad_atoms;
+  run_pass(kernel, grad_parameters, workspace, stream);
+}
+
+template <class T>
+void networks_second_backward(const ChainPlan& plan, const NetworkBatch<T>& batch,
+                              const T* tangents, const double* grad_energies, T* derivatives,
+                              T* grad_atoms, T* grad_parameters, char* workspace, Stream stream) {
+  NetworkKernel<T> kernel{plan, batch, Pass::second};
+  kernel.tangents = tangents;
+  kernel.grad_energies = grad_energies;
+  kernel.derivatives = derivatives;
+  kernel.grad_atoms = grad_atoms;
+  run_pass(kernel, grad_parameters, workspace, stream);
+}
+
+template <class T>
+void sum_by_structure(const T* values, const std::int64_t* order, const std::int64_t* firsts,
+                      std::int64_t n_structures, const std::int64_t* starts, int n_species,
+                      const double* shifts, double* sums, Stream stream) {
+  launch(
+      SumByStructureKernel<T>{values, order, firsts, n_structures, starts, n_species, shifts, sums},
+      blocks_for(n_structures), stream);
+}
+
+template <class T>
+void sum_parts(const T* parts, std::int64_t n_parts, std::int64_t n, T* sums, Stream stream) {
+  launch(SumPartsKernel<T>{parts, n_parts, n, sums}, blocks_for(n), stream);
+}
+
+#define KINML_INSTANTIATE(T)                                                                    \
+  template void pack_networks<T>(const ChainPlan&, const T*, Index, T*, Stream);                \
+  template Index networks_workspace<T>(const ChainPlan&, Index, bool, bool);                    \
+  template void networks_forward<T>(const ChainPlan&, const NetworkBatch<T>&, T*, Index, T*,    \
+                                    char*, Stream);                                             \
+  template void networks_backward<T>(const ChainPlan&, const NetworkBatch<T>&, const T*, Index, \
+                                     const double*, T*, T*, char*, Stream);                     \
+  template void networks_second_backward<T>(const ChainPlan&, const NetworkBatch<T>&, const T*, \
+                                            const double*, T*, T*, T*, char*, Stream);          \
+  template void sum_by_structure<T>(const T*, const Index*, const Index*, Index, const Index*,  \
+                                    int, const double*, double*, Stream);                       \
+  template void sum_parts<T>(const T*, Index, Index, T*, Stream);
+KINML_INSTANTIATE(double)
+KINML_INSTANTIATE(float)
+#undef KINML_INSTANTIATE
+
+}  // namespace kinml::cuda
