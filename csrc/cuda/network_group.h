@@ -66,15 +66,27 @@ struct HiddenArrays {
   T* deltas;    // delta
   T* tangents;  // dh
   int stride;
+  std::int64_t size;  // of one array
 
-  KINML_HD void take(Pieces& pieces, int rows, int hidden, bool second) {
+  // One set for each of `levels` networks.
+  KINML_HD void take(Pieces& pieces, int rows, int hidden, bool second, int levels = 1) {
     stride = hidden;
-    const std::int64_t n = std::int64_t(rows) * hidden;
+    size = std::int64_t(rows) * hidden;
+    const std::int64_t n = levels * size;
     values = pieces.take<T>(n);
     slopes = pieces.take<T>(n);
     deltas = pieces.take<T>(n);
     bends = second ? pieces.take<T>(n) : nullptr;
     tangents = second ? pieces.take<T>(n) : nullptr;
+  }
+  KINML_DEVICE HiddenArrays of(int level) const {
+    HiddenArrays own = *this;
+    own.values += level * size;
+    own.slopes += level * size;
+    own.deltas += level * size;
+    if (bends != nullptr) own.bends += level * size;
+    if (tangents != nullptr) own.tangents += level * size;
+    return own;
   }
 };
 
@@ -150,6 +162,31 @@ KINML_DEVICE void product(const Block& block, const TileRows& rows, const T* lef
     for (int part = 0; part < n_parts; ++part)
       sum += parts[std::int64_t(part) * rows.n * most_columns + item];
     finish(row, column, s, sum);
+  });
+}
+
+// Numbers [begin, begin + n) of the packed form.
+template <class T>
+KINML_DEVICE void pack_piece(const Block& block, const ChainPlan& plan, const T* parameters,
+                             T* packed, std::int64_t begin, int n) {
+  block.each(n, [&](int item) {
+    const std::int64_t i = begin + item;
+    if (i >= plan.packed) return;
+    const PackedPlace from = packed_place(plan, static_cast<int>(i));
+    packed[i] = from.parameter < 0 ? T(0) : parameters[from.parameter];
+  });
+}
+
+// Numbers [begin, begin + n) of the sum of parts [n_parts, size], in order.
+template <class T>
+KINML_DEVICE void sum_piece(const Block& block, const T* parts, std::int64_t n_parts,
+                            std::int64_t size, std::int64_t begin, int n, T* sums) {
+  block.each(n, [&](int item) {
+    const std::int64_t i = begin + item;
+    if (i >= size) return;
+    T sum = 0;
+    for (std::int64_t part = 0; part < n_parts; ++part) sum += parts[part * size + i];
+    sums[i] = sum;
   });
 }
 

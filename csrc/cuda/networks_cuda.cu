@@ -28,13 +28,8 @@ struct PackKernel {
   KINML_DEVICE void operator()(const Block& block) const {
     const Index blocks = (plan.packed + kThreads - 1) / kThreads;
     const Index member = block.index() / blocks, begin = block.index() % blocks * kThreads;
-    block.each(kThreads, [&](int item) {
-      const Index i = begin + item;
-      if (i >= plan.packed) return;
-      const PackedPlace from = packed_place(plan, static_cast<int>(i));
-      packed[member * plan.packed + i] =
-          from.parameter < 0 ? T(0) : parameters[member * plan.parameters + from.parameter];
-    });
+    pack_piece(block, plan, parameters + member * plan.parameters, packed + member * plan.packed,
+               begin, kThreads);
   }
 };
 
@@ -206,13 +201,7 @@ struct SumPartsKernel {
   T* sums;
 
   KINML_DEVICE void operator()(const Block& block) const {
-    block.each(kThreads, [&](int item) {
-      const Index i = Index(block.index()) * kThreads + item;
-      if (i >= n) return;
-      T sum = 0;
-      for (Index part = 0; part < n_parts; ++part) sum += parts[part * n + i];
-      sums[i] = sum;
-    });
+    sum_piece(block, parts, n_parts, n, Index(block.index()) * kThreads, kThreads, sums);
   }
 };
 

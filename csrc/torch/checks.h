@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu/aev_cpu.h"
-#include "../cpu/force_step_cpu.h"
+#include "../core/batches.h"
+#include "../core/network_shape.h"
 
 namespace kinml::ops {
 
@@ -21,6 +21,12 @@ inline void check_same_type(const at::Tensor& t, const char* name, const at::Ten
                             const char* other_name) {
   TORCH_CHECK(t.scalar_type() == other.scalar_type(), "kinml_fast: ", name, " is ", t.scalar_type(),
               " but ", other_name, " is ", other.scalar_type(), "; both must have one dtype");
+}
+
+inline void check_device(const at::Tensor& t, const char* name, const at::Tensor& other,
+                         const char* other_name) {
+  TORCH_CHECK(t.device() == other.device(), "kinml_fast: ", name, " on ", t.device(), ", but ",
+              other_name, " on ", other.device(), "; move all tensors to one device");
 }
 
 inline void check_index(const at::Tensor& t, const char* name) {

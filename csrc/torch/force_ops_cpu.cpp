@@ -1,113 +1,24 @@
 // The ops for energies and forces together on the CPU, and their shapes (Meta).
 #include <ATen/Parallel.h>
-#include <torch/library.h>
-
-#include <tuple>
-#include <vector>
 
 #include "../cpu/force_step_cpu.h"
-#include "checks.h"
+#include "force_ops.h"
 
 namespace kinml::ops {
 namespace {
-
-using at::Tensor;
-using Doubles = at::ArrayRef<double>;
-using Ints = at::IntArrayRef;
 
 int threads() {
   return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
-// Where descriptors come from: coordinates, or stored ones with their Jacobians.
-struct Source {
-  bool stores = false;
-  Tensor coordinates, features, jacobian;  // the last may be missing: then there are no forces
-  AevParameters parameters;
-
-  static Source recomputed(const Tensor& coordinates, Doubles descriptor) {
-    Source s;
-    check_floating(coordinates, "coordinates");
-    TORCH_CHECK(coordinates.dim() == 2 && coordinates.size(1) == 3,
-                "kinml_fast: coordinates must have shape [n_atoms, 3], got ", coordinates.sizes());
-    s.coordinates = coordinates.contiguous();
-    s.parameters = unpack_descriptor(descriptor);
-    return s;
-  }
-  static Source stored(const Tensor& features, const std::optional<Tensor>& jacobian) {
-    Source s;
-    s.stores = true;
-    check_floating(features, "features");
-    TORCH_CHECK(features.dim() == 2, "kinml_fast: features must have shape [n_atoms, D], got ",
-                features.sizes());
-    s.features = features.contiguous();
-    if (!jacobian.has_value()) return s;
-    check_same_type(*jacobian, "jacobian", features, "features");
-    TORCH_CHECK(jacobian->dim() == 3 && jacobian->size(0) == features.size(0) &&
-                    jacobian->size(1) == features.size(1),
-                "kinml_fast: jacobian must have shape [", features.size(0), ", ", features.size(1),
-                ", columns], got ", jacobian->sizes());
-    s.jacobian = jacobian->contiguous();
-    return s;
-  }
-  const Tensor& numbers() const { return stores ? features : coordinates; }
-  int64_t n_atoms() const { return numbers().size(0); }
-  int64_t length() const { return stores ? features.size(1) : parameters.length(); }
-  bool has_forces() const { return !stores || jacobian.defined(); }
-  template <class T>
-  void describe(ForceBatch<T>& batch) const {
-    if (stores) {
-      batch.features = features.const_data_ptr<T>();
-      batch.length = features.size(1);
-      if (jacobian.defined()) {
-        batch.jacobian = jacobian.const_data_ptr<T>();
-        batch.columns = jacobian.size(2);
-      }
-    } else {
-      batch.parameters = &parameters;
-      batch.coordinates = coordinates.const_data_ptr<T>();
-    }
-  }
-};
-
-// A checked call: data, networks, and which structures.
-struct Call {
-  const Source& source;
-  Tensor species, offsets, structures, weights;
-  NetworkLevels networks;
-  int64_t n_members;
-  int64_t n_structures;  // of the data set
-  int64_t count;         // of the batch
-
-  // Without `structures` all of them, in order.
-  Call(const Source& from, const Tensor& species_, const Tensor& offsets_,
-       const std::optional<Tensor>& structures_, const Tensor& parameters, Ints sizes,
-       Ints activations, bool biases)
-      : source(from),
-        species(species_.contiguous()),
-        offsets(offsets_.contiguous()),
-        weights(parameters.contiguous()) {
-    check_index(species, "species");
-    check_index(offsets, "offsets");
-    const int64_t n_atoms = source.n_atoms();
-    TORCH_CHECK(species.size(0) == n_atoms, "kinml_fast: there are ", n_atoms,
-                " atoms but species has ", species.size(0));
-    TORCH_CHECK(offsets.size(0) >= 1,
-                "kinml_fast: offsets must have n_structures + 1 entries, got none");
-    check_same_type(weights, "parameters", source.numbers(),
-                    source.stores ? "features" : "coordinates");
-    networks = unpack_levels(weights, source.length(), sizes, activations, biases);
-    n_members = weights.dim() == 2 ? weights.size(0) : 1;
-    const int64_t n_species = networks.n_species();
-    TORCH_CHECK(source.stores || n_species == source.parameters.n_species,
-                "kinml_fast: the networks are for ", n_species, " species, the descriptor for ",
-                source.parameters.n_species);
-    n_structures = offsets.size(0) - 1;
-    const int64_t* const z = species.const_data_ptr<int64_t>();
-    const int64_t* const o = offsets.const_data_ptr<int64_t>();
-    if (structures_.has_value()) {
-      check_index(*structures_, "structures");
-      structures = structures_->contiguous();
+struct CpuBackend {
+  static void check_values(const Call& call) {
+    const Tensor& structures = call.structures;
+    const int64_t n_atoms = call.source.n_atoms(), n_structures = call.n_structures,
+                  n_species = call.networks.n_species();
+    const int64_t* const z = call.species.const_data_ptr<int64_t>();
+    const int64_t* const o = call.offsets.const_data_ptr<int64_t>();
+    if (structures.defined()) {
       // Only the batch is looked at: a data set may be a thousand times as large.
       const int64_t* const chosen = structures.const_data_ptr<int64_t>();
       for (int64_t i = 0; i < structures.size(0); ++i) {
@@ -124,210 +35,36 @@ struct Call {
     } else {
       check_batch_values(z, o, n_atoms, n_structures, n_species);
     }
-    count = structures.defined() ? structures.size(0) : n_structures;
-    if (source.jacobian.defined())
-      for (int64_t i = 0; i < count; ++i) {
+    if (call.source.jacobian.defined())
+      for (int64_t i = 0; i < call.count; ++i) {
         const int64_t s = structures.defined() ? structures.const_data_ptr<int64_t>()[i] : i;
-        TORCH_CHECK(3 * (o[s + 1] - o[s]) <= source.jacobian.size(2), "kinml_fast: structure ", s,
-                    " has ", o[s + 1] - o[s], " atoms, but the Jacobian has columns for ",
-                    source.jacobian.size(2) / 3);
+        TORCH_CHECK(3 * (o[s + 1] - o[s]) <= call.source.jacobian.size(2), "kinml_fast: structure ",
+                    s, " has ", o[s + 1] - o[s], " atoms, but the Jacobian has columns for ",
+                    call.source.jacobian.size(2) / 3);
       }
   }
 
   template <class T>
-  ForceBatch<T> batch() const {
-    ForceBatch<T> b{species.const_data_ptr<int64_t>(),
-                    offsets.const_data_ptr<int64_t>(),
-                    structures.defined() ? structures.const_data_ptr<int64_t>() : nullptr,
-                    count,
-                    n_structures,
-                    source.n_atoms()};
-    source.describe(b);
-    return b;
+  static void energy_forces(const Call& call, const double* sae, Levels levels, double* energies,
+                            T* forces) {
+    cpu::energy_forces<T>(call.networks, call.weights.const_data_ptr<T>(), call.n_members,
+                          call.batch<T>(), sae, levels, energies, forces, threads());
   }
-  // Calls f with a value of the C++ type.
-  template <class Function>
-  void with_type(const Function& f) const {
-    if (weights.scalar_type() == at::kDouble)
-      f(double());
-    else
-      f(float());
+  template <class T>
+  static void energy_forces_backward(const Call& call, Levels levels, const double* e, const T* r,
+                                     T* gradient) {
+    cpu::energy_forces_backward<T>(call.networks, call.weights.const_data_ptr<T>(), call.batch<T>(),
+                                   levels, e, r, gradient, threads());
+  }
+  template <class T>
+  static void force_step(const Call& call, const Loss& loss, double* losses, T* gradient,
+                         double* residuals, double* errors) {
+    cpu::force_step<T>(call.networks, call.weights.const_data_ptr<T>(), call.batch<T>(),
+                       {loss.energies, loss.forces, loss.energy_weights, loss.force_weights,
+                        loss.scales[0], loss.scales[1]},
+                       losses, gradient, residuals, errors, threads());
   }
 };
-
-void check_doubles(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.scalar_type() == at::kDouble && t.sizes() == shape && t.is_contiguous(),
-              "kinml_fast: ", name, " must be a contiguous float64 tensor of shape ", shape,
-              ", got ", t.scalar_type(), " of shape ", t.sizes());
-}
-
-// Shape of outputs: [members, levels, ...], without the dimensions that there are not.
-template <class Number>
-c10::SmallVector<Number, 5> output_shape(bool ensemble, Number n_members, bool levels,
-                                         Number n_levels, std::initializer_list<Number> last) {
-  c10::SmallVector<Number, 5> shape;
-  if (ensemble) shape.push_back(n_members);
-  if (levels) shape.push_back(n_levels);
-  for (const Number& n : last) shape.push_back(n);
-  return shape;
-}
-Levels which(bool levels) {
-  return levels ? Levels::all : Levels::highest;
-}
-
-std::tuple<Tensor, Tensor> evaluate(const Call& call, const std::optional<Tensor>& sae,
-                                    bool levels) {
-  const auto shape = [&](std::initializer_list<int64_t> last) {
-    return output_shape<int64_t>(call.weights.dim() == 2, call.n_members, levels,
-                                 call.networks.count(), last);
-  };
-  const int64_t n_atoms = call.source.has_forces() ? call.source.n_atoms() : 0;
-  Tensor energies = at::empty(shape({call.count}), call.weights.options().dtype(at::kDouble));
-  Tensor forces = at::empty(shape({n_atoms, 3}), call.weights.options());
-  Tensor shift;
-  if (sae.has_value()) {
-    shift = sae->contiguous();
-    check_doubles(shift, "sae", shape({call.networks.n_species()}));
-  }
-  call.with_type([&](auto zero) {
-    using T = decltype(zero);
-    cpu::energy_forces<T>(
-        call.networks, call.weights.const_data_ptr<T>(), call.n_members, call.batch<T>(),
-        shift.defined() ? shift.const_data_ptr<double>() : nullptr, which(levels),
-        energies.mutable_data_ptr<double>(), forces.mutable_data_ptr<T>(), threads());
-  });
-  return {energies, forces};
-}
-
-void check_one_member(const Call& call) {
-  TORCH_CHECK(call.weights.dim() == 1,
-              "kinml_fast: the members of an ensemble are trained one at a time: give parameters "
-              "of shape [n], got ",
-              call.weights.sizes());
-}
-
-Tensor differentiate(const Call& call, const Tensor& grad_energies, const Tensor& grad_forces,
-                     bool levels) {
-  check_one_member(call);
-  const Tensor e = grad_energies.contiguous(), r = grad_forces.contiguous();
-  const auto shape = [&](std::initializer_list<int64_t> last) {
-    return output_shape<int64_t>(false, 1, levels, call.networks.count(), last);
-  };
-  check_doubles(e, "grad_energies", shape({call.count}));
-  check_same_type(r, "grad_forces", call.weights, "parameters");
-  const auto forces = shape({call.source.has_forces() ? call.source.n_atoms() : 0, 3});
-  TORCH_CHECK(r.sizes() == at::IntArrayRef(forces), "kinml_fast: grad_forces must have shape ",
-              at::IntArrayRef(forces), ", got ", r.sizes());
-  Tensor gradient = at::empty_like(call.weights);
-  call.with_type([&](auto zero) {
-    using T = decltype(zero);
-    cpu::energy_forces_backward<T>(call.networks, call.weights.const_data_ptr<T>(), call.batch<T>(),
-                                   which(levels), e.const_data_ptr<double>(), r.const_data_ptr<T>(),
-                                   gradient.mutable_data_ptr<T>(), threads());
-  });
-  return gradient;
-}
-
-void step(const Call& call, const Tensor& energy_targets, const Tensor& force_targets,
-          const Tensor& energy_weights, const Tensor& force_weights, const Tensor& scales,
-          Tensor& energy_residuals, Tensor& force_errors, Tensor& losses, Tensor& gradient) {
-  check_one_member(call);
-  const int64_t n = call.n_structures, n_levels = call.networks.count();
-  const auto check = [&](const Tensor& t, const char* name, std::initializer_list<int64_t> last) {
-    check_doubles(t, name, output_shape<int64_t>(false, 1, n_levels > 1, n_levels, last));
-  };
-  check(energy_targets, "energy_targets", {n});
-  check(energy_weights, "energy_weights", {n});
-  if (call.source.has_forces()) {
-    check(force_targets, "force_targets", {call.source.n_atoms(), 3});
-    check(force_weights, "force_weights", {n});
-  }
-  check_doubles(scales, "scales", {2});
-  check(energy_residuals, "energy_residuals", {call.count});
-  check(force_errors, "force_errors", {call.count, 3});
-  check_doubles(losses, "losses", {2});
-  check_same_type(gradient, "gradient", call.weights, "parameters");
-  TORCH_CHECK(gradient.sizes() == call.weights.sizes() && gradient.is_contiguous(),
-              "kinml_fast: gradient must be contiguous and have the shape of parameters, ",
-              call.weights.sizes(), ", got ", gradient.sizes());
-  const auto forces = [&](const Tensor& t) {
-    return call.source.has_forces() ? t.const_data_ptr<double>() : nullptr;
-  };
-  const cpu::ForceLoss loss{
-      energy_targets.const_data_ptr<double>(), forces(force_targets),
-      energy_weights.const_data_ptr<double>(), forces(force_weights),
-      scales.const_data_ptr<double>()[0],      scales.const_data_ptr<double>()[1]};
-  call.with_type([&](auto zero) {
-    using T = decltype(zero);
-    cpu::force_step<T>(call.networks, call.weights.const_data_ptr<T>(), call.batch<T>(), loss,
-                       losses.mutable_data_ptr<double>(), gradient.mutable_data_ptr<T>(),
-                       energy_residuals.mutable_data_ptr<double>(),
-                       force_errors.mutable_data_ptr<double>(), threads());
-  });
-}
-
-// ---- ops ---------------------------------------------------------------------------------------
-
-std::tuple<Tensor, Tensor> energy_forces(const Tensor& coordinates, const Tensor& species,
-                                         const Tensor& offsets, const Tensor& parameters,
-                                         const std::optional<Tensor>& sae, Doubles descriptor,
-                                         Ints sizes, Ints activations, bool biases, bool levels) {
-  const Source source = Source::recomputed(coordinates, descriptor);
-  return evaluate({source, species, offsets, {}, parameters, sizes, activations, biases}, sae,
-                  levels);
-}
-std::tuple<Tensor, Tensor> energy_forces_stored(const Tensor& features,
-                                                const std::optional<Tensor>& jacobian,
-                                                const Tensor& species, const Tensor& offsets,
-                                                const Tensor& parameters,
-                                                const std::optional<Tensor>& sae, Ints sizes,
-                                                Ints activations, bool biases, bool levels) {
-  const Source source = Source::stored(features, jacobian);
-  return evaluate({source, species, offsets, {}, parameters, sizes, activations, biases}, sae,
-                  levels);
-}
-
-Tensor energy_forces_backward(const Tensor& grad_energies, const Tensor& grad_forces,
-                              const Tensor& coordinates, const Tensor& species,
-                              const Tensor& offsets, const Tensor& parameters, Doubles descriptor,
-                              Ints sizes, Ints activations, bool biases, bool levels) {
-  const Source source = Source::recomputed(coordinates, descriptor);
-  return differentiate({source, species, offsets, {}, parameters, sizes, activations, biases},
-                       grad_energies, grad_forces, levels);
-}
-Tensor energy_forces_stored_backward(const Tensor& grad_energies, const Tensor& grad_forces,
-                                     const Tensor& features, const std::optional<Tensor>& jacobian,
-                                     const Tensor& species, const Tensor& offsets,
-                                     const Tensor& parameters, Ints sizes, Ints activations,
-                                     bool biases, bool levels) {
-  const Source source = Source::stored(features, jacobian);
-  return differentiate({source, species, offsets, {}, parameters, sizes, activations, biases},
-                       grad_energies, grad_forces, levels);
-}
-
-void force_step(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-                const Tensor& structures, const Tensor& parameters, const Tensor& energy_targets,
-                const Tensor& force_targets, const Tensor& energy_weights,
-                const Tensor& force_weights, const Tensor& scales, Tensor energy_residuals,
-                Tensor force_errors, Tensor losses, Tensor gradient, Doubles descriptor, Ints sizes,
-                Ints activations, bool biases) {
-  const Source source = Source::recomputed(coordinates, descriptor);
-  step({source, species, offsets, structures, parameters, sizes, activations, biases},
-       energy_targets, force_targets, energy_weights, force_weights, scales, energy_residuals,
-       force_errors, losses, gradient);
-}
-void force_step_stored(const Tensor& features, const std::optional<Tensor>& jacobian,
-                       const Tensor& species, const Tensor& offsets, const Tensor& structures,
-                       const Tensor& parameters, const Tensor& energy_targets,
-                       const Tensor& force_targets, const Tensor& energy_weights,
-                       const Tensor& force_weights, const Tensor& scales, Tensor energy_residuals,
-                       Tensor force_errors, Tensor losses, Tensor gradient, Ints sizes,
-                       Ints activations, bool biases) {
-  const Source source = Source::stored(features, jacobian);
-  step({source, species, offsets, structures, parameters, sizes, activations, biases},
-       energy_targets, force_targets, energy_weights, force_weights, scales, energy_residuals,
-       force_errors, losses, gradient);
-}
 
 // ---- shapes ------------------------------------------------------------------------------------
 
@@ -383,12 +120,7 @@ void force_step_stored_meta(const Tensor&, const std::optional<Tensor>&, const T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
-  m.impl("energy_forces", energy_forces);
-  m.impl("energy_forces_stored", energy_forces_stored);
-  m.impl("energy_forces_backward", energy_forces_backward);
-  m.impl("energy_forces_stored_backward", energy_forces_stored_backward);
-  m.impl("force_step", force_step);
-  m.impl("force_step_stored", force_step_stored);
+  ForceOps<CpuBackend>::implement(m);
 }
 
 TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
