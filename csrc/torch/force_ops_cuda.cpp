@@ -21,12 +21,13 @@ void evaluate_large(const Call& call, const double* sae, Levels levels, double* 
   const int64_t n_species = networks.n_species(), n_levels = networks.count();
   const int64_t n = call.source.n_atoms(), n_structures = call.n_structures;
   const int64_t first = levels == Levels::all ? 0 : n_levels - 1;
-  const GpuAev aev(call.source.coordinates, call.species, call.offsets, call.source.parameters, gpu);
+  const GpuAev aev(call.source.coordinates, call.species, call.offsets, call.source.parameters,
+                   gpu);
   const at::Tensor a = aev.forward();
   const auto [rows, owners, starts] = gpu_species_order(call.species, call.offsets, n_species);
   // Where each atom stands in the order of the species.
-  const at::Tensor places = at::empty_like(rows).index_copy_(
-      0, rows, at::arange(n, rows.options()));
+  const at::Tensor places =
+      at::empty_like(rows).index_copy_(0, rows, at::arange(n, rows.options()));
   const auto to_atoms = [&](const at::Tensor& sorted) { return sorted.index_select(0, places); };
   const at::Tensor seeds = at::ones({n_structures}, gpu.options.dtype(at::kDouble));
   at::Tensor weights = call.weights;
@@ -44,8 +45,7 @@ void evaluate_large(const Call& call, const double* sae, Levels levels, double* 
       const at::Tensor saved = at::empty({n, per_atom}, gpu.options);
       const at::Tensor atomic = at::full({n}, NAN, gpu.options);
       const at::Tensor slopes = at::full({n, features.size(1)}, NAN, gpu.options);
-      const at::Tensor memory =
-          gpu.workspace(cuda::networks_workspace<T>(plan, n, false, false));
+      const at::Tensor memory = gpu.workspace(cuda::networks_workspace<T>(plan, n, false, false));
       char* const space = memory.mutable_data_ptr<char>();
       cuda::pack_networks<T>(plan, own.const_data_ptr<T>(), 1, packed.mutable_data_ptr<T>(),
                              gpu.stream);
@@ -89,7 +89,7 @@ struct CudaBackend {
   template <class T>
   static void energy_forces(const Call& call, const double* sae, Levels levels, double* energies,
                             T* forces) {
-    translated([&] {
+    translated(call.count, [&] {
       const Gpu gpu(call.weights);
       if (!call.source.stores && call.source.n_atoms() > kLargeStructure * call.n_structures) {
         evaluate_large(call, sae, levels, energies, forces, gpu);
@@ -107,7 +107,7 @@ struct CudaBackend {
   template <class T>
   static void energy_forces_backward(const Call& call, Levels levels, const double* e, const T* r,
                                      T* gradient) {
-    translated([&] {
+    translated(call.count, [&] {
       const Gpu gpu(call.weights);
       const cuda::ChainPlan plan = cuda::plan_chain(call.networks);
       const ForceBatch<T> batch = call.batch<T>();
@@ -119,16 +119,15 @@ struct CudaBackend {
   template <class T>
   static void force_step(const Call& call, const Loss& loss, double* losses, T* gradient,
                          double* residuals, double* errors) {
-    translated([&] {
+    translated(call.count, [&] {
       const Gpu gpu(call.weights);
       const cuda::ChainPlan plan = cuda::plan_chain(call.networks);
       const ForceBatch<T> batch = call.batch<T>();
       const at::Tensor space = gpu.workspace(cuda::force_step_workspace<T>(plan, batch));
-      cuda::force_step<T>(plan, call.weights.const_data_ptr<T>(), batch,
-                          {loss.energies, loss.forces, loss.energy_weights, loss.force_weights,
-                           loss.scales},
-                          losses, gradient, residuals, errors, space.mutable_data_ptr<char>(),
-                          gpu.stream);
+      cuda::force_step<T>(
+          plan, call.weights.const_data_ptr<T>(), batch,
+          {loss.energies, loss.forces, loss.energy_weights, loss.force_weights, loss.scales},
+          losses, gradient, residuals, errors, space.mutable_data_ptr<char>(), gpu.stream);
     });
   }
 };

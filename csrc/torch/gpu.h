@@ -7,6 +7,9 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include <string>
 
 #include "../cuda/launch.h"
 
@@ -45,13 +48,20 @@ struct Gpu {
   }
 };
 
-// Calls function; what the launches throw becomes an error of torch.
+// Calls function for so many structures; what launches and torch's allocator throw becomes a
+// sentence.
 template <class Function>
-auto translated(const Function& function) {
+auto translated(int64_t n_structures, const Function& function) {
   try {
     return function();
   } catch (const cuda::Error& error) {
     TORCH_CHECK(false, "kinml_fast: ", error.what());
+  } catch (const c10::OutOfMemoryError& error) {
+    const std::string what = error.what_without_backtrace();
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "kinml_fast: ", n_structures,
+                     " structures at a time do not fit into the memory of the GPU: try ",
+                     n_structures > 1 ? n_structures / 2 : 1, ", or float32 (",
+                     what.substr(0, what.find('\n')), ")");
   }
 }
 

@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor
                                             const std::optional<Tensor>& sae, Ints sizes,
                                             Ints activations, bool biases, int64_t n_structures,
                                             bool save) {
-  return translated([&]() -> std::tuple<Tensor, Tensor> {
+  return translated(n_structures, [&]() -> std::tuple<Tensor, Tensor> {
     const Gpu gpu(features);
     const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
                        n_structures);
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies_, const
                                              const Tensor& starts, const Tensor& parameters,
                                              const Tensor& saved_, Ints sizes, Ints activations,
                                              bool biases, bool of_features, bool of_parameters) {
-  return translated([&]() -> std::tuple<Tensor, Tensor> {
+  return translated(grad_energies_.size(0), [&]() -> std::tuple<Tensor, Tensor> {
     const Gpu gpu(features);
     const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
                        grad_energies_.size(0));
@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
     const Tensor& rows, const Tensor& owners, const Tensor& starts, const Tensor& parameters,
     Ints sizes, Ints activations, bool biases, bool of_grad_energies, bool of_features,
     bool of_parameters) {
-  return translated([&]() -> std::tuple<Tensor, Tensor, Tensor> {
+  return translated(grad_energies_.size(0), [&]() -> std::tuple<Tensor, Tensor, Tensor> {
     const Gpu gpu(features);
     const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
                        grad_energies_.size(0));
