@@ -218,10 +218,11 @@ void check_all() {
   check::section("memory in the workspace");
   const cuda::Device usual = cuda::current_device();
   for (const std::int64_t bytes : {1024, 24 * 1024, 60 * 1024, 110 * 1024}) {
-    cuda::set_current_device({bytes, usual.multiprocessors});
+    const cuda::Device less{bytes, usual.multiprocessors};
+    cuda::pretend_device(&less);
     check_batch<T>(model, batch_of({3, 20, 11, 40}));
   }
-  cuda::set_current_device(usual);
+  cuda::pretend_device(nullptr);
 
   check::section("what is not there");
   Batch batch = batch_of({4, 3, 5});
