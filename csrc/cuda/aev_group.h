@@ -244,9 +244,9 @@ KINML_HD std::int64_t structure_of(const std::int64_t* offsets, std::int64_t n_s
 }
 
 struct Candidates {
-  std::int64_t begin, end;      // atoms, if there are no cells
-  const std::int64_t* sorted;   // atoms in the order of their cells, or null
-  const std::int64_t* bounds;   // [2, kCellRanges] where ranges of them begin and end
+  std::int64_t begin, end;     // atoms, if there are no cells
+  const std::int64_t* sorted;  // atoms in the order of their cells, or null
+  const std::int64_t* bounds;  // [2, kCellRanges] where ranges of them begin and end
 
   static KINML_HD Candidates structure(std::int64_t begin, std::int64_t end) {
     return {begin, end, nullptr, nullptr};
@@ -261,8 +261,8 @@ KINML_DEVICE Candidates cell_candidates(const Warp& warp, const std::int64_t* ke
                                         std::int64_t* bounds) {
   const std::int64_t cx = cell_of(x[0], size), cy = cell_of(x[1], size), cz = cell_of(x[2], size);
   warp.each(2 * kCellRanges, [&](int i) {
-    bounds[i] = lower_bound(
-        keys, n_atoms, range_key(structure, cx, cy, cz, i % kCellRanges, i >= kCellRanges));
+    bounds[i] = lower_bound(keys, n_atoms,
+                            range_key(structure, cx, cy, cz, i % kCellRanges, i >= kCellRanges));
   });
   return {0, 0, sorted, bounds};
 }
@@ -277,10 +277,10 @@ struct Neighbours {
   // There were more than the capacity, or an atom without a valid species: all results are NaN.
   bool spoiled = false;
   bool overflown = false;
-  bool slopes = false;  // whether there is what only aev_row_transposed needs
-  int* index = nullptr;  // [capacity] atom
-  int* first = nullptr;  // [n_species + 1] where a species begins
-  int* near = nullptr;   // [n_species] so many of a species are near: the first ones
+  bool slopes = false;       // whether there is what only aev_row_transposed needs
+  int* index = nullptr;      // [capacity] atom
+  int* first = nullptr;      // [n_species + 1] where a species begins
+  int* near = nullptr;       // [n_species] so many of a species are near: the first ones
   int* candidate = nullptr;  // [capacity] the same before they are sorted,
   int* key = nullptr;        // [capacity] and by what
   N* planes = nullptr;
@@ -293,7 +293,7 @@ struct Neighbours {
   KINML_DEVICE N* fc() const { return plane(4); }       // radial cutoff function
   KINML_DEVICE N* near_fc() const { return plane(5); }  // angular
   KINML_DEVICE N* inverse_r() const { return plane(6); }
-  KINML_DEVICE N* slope() const { return plane(7); }       // d fc / dr
+  KINML_DEVICE N* slope() const { return plane(7); }  // d fc / dr
   KINML_DEVICE N* near_slope() const { return plane(8); }
   KINML_DEVICE N* along() const { return plane(9); }  // a gradient by r
 };
@@ -387,16 +387,16 @@ KINML_DEVICE void list_neighbours(const Warp& warp, const AevTables<T>& t,
   const int count = sorted;
   warp.each(1, [&](int) { n.first[n_species] = count; });
   n.count = count;
-  n.spoiled =
-      n.overflown || count != stored || species[centre] < 0 || species[centre] >= n_species ||
-      // By cells, an atom whose place is not a number has no other one to spoil.
-      (candidates.bounds != nullptr && !(xi == xi && yi == yi && zi == zi));
+  n.spoiled = n.overflown || count != stored || species[centre] < 0 ||
+              species[centre] >= n_species ||
+              // By cells, an atom whose place is not a number has no other one to spoil.
+              (candidates.bounds != nullptr && !(xi == xi && yi == yi && zi == zi));
 }
 
 // Fills the planes of a list; displacement(k) from the centre to its k-th neighbour.
 template <class T, class N, class F>
-KINML_DEVICE void measure_neighbours(const Warp& warp, const AevTables<T>& t, const Neighbours<N>& n,
-                                     const F& displacement) {
+KINML_DEVICE void measure_neighbours(const Warp& warp, const AevTables<T>& t,
+                                     const Neighbours<N>& n, const F& displacement) {
   constexpr T tiny = std::numeric_limits<T>::min();
   const T radial_inverse = T(1) / t.radial_cutoff, near_inverse = T(1) / t.angular_cutoff;
   warp.each(n.count, [&](int k) {
@@ -530,7 +530,7 @@ struct TripleScratch {
   static constexpr int kRow = kChunkStride<N>;
   // [rows, kRow]: E_l and P_m; for aev_row_transposed also g . (E P') by l and P_m'.
   N* tables = nullptr;
-  N* numbers = nullptr;    // [8, kRow]
+  N* numbers = nullptr;     // [8, kRow]
   int* integers = nullptr;  // [3, kRow]
   int rows = 0;
 
@@ -598,13 +598,13 @@ KINML_DEVICE void begin_chunk(const Warp& warp, const AevTables<T>& t, const Nei
   warp.each(n, [&](int i) {
     PairCursor pair = from;
     while (begin + i >= pair.begin + pair.count(nb.near)) pair.next(nb.near, t.n_species);
-    const TripleMembers members = triple_members(nb.near[pair.a], nb.near[pair.b], pair.a == pair.b,
-                                                 begin + i - pair.begin);
+    const TripleMembers members =
+        triple_members(nb.near[pair.a], nb.near[pair.b], pair.a == pair.b, begin + i - pair.begin);
     const int j = nb.first[pair.a] + members.a, k = nb.first[pair.b] + members.b;
     s.block()[i] = t.layout().angular_begin(pair.a, pair.b);
     const N one(T(1)), zero(T(0));
-    N cosine = scale(
-        t.beta, nb.ux()[j] * nb.ux()[k] + nb.uy()[j] * nb.uy()[k] + nb.uz()[j] * nb.uz()[k]);
+    N cosine =
+        scale(t.beta, nb.ux()[j] * nb.ux()[k] + nb.uy()[j] * nb.uy()[k] + nb.uz()[j] * nb.uz()[k]);
     if (value_of(cosine) >= T(1)) cosine = one;  // clip(c, -1, 1)
     if (T(-1) >= value_of(cosine)) cosine = -one;
     // With beta = 1 and collinear atoms theta has a kink; there dsin/dcos is set to 0 and the
@@ -738,7 +738,8 @@ KINML_DEVICE void aev_row_transposed(const Warp& warp, const AevTables<T>& t,
   }
   const int n_radial = t.n_radial, n_angular = t.n_angular, n_sections = t.n_sections;
   const int n_species = t.n_species;
-  warp.each(nb.count, [&](int k) { nb.along()[k] = p[3 * k] = p[3 * k + 1] = p[3 * k + 2] = N(T(0)); });
+  warp.each(nb.count,
+            [&](int k) { nb.along()[k] = p[3 * k] = p[3 * k + 1] = p[3 * k + 2] = N(T(0)); });
 
   radial_part(
       warp, t, nb, s,

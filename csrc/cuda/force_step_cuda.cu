@@ -253,8 +253,8 @@ struct ForceKernel {
   }
 
   // Rows [begin, begin + kForceRows) of the tile's n atoms: sorted by species, with descriptors.
-  KINML_DEVICE void stage(const Block& block, Tile& tile, const AevTables<T>& tables, int begin,
-                          int n) const {
+  KINML_PHASE void stage(const Block& block, Tile& tile, const AevTables<T>& tables, int begin,
+                         int n) const {
     const int count = n - begin < kForceRows ? n - begin : kForceRows, S = plan.n_species;
     const auto atom_of = [&](int row) {
       const int j = owner_of(tile, begin + row);
@@ -333,8 +333,8 @@ struct ForceKernel {
 
   // Energies of all levels, added to those of the tile or the outputs if `add`; with
   // `slopes` also what tangents need, and with `gradients` g_k.
-  KINML_DEVICE void ascend(const Block& block, Tile& tile, Index member, Index first, int taken,
-                           bool slopes, bool gradients, bool add) const {
+  KINML_PHASE void ascend(const Block& block, Tile& tile, Index member, Index first, int taken,
+                          bool slopes, bool gradients, bool add) const {
     const int K = n_levels(), count = tile.rows.n;
     for (int k = 0; k < K; ++k) {
       const TileNetwork<T> net = network(tile, member, k);
@@ -384,8 +384,8 @@ struct ForceKernel {
   // out -= J^T g of the atoms of a piece of the tile.
   // g    // [kForceRows, stride]
   // out  // [n_atoms, 3]
-  KINML_DEVICE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables,
-                               int count, int taken, int begin, int n, const T* g, T* out) const {
+  KINML_PHASE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables, int count,
+                              int taken, int begin, int n, const T* g, T* out) const {
     if (batch.features != nullptr) {
       add_stored_forces(block, tile, taken, begin, n, g, out);
       return;
@@ -418,8 +418,8 @@ struct ForceKernel {
   }
 
   // The same from stored Jacobians. The descriptor is divided among the threads.
-  KINML_DEVICE void add_stored_forces(const Block& block, Tile& tile, int taken, int begin, int n,
-                                      const T* g, T* out) const {
+  KINML_PHASE void add_stored_forces(const Block& block, Tile& tile, int taken, int begin, int n,
+                                     const T* g, T* out) const {
     const int room = kMostParts * kForceRows * plan.widest, D = length();
     for (int j = 0; j < taken; ++j) {
       const int columns = 3 * (tile.firsts[j + 1] - tile.firsts[j]);
@@ -466,8 +466,8 @@ struct ForceKernel {
   }
 
   // From energies and forces to dL/dE, in their place, and -dL/dF; residuals and errors.
-  KINML_DEVICE void judge(const Block& block, Tile& tile, Index first, int taken, int n,
-                          bool on_forces) const {
+  KINML_PHASE void judge(const Block& block, Tile& tile, Index first, int taken, int n,
+                         bool on_forces) const {
     const int K = n_levels();
     if (e != nullptr) {
       block.each(taken * K, [&](int item) {
@@ -535,8 +535,8 @@ struct ForceKernel {
   }
 
   // Adds the gradient of the atoms of a piece.
-  KINML_DEVICE void differentiate(const Block& block, Tile& tile, const AevTables<T>& tables, Index,
-                                  bool on_forces, T* gradient) const {
+  KINML_PHASE void differentiate(const Block& block, Tile& tile, const AevTables<T>& tables, Index,
+                                 bool on_forces, T* gradient) const {
     const int K = n_levels(), count = tile.rows.n;
     for (int k = K - 1; on_forces && k >= 0; --k) {
       T* const u = tile.gradients + k * matrix();
@@ -581,8 +581,8 @@ struct ForceKernel {
 
   // v_k = -J r_k of the atoms of a piece.
   // v  // [kForceRows, stride]
-  KINML_DEVICE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables, int k,
-                             T* v) const {
+  KINML_PHASE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables, int k,
+                            T* v) const {
     const int K = n_levels(), count = tile.rows.n, D = length();
     const T* const direction = forces_of(k);
     if (batch.features != nullptr) {

@@ -17,10 +17,11 @@
 
 #if defined(__CUDACC__)
 #define KINML_DEVICE __device__ __forceinline__
-#define KINML_UNROLL _Pragma("unroll")
+// A phase of a long kernel: a call of its own, so that its registers are not added to all others'.
+#define KINML_PHASE __device__ __noinline__
 #else
 #define KINML_DEVICE inline
-#define KINML_UNROLL
+#define KINML_PHASE inline
 #include <cstdlib>
 #include <utility>
 #include <vector>

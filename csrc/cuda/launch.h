@@ -43,7 +43,7 @@ void pretend_device(const Device* device);
 [[noreturn]] void throw_launch_error(int code);
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads)
+__global__ void __launch_bounds__(Kernel::kThreads, 1)
     run(const __grid_constant__ Kernel kernel, char* global, std::int64_t bytes) {
   extern __shared__ __align__(16) char on_chip[];
   kernel(Block(global == nullptr ? on_chip : global + blockIdx.x * bytes));

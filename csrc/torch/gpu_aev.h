@@ -1,5 +1,5 @@
-// Atomic environment vectors of a batch on the GPU, with torch sorting the atoms of large structures
-// into cells.
+// Atomic environment vectors of a batch on the GPU, with torch sorting the atoms of large
+// structures into cells.
 #pragma once
 
 #include "../cuda/aev_cuda.h"
@@ -29,6 +29,7 @@ class GpuAev {
     std::tie(keys_, atoms_) = at::sort(keys, /*stable=*/true, 0, false);
   }
 
+  int64_t length() const { return parameters_.length(); }
   // a [n_atoms, D]
   at::Tensor forward() const {
     return run(cuda::AevProduct::forward, {n_atoms(), parameters_.length()},
@@ -85,8 +86,8 @@ class GpuAev {
     at::Tensor out = at::empty(shape, coordinates_.options());
     with_type(coordinates_, [&](auto zero) {
       using T = decltype(zero);
-      const at::Tensor space = gpu_.workspace(
-          cuda::aev_workspace<T>(parameters_, product, n_structures(), n_atoms()));
+      const at::Tensor space =
+          gpu_.workspace(cuda::aev_workspace<T>(parameters_, product, n_structures(), n_atoms()));
       function(out.mutable_data_ptr<T>(), space.mutable_data_ptr<char>());
     });
     return out;
