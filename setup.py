@@ -1,4 +1,4 @@
-"""Compiles the two libraries of the package with ninja.
+"""Compiles the two libraries of the package, with ninja where there is one.
 
 - ``kinml_fast/libkinml_ops.so``: the ops, linked to libtorch, without Python. Files ``csrc/cpu/*_kernels.cpp`` are
   compiled once per instruction set.
@@ -6,7 +6,8 @@
 
 torch must be installed already, and stay the same afterwards: ``pip install --no-build-isolation .``
 Environment: ``CXX`` the compiler, ``MAX_JOBS`` compilations at a time; ``KINML_CUDA=auto|0|1`` whether to compile
-csrc/cuda (auto: where torch has CUDA and there is an nvcc), ``KINML_CUDA_ARCHS`` what for: scripts/cuda_toolkit.py. CMakeLists.txt builds the same ops library for C++ projects.
+csrc/cuda (auto: where torch has CUDA and there is an nvcc), ``KINML_CUDA_ARCHS`` what for: scripts/cuda_toolkit.py.
+CMakeLists.txt builds the same ops library for C++ projects.
 """
 
 import os
@@ -61,8 +62,8 @@ def cuda_build(torch) -> cuda_toolkit.CudaBuild | None:
     return decision.build
 
 
-class NinjaBuild(build_ext):
-    """Writes one build.ninja for both libraries and runs it."""
+class LibraryBuild(build_ext):
+    """Compiles both libraries in one go."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("libkinml_ops"):
@@ -126,5 +127,5 @@ class NinjaBuild(build_ext):
 
 setup(
     ext_modules=[Extension("kinml_fast.libkinml_ops", []), Extension("kinml_fast._C", [])],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": LibraryBuild},
 )

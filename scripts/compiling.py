@@ -1,4 +1,4 @@
-"""Compiler flags, and commands run by ninja or, where there is none, by themselves: for setup.py and tests/build_twin.py."""
+"""For setup.py and tests/build_twin.py: compiler flags, and commands run by ninja or, where there is none, as they are."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def torch_flags(torch, cpp_extension) -> tuple[list[str], list[str]]:
     compile_flags = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     for folder in cpp_extension.include_paths():
         compile_flags += ["-isystem", folder]
-    link_flags = [*(f"-L{folder}" for folder in folders), "-ltorch", "-ltorch_cpu", "-lc10"]
+    # libtorch has no symbol of its own and brings libtorch_cuda where there is one.
+    whole = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    link_flags = [*(f"-L{folder}" for folder in folders), *whole, "-ltorch_cpu", "-lc10"]
     # Beside the installed package first, then where torch is now (for builds in place).
     return compile_flags, link_flags + [f"-Wl,-rpath,{folder}" for folder in ("$ORIGIN/../torch/lib", *folders)]
 

@@ -1,4 +1,4 @@
-"""Where the CUDA toolkit is, and what csrc/cuda is compiled for: the decisions of setup.py, and scripts/cuda_resources.py.
+"""Where the CUDA toolkit is and what csrc/cuda is compiled for: for setup.py and scripts/cuda_resources.py.
 
 Environment: ``KINML_CUDA=auto|0|1`` (auto: where the installed torch has CUDA and there is an nvcc),
 ``KINML_CUDA_ARCHS`` such as ``80;90``, ``CUDA_HOME`` or ``CUDA_PATH`` the toolkit, ``CXX`` the host compiler.
