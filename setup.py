@@ -1,16 +1,16 @@
-"""Compiles the two libraries of the package with ninja.
+"""Compiles the two libraries of the package, with ninja where there is one.
 
 - ``kinml_fast/libkinml_ops.so``: the ops, linked to libtorch, without Python. Files ``csrc/cpu/*_kernels.cpp`` are
   compiled once per instruction set.
 - ``kinml_fast/_C*.so``: build information for Python (pybind11).
 
 torch must be installed already, and stay the same afterwards: ``pip install --no-build-isolation .``
-Environment: ``CXX`` the compiler, ``KINML_CUDA=auto|0|1`` whether to compile csrc/cuda, ``KINML_CUDA_ARCHS``,
-``MAX_JOBS`` compilations at a time. CMakeLists.txt builds the same ops library for C++ projects.
+Environment: ``CXX`` the compiler, ``MAX_JOBS`` compilations at a time; ``KINML_CUDA=auto|0|1`` whether to compile
+csrc/cuda (auto: where torch has CUDA and there is an nvcc), ``KINML_CUDA_ARCHS`` what for: scripts/cuda_toolkit.py.
+CMakeLists.txt builds the same ops library for C++ projects.
 """
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -22,28 +22,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import cuda_toolkit  # noqa: E402
+from compiling import CXX_FLAGS, ISA_FLAGS, Build, torch_flags  # noqa: E402
+
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "kinml_fast" / "_version.py").read_text())[1]
-
-# Kernels throw nothing; without exceptions their objects hold no symbol that the linker could merge.
-ISA_FLAGS = {"baseline": ["-fno-exceptions"]}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-fno-exceptions", "-march=x86-64-v3"]
-    ISA_FLAGS["avx512"] = ["-fno-exceptions", "-march=x86-64-v4", "-mprefer-vector-width=512"]
-
-# No -ffast-math: results must not depend on how the compiler reorders sums.
-CXX_FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-fPIC",
-    "-fopenmp",
-    "-fvisibility=hidden",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",
-]
 
 
 def import_torch():
@@ -58,19 +42,28 @@ def import_torch():
     return torch, cpp_extension
 
 
-def cuda_sources() -> list[Path]:
-    """CUDA files to compile: those of csrc/cuda, if KINML_CUDA and the machine allow."""
-    wish = os.environ.get("KINML_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        sys.exit(f"KINML_CUDA must be auto, 0 or 1, not '{wish}'.")
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    if wish == "1" and not sources:
-        sys.exit(f"KINML_CUDA=1, but kinml_fast {VERSION} has no CUDA kernels yet: unset it to build for the CPU.")
-    return [] if wish == "0" else sources
+def pybind11_include(cpp_extension) -> str:
+    """Folder of pybind11's headers; torch brings them too."""
+    try:
+        import pybind11
+    except ImportError:
+        return cpp_extension.include_paths()[0]
+    return pybind11.get_include()
 
 
-class NinjaBuild(build_ext):
-    """Writes one build.ninja for both libraries and runs it."""
+def cuda_build(torch) -> cuda_toolkit.CudaBuild | None:
+    """How to build csrc/cuda, if at all."""
+    try:
+        decision = cuda_toolkit.decide(torch.version.cuda)
+    except cuda_toolkit.CudaError as error:
+        sys.exit(str(error))
+    for note in decision.notes:
+        sys.stdout.write(f"Note: {note}\n")
+    return decision.build
+
+
+class LibraryBuild(build_ext):
+    """Compiles both libraries in one go."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("libkinml_ops"):
@@ -79,83 +72,60 @@ class NinjaBuild(build_ext):
 
     def build_extensions(self) -> None:
         torch, cpp_extension = import_torch()
-        import pybind11
-
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             sys.exit(f"No C++ compiler '{compiler}' found: install g++ 11 or newer, or set CXX.")
-        if cuda_sources():
-            sys.exit("csrc/cuda has sources that this setup.py does not know how to build.")
-        torch_includes = [f"-isystem {path}" for path in cpp_extension.include_paths()]
-        torch_libraries = cpp_extension.library_paths()
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        cuda = cuda_build(torch)
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         info = {
             "KINML_VERSION": VERSION,
             "KINML_TORCH_VERSION": torch.__version__,
             "KINML_COMPILER": version.splitlines()[0],
             "KINML_ISAS": " ".join(ISA_FLAGS),
-            "KINML_CUDA": "none",
+            "KINML_CUDA": cuda.text() if cuda else "none",
         }
+        cxx = [compiler, *CXX_FLAGS]
+        torch_compile, torch_link = torch_flags(torch, cpp_extension)
         python_flags = [
-            f"-isystem {sysconfig.get_paths()['include']}",
-            f"-isystem {pybind11.get_include()}",
-            *(f"'-D{name}=\"{value}\"'" for name, value in info.items()),
+            *("-isystem", sysconfig.get_paths()["include"]),
+            *("-isystem", pybind11_include(cpp_extension)),
+            *(f'-D{name}="{value}"' for name, value in info.items()),
         ]
 
-        temporary = Path(self.build_temp).resolve()
-        temporary.mkdir(parents=True, exist_ok=True)
-        lines = [
-            "ninja_required_version = 1.8",
-            f"cxx = {compiler}",
-            f"cxxflags = {' '.join(CXX_FLAGS)}",
-            "rule cxx",
-            "  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $out",
-            "rule link",
-            "  command = $cxx -shared $in -o $out $flags",
-            "  description = link $out",
-        ]
-
-        def compile_rule(source: Path, name: str, flags: list[str]) -> str:
-            lines.append(f"build {name}: cxx {source}\n  flags = {' '.join(flags)}")
-            return name
-
+        build = Build(Path(self.build_temp))
         objects = []
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.stem.endswith("_kernels"):
                 for isa, flags in ISA_FLAGS.items():
-                    objects.append(compile_rule(source, f"{source.stem}_{isa}.o", [*flags, f"-DKINML_ISA={isa}"]))
+                    name = f"{source.stem}_{isa}.o"
+                    objects.append(build.compile([*cxx, *flags, f"-DKINML_ISA={isa}"], source, name))
             else:
-                objects.append(compile_rule(source, f"{source.stem}.o", []))
+                objects.append(build.compile(cxx, source, f"{source.stem}.o"))
         for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
-            objects.append(compile_rule(source, f"torch_{source.stem}.o", [abi, *torch_includes]))
-        module = compile_rule(ROOT / "csrc" / "python" / "module.cpp", "module.o", [abi, *python_flags])
-
+            if (source.stem.endswith("_cuda") and cuda is None) or (source.stem == "no_cuda" and cuda is not None):
+                continue
+            objects.append(build.compile([*cxx, *torch_compile], source, f"torch_{source.stem}.o"))
         # -fopenmp is not given at link time: the OpenMP runtime is the one that libtorch brings, so that there is
         # one pool of threads and torch.set_num_threads governs it.
-        link = [*(f"-L{path}" for path in torch_libraries), "-ltorch", "-ltorch_cpu", "-lc10"]
-        # Beside the installed package first, then where torch is now (for builds in place).
-        link += [f"-Wl,-rpath,'{path}'" for path in ("$$ORIGIN/../torch/lib", *torch_libraries)]
-        lines.append(f"build libkinml_ops.so: link {' '.join(objects)}\n  flags = {' '.join(link)}")
-        lines.append(f"build _C.so: link {module} dispatch.o\n  flags =")
-        lines.append("default libkinml_ops.so _C.so\n")
-        (temporary / "build.ninja").write_text("\n".join(lines))
-
-        command = [sys.executable, "-m", "ninja", "-C", str(temporary)]
-        if "MAX_JOBS" in os.environ:
-            command += ["-j", os.environ["MAX_JOBS"]]
-        if subprocess.run(command).returncode != 0:
+        link = torch_link
+        if cuda is not None:
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+                objects.append(build.compile([cuda.toolkit.nvcc, *cuda.flags()], source, f"cuda_{source.stem}.o"))
+            link = [*torch_link, *cuda.toolkit.link_flags()]
+        build.link(compiler, objects, "libkinml_ops.so", link)
+        module = build.compile(
+            [*cxx, *torch_compile[:1], *python_flags], ROOT / "csrc" / "python" / "module.cpp", "module.o"
+        )
+        build.link(compiler, [module, "dispatch.o"], "_C.so", [])
+        if not build.run():
             sys.exit("kinml_fast could not be compiled: see the compiler's message above.")
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(temporary / f"{extension.name.split('.')[-1]}.so", target)
+            shutil.copy2(build.folder / f"{extension.name.split('.')[-1]}.so", target)
 
 
 setup(
     ext_modules=[Extension("kinml_fast.libkinml_ops", []), Extension("kinml_fast._C", [])],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": LibraryBuild},
 )

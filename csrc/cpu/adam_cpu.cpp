@@ -1,7 +1,6 @@
 #include "adam_cpu.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "adam_kernels.h"
 #include "parallel.h"
@@ -15,15 +14,7 @@ constexpr std::int64_t kBlock = 4096;  // numbers of a work item; a multiple of 
 template <class T>
 void adam_step(const AdamSettings& s, std::int64_t n, T* parameter, const T* gradient, T* mean,
                T* square, T* largest, int n_threads) {
-  const double step = static_cast<double>(s.step);
-  const AdamFactors<T> factors{
-      static_cast<T>(s.decoupled ? 1 - s.learning_rate * s.weight_decay : 1.0),
-      static_cast<T>(s.decoupled ? 0.0 : s.weight_decay),
-      static_cast<T>(1 - s.beta1),
-      static_cast<T>(1 - s.beta2),
-      static_cast<T>(s.learning_rate / (1 - std::pow(s.beta1, step))),
-      static_cast<T>(1 / std::sqrt(1 - std::pow(s.beta2, step))),
-      static_cast<T>(s.eps)};
+  const AdamFactors<T> factors = adam_factors<T>(s);
   parallel_for((n + kBlock - 1) / kBlock, n_threads, [&](std::int64_t item) {
     const std::int64_t i = item * kBlock, count = std::min(kBlock, n - i);
     T* most = largest == nullptr ? nullptr : largest + i;

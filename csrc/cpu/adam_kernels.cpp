@@ -7,28 +7,11 @@ namespace kinml {
 inline namespace KINML_ISA {
 namespace {
 
-template <class T, int W>
-struct Lane {
-  using V = Vec<T, W>;
-  const cpu::AdamFactors<T>& f;
-
-  KINML_HD void update(V& p, V g, V& m, V& v, V* largest) const {
-    p = p * V(f.shrink);
-    g = g + V(f.penalty) * p;
-    m = m + V(f.one_minus_beta1) * (g - m);
-    v = v + V(f.one_minus_beta2) * (g * g - v);
-    V second = v;
-    if (largest != nullptr) second = *largest = max(*largest, v);
-    p = p - V(f.step_size) * m / (sqrt(second) * V(f.root_correction) + V(f.eps));
-  }
-};
-
 template <class T>
-void range(const cpu::AdamFactors<T>& f, std::int64_t n, T* p, const T* g, T* m, T* v, T* largest) {
+void range(const AdamFactors<T>& f, std::int64_t n, T* p, const T* g, T* m, T* v, T* largest) {
   constexpr int W = kNativeWidth<T>;
   using V = Vec<T, W>;
   const FlushDenormals<T> flush;
-  const Lane<T, W> lane{f};
   // The last, partial register goes through a buffer, so that one code serves all numbers.
   alignas(64) T rest[5][W] = {};
   for (std::int64_t i = 0; i < n; i += W) {
@@ -50,10 +33,10 @@ void range(const cpu::AdamFactors<T>& f, std::int64_t n, T* p, const T* g, T* m,
     V pv = V::load(pi), mv = V::load(mi), vv = V::load(vi);
     if (li != nullptr) {
       V lv = V::load(li);
-      lane.update(pv, V::load(gi), mv, vv, &lv);
+      adam_update(f, pv, V::load(gi), mv, vv, &lv);
       lv.store(li);
     } else {
-      lane.update(pv, V::load(gi), mv, vv, nullptr);
+      adam_update(f, pv, V::load(gi), mv, vv, static_cast<V*>(nullptr));
     }
     pv.store(pi);
     mv.store(mi);
@@ -70,12 +53,12 @@ void range(const cpu::AdamFactors<T>& f, std::int64_t n, T* p, const T* g, T* m,
 
 }  // namespace
 
-void adam_range(const cpu::AdamFactors<double>& f, std::int64_t n, double* p, const double* g,
-                double* m, double* v, double* largest) {
+void adam_range(const AdamFactors<double>& f, std::int64_t n, double* p, const double* g, double* m,
+                double* v, double* largest) {
   range(f, n, p, g, m, v, largest);
 }
-void adam_range(const cpu::AdamFactors<float>& f, std::int64_t n, float* p, const float* g,
-                float* m, float* v, float* largest) {
+void adam_range(const AdamFactors<float>& f, std::int64_t n, float* p, const float* g, float* m,
+                float* v, float* largest) {
   range(f, n, p, g, m, v, largest);
 }
 

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -201,6 +202,25 @@ inline void check_energy_step(const at::Tensor& targets, const at::Tensor& weigh
   TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
               "kinml_fast: gradient must be contiguous and have the shape of parameters, ",
               parameters.sizes(), ", got ", gradient.sizes());
+}
+
+// Arguments of adam_step.
+inline void check_adam(const at::Tensor& parameter, const at::Tensor& gradient,
+                       const at::Tensor& mean, const at::Tensor& square,
+                       const std::optional<at::Tensor>& largest, int64_t step) {
+  check_floating(parameter, "parameter");
+  TORCH_CHECK(step >= 1, "kinml_fast: step counts from 1, got ", step);
+  const auto check = [&](const at::Tensor& t, const char* name) {
+    check_same_type(t, name, parameter, "parameter");
+    TORCH_CHECK(t.sizes() == parameter.sizes() && t.is_contiguous(), "kinml_fast: ", name,
+                " must be contiguous and have the shape of parameter, ", parameter.sizes(),
+                ", got ", t.sizes());
+  };
+  check(parameter, "parameter");
+  check(mean, "mean");
+  check(square, "square");
+  if (largest.has_value()) check(*largest, "largest");
+  check(gradient, "gradient");
 }
 
 // Offsets and species in host memory: increasing from 0 to n_atoms, species within the list.

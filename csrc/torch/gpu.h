@@ -6,9 +6,10 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
+#include <dlfcn.h>
 
+#include <cstdint>
 #include <string>
 
 #include "../cuda/launch.h"
@@ -36,15 +37,22 @@ struct Gpu {
   }
 
  private:
-  static cuda::Stream stream_of(c10::Device device) {
-#ifdef KINML_TWIN
-    (void)device;
-    return nullptr;
-#else
-    // Without a link to libc10_cuda.
-    const c10::impl::VirtualGuardImpl guard(device.type());
-    return guard.getStream(device).native_handle();
+  // Without a link to torch's CUDA library: this function is part of its C interface, the same in
+  // every version.
+  static cuda::Stream stream_of([[maybe_unused]] c10::Device device) {
+    void* stream = nullptr;
+#ifndef KINML_TWIN
+    using GetStream = std::int32_t(std::int32_t, void**);
+    static GetStream* const get_stream = [] {
+      void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+      return library == nullptr ? nullptr
+                                : reinterpret_cast<GetStream*>(
+                                      dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    }();
+    TORCH_CHECK(get_stream != nullptr && get_stream(device.index(), &stream) == 0,
+                "kinml_fast: torch does not tell its current stream on ", device);
 #endif
+    return stream;
   }
 };
 

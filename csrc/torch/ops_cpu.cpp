@@ -437,20 +437,8 @@ void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owner
 void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor square,
                const std::optional<Tensor>& largest, double learning_rate, double beta1,
                double beta2, double eps, double weight_decay, bool decoupled, int64_t step) {
-  check_floating(parameter, "parameter");
-  TORCH_CHECK(step >= 1, "kinml_fast: step counts from 1, got ", step);
-  const auto check = [&](const Tensor& t, const char* name) {
-    check_same_type(t, name, parameter, "parameter");
-    TORCH_CHECK(t.sizes() == parameter.sizes() && t.is_contiguous(), "kinml_fast: ", name,
-                " must be contiguous and have the shape of parameter, ", parameter.sizes(),
-                ", got ", t.sizes());
-  };
-  check(parameter, "parameter");
-  check(mean, "mean");
-  check(square, "square");
-  if (largest.has_value()) check(*largest, "largest");
   const Tensor g = gradient.contiguous();
-  check(g, "gradient");
+  check_adam(parameter, g, mean, square, largest, step);
   with_type(parameter, [&](auto zero) {
     using T = decltype(zero);
     cpu::adam_step<T>({learning_rate, beta1, beta2, eps, weight_decay, decoupled, step},

@@ -128,7 +128,7 @@ TORCH_LIBRARY(kinml_fast, m) {
       "Tensor(a!) energy_residuals, Tensor(b!) force_errors, Tensor(c!) losses, "
       "Tensor(d!) gradient, int[] sizes, int[] activations, bool biases) -> ()");
 
-  // One step of Adam or AdamW (csrc/cpu/adam_cpu.h) on a flat parameter, in place; largest for
+  // One step of Adam or AdamW (csrc/core/adam.h) on a flat parameter, in place; largest for
   // amsgrad. No autograd.
   m.def(
       "adam_step(Tensor(a!) parameter, Tensor gradient, Tensor(b!) mean, Tensor(c!) square, "

@@ -1,0 +1,57 @@
+#include "adam_cuda.h"
+
+#include <algorithm>
+
+namespace kinml::cuda {
+namespace {
+
+// More blocks than any GPU runs at a time; the rest of a long tensor is taken in further rounds.
+constexpr std::int64_t kMostBlocks = 2048;
+
+template <class T>
+struct AdamStep {
+  static constexpr int kThreads = 256;
+
+  AdamFactors<T> factors;
+  std::int64_t n, blocks;
+  T* parameter;       // [n]
+  const T* gradient;  // [n]
+  T *mean, *square;   // [n]
+  T* largest;         // [n] or null
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    for (std::int64_t first = std::int64_t{block.index()} * kThreads; first < n;
+         first += blocks * kThreads) {
+      const std::int64_t left = n - first;
+      block.each(left < kThreads ? static_cast<int>(left) : kThreads, [&](int k) {
+        const std::int64_t i = first + k;
+        T p = parameter[i], m = mean[i], v = square[i];
+        T most = largest == nullptr ? T(0) : largest[i];
+        adam_update(factors, p, gradient[i], m, v, largest == nullptr ? nullptr : &most);
+        parameter[i] = p;
+        mean[i] = m;
+        square[i] = v;
+        if (largest != nullptr) largest[i] = most;
+      });
+    }
+  }
+};
+
+}  // namespace
+
+template <class T>
+void adam_step(const AdamSettings& settings, std::int64_t n, T* parameter, const T* gradient,
+               T* mean, T* square, T* largest, Stream stream) {
+  const std::int64_t threads = AdamStep<T>::kThreads;
+  const std::int64_t blocks = std::min(kMostBlocks, (n + threads - 1) / threads);
+  launch(
+      AdamStep<T>{adam_factors<T>(settings), n, blocks, parameter, gradient, mean, square, largest},
+      blocks, stream);
+}
+
+template void adam_step<double>(const AdamSettings&, std::int64_t, double*, const double*, double*,
+                                double*, double*, Stream);
+template void adam_step<float>(const AdamSettings&, std::int64_t, float*, const float*, float*,
+                               float*, float*, Stream);
+
+}  // namespace kinml::cuda

@@ -1,0 +1,16 @@
+// One step of Adam or AdamW on a flat tensor, on the GPU: csrc/core/adam.h.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/adam.h"
+#include "launch.h"
+
+namespace kinml::cuda {
+
+// parameter, mean, square, largest (null without amsgrad): [n], updated; gradient: [n].
+template <class T>
+void adam_step(const AdamSettings& settings, std::int64_t n, T* parameter, const T* gradient,
+               T* mean, T* square, T* largest, Stream stream);
+
+}  // namespace kinml::cuda

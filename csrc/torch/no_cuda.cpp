@@ -1,0 +1,25 @@
+// What a build without CUDA says to tensors on a GPU. Compiled only into such builds.
+#include <torch/library.h>
+
+namespace kinml::ops {
+namespace {
+
+void no_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK(false, "kinml_fast: ", op.schema().name(),
+              " got tensors on a GPU, but this build of kinml_fast has no CUDA kernels: reinstall "
+              "it with KINML_CUDA=1 (it needs nvcc), or move the tensors to the CPU.");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(kinml_fast, CUDA, m) {
+  // Every op of schema.cpp; a test compares.
+  for (const char* name :
+       {"aev", "aev_vjp", "aev_jvp", "aev_hvp", "aev_jacobian", "species_order", "plan_batches",
+        "networks", "networks_forward", "networks_backward", "networks_second_backward",
+        "energy_step", "energy_forces", "energy_forces_stored", "energy_forces_backward",
+        "energy_forces_stored_backward", "force_step", "force_step_stored", "adam_step"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda>());
+}
+
+}  // namespace kinml::ops
