@@ -28,7 +28,9 @@ KINML_HD SineCosine<T> sine_cosine_series(T x) {
   const T one(Scalar(1));
   const T z = x * x;
   T s = one, c = one;
+#if !defined(__CUDACC__)  // which unrolls it without being told
 #pragma GCC unroll 8
+#endif
   for (int i = terms; i >= 1; --i) {
     s = one - z * s * T(Scalar(1.0 / ((2.0 * i) * (2.0 * i + 1.0))));
     c = one - z * c * T(Scalar(1.0 / ((2.0 * i - 1.0) * (2.0 * i))));
