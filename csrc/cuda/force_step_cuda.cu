@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "aev_group.h"
 #include "network_group.h"
@@ -75,9 +76,11 @@ struct WarpMemory {
   N* forces;  // [capacity, 3]
 
   KINML_HD void take(Pieces& pieces, const AevArguments<T>& aev, int capacity) {
-    neighbours = take_neighbours<N>(pieces, aev.n_species, capacity);
-    triples = take_triple_scratch<N>(pieces, aev);
-    forces = pieces.take<N>(3 * Index(capacity));
+    // Dual numbers are for rows alone.
+    constexpr bool transposed = std::is_same_v<T, N>;
+    neighbours = take_neighbours<N>(pieces, aev.n_species, capacity, transposed);
+    triples = take_triple_scratch<N>(pieces, aev, transposed);
+    forces = pieces.take<N>(transposed ? 3 * Index(capacity) : 0);
   }
 };
 template <class T>

@@ -34,9 +34,12 @@ struct Device {
   int multiprocessors;
 };
 Device current_device();
+// For tests: what current_device says from now on, e.g. less memory than there is; null: the truth.
+void pretend_device(const Device* device);
 
 #if defined(__CUDACC__)
 
+// Throws Error for a code of the CUDA runtime other than cudaSuccess.
 [[noreturn]] void throw_launch_error(int code);
 
 template <class Kernel>

@@ -12,6 +12,15 @@
 
 namespace kinml::ops {
 
+// Calls function with a value of the tensor's C++ type.
+template <class Function>
+void with_type(const at::Tensor& t, const Function& function) {
+  if (t.scalar_type() == at::kDouble)
+    function(double());
+  else
+    function(float());
+}
+
 inline void check_floating(const at::Tensor& t, const char* name) {
   TORCH_CHECK(t.scalar_type() == at::kDouble || t.scalar_type() == at::kFloat, "kinml_fast: ", name,
               " must be float64 or float32, got ", t.scalar_type());
@@ -167,6 +176,31 @@ inline NetworkLevels unpack_levels(const at::Tensor& parameters, int64_t length,
   TORCH_CHECK(parameters.size(-1) == levels.parameters(), "kinml_fast: the networks have ",
               levels.parameters(), " parameters, got ", parameters.size(-1));
   return levels;
+}
+
+inline void check_order_arguments(const at::Tensor& species, const at::Tensor& offsets,
+                                  int64_t n_species) {
+  check_index(species, "species");
+  check_index(offsets, "offsets");
+  TORCH_CHECK(offsets.size(0) >= 1,
+              "kinml_fast: offsets must have n_structures + 1 entries, got none");
+  TORCH_CHECK(n_species >= 1, "kinml_fast: n_species must be at least 1, got ", n_species);
+}
+
+// Targets, weights and results of energy_step.
+inline void check_energy_step(const at::Tensor& targets, const at::Tensor& weights,
+                              const at::Tensor& residuals, const at::Tensor& gradient,
+                              const at::Tensor& parameters) {
+  const int64_t n = targets.numel();
+  for (const at::Tensor* t : {&targets, &weights, &residuals})
+    TORCH_CHECK(
+        t->scalar_type() == at::kDouble && t->dim() == 1 && t->size(0) == n && t->is_contiguous(),
+        "kinml_fast: targets, weights and residuals must be contiguous float64 tensors of shape [",
+        n, "]");
+  check_same_type(gradient, "gradient", parameters, "parameters");
+  TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
+              "kinml_fast: gradient must be contiguous and have the shape of parameters, ",
+              parameters.sizes(), ", got ", gradient.sizes());
 }
 
 // Offsets and species in host memory: increasing from 0 to n_atoms, species within the list.

@@ -128,14 +128,6 @@ struct Call {
     source.describe(b);
     return b;
   }
-  // Calls f with a value of the C++ type.
-  template <class Function>
-  void with_type(const Function& f) const {
-    if (weights.scalar_type() == at::kDouble)
-      f(double());
-    else
-      f(float());
-  }
 };
 
 inline void check_doubles(const Tensor& t, const char* name, at::IntArrayRef shape) {
@@ -188,7 +180,7 @@ struct ForceOps {
       shift = sae->contiguous();
       check_doubles(shift, "sae", shape({call.networks.n_species()}));
     }
-    call.with_type([&](auto zero) {
+    with_type(call.weights, [&](auto zero) {
       using T = decltype(zero);
       Backend::template energy_forces<T>(
           call, shift.defined() ? shift.const_data_ptr<double>() : nullptr, which(levels),
@@ -211,7 +203,7 @@ struct ForceOps {
     TORCH_CHECK(r.sizes() == at::IntArrayRef(forces), "kinml_fast: grad_forces must have shape ",
                 at::IntArrayRef(forces), ", got ", r.sizes());
     Tensor gradient = at::empty_like(call.weights);
-    call.with_type([&](auto zero) {
+    with_type(call.weights, [&](auto zero) {
       using T = decltype(zero);
       Backend::template energy_forces_backward<T>(call, which(levels), e.const_data_ptr<double>(),
                                                   r.const_data_ptr<T>(),
@@ -250,7 +242,7 @@ struct ForceOps {
     const Loss loss{energy_targets.const_data_ptr<double>(), forces(force_targets),
                     energy_weights.const_data_ptr<double>(), forces(force_weights),
                     scales.const_data_ptr<double>()};
-    call.with_type([&](auto zero) {
+    with_type(call.weights, [&](auto zero) {
       using T = decltype(zero);
       Backend::template force_step<T>(
           call, loss, losses.mutable_data_ptr<double>(), gradient.mutable_data_ptr<T>(),

@@ -20,15 +20,6 @@ int threads() {
   return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
-// Calls function with a value of the tensor's C++ type.
-template <class Function>
-void with_type(const Tensor& t, const Function& function) {
-  if (t.scalar_type() == at::kDouble)
-    function(double());
-  else
-    function(float());
-}
-
 // A checked ragged batch in contiguous memory.
 struct Batch {
   Tensor coordinates, species, offsets;
@@ -145,14 +136,6 @@ void sort_atoms(const int64_t* species, const int64_t* offsets, const int64_t* s
       rows[place] = a;
       owners[place] = i - begin;
     }
-}
-
-void check_order_arguments(const Tensor& species, const Tensor& offsets, int64_t n_species) {
-  check_index(species, "species");
-  check_index(offsets, "offsets");
-  TORCH_CHECK(offsets.size(0) >= 1,
-              "kinml_fast: offsets must have n_structures + 1 entries, got none");
-  TORCH_CHECK(n_species >= 1, "kinml_fast: n_species must be at least 1, got ", n_species);
 }
 
 std::tuple<Tensor, Tensor, Tensor> species_order(const Tensor& species_, const Tensor& offsets_,
@@ -416,16 +399,8 @@ void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owner
                  const Tensor& starts, const Tensor& parameters, const Tensor& targets,
                  const Tensor& weights, Tensor residuals, Tensor gradient, double scale,
                  at::IntArrayRef sizes, at::IntArrayRef activations, bool biases) {
+  check_energy_step(targets, weights, residuals, gradient, parameters);
   const int64_t n = targets.numel();
-  for (const Tensor* t : {&targets, &weights, static_cast<const Tensor*>(&residuals)})
-    TORCH_CHECK(
-        t->scalar_type() == at::kDouble && t->dim() == 1 && t->size(0) == n && t->is_contiguous(),
-        "kinml_fast: targets, weights and residuals must be contiguous float64 tensors of shape [",
-        n, "]");
-  check_same_type(gradient, "gradient", parameters, "parameters");
-  TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
-              "kinml_fast: gradient must be contiguous and have the shape of parameters, ",
-              parameters.sizes(), ", got ", gradient.sizes());
   const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases, n);
   const int64_t n_atoms = net.rows.size(0);
   const Tensor saved = at::empty({n_atoms, net.shape.saved_per_atom()}, features.options());

@@ -20,6 +20,7 @@
 #include "../../csrc/cpu/force_step_cpu.h"
 #include "activations.h"
 #include "check.h"
+#include "models.h"
 #include "molecules.h"
 
 namespace {
@@ -27,53 +28,10 @@ namespace {
 using namespace molecules;
 using kinml::ForceBatch;
 using kinml::Levels;
-using kinml::NetworkLevels;
 using kinml::NetworkShape;
+using namespace models;
 
 bool small_run = false;
-
-// ---- models -----------------------------------------------------------------------------------
-
-// A descriptor and networks of one or several levels on top of it. Weights are representable in
-// float.
-struct Model {
-  AevParameters aev;
-  std::vector<Index> activations;  // one per layer
-  std::vector<Index> sizes;        // [n_levels, n_species, n_layers + 1]
-  bool biases;
-  Index n_levels;
-  std::vector<double> weights;
-
-  // Hidden layers of the given widths, each a number wider for each further species or level.
-  Model(const AevParameters& parameters, const std::vector<Index>& hidden,
-        const std::vector<Index>& codes, bool with_biases, Index levels = 1)
-      : aev(parameters), activations(codes), biases(with_biases), n_levels(levels) {
-    for (Index k = 0; k < n_levels; ++k)
-      for (Index s = 0; s < aev.n_species; ++s) {
-        sizes.push_back(aev.length() + (k > 0 ? 1 : 0));
-        for (const Index width : hidden) sizes.push_back(width + s + k);
-        sizes.push_back(1);
-      }
-    for (Index k = 0; k < n_levels; ++k)
-      for (Index s = 0; s < aev.n_species; ++s)
-        for (Index l = 0; l < shape(k).n_layers; ++l) {
-          const Index in = shape(k).size(s, l), out = shape(k).size(s, l + 1);
-          for (Index i = 0; i < out * (in + (biases ? 1 : 0)); ++i)
-            weights.push_back(
-                static_cast<float>(uniform(-2, 2) / std::sqrt(static_cast<double>(in))));
-        }
-  }
-  NetworkShape shape(Index level) const {
-    const Index n_layers = static_cast<Index>(activations.size());
-    return {aev.n_species, n_layers, sizes.data() + level * aev.n_species * (n_layers + 1),
-            activations.data(), biases};
-  }
-  NetworkLevels levels() const {
-    NetworkLevels chain;
-    for (Index k = 0; k < n_levels; ++k) chain.shapes.push_back(shape(k));
-    return chain;
-  }
-};
 
 // ---- the reference ----------------------------------------------------------------------------
 
@@ -172,59 +130,14 @@ std::vector<Real> plain_gradient(const Model& model, const Batch& batch,
 
 // ---- the library ------------------------------------------------------------------------------
 
-// What a training batch gives.
+// The entries of the library.
 template <class T>
-struct Step {
-  std::vector<double> losses, residuals, errors;
-  std::vector<T> gradient;
-};
-
-// Data in the type of the computation, as coordinates or stored. Padding of the Jacobian is NaN.
-template <class T>
-struct Library {
-  const Model& model;
-  const Batch& batch;
+struct Library : Data<T> {
+  using Data<T>::model, Data<T>::batch, Data<T>::weights, Data<T>::view;
   int threads;
-  std::vector<T> weights, x, features, jacobian;
-  Index columns = 0;
 
   Library(const Model& m, const Batch& b, bool stored, int n_threads = 1)
-      : model(m), batch(b), threads(n_threads), weights(as<T>(m.weights)), x(as<T>(b.coordinates)) {
-    if (!stored) return;
-    const Index length = m.aev.length();
-    Index most = 0;
-    for (Index s = 0; s < b.n_structures(); ++s) most = std::max(most, b.size(s));
-    columns = 3 * most + 2;
-    features.resize(b.n_atoms() * length);
-    jacobian.resize(b.n_atoms() * length * columns);
-    const kinml::AevBatch<T> view{b.n_structures(), x.data(), b.species.data(), b.offsets.data()};
-    kinml::cpu::aev_forward<T>(m.aev, view, features.data(), 1);
-    kinml::cpu::aev_jacobian<T>(m.aev, view, columns, jacobian.data(), 1);
-    for (Index s = 0; s < b.n_structures(); ++s)
-      for (Index row = b.offsets[s] * length; row < b.offsets[s + 1] * length; ++row)
-        std::fill(jacobian.begin() + row * columns + 3 * b.size(s),
-                  jacobian.begin() + (row + 1) * columns, std::numeric_limits<T>::quiet_NaN());
-  }
-
-  // The structures named by `chosen`, or all of them.
-  ForceBatch<T> view(const std::vector<Index>* chosen = nullptr) const {
-    ForceBatch<T> v{batch.species.data(),
-                    batch.offsets.data(),
-                    chosen == nullptr ? nullptr : chosen->data(),
-                    chosen == nullptr ? batch.n_structures() : static_cast<Index>(chosen->size()),
-                    batch.n_structures(),
-                    batch.n_atoms()};
-    if (columns > 0) {
-      v.features = features.data();
-      v.jacobian = jacobian.data();
-      v.length = model.aev.length();
-      v.columns = columns;
-    } else {
-      v.parameters = &model.aev;
-      v.coordinates = x.data();
-    }
-    return v;
-  }
+      : Data<T>(m, b, stored), threads(n_threads) {}
 
   // Outputs begin as NaN: what is not written shows.
   template <class Number>
@@ -254,31 +167,10 @@ struct Library {
   }
 };
 
-// Targets and weights of a data set, level after level.
-struct Task {
-  std::vector<double> energies, forces, energy_weights, force_weights;
-  double energy_scale = 0.3, force_scale = 0.7;
-
-  explicit Task(const Batch& batch, Index n_levels = 1)
-      : energies(random_numbers(n_levels * batch.n_structures())),
-        forces(random_numbers(n_levels * 3 * batch.n_atoms())) {
-    for (Index k = 0; k < n_levels; ++k)
-      for (Index s = 0; s < batch.n_structures(); ++s) {
-        energy_weights.push_back((s + k) % 5 == 3 ? 0 : uniform(0.2, 2));
-        force_weights.push_back((s + k) % 4 == 2 ? 0 : uniform(0.2, 2));
-        // Forces that are not there are never read.
-        const auto own = forces.begin() + k * 3 * batch.n_atoms();
-        if (force_weights.back() == 0)
-          std::fill(own + 3 * batch.offsets[s], own + 3 * batch.offsets[s + 1],
-                    std::numeric_limits<double>::quiet_NaN());
-        if (energy_weights.back() == 0) energies[energy_weights.size() - 1] = 1e6;
-      }
-  }
-  kinml::cpu::ForceLoss loss() const {
-    return {energies.data(),      forces.data(), energy_weights.data(),
-            force_weights.data(), energy_scale,  force_scale};
-  }
-};
+kinml::cpu::ForceLoss loss_of(const Task& task) {
+  return {task.energies.data(),      task.forces.data(), task.energy_weights.data(),
+          task.force_weights.data(), task.energy_scale,  task.force_scale};
+}
 
 // Tolerances by type: values, first derivatives, and absolute ones for numbers of size 1.
 template <class T>
@@ -617,7 +509,7 @@ void check_step(const Model& model, const Batch& batch, const Task& task,
     }
   }
   const std::vector<T> expected = library.gradient(e, as<T>(r));
-  const Step<T> step = library.step(task.loss(), chosen);
+  const Step<T> step = library.step(loss_of(task), chosen);
   check_close(step.residuals, residuals, kValue<T>, 100 * kFloor<T>);
   check_close(step.errors, errors, kValue<T>, 100 * kFloor<T>);
   for (int i = 0; i < 2; ++i) CHECK_CLOSE(step.losses[i], losses[i], kValue<T>, kFloor<T>);
@@ -660,7 +552,7 @@ void test_steps(Index n_levels) {
     check_step<T>(model, batch, one, all, stored);
     one.energy_weights.assign(n_levels * all.size(), 0);
     const Library<T> library(model, batch, stored);
-    for (const T g : library.step(one.loss(), all).gradient) CHECK(g == 0);
+    for (const T g : library.step(loss_of(one), all).gradient) CHECK(g == 0);
   }
 }
 
@@ -687,7 +579,7 @@ void test_same_bits(Index n_levels) {
       std::vector<T> forces;
       one.evaluate(nullptr, energies, forces);
       const std::vector<T> gradient = one.gradient(e, r);
-      const Step<T> step = one.step(task.loss(), order);
+      const Step<T> step = one.step(loss_of(task), order);
       CHECK(all_finite(energies) && all_finite(forces) && all_finite(gradient));
       CHECK(all_finite(step.gradient) && all_finite(step.errors));
       for (const int threads : {1, 2, 3, 7, 16}) {
@@ -697,7 +589,7 @@ void test_same_bits(Index n_levels) {
         other.evaluate(nullptr, energies_again, forces_again);
         CHECK(same_bits(energies, energies_again) && same_bits(forces, forces_again));
         CHECK(same_bits(gradient, other.gradient(e, r)));
-        const Step<T> again = other.step(task.loss(), order);
+        const Step<T> again = other.step(loss_of(task), order);
         CHECK(same_bits(step.losses, again.losses) && same_bits(step.gradient, again.gradient));
         CHECK(same_bits(step.residuals, again.residuals) && same_bits(step.errors, again.errors));
       }
@@ -715,12 +607,12 @@ void test_callers() {
   const Task task(batch);
   std::vector<Index> all(batch.n_structures());
   std::iota(all.begin(), all.end(), Index(0));
-  const Step<double> expected = Library<double>(model, batch, false).step(task.loss(), all);
+  const Step<double> expected = Library<double>(model, batch, false).step(loss_of(task), all);
   std::vector<Step<double>> results(4);
   std::vector<std::thread> callers;
   for (std::size_t i = 0; i < results.size(); ++i)
     callers.emplace_back([&, i] {
-      results[i] = Library<double>(model, batch, false, 1 + i % 2).step(task.loss(), all);
+      results[i] = Library<double>(model, batch, false, 1 + i % 2).step(loss_of(task), all);
     });
   for (std::thread& caller : callers) caller.join();
   for (const Step<double>& result : results) CHECK(same_bits(result.gradient, expected.gradient));
