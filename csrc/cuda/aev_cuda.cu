@@ -12,7 +12,7 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kFewNeighbours = 48;               // for which there is memory on the chip
 constexpr Index kMostBlocks = 1024;              // of a kernel
-constexpr Index kListMemory = Index(128) << 20;  // bytes for lists of many neighbours, about
+constexpr Index kListMemory = Index(256) << 20;  // bytes for lists of many neighbours, about
 constexpr Index kChipMemory = Index(96) << 10;   // bytes that a block has on any GPU
 constexpr Index kStep = Index(1) << 20;          // items of one step, at most
 
@@ -105,6 +105,7 @@ struct Environments {
 template <class T, class N>
 struct RowKernel {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kBlocks = 4;
   Environments<T> e;
   T* out;  // [n_atoms, D]
 
@@ -125,6 +126,7 @@ struct RowKernel {
 template <class T>
 struct JacobianKernel {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kBlocks = 3;
   using N = Dual<T>;
   Environments<T> e;
   Index columns;
@@ -180,6 +182,7 @@ struct JacobianKernel {
 template <class T, class N>
 struct StructureKernel {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kBlocks = sizeof(N) > sizeof(T) ? 2 : 4;
   Environments<T> e;
   const T* gradient;  // [n_atoms, D]
   T* out;             // [n_atoms, 3]
@@ -267,6 +270,7 @@ struct Kept {
 template <class T, class N>
 struct KeepKernel {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kBlocks = sizeof(N) > sizeof(T) ? 2 : 4;
   Environments<T> e;
   const T* gradient;  // [n_atoms, D]
   Kept<T> kept;
