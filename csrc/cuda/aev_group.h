@@ -30,6 +30,15 @@ namespace kinml::cuda {
 
 namespace aev_detail {
 
+template <class T>
+inline constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+// Squares of smaller distances are 0.
+template <class T>
+inline constexpr T kTiny = std::numeric_limits<T>::min();
+// Square of the sine of a smaller angle.
+template <class T>
+inline constexpr T kSmallest = T(16) * std::numeric_limits<T>::epsilon();
+
 template <class N>
 struct Plain {
   using type = N;
@@ -397,7 +406,6 @@ KINML_DEVICE void list_neighbours(const Warp& warp, const AevTables<T>& t,
 template <class T, class N, class F>
 KINML_DEVICE void measure_neighbours(const Warp& warp, const AevTables<T>& t,
                                      const Neighbours<N>& n, const F& displacement) {
-  constexpr T tiny = std::numeric_limits<T>::min();
   const T radial_inverse = T(1) / t.radial_cutoff, near_inverse = T(1) / t.angular_cutoff;
   warp.each(n.count, [&](int k) {
     const N half(T(0.5)), half_pi(T(1.57079632679489661923)), zero(T(0));
@@ -405,7 +413,7 @@ KINML_DEVICE void measure_neighbours(const Warp& warp, const AevTables<T>& t,
     const N r2 = d.x * d.x + d.y * d.y + d.z * d.z;
     // Coincident atoms have no direction: their unit vector and its derivatives are zero. A
     // distance that is not a number stays one.
-    const bool coincident = tiny >= value_of(r2);
+    const bool coincident = kTiny<T> >= value_of(r2);
     const N safe = root(coincident ? N(T(1)) : r2);
     const N inverse = coincident ? zero : N(T(1)) / safe;
     const N r = coincident ? zero : safe;
@@ -594,7 +602,6 @@ KINML_DEVICE void each_of_table(const Warp& warp, int rows, int n, const F& f) {
 template <class T, class N>
 KINML_DEVICE void begin_chunk(const Warp& warp, const AevTables<T>& t, const Neighbours<N>& nb,
                               const TripleScratch<N>& s, const PairCursor& from, int begin, int n) {
-  constexpr T smallest = T(16) * std::numeric_limits<T>::epsilon();
   warp.each(n, [&](int i) {
     PairCursor pair = from;
     while (begin + i >= pair.begin + pair.count(nb.near)) pair.next(nb.near, t.n_species);
@@ -610,7 +617,7 @@ KINML_DEVICE void begin_chunk(const Warp& warp, const AevTables<T>& t, const Nei
     // With beta = 1 and collinear atoms theta has a kink; there dsin/dcos is set to 0 and the
     // derivative is the mean over all directions.
     const N square = one - cosine * cosine;
-    const bool regular = value_of(square) >= smallest;
+    const bool regular = value_of(square) >= kSmallest<T>;
     const N safe = root(regular ? square : one);
     s.cosine()[i] = scale(T(0.5), cosine);
     s.sine()[i] = regular ? scale(T(0.5), safe) : zero;
@@ -673,9 +680,8 @@ KINML_DEVICE void aev_row(const Warp& warp, const AevTables<T>& t, const Neighbo
                           const TripleScratch<N>& s, T* out, std::int64_t stride = 1) {
   using namespace aev_detail;
   constexpr int kRow = kChunkStride<N>;
-  constexpr T nan = std::numeric_limits<T>::quiet_NaN();
   const int n_radial = t.n_radial, n_angular = t.n_angular, n_sections = t.n_sections;
-  const T start = nb.spoiled ? nan : T(0);
+  const T start = nb.spoiled ? kNan<T> : T(0);
   warp.each(t.layout().length(), [&](int d) { out[d * stride] = start; });
   if (nb.spoiled) return;
 
@@ -731,9 +737,8 @@ KINML_DEVICE void aev_row_transposed(const Warp& warp, const AevTables<T>& t,
                                      N* p) {
   using namespace aev_detail;
   constexpr int kRow = kChunkStride<N>;
-  constexpr T nan = std::numeric_limits<T>::quiet_NaN();
   if (nb.spoiled) {
-    warp.each(3 * nb.count, [&](int i) { p[i] = N(nan) * N(nan); });
+    warp.each(3 * nb.count, [&](int i) { p[i] = N(kNan<T>) * N(kNan<T>); });
     return;
   }
   const int n_radial = t.n_radial, n_angular = t.n_angular, n_sections = t.n_sections;

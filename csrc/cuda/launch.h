@@ -2,6 +2,8 @@
 //
 // A kernel is a struct of arguments with
 //   static constexpr int kThreads       threads of a block, a multiple of 32
+//   static constexpr int kBlocks        blocks of a multiprocessor at one time for which there must
+//                                       be registers; 1 if not given, so that none are spilled
 //   KINML_DEVICE void operator()(const Block& block) const
 // It is passed by value: at most 32,764 bytes (4,096 before CUDA 12.1).
 #pragma once
@@ -43,7 +45,15 @@ void pretend_device(const Device* device);
 [[noreturn]] void throw_launch_error(int code);
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1)
+constexpr int blocks_at_once() {
+  if constexpr (requires { Kernel::kBlocks; })
+    return Kernel::kBlocks;
+  else
+    return 1;
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, blocks_at_once<Kernel>())
     run(const __grid_constant__ Kernel kernel, char* global, std::int64_t bytes) {
   extern __shared__ __align__(16) char on_chip[];
   kernel(Block(global == nullptr ? on_chip : global + blockIdx.x * bytes));
