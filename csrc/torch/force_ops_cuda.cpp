@@ -46,7 +46,7 @@ void evaluate_large(const Call& call, const double* sae, Levels levels, double* 
       const at::Tensor atomic = at::full({n}, NAN, gpu.options);
       const at::Tensor slopes = at::full({n, features.size(1)}, NAN, gpu.options);
       const at::Tensor memory = gpu.workspace(cuda::networks_workspace<T>(plan, n, false, false));
-      char* const space = memory.mutable_data_ptr<char>();
+      char* const space = bytes_of(memory);
       cuda::pack_networks<T>(plan, own.const_data_ptr<T>(), 1, packed.mutable_data_ptr<T>(),
                              gpu.stream);
       const cuda::NetworkBatch<T> batch{packed.const_data_ptr<T>(),
@@ -101,7 +101,7 @@ struct CudaBackend {
           gpu.workspace(cuda::energy_forces_workspace<T>(plan, call.n_members, batch));
       cuda::energy_forces<T>(plan, call.weights.const_data_ptr<T>(), call.n_members, batch, sae,
                              levels, energies, call.source.has_forces() ? forces : nullptr,
-                             space.mutable_data_ptr<char>(), gpu.stream);
+                             bytes_of(space), gpu.stream);
     });
   }
   template <class T>
@@ -113,7 +113,7 @@ struct CudaBackend {
       const ForceBatch<T> batch = call.batch<T>();
       const at::Tensor space = gpu.workspace(cuda::force_step_workspace<T>(plan, batch));
       cuda::energy_forces_backward<T>(plan, call.weights.const_data_ptr<T>(), batch, levels, e, r,
-                                      gradient, space.mutable_data_ptr<char>(), gpu.stream);
+                                      gradient, bytes_of(space), gpu.stream);
     });
   }
   template <class T>
@@ -127,7 +127,7 @@ struct CudaBackend {
       cuda::force_step<T>(
           plan, call.weights.const_data_ptr<T>(), batch,
           {loss.energies, loss.forces, loss.energy_weights, loss.force_weights, loss.scales},
-          losses, gradient, residuals, errors, space.mutable_data_ptr<char>(), gpu.stream);
+          losses, gradient, residuals, errors, bytes_of(space), gpu.stream);
     });
   }
 };

@@ -56,6 +56,10 @@ struct Gpu {
   }
 };
 
+inline char* bytes_of(const at::Tensor& workspace) {
+  return static_cast<char*>(workspace.mutable_data_ptr());
+}
+
 // Calls function for so many structures; what launches and torch's allocator throw becomes a
 // sentence.
 template <class Function>

@@ -88,7 +88,7 @@ class GpuAev {
       using T = decltype(zero);
       const at::Tensor space =
           gpu_.workspace(cuda::aev_workspace<T>(parameters_, product, n_structures(), n_atoms()));
-      function(out.mutable_data_ptr<T>(), space.mutable_data_ptr<char>());
+      function(out.mutable_data_ptr<T>(), bytes_of(space));
     });
     return out;
   }

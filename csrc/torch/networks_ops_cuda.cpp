@@ -115,7 +115,7 @@ void run(const Networks& net, bool second, bool gradients, const Gpu& gpu, const
                                     net.starts.const_data_ptr<int64_t>(),
                                     net.n(),
                                     net.n_structures};
-  pass(batch, memory.mutable_data_ptr<char>());
+  pass(batch, bytes_of(memory));
 }
 
 // Rows of `net`'s features from one row an atom; a feature row that is named twice gets the sum.
