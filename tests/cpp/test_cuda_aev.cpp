@@ -91,12 +91,6 @@ struct Problem {
     return r;
   }
 
-  struct Device {
-    Guarded<T> x, g, v;
-    Guarded<Index> species, offsets, keys, atoms;
-    AevBatch<T> batch;
-    cuda::AevCells cells;
-  };
   template <class A>
   static void copy(const std::vector<A>& from, Guarded<A>& to) {
     std::copy(from.begin(), from.end(), to.data());
