@@ -56,6 +56,9 @@ struct Environments {
   KINML_DEVICE Index structure(Index atom) const {
     return structure_of(batch.offsets, batch.n_structures, atom);
   }
+  KINML_DEVICE AtomRange atoms(Index structure) const {
+    return atoms_of(batch.offsets, batch.n_structures, n_atoms, structure);
+  }
   KINML_DEVICE AevTables<T> tables(const Block& block) const {
     Pieces pieces(block.memory());
     return aev_tables(block, aev, pieces);
@@ -79,14 +82,15 @@ struct Environments {
   KINML_DEVICE bool find(const Block& block, const Warp& warp, int w, bool transposed,
                          Index structure, Index centre, WarpMemory<N>& own,
                          const Find& find) const {
+    const AtomRange range = atoms(structure);
     const Candidates candidates =
-        cells.keys == nullptr
-            ? Candidates::structure(batch.offsets[structure], batch.offsets[structure + 1])
-            : cell_candidates(warp, cells.keys, cells.atoms, n_atoms, structure,
-                              batch.coordinates + 3 * centre, size(), own.bounds);
+        cells.keys == nullptr ? Candidates::structure(range.begin, range.end)
+                              : cell_candidates(warp, cells.keys, cells.atoms, n_atoms, structure,
+                                                batch.coordinates + 3 * centre, size(), own.bounds);
     for (bool in_list = false;; in_list = true) {
       if (in_list) use_list(block, w, transposed, own);
       find(candidates, own.neighbours);
+      if (range.begin < 0) own.neighbours.spoiled = true;
       if (in_list || !own.neighbours.overflown || list_bytes == 0) return in_list;
     }
   }
@@ -142,7 +146,9 @@ struct JacobianKernel {
   KINML_DEVICE void run_centre(const Block& block, const Warp& warp, const AevTables<T>& tables,
                                int w, Index centre) const {
     const int length = tables.layout().length();
-    const Index s = e.structure(centre), first = e.batch.offsets[s];
+    const Index s = e.structure(centre);
+    const AtomRange range = e.atoms(s);
+    const Index first = range.begin;
     T* const own_out = out + centre * length * columns;
     WarpMemory<N> own = e.template memory<N>(block, w, false);
     e.find(block, warp, w, false, s, centre, own,
@@ -151,15 +157,17 @@ struct JacobianKernel {
                                          candidates, centre, neighbours);
            });
     const Neighbours<N>& nb = own.neighbours;
-    const Index own_columns = 3 * (e.batch.offsets[s + 1] - first);
+    // A structure that has not enough columns is NaN.
+    const bool fits = first >= 0 && 3 * (range.end - first) <= columns;
+    const Index own_columns = fits ? 3 * (range.end - first) : columns;
     for (Index begin = 0; begin < length * columns; begin += kStep) {
       const Index left = length * columns - begin;
       warp.each(static_cast<int>(left < kStep ? left : kStep), [&](int item) {
-        const bool spoiled = nb.spoiled && (begin + item) % columns < own_columns;
+        const bool spoiled = (nb.spoiled || !fits) && (begin + item) % columns < own_columns;
         own_out[begin + item] = spoiled ? aev_detail::kNan<T> : T(0);
       });
     }
-    if (nb.spoiled) return;
+    if (nb.spoiled || !fits) return;
     const T* const x = e.batch.coordinates;
     for (int moved = 0; moved < nb.count; ++moved)
       for (int d = 0; d < 3; ++d) {
@@ -210,7 +218,8 @@ struct StructureKernel {
   }
   KINML_DEVICE void run_structure(const Block& block, const AevTables<T>& tables,
                                   const Round& round, Index s) const {
-    const Index first = e.batch.offsets[s], end = e.batch.offsets[s + 1];
+    const AtomRange range = e.atoms(s);
+    const Index first = range.begin, end = range.end;
     const Index length = tables.layout().length();
     bool spoiled = false;
     block.each(static_cast<int>(3 * (end - first)), [&](int i) { out[3 * first + i] = 0; });

@@ -252,6 +252,17 @@ KINML_HD std::int64_t structure_of(const std::int64_t* offsets, std::int64_t n_s
   return lower_bound(offsets, n_structures + 1, atom + 1) - 1;
 }
 
+// Atoms [begin, end) of a structure; begin = -1 if there is none or the offsets are wrong.
+struct AtomRange {
+  std::int64_t begin, end;
+};
+KINML_HD AtomRange atoms_of(const std::int64_t* offsets, std::int64_t n_structures,
+                            std::int64_t n_atoms, std::int64_t structure) {
+  if (structure < 0 || structure >= n_structures) return {-1, -1};
+  const std::int64_t begin = offsets[structure], end = offsets[structure + 1];
+  return begin >= 0 && begin <= end && end <= n_atoms ? AtomRange{begin, end} : AtomRange{-1, -1};
+}
+
 struct Candidates {
   std::int64_t begin, end;     // atoms, if there are no cells
   const std::int64_t* sorted;  // atoms in the order of their cells, or null

@@ -141,11 +141,12 @@ struct ForceKernel {
     return batch.structures == nullptr ? i : batch.structures[i];
   }
   KINML_DEVICE Span span(Index i) const {
-    const Index s = structure(i);
-    if (s < 0 || s >= batch.n_structures) return {-1, 0};
-    const Index begin = batch.offsets[s], end = batch.offsets[s + 1];
-    if (begin < 0 || end < begin || end > batch.n_atoms) return {-1, 0};
-    return {begin, static_cast<int>(end - begin)};
+    const AtomRange range =
+        atoms_of(batch.offsets, batch.n_structures, batch.n_atoms, structure(i));
+    const Index n = range.end - range.begin;
+    // Nor is one that has not enough columns of the Jacobian.
+    if (batch.jacobian != nullptr && 3 * n > batch.columns) return {-1, 0};
+    return {range.begin, static_cast<int>(n)};
   }
   KINML_DEVICE bool has_forces() const {
     return batch.features == nullptr || batch.jacobian != nullptr;

@@ -2,6 +2,8 @@
 // structures into cells.
 #pragma once
 
+#include <limits>
+
 #include "../cuda/aev_cuda.h"
 #include "checks.h"
 #include "gpu.h"
@@ -83,7 +85,9 @@ class GpuAev {
   }
   template <class Function>
   at::Tensor run(cuda::AevProduct product, at::IntArrayRef shape, const Function& function) const {
-    at::Tensor out = at::empty(shape, coordinates_.options());
+    // An atom that no structure has stays NaN.
+    at::Tensor out =
+        at::full(shape, std::numeric_limits<double>::quiet_NaN(), coordinates_.options());
     with_type(coordinates_, [&](auto zero) {
       using T = decltype(zero);
       const at::Tensor space =

@@ -34,7 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species,
   // The sizes of the results depend on this number: the only one that is waited for.
   const int64_t n_atoms = n == 0 ? 0 : sizes.sum().item<int64_t>();
   const Tensor ends = sizes.cumsum(0);
-  const Tensor place = at::repeat_interleave(sizes, n_atoms);  // of each atom's structure
+  const Tensor place =
+      at::repeat_interleave(sizes, std::optional<int64_t>(n_atoms));  // of each atom's structure
   const Tensor within = at::arange(n_atoms, options) - (ends - sizes).index_select(0, place);
   const Tensor atoms = offsets.index_select(0, structures.index_select(0, place)) + within;
   const Tensor batch = place.div(batch_size, "floor");
