@@ -102,7 +102,7 @@ class LibraryBuild(build_ext):
             else:
                 objects.append(build.compile(cxx, source, f"{source.stem}.o"))
         for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
-            if (source.stem.endswith("_cuda") and cuda is None) or (source.stem == "no_cuda" and cuda is not None):
+            if (source.stem.endswith("_cuda") and cuda is None) or (source.stem == "cpu_only" and cuda is not None):
                 continue
             objects.append(build.compile([*cxx, *torch_compile], source, f"torch_{source.stem}.o"))
         # -fopenmp is not given at link time: the OpenMP runtime is the one that libtorch brings, so that there is

@@ -1,4 +1,4 @@
-"""For setup.py and tests/build_twin.py: compiler flags, and commands run by ninja or, where there is none, as they are."""
+"""Compiler flags, and commands run by ninja or by themselves: for setup.py and tests/build_twin.py."""
 
 from __future__ import annotations
 

@@ -104,3 +104,24 @@ def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("KINML_CPU_ISA", "avx1024")
     with pytest.raises(ImportError, match=r"KINML_CPU_ISA is 'avx1024': set it to one of baseline, avx2, avx512\."):
         _library._load()
+
+
+def test_a_build_without_cuda_says_so():
+    """Every op has an answer to tensors on a GPU; called directly, since here may be none to make them on."""
+    if _C.build_info()["cuda"] != "none":
+        pytest.skip("kinml_fast was built with CUDA")
+    names = sorted(
+        {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("kinml_fast::")}
+    )
+    assert len(names) >= 19
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+    on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    x = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.kinml_fast.aev_jacobian.default.redispatch(on_gpu, x, torch.zeros(2), torch.zeros(2), 2, [1.0])
+    text = str(caught.value).splitlines()[0]
+    assert text == (
+        "kinml_fast::aev_jacobian got tensors on a GPU, but this build of kinml_fast has no CUDA kernels: "
+        "reinstall it with KINML_CUDA=1 (it needs nvcc), or move the tensors to the CPU."
+    )

@@ -1,4 +1,5 @@
-// Memory that ends where its numbers end.
+// Memory that ends where its numbers end. With KINML_GPU_MEMORY it is that of `new`, which
+// managed_new.cpp lets the GPU see; there compute-sanitizer knows its end.
 #pragma once
 
 #include <sys/mman.h>
@@ -12,6 +13,12 @@
 template <class T>
 class Guarded {
  public:
+#ifdef KINML_GPU_MEMORY
+  Guarded(std::int64_t n, T value) : n_(n), values_(new T[static_cast<std::size_t>(n)]) {
+    for (std::int64_t i = 0; i < n; ++i) values_[i] = value;
+  }
+  ~Guarded() { delete[] values_; }
+#else
   Guarded(std::int64_t n, T value) : n_(n) {
     const std::int64_t page = sysconf(_SC_PAGESIZE);
     const std::int64_t bytes = n * static_cast<std::int64_t>(sizeof(T));
@@ -26,15 +33,19 @@ class Guarded {
     values_ = reinterpret_cast<T*>(base_ + pages * page - bytes);
     for (std::int64_t i = 0; i < n; ++i) values_[i] = value;
   }
+  ~Guarded() { munmap(base_, mapped_); }
+#endif
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() { munmap(base_, mapped_); }
   T& operator[](std::int64_t i) { return values_[i]; }
   T* data() { return values_; }
   std::int64_t size() const { return n_; }
 
  private:
-  std::int64_t n_, mapped_;
+  std::int64_t n_;
+#ifndef KINML_GPU_MEMORY
+  std::int64_t mapped_;
   char* base_;
+#endif
   T* values_;
 };

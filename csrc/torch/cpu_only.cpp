@@ -5,7 +5,7 @@ namespace kinml::ops {
 namespace {
 
 void no_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
-  TORCH_CHECK(false, "kinml_fast: ", op.schema().name(),
+  TORCH_CHECK(false, op.schema().name(),
               " got tensors on a GPU, but this build of kinml_fast has no CUDA kernels: reinstall "
               "it with KINML_CUDA=1 (it needs nvcc), or move the tensors to the CPU.");
 }

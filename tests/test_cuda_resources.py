@@ -1,0 +1,81 @@
+"""What the GPU's kernels take, against the bounds of scripts/cuda_resources.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import cuda_resources
+import cuda_toolkit
+import pytest
+from cuda_resources import Kernel
+
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1aIdEvi' for 'sm_80'
+ptxas info    : Function properties for _Z1aIdEvi
+    8 bytes stack frame, 24 bytes spill stores, 36 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size, 128 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compile time = 32.177 ms
+ptxas info    : Compiling entry function '_Z1aIdEvi' for 'sm_100'
+ptxas info    : Function properties for _Z1aIdEvi
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+
+
+def test_reports_of_ptxas_are_understood(monkeypatch):
+    monkeypatch.setattr(cuda_resources, "demangle", lambda names: {name: f"demangled {name}" for name in names})
+    assert cuda_resources.parse("a.cu", REPORT) == [
+        Kernel("a.cu", "demangled _Z1aIdEvi", "80", 40, 8, 24, 36, 128, 400),
+        Kernel("a.cu", "demangled _Z1aIdEvi", "100", 255, 0, 0, 0, 0, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("demangled", "name"),
+    [
+        (
+            "void kinml::cuda::run<kinml::cuda::(anonymous namespace)::AdamStep<float> >"
+            "(kinml::cuda::(anonymous namespace)::AdamStep<float>, char*, long)",
+            "AdamStep<float>",
+        ),
+        (
+            "void kinml::cuda::run<kinml::cuda::A<double, (kinml::B)1> >(kinml::cuda::A<double>, long)",
+            "A<double, (B)1>",
+        ),
+        ("kinml::cuda::(anonymous namespace)::probe()", "probe"),
+    ],
+)
+def test_names_are_those_of_the_source(demangled, name):
+    assert cuda_resources.short_name(demangled) == name
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"registers": 90}, "AdamStep<float> on sm_90 (a.cu) takes 90 registers, more than 40"),
+        ({"spill_loads": 8, "stack": 8}, "AdamStep<float> on sm_90 (a.cu) spills 8 bytes of registers, more than 0"),
+        ({"stack": 16}, "AdamStep<float> on sm_90 (a.cu) has 16 bytes in local memory, more than 0"),
+    ],
+)
+def test_what_is_beyond_the_bounds_is_said(change, fault):
+    kernel = Kernel("a.cu", "AdamStep<float>", "90", **{"registers": 30, **change})
+    assert kernel.faults() == ([] if fault is None else [fault])
+
+
+def test_kernels_of_this_tree_stay_within_their_bounds(full, tmp_path):
+    """The report that .ci/run has made (KINML_CUDA_RESOURCES), or a new one: that takes minutes."""
+    folder = os.environ.get("KINML_CUDA_RESOURCES")
+    if folder:
+        kernels = [Kernel(**row) for row in json.loads((Path(folder) / "resources.json").read_text())]
+    elif cuda_toolkit.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    elif full:
+        kernels = cuda_resources.report(sorted((cuda_resources.ROOT / "csrc" / "cuda").glob("*.cu")), tmp_path)
+    else:
+        pytest.skip("KINML_CUDA_RESOURCES names no report, and KINML_FULL_TESTS is not 1")
+    assert {kernel.file for kernel in kernels} >= {"adam_cuda.cu", "launch.cu"}
+    assert [fault for kernel in kernels for fault in kernel.faults()] == []

@@ -1,0 +1,52 @@
+"""Tests of the ops on the source of the GPU's kernels, compiled for the host (build_twin.py)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+
+# What runs here in two minutes; KINML_TWIN=1 pytest runs everything so. Each line: arguments of pytest.
+SUBSET = [["test_ops_adam.py"]]
+
+
+@pytest.fixture(scope="module")
+def twin() -> dict[str, str]:
+    """Environment of processes that use the twin, which is built."""
+    environment = {**os.environ, "KINML_TWIN": "1"}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "build_twin.py")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    return environment
+
+
+def test_ops_of_the_gpu_are_all_in_the_twin(twin):
+    """Every op that a *_cuda.cpp registers takes the CPU's place."""
+    text = "".join(path.read_text() for path in (TESTS.parent / "csrc" / "torch").glob("*_cuda.cpp"))
+    expected = sorted(set(re.findall(r'm\.impl\("(\w+)"', text)))
+    assert "adam_step" in expected
+    code = "import build_twin; build_twin.load(); print('replaced:', *build_twin.replaced_ops())"
+    environment = {**twin, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^replaced: (.*)$", done.stdout, re.MULTILINE)[1].split() == expected
+
+
+@pytest.mark.parametrize("arguments", SUBSET, ids=" ".join)
+def test_ops(twin, arguments):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda"]
+    command += [str(TESTS / word) if word.startswith("test_") else word for word in arguments]
+    done = subprocess.run(command, env=twin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    # No op of this process ran elsewhere; pytest's own settings may name tests that are not here.
+    assert re.search(r"\d+ passed", done.stdout)
