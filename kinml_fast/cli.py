@@ -20,6 +20,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 
 _MODEL = "model.pt of a run, the run's folder, or a pattern of several, which make an ensemble"
+_DEVICE = "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N; by default auto"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--csv", metavar="FILE", help="write the errors of each structure")
     evaluate.add_argument("--plots", metavar="FOLDER", help="draw predicted against reference energies and forces")
+    evaluate.add_argument("--device", default="auto", help=_DEVICE)
     evaluate.set_defaults(command=_evaluate)
 
     predict = commands.add_parser("predict", help="energies and forces of molecules")
@@ -106,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BASE",
         help="the low level of a delta model, which is added: tblite:METHOD, like tblite:GFN1-xTB, or a MODEL",
     )
+    predict.add_argument("--device", default="auto", help=_DEVICE)
     predict.set_defaults(command=_predict)
 
     convert = commands.add_parser(
@@ -211,6 +214,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         forces_key=options.forces_key,
         csv_path=options.csv,
         plots=options.plots,
+        device=options.device,
     )
 
 
@@ -218,7 +222,7 @@ def _predict(options: argparse.Namespace) -> None:
     from kinml_fast.deploy.predict import predict
 
     _show_log()
-    predict(options.model, options.input, options.output, base=options.base)
+    predict(options.model, options.input, options.output, base=options.base, device=options.device)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ CSRC = ROOT / "csrc"
 LAYERS = [
     {"errors", "units", "metrics", "_version"},
     {"_library"},
+    {"devices"},
     {"ops"},
     {"nn"},
     {"data", "datasets"},

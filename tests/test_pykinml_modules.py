@@ -17,7 +17,7 @@ from ase.optimize import BFGS
 from pykinml_helpers import errors, metrics, small
 from torch.utils.data import DataLoader
 
-from kinml_fast import KinMLCalculator, datasets, reference
+from kinml_fast import KinMLCalculator, datasets, devices, reference
 from kinml_fast.data import pykinml_hdf5, read, sqlite, stored
 from kinml_fast.deploy import model_file, pykinml_checkpoint
 from kinml_fast.errors import InputError
@@ -639,9 +639,12 @@ def test_what_cannot_be_trained(tmp_path):
     def make(loader=train, device="cpu", own=optimizer, schedule=scheduler):
         return trainer.Trainer(net, loader, valid, test, keys, own, schedule, *rest, device)
 
-    for device in (0, "cuda", torch.device("cuda:1")):
-        with pytest.raises(InputError, match="give 'cpu', training on GPUs is not there yet"):
-            make(device=device)
+    with pytest.raises(InputError, match="'gpu' is no device: give auto, cpu, cuda or cuda:N"):
+        make(device="gpu")
+    if devices.why_no_gpu():
+        for device, name in ((0, "cuda:0"), ("cuda", "cuda"), (torch.device("cuda:1"), "cuda:1")):
+            with pytest.raises(InputError, match=f"the device is {name}, but .*, or take the device cpu$"):
+                make(device=device)
     for changes, message in (
         ({"loader": DataLoader(list(range(5)))}, "take those"),
         ({"own": torch.optim.RMSprop(net.parameters())}, "the optimizer is RMSprop: take Adam, AdamW or SGD"),
@@ -756,8 +759,8 @@ def test_ase_moves_molecules_with_it(trained):
 
 
 def test_calculators_that_cannot_be_made(trained):
-    with pytest.raises(InputError, match="device is 'cuda': give 'cpu'"):
-        Nn_surr(str(trained / "one" / "model.pt"), device="cuda")
+    with pytest.raises(InputError, match="the device is cuda:99, but "):
+        Nn_surr(str(trained / "one" / "model.pt"), device=99)
     with pytest.raises(InputError, match=r"none\.pt: cannot be read"):
         Nn_surr(str(trained / "none.pt"))
 

@@ -288,7 +288,7 @@ def test_several_nodes_end_in_one_sentence(levels):
     text = run_script("train_multi_node", levels, expected=1, WORLD_SIZE="2", SLURM_PROCID="0")
     assert text.splitlines()[-1] == (
         "kinml_fast.errors.InputError: training on several GPUs or nodes is not there yet: set args.ddp = False and "
-        "run one process, which trains on the CPU with all its threads"
+        "run one process, which trains on the CPU or on one GPU"
     )
 
 

@@ -33,7 +33,7 @@ _MEMORY_KEPT = 0.95  # of what is available: training needs a little beside the 
 
 @dataclass(frozen=True, eq=False)
 class StoredDescriptors:
-    """Descriptors of structures, in the order of their atoms, on the CPU.
+    """Descriptors of structures, in the order of their atoms.
 
     Parameters
     ----------
@@ -56,6 +56,7 @@ def compute(
     *,
     jacobian: bool,
     backend: str = "native",
+    device: torch.device | str = "cpu",
 ) -> StoredDescriptors:
     """Descriptors of structures from their coordinates.
 
@@ -72,6 +73,8 @@ def compute(
     backend
         "native", or "aevmod": the package of that name computes in float64, some 10⁴ times slower. Its Jacobians are
         those of its `eval_Jac_sac`, because its `eval_Jac` is the derivative of its vectors only for beta = 1.
+    device
+        Where the native backend computes, and the results are; those of aevmod are on the CPU.
 
     Raises
     ------
@@ -90,9 +93,9 @@ def compute(
     if backend == "aevmod":
         return _from_aevmod(structures, parameters, dtype, jacobian)
     arguments = (
-        torch.from_numpy(structures.coordinates).to(dtype),
-        torch.from_numpy(structures.species),
-        torch.from_numpy(structures.offsets),
+        torch.from_numpy(structures.coordinates).to(device, dtype),
+        torch.from_numpy(structures.species).to(device),
+        torch.from_numpy(structures.offsets).to(device),
     )
     packed = parameters.packed()
     with torch.no_grad():

@@ -39,6 +39,8 @@ class KinMLCalculator(Calculator):
     threads
         CPU threads of a calculation; None: one for molecules of fewer than 50 atoms, else PyTorch's number. The results
         do not depend on it.
+    device
+        Where to compute: auto, cpu, cuda or cuda:N. None: where the model is, for files the CPU.
 
     Notes
     -----
@@ -50,7 +52,8 @@ class KinMLCalculator(Calculator):
     asked for with `get_property`.
 
     Geometries are compared by positions, elements and periodicity; without a base, charges, magnetic moments and cell
-    change nothing. Deep copies and pickles carry the weights; calculators made from one model share them.
+    change nothing. Deep copies and pickles carry the weights; calculators made from one model share them, unless
+    `device` is another one than the model's.
 
     Raises
     ------
@@ -69,11 +72,12 @@ class KinMLCalculator(Calculator):
         *,
         base: BaseCalculator | str | None = None,
         threads: int | None = None,
+        device: str | None = None,
     ) -> None:
         super().__init__()
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}: give a number of at least 1")
-        self.model = model_file.resolve(model)
+        self.model = model_file.resolve(model, device)
         self.base = base_calculators.checked(self.model, base)
         self.threads = threads
         self.n_members = members.count(self.model)

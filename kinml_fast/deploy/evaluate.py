@@ -198,6 +198,7 @@ def run_evaluate(
     batch_size: int = BATCH_SIZE,
     csv_path: str | os.PathLike | None = None,
     plots: str | os.PathLike | None = None,
+    device: str | None = None,
 ) -> list[Group]:
     """Compare a model with data, log a table of its errors, and write each structure's and draw all on request.
 
@@ -221,6 +222,8 @@ def run_evaluate(
     plots
         Folder for a parity plot of all structures, parity_evaluated.png (of several levels one for each,
         parity_evaluated_fidelity0.png), and errors.csv; made if it is not there.
+    device
+        Where to compute, see `model_file.resolve`.
 
     Returns
     -------
@@ -230,9 +233,10 @@ def run_evaluate(
     Raises
     ------
     InputError
-        A file that cannot be read or written, an element or a level that the model does not know.
+        A file that cannot be read or written, an element or a level that the model does not know, a device that cannot
+        be used.
     """
-    model = model_file.resolve(model_path)
+    model = model_file.resolve(model_path, device)
     fidelities = _fidelities(model, fidelity, model_path)
     if model.baseline is not None:
         log.info("energies and forces are differences of fidelity %d to fidelity %d", fidelities[0], model.baseline)

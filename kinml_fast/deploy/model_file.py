@@ -8,6 +8,7 @@ errors).
 
 from __future__ import annotations
 
+import copy
 import glob
 import io
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from kinml_fast import devices
 from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
@@ -114,7 +116,7 @@ def load_many(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Ensembl
     return _joined([load(path) for path in found], [str(path) for path in found])
 
 
-def resolve(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
+def resolve(model: Source | Sequence[Source], device: str | None = None) -> EnergyModel | Ensemble:
     """The model that is given or whose file is named; of several, their ensemble.
 
     Parameters
@@ -122,12 +124,21 @@ def resolve(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
     model
         A model or ensemble, or the model file or run folder of one, or a glob pattern of such, or a list of any of
         these.
+    device
+        Where it shall be (`devices.NAMES`): a model that is elsewhere is copied. None: a model that is given stays
+        where it is, one of a file is on the CPU.
 
     Raises
     ------
     InputError
-        As `load_many`, or something else than these.
+        As `load_many`, or something else than these, or a device that cannot be used.
     """
+    where = None if device is None else devices.resolve(device)
+    found = _found(model)
+    return found if where in (None, found.sae.device) else copy.deepcopy(found).to(where)
+
+
+def _found(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
     if isinstance(model, EnergyModel | Ensemble):
         return model
     if isinstance(model, str | os.PathLike):
@@ -138,9 +149,9 @@ def resolve(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
             f"{type(model).__name__} is no model: give a model, its file or run folder, or a list of these"
         )
     if len(model) == 1:
-        return resolve(model[0])
+        return _found(model[0])
     names = [name(m) if isinstance(m, str | os.PathLike) else f"model {i}" for i, m in enumerate(model, start=1)]
-    return _joined([resolve(one) for one in model], names)
+    return _joined([_found(one) for one in model], names)
 
 
 def load_training(path: str | os.PathLike) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def predict(
     out_path: str | os.PathLike,
     batch_size: int = BATCH_SIZE,
     base: BaseCalculator | str | None = None,
+    device: str | None = None,
 ) -> int:
     """Write the molecules of a file as extended XYZ with the model's energy (eV) and forces (eV/Å).
 
@@ -50,6 +51,8 @@ def predict(
     base
         The low level of a model of differences, whose energies and forces are added: a calculator, or what `base.make`
         takes.
+    device
+        Where to compute, see `model_file.resolve`; the base computes where it is.
 
     Returns
     -------
@@ -60,9 +63,10 @@ def predict(
     ------
     InputError
         A file that cannot be read or written, a frame that is periodic or has atoms in one place, an element that the
-        model does not know, a model of differences without a base, or a frame for which the base fails.
+        model does not know, a model of differences without a base, a frame for which the base fails, or a device that
+        cannot be used.
     """
-    model = model_file.resolve(model_path)
+    model = model_file.resolve(model_path, device)
     calculator = base_calculators.checked(model, base)
     path, *others = expand(in_path)
     if others:

@@ -32,7 +32,7 @@ class Ensemble(torch.nn.Module):
     Parameters
     ----------
     members
-        At least one model; their weights are copied.
+        At least one model; their weights are copied, to the device of the first.
     names
         What a message calls each of them; default: member 1, member 2 …
 
@@ -67,9 +67,10 @@ class Ensemble(torch.nn.Module):
         self.descriptor = first.descriptor
         self.aev = AEV(first.descriptor)
         self.networks = copy.deepcopy(first.networks)
-        weights = torch.stack([member.networks.weights.detach() for member in members])
+        device = first.sae.device
+        weights = torch.stack([member.networks.weights.detach().to(device) for member in members])
         self.networks.weights = torch.nn.Parameter(weights)
-        self.register_buffer("sae", torch.stack([member.sae for member in members]))
+        self.register_buffer("sae", torch.stack([member.sae.to(device) for member in members]))
 
     @property
     def elements(self) -> tuple[str, ...]:

@@ -54,7 +54,8 @@ def extended(
         for level in range(levels):
             for species in range(len(model.elements)):
                 result.networks.layer(species, 0, level)[0].zero_()
-        result.networks.weights[parameter_places(model, result)] = model.networks.weights.detach().to(result.dtype)
+        flat = result.networks.weights
+        flat[parameter_places(model, result)] = model.networks.weights.detach().to(flat)
         old_sae = model.sae.view(levels, -1)
         result.sae.view(len(result.fidelities), -1)[:levels, : len(model.elements)] = old_sae
     return result.to(model.sae.device)

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from ase.data import chemical_symbols
 
+from kinml_fast import devices
 from kinml_fast.errors import InputError
 from kinml_fast.train import config as configurations
 from kinml_fast.train.config import Config
@@ -280,6 +282,11 @@ def note(sentence: str) -> None:
     log.info("%s", sentence)
 
 
+def device_of(rank: int | str | torch.device) -> torch.device:
+    """Where to compute: "cpu", the index or name of a GPU, or a device of torch; errors as of `devices.resolve`."""
+    return devices.resolve(f"cuda:{rank}" if isinstance(rank, int) else str(rank))
+
+
 def refuse_distributed(args: argparse.Namespace) -> None:
     """Several processes are a later part: say so before anything is computed."""
     if getattr(args, "ddp", False) or getattr(args, "distributed", False):
@@ -288,7 +295,7 @@ def refuse_distributed(args: argparse.Namespace) -> None:
 
 NOT_DISTRIBUTED = (
     "training on several GPUs or nodes is not there yet: set args.ddp = False and run one process, which trains on "
-    "the CPU with all its threads"
+    "the CPU or on one GPU"
 )
 
 

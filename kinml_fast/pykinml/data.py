@@ -25,7 +25,7 @@ from kinml_fast.data.splits import Split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters
-from kinml_fast.pykinml.arguments import configuration, note
+from kinml_fast.pykinml.arguments import configuration, device_of, note
 from kinml_fast.train import config as configurations
 from kinml_fast.train.config import Config
 
@@ -275,13 +275,14 @@ class Data_pes:
         self.dimdat, self.source = self.descriptor.length, DescriptorSource()
         self._describe()
 
-    def prep_data(self, device: str = "cpu") -> int:
+    def prep_data(self, device: Any = "cpu") -> int:
         """Compute `aevs` and `daevs`: for each structure and species [n_atoms, D] and [n_atoms, D, 3 n_max]."""
+        place = device_of(device)
         items = PesDataset(self.structures, self.descriptor, ("aevs", "daevs"), self.source).items()
         self.aevs, self.daevs = [], []
         for aevs, daevs in items:
-            self.aevs.append([aev.to(device) for aev in aevs])
-            self.daevs.append([daev.to(device) for daev in daevs])
+            self.aevs.append([aev.to(place) for aev in aevs])
+            self.daevs.append([daev.to(place) for daev in daevs])
         return 0
 
     def _describe(self) -> None:

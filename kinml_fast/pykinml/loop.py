@@ -20,7 +20,7 @@ from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.pykinml import nnpes, state
-from kinml_fast.pykinml.arguments import FORCES, KEPT_ORDER, NOT_DISTRIBUTED, note, show_log
+from kinml_fast.pykinml.arguments import FORCES, KEPT_ORDER, NOT_DISTRIBUTED, device_of, note, show_log
 from kinml_fast.pykinml.data import PesDataset
 from kinml_fast.train import Trainer
 from kinml_fast.train import config as configurations
@@ -54,7 +54,7 @@ class Loop:
     svpath
         The folder.
     device
-        "cpu".
+        Where to train, see `arguments.device_of`; the model is moved there.
     force_train
         Whether forces are trained on.
     """
@@ -80,8 +80,7 @@ class Loop:
     ) -> None:
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             raise InputError(NOT_DISTRIBUTED)
-        if str(device) != "cpu":
-            raise InputError(f"the device is {device}: give 'cpu', training on GPUs is not there yet")
+        model.to(device_of(device))
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, scheduler
         self.loaders = dict(zip(PARTS, loaders, strict=True))
         self.save_every, self.fname, self.svpath = save_every, fname, svpath
@@ -180,6 +179,7 @@ class Loop:
             "epochs": epochs,
             "shuffle": isinstance(self.loaders["train"].sampler, RandomSampler),
             "dtype": str(layers[0].linear.weight.dtype).removeprefix("torch."),
+            "device": str(layers[0].linear.weight.device),
             "loss": values["training"]["loss"] | loss,
             "score": {"forces": 0.0},
             "optimizer": optimizer_settings(self.optimizer),

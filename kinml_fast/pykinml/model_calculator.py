@@ -13,10 +13,9 @@ from ase.calculators.calculator import all_changes
 
 from kinml_fast.deploy import model_file, pykinml_checkpoint
 from kinml_fast.deploy.calculator import KinMLCalculator
-from kinml_fast.errors import InputError
 from kinml_fast.nn import EnergyModel, Ensemble
 from kinml_fast.pykinml import state
-from kinml_fast.pykinml.arguments import note, show_log
+from kinml_fast.pykinml.arguments import device_of, note, show_log
 from kinml_fast.train import continued
 
 
@@ -34,7 +33,7 @@ class Nn_surr(KinMLCalculator):
     tnsr
         Whether `results` holds tensors, or numpy arrays.
     device
-        "cpu".
+        Where to compute, see `arguments.device_of`.
     nrho_rad, nrho_ang, nalpha, R_c, present_elements, beta
         Settings of the descriptor, for checkpoints of PyKinML; other files say them themselves.
     mf
@@ -56,7 +55,7 @@ class Nn_surr(KinMLCalculator):
         label: str = "surrogate",
         atoms: Atoms | None = None,
         tnsr: bool = True,
-        device: str = "cpu",
+        device: Any = "cpu",
         nrho_rad: int = 16,
         nrho_ang: int = 8,
         nalpha: int = 8,
@@ -68,8 +67,7 @@ class Nn_surr(KinMLCalculator):
         threads: int | None = None,
     ) -> None:
         show_log()
-        if str(device) != "cpu":
-            raise InputError(f"device is {device!r}: give 'cpu', GPUs are not there yet")
+        place = str(device_of(device))
         names = [fname] if isinstance(fname, str | os.PathLike) else list(fname)
         settings = (tuple(present_elements), nrho_rad, nrho_ang, nalpha, tuple(R_c), beta)
         models = [_model(name, settings) for name in names]
@@ -81,7 +79,7 @@ class Nn_surr(KinMLCalculator):
                 model.baseline = None
         if isinstance(base, Nn_surr):
             base = KinMLCalculator(base.model, base=base.base)  # whose results are arrays
-        super().__init__(models if len(models) > 1 else models[0], base=base, threads=threads)
+        super().__init__(models if len(models) > 1 else models[0], base=base, threads=threads, device=place)
         self.tnsr, self.device, self.label = tnsr, device, label
         if atoms is not None:
             atoms.calc = self

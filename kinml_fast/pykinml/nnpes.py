@@ -302,6 +302,7 @@ def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> 
             "the data of one kind of descriptor (present_elements, aev_params)"
         )
     model = EnergyModel(descriptor, widths, activations, net.biases, first.weight.dtype, **settings)
+    model.to(first.weight.device)
     for level, species, place, block in net.blocks():
         for own, parameter in zip(model.networks.layer(species, place, level), block.tensors(), strict=False):
             own.copy_(parameter.detach())
@@ -345,7 +346,7 @@ def _filled(
     params: dict[str, Any] = {"n_input": [n_input] * len(layers), "neurons": neurons, "activations": functions}
     if two or sae.ndim == 2:
         params |= {"neurons_hf": neurons, "activations_hf": functions, "pass_eng": True, "pass_aev": True}
-    params |= {"sae_energies": sae.numpy(), "add_sae": True, "biases": biases}
+    params |= {"sae_energies": sae.cpu().numpy(), "add_sae": True, "biases": biases}
     net = (CompositeNetworks_MF if "neurons_hf" in params else CompositeNetworks)(**params).to(dtype)
     levels = net.levels()
     for level, species, place, *values in tensors:

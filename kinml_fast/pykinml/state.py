@@ -111,7 +111,7 @@ def write(
         pykinml_checkpoint.EXTRA: model.to_dict(),
     }
     with replacing(path) as temporary:
-        torch.save(contents, temporary)
+        torch.save(checkpoint.on_cpu(contents), temporary)
 
 
 def give(native: torch.optim.Optimizer, optimizer: torch.optim.Optimizer, net: nnpes.Composite) -> None:
@@ -181,7 +181,8 @@ def _joined(states: list[dict[str, Any]], parameters: list[torch.nn.Parameter]) 
             joined[name] = example.clone() if isinstance(example, Tensor) else example
         else:
             pairs = zip(values, parameters, strict=True)
-            joined[name] = torch.cat([(torch.zeros_like(p) if v is None else v).detach().reshape(-1) for v, p in pairs])
+            parts = [(torch.zeros_like(p) if v is None else v.to(p.device)).detach() for v, p in pairs]
+            joined[name] = torch.cat([part.reshape(-1) for part in parts])
     return joined
 
 
@@ -199,7 +200,9 @@ def _divided(state: dict[str, Any], parameters: list[torch.nn.Parameter]) -> lis
 def _copied(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.detach().clone() if value.ndim == 0 else value.detach().to(parameter.dtype, copy=True)
+    return (
+        value.detach().clone() if value.ndim == 0 else value.detach().to(parameter, copy=True)
+    )
 
 
 def _plain(value: Any) -> Any:

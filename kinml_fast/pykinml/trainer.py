@@ -14,7 +14,7 @@ from kinml_fast.errors import InputError
 from kinml_fast.pykinml import daev as daev_calc
 from kinml_fast.pykinml import nnpes
 from kinml_fast.pykinml import prepper as prep
-from kinml_fast.pykinml.arguments import NOT_DISTRIBUTED, one, refuse_distributed, seeds, show_log
+from kinml_fast.pykinml.arguments import NOT_DISTRIBUTED, device_of, one, refuse_distributed, seeds, show_log
 from kinml_fast.pykinml.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Runner:
     args
         `load_model_name`, `present_elements` and `multi_fid`.
     device
-        Where to compute.
+        Where to compute, see `arguments.device_of`; descriptors and Jacobians must be there.
 
     Attributes
     ----------
@@ -48,9 +48,9 @@ class Runner:
     """
 
     def __init__(self, args: argparse.Namespace, device: Any) -> None:
-        self.args, self.device = args, device
+        self.args, self.device = args, device_of(device)
         self.num_spec = len(args.present_elements)
-        self.model: nnpes.Composite = prep.load_trained_model(args, load_opt=False).to(device)
+        self.model: nnpes.Composite = prep.load_trained_model(args, load_opt=False).to(self.device)
         self.model.add_sae = True
 
     def get_ids(self, aevs: Any) -> list[list[Tensor]]:
@@ -122,7 +122,7 @@ def spawned_trainer(rank: Any, args: argparse.Namespace, world_size: int) -> Non
     Parameters
     ----------
     rank
-        "cpu".
+        Where to train: "cpu", or the index of a GPU.
     args
         See `prepper.parse_arguments_list`.
     world_size

@@ -26,7 +26,7 @@ def save(path: Path, contents: dict[str, Any]) -> None:
     path
         Replaced only when the new file is complete and on the disk.
     contents
-        Tensors and plain values.
+        Tensors and plain values. Tensors are written as CPU tensors, which every machine reads.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def save(path: Path, contents: dict[str, Any]) -> None:
         The file cannot be written, for instance because the disk is full.
     """
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, **contents}, buffer)
+    torch.save({"format": FORMAT, "version": VERSION, **on_cpu(contents)}, buffer)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
@@ -73,12 +73,21 @@ def load(path: Path) -> dict[str, Any]:
     return contents
 
 
+def on_cpu(value: Any) -> Any:
+    """Nested dictionaries and lists with their tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(inner) for key, inner in value.items()}
+    return type(value)(map(on_cpu, value)) if isinstance(value, list | tuple) else value
+
+
 def random_states() -> dict[str, Any]:
-    """The states of the random generators of torch (CPU and GPUs), numpy and Python."""
+    """The states of the random generators of torch (CPU, and GPUs in use), numpy and Python."""
     name, words, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - it may be in use elsewhere
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "numpy": {
             "name": str(name),
             "words": torch.from_numpy(words.astype(np.int64)),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from kinml_fast import datasets
+from kinml_fast import datasets, devices
 from kinml_fast.data.files import replacing
 from kinml_fast.data.levels import Levels
 from kinml_fast.errors import InputError
@@ -363,6 +363,9 @@ class TrainingConfig(Section):
     """Seed of the orders."""
     dtype: Literal["float64", "float32"] = "float64"
     """Precision of descriptor and networks; energies are summed in float64 in any case."""
+    device: str = "auto"
+    """Where to train: cpu, cuda (a GPU), cuda:1 (the second one), or auto, a GPU if there is one that this build can
+    use. A run may be resumed on another device. (A Trainer made in Python trains where its model is.)"""
     threads: Count | None = None
     """CPU threads; null: PyTorch's choice. The results do not depend on it."""
     gradient_clip: Positive | None = None
@@ -388,6 +391,13 @@ class TrainingConfig(Section):
     """Test every so many epochs; null: with each checkpoint that is kept, and at the end."""
     checkpoint_seconds: NotNegative = 30.0
     """Seconds between two writings of checkpoints/last.pt, from which a run resumes."""
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if not devices.is_name(device):
+            raise ValueError(f"it must be {devices.NAMES}")
+        return device
 
     @model_validator(mode="after")
     def _check_score(self) -> TrainingConfig:

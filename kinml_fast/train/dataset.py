@@ -172,7 +172,8 @@ class Dataset:
     def descriptors(self, model: EnergyModel, jacobian: bool) -> StoredDescriptors:
         """Descriptors of all atoms, and their Jacobians, from where the configuration says, on the model's device."""
         if self._source is None:
-            found = stored.compute(self._structures, model.descriptor, model.dtype, jacobian=jacobian)
+            device = model.sae.device
+            found = stored.compute(self._structures, model.descriptor, model.dtype, jacobian=jacobian, device=device)
         else:
             found = self._source.load(self._structures, model.descriptor, model.dtype, jacobian=jacobian)
         tensors = (found.features, found.jacobian)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kinml_fast import devices
 from kinml_fast.data import splits
 from kinml_fast.data.files import replacing
 from kinml_fast.data.prepared import Prepared
@@ -293,7 +294,7 @@ def _summary(values: Mapping[str, Any]) -> Summary:
 def _finish(config: Config, data: Prepared, summaries: Sequence[Summary], started: float) -> EnsembleSummary:
     folder = RunFolder(config.run)
     files = [folder.member(number).model for number in range(1, config.ensemble.members + 1)]
-    ensemble = model_file.load_many(files)
+    ensemble = model_file.load_many(files).to(devices.resolve(config.training.device))
     notes = {
         "ensemble": config.ensemble.model_dump(exclude={"processes"}),
         "members": [model_file.load_training(file) for file in files],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kinml_fast import devices
 from kinml_fast.data import prepared, splits, weights
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import InputError
@@ -51,6 +52,7 @@ def start(
         Whatever is wrong with the folder, the data or the configuration.
     """
     folder = RunFolder(config.run)
+    devices.resolve(config.training.device)  # says now what is wrong with it
     config, origin = begin(config)
     folder.create(overwrite)
     configuration.save(config, folder.config)
@@ -93,6 +95,7 @@ def resume(
     config = configuration.with_overrides(values, overrides, str(folder.config))
     if config.start != before.start:
         raise InputError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
+    devices.resolve(config.training.device)
     here = config.model_copy(update={"run": str(folder)})  # it may have moved
     folder.sweep()
     if max(before.ensemble.members, config.ensemble.members) > 1:
@@ -130,6 +133,7 @@ def go_on(
             origin = continued.load(folder.last)
             config, model = continued.resolved(config, origin), origin.model
             data = _without_sae(data) if config.start.sae == "keep" else data
+        _move(model, config)
     _seed_others(config)
     trainer = Trainer(
         model, data, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
@@ -173,6 +177,7 @@ def fit(
                 continued.keep_sae(model, origin, config.data.sae, data)
                 data = _without_sae(data)
         log.info("%s", model)
+        _move(model, config)
         _seed_others(config)
         trainer = Trainer(
             model,
@@ -246,6 +251,14 @@ def make_model(
 def _without_sae(data: Prepared) -> TrainingData:
     """The data for a model that keeps its own single-atom energies."""
     return TrainingData(data.structures, data.split, None, data.weights, data.source)
+
+
+def _move(model: EnergyModel, config: Config) -> None:
+    """Bring a model to where it is trained."""
+    device = devices.resolve(config.training.device)
+    if device.type == "cuda":
+        log.info("trains on %s, %s", device, torch.cuda.get_device_name(device))
+    model.to(device)
 
 
 def _ensembles() -> ModuleType:

@@ -1,9 +1,9 @@
 """Where energies and forces come from in training: each kind takes a batch forward and backward, and predicts.
 
-`EnergyStep` keeps the descriptors of all atoms and computes energies only; `LevelEnergyStep` does so for several levels
-of theory. `ForceStep` computes energies and forces from coordinates, `StoredForceStep` from descriptors and Jacobians
-that it keeps; both give the same numbers, and take any number of levels. A trainer calls `batches` once an epoch and
-`run` with each of its entries: what need not be done in each step is done there.
+`EnergyStep` keeps the descriptors of all atoms and computes energies only; `LevelEnergyStep` does so for any number of
+levels of theory, and on GPUs. `ForceStep` computes energies and forces from coordinates, `StoredForceStep` from
+descriptors and Jacobians that it keeps; both give the same numbers, and take any number of levels. A trainer calls
+`batches` once an epoch and `run` with each of its entries: what need not be done in each step is done there.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class StoredForceStep(ForceStep):
 
 
 class LevelEnergyStep(StoredForceStep):
-    """Energies of several levels from descriptors that are computed once and kept."""
+    """Energies of any number of levels from descriptors that are computed once and kept, with one op for a step."""
 
     def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
         return self._data.descriptors(model, jacobian=False).features, None

@@ -42,6 +42,7 @@ CHANGEABLE = {
     "epochs",
     "validation_batch_size",
     "test_batch_size",
+    "device",
     "threads",
     "early_stopping",
     "save_every",
@@ -232,7 +233,9 @@ class Trainer:
         if with_forces not in self._steps:
             started = time.monotonic()
             if not with_forces:
-                kind = EnergyStep if self._data.levels == 1 else LevelEnergyStep
+                # On a GPU, which waits for nothing within an epoch: one op for a step, and no plan of batches.
+                plain = self._data.levels == 1 and self.model.sae.device.type == "cpu"
+                kind = EnergyStep if plain else LevelEnergyStep
             elif self.config.loss.forces and self.config.jacobian == "stored":
                 kind = StoredForceStep
             else:
