@@ -15,7 +15,8 @@ def arguments(n: int, dtype: torch.dtype, device: torch.device, amsgrad: bool) -
     generator = torch.Generator().manual_seed(n)
     parameter, gradient, mean = (torch.randn(n, dtype=dtype, generator=generator).to(device) for _ in range(3))
     square, largest = (torch.rand(n, dtype=dtype, generator=generator).to(device) for _ in range(2))
-    return [parameter, gradient, mean, square, largest if amsgrad else None, 1e-2, 0.9, 0.99, 1e-8, 0.1, False, 1]
+    given = [parameter, gradient, mean, square, largest if amsgrad else None, 1e-2, 0.9, 0.99, 1e-8, 0.1, False]
+    return [*given, torch.zeros((), device=device)]
 
 
 @TYPES
@@ -28,12 +29,14 @@ def test_steps_are_those_of_torch(kind, amsgrad, n, dtype, rtol, device):
     theirs = own.clone().requires_grad_()
     optimizer = kind([theirs], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, amsgrad=amsgrad)
     state = [torch.zeros_like(own) for _ in range(3)]
-    for step in range(1, 6):
+    step = torch.zeros((), device=device)
+    for _ in range(5):
         theirs.grad = torch.randn(n, dtype=dtype, generator=generator).to(device)
         largest = state[2] if amsgrad else None
         decoupled = kind is torch.optim.AdamW
         ops.adam_step(own, theirs.grad, state[0], state[1], largest, 1e-2, 0.9, 0.99, 1e-8, 0.1, decoupled, step)
         optimizer.step()
+    assert step == 5
     torch.testing.assert_close(own, theirs.detach(), rtol=rtol, atol=rtol)
     for name, tensor in zip(("exp_avg", "exp_avg_sq"), state, strict=False):
         torch.testing.assert_close(tensor, optimizer.state[theirs][name], rtol=rtol, atol=rtol)
@@ -65,7 +68,7 @@ def test_opcheck(dtype, amsgrad, device):
         (1, lambda t: t.float(), r"gradient is Float but parameter is Double; both must have one dtype"),
         (1, lambda t: t[1:], r"gradient must be contiguous and have the shape of parameter, \[30\], got \[29\]"),
         (3, lambda t: t.repeat(2)[::2], r"square must be contiguous and have the shape of parameter"),
-        (11, lambda t: 0, r"step counts from 1, got 0"),
+        (11, lambda t: t.double(), r"step must be one float32 number, got Double of shape \[\]"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected_and_what_came(place, change, message, device):

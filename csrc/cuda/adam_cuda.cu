@@ -12,7 +12,8 @@ template <class T>
 struct AdamStep {
   static constexpr int kThreads = 256;
 
-  AdamFactors<T> factors;
+  AdamSettings settings;
+  const float* steps;  // [1]
   std::int64_t n, blocks;
   T* parameter;       // [n]
   const T* gradient;  // [n]
@@ -20,6 +21,12 @@ struct AdamStep {
   T* largest;         // [n] or null
 
   KINML_DEVICE void operator()(const Block& block) const {
+    AdamFactors<T>& factors = *reinterpret_cast<AdamFactors<T>*>(block.memory());
+    block.each(1, [&](int) {
+      AdamSettings own = settings;
+      own.step = static_cast<std::int64_t>(*steps) + 1;
+      factors = adam_factors<T>(own);
+    });
     for (std::int64_t first = std::int64_t{block.index()} * kThreads; first < n;
          first += blocks * kThreads) {
       const std::int64_t left = n - first;
@@ -37,21 +44,31 @@ struct AdamStep {
   }
 };
 
+// Behind the step, whose blocks have all read the number.
+struct CountStep {
+  static constexpr int kThreads = 32;
+  float* steps;  // [1]
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    block.each(1, [&](int) { *steps += 1; });
+  }
+};
+
 }  // namespace
 
 template <class T>
-void adam_step(const AdamSettings& settings, std::int64_t n, T* parameter, const T* gradient,
-               T* mean, T* square, T* largest, Stream stream) {
+void adam_step(const AdamSettings& settings, float* steps, std::int64_t n, T* parameter,
+               const T* gradient, T* mean, T* square, T* largest, Stream stream) {
   const std::int64_t threads = AdamStep<T>::kThreads;
   const std::int64_t blocks = std::min(kMostBlocks, (n + threads - 1) / threads);
-  launch(
-      AdamStep<T>{adam_factors<T>(settings), n, blocks, parameter, gradient, mean, square, largest},
-      blocks, stream);
+  launch(AdamStep<T>{settings, steps, n, blocks, parameter, gradient, mean, square, largest},
+         blocks, stream, {(sizeof(AdamFactors<T>) + 15) / 16 * 16});
+  launch(CountStep{steps}, 1, stream);
 }
 
-template void adam_step<double>(const AdamSettings&, std::int64_t, double*, const double*, double*,
-                                double*, double*, Stream);
-template void adam_step<float>(const AdamSettings&, std::int64_t, float*, const float*, float*,
-                               float*, float*, Stream);
+template void adam_step<double>(const AdamSettings&, float*, std::int64_t, double*, const double*,
+                                double*, double*, double*, Stream);
+template void adam_step<float>(const AdamSettings&, float*, std::int64_t, float*, const float*,
+                               float*, float*, float*, Stream);
 
 }  // namespace kinml::cuda

@@ -8,9 +8,13 @@
 
 namespace kinml::cuda {
 
+// The number of the step is not that of the settings but steps + 1: it is known to the device
+// alone, so that a captured step counts on when it is replayed.
+//
+// steps  // [1] done before; one more afterwards
 // parameter, mean, square, largest (null without amsgrad): [n], updated; gradient: [n].
 template <class T>
-void adam_step(const AdamSettings& settings, std::int64_t n, T* parameter, const T* gradient,
-               T* mean, T* square, T* largest, Stream stream);
+void adam_step(const AdamSettings& settings, float* steps, std::int64_t n, T* parameter,
+               const T* gradient, T* mean, T* square, T* largest, Stream stream);
 
 }  // namespace kinml::cuda

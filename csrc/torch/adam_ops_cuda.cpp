@@ -12,7 +12,7 @@ using at::Tensor;
 
 void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor square,
                const std::optional<Tensor>& largest, double learning_rate, double beta1,
-               double beta2, double eps, double weight_decay, bool decoupled, int64_t step) {
+               double beta2, double eps, double weight_decay, bool decoupled, Tensor step) {
   check_device(gradient, "gradient", parameter, "parameter");
   check_device(mean, "mean", parameter, "parameter");
   check_device(square, "square", parameter, "parameter");
@@ -22,8 +22,9 @@ void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor squ
   check_adam(parameter, g, mean, square, largest, step);
   with_type(parameter, [&](auto zero) {
     using T = decltype(zero);
-    cuda::adam_step<T>({learning_rate, beta1, beta2, eps, weight_decay, decoupled, step},
-                       parameter.numel(), parameter.mutable_data_ptr<T>(), g.const_data_ptr<T>(),
+    cuda::adam_step<T>({learning_rate, beta1, beta2, eps, weight_decay, decoupled, 0},
+                       step.mutable_data_ptr<float>(), parameter.numel(),
+                       parameter.mutable_data_ptr<T>(), g.const_data_ptr<T>(),
                        mean.mutable_data_ptr<T>(), square.mutable_data_ptr<T>(),
                        largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr, gpu.stream);
   });

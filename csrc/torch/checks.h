@@ -207,9 +207,12 @@ inline void check_energy_step(const at::Tensor& targets, const at::Tensor& weigh
 // Arguments of adam_step.
 inline void check_adam(const at::Tensor& parameter, const at::Tensor& gradient,
                        const at::Tensor& mean, const at::Tensor& square,
-                       const std::optional<at::Tensor>& largest, int64_t step) {
+                       const std::optional<at::Tensor>& largest, const at::Tensor& step) {
   check_floating(parameter, "parameter");
-  TORCH_CHECK(step >= 1, "kinml_fast: step counts from 1, got ", step);
+  TORCH_CHECK(step.scalar_type() == at::kFloat && step.dim() == 0,
+              "kinml_fast: step must be one float32 number, got ", step.scalar_type(), " of shape ",
+              step.sizes());
+  check_device(step, "step", parameter, "parameter");
   const auto check = [&](const at::Tensor& t, const char* name) {
     check_same_type(t, name, parameter, "parameter");
     TORCH_CHECK(t.sizes() == parameter.sizes() && t.is_contiguous(), "kinml_fast: ", name,

@@ -436,15 +436,18 @@ void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owner
 
 void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor square,
                const std::optional<Tensor>& largest, double learning_rate, double beta1,
-               double beta2, double eps, double weight_decay, bool decoupled, int64_t step) {
+               double beta2, double eps, double weight_decay, bool decoupled, Tensor step) {
   const Tensor g = gradient.contiguous();
   check_adam(parameter, g, mean, square, largest, step);
+  float& steps = *step.mutable_data_ptr<float>();
+  steps += 1;
   with_type(parameter, [&](auto zero) {
     using T = decltype(zero);
-    cpu::adam_step<T>({learning_rate, beta1, beta2, eps, weight_decay, decoupled, step},
-                      parameter.numel(), parameter.mutable_data_ptr<T>(), g.const_data_ptr<T>(),
-                      mean.mutable_data_ptr<T>(), square.mutable_data_ptr<T>(),
-                      largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr, threads());
+    cpu::adam_step<T>(
+        {learning_rate, beta1, beta2, eps, weight_decay, decoupled, static_cast<int64_t>(steps)},
+        parameter.numel(), parameter.mutable_data_ptr<T>(), g.const_data_ptr<T>(),
+        mean.mutable_data_ptr<T>(), square.mutable_data_ptr<T>(),
+        largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr, threads());
   });
 }
 
@@ -519,7 +522,7 @@ void energy_step_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&
                       const Tensor&, const Tensor&, Tensor, Tensor, double, at::IntArrayRef,
                       at::IntArrayRef, bool) {}
 void adam_step_meta(Tensor, const Tensor&, Tensor, Tensor, const std::optional<Tensor>&, double,
-                    double, double, double, double, bool, int64_t) {}
+                    double, double, double, double, bool, Tensor) {}
 
 }  // namespace
 

@@ -129,9 +129,9 @@ TORCH_LIBRARY(kinml_fast, m) {
       "Tensor(d!) gradient, int[] sizes, int[] activations, bool biases) -> ()");
 
   // One step of Adam or AdamW (csrc/core/adam.h) on a flat parameter, in place; largest for
-  // amsgrad. No autograd.
+  // amsgrad. step: float32, the steps that were done before; one more afterwards. No autograd.
   m.def(
       "adam_step(Tensor(a!) parameter, Tensor gradient, Tensor(b!) mean, Tensor(c!) square, "
       "Tensor(d!)? largest, float learning_rate, float beta1, float beta2, float eps, "
-      "float weight_decay, bool decoupled, int step) -> ()");
+      "float weight_decay, bool decoupled, Tensor(e!) step) -> ()");
 }

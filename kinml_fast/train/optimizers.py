@@ -31,10 +31,9 @@ class FusedAdam(torch.optim.Adam):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
                         state[name] = torch.zeros_like(parameter)
-                state["step"] += 1
                 ops.adam_step(
                     parameter,
                     parameter.grad,
@@ -47,7 +46,7 @@ class FusedAdam(torch.optim.Adam):
                     group["eps"],
                     group["weight_decay"],
                     group["decoupled_weight_decay"],
-                    int(state["step"]),
+                    state["step"],
                 )
 
     # torch wraps `step` in a profiler hook (10 µs a call) unless it finds this mark.

@@ -25,13 +25,14 @@ from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
 from kinml_fast.nn.potential import BEFORE_LEVELS
 from kinml_fast.train import checkpoint, continued
+from kinml_fast.train.captured import MOST_STEPS, CapturedEpoch
 from kinml_fast.train.config import TrainingConfig, save_yaml
 from kinml_fast.train.dataset import Data, Dataset
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.freezing import FrozenLayers
 from kinml_fast.train.loss import ExtraLoss, ExtraLosses, LossBatch, TaskWeights
 from kinml_fast.train.metrics import LevelErrors, MetricsTable, Residuals, Row, level_columns, level_values
-from kinml_fast.train.optimizers import WeightAverage, make_optimizer
+from kinml_fast.train.optimizers import FusedAdam, WeightAverage, make_optimizer
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.schedulers import advance, forget_best, make_scheduler
 from kinml_fast.train.steps import EnergyStep, EpochErrors, ForceStep, LevelEnergyStep, Step, StoredForceStep
@@ -158,6 +159,8 @@ class Trainer:
         self._elapsed = 0.0
         count = self._data.sizes["train"]
         self._errors = EpochErrors(self._data.levels, count, self.config.batch_size, model.sae.device)
+        self._capture: CapturedEpoch | None = None
+        self._capture_key: tuple | None = None
         self._best = {"epoch": -1, "score": math.inf, "weights": self._weights()}
         self._best_on_disk = -1
         self._stopping = {"score": math.inf, "waited": 0}
@@ -314,6 +317,13 @@ class Trainer:
         if learning:
             weights = self._data.energy_weights[..., order], self._data.force_weights[..., order]
             counted = tasks.counted(weights, size)
+        captured = None if extra is not None or learning or frozen is not None else self._captured(step, lr)
+        if captured is not None:
+            captured.run(order)
+            self._batch = len(batches)
+            if time.monotonic() >= self._next_tick:
+                self._elapsed = time.perf_counter() - started
+                self._tick(len(batches))
         for number in range(self._batch, len(batches)):
             step.run(*batches[number])
             if extra is not None:
@@ -339,6 +349,22 @@ class Trainer:
         self._epoch, self._batch, self._elapsed = epoch + 1, 0, 0.0
         errors = self._training_errors(order, with_forces)
         return self._row("train", epoch, lr, errors, time.perf_counter() - started, tasks.row())
+
+    def _captured(self, step: Step, lr: float) -> CapturedEpoch | None:
+        """On a GPU, a whole epoch as one graph, from the second epoch with this step and learning rate on."""
+        device, size = self.model.sae.device, self.config.batch_size
+        count = self._data.sizes["train"]
+        simple = self.config.gradient_clip is None and self._average is None
+        if device.type != "cuda" or not simple or not isinstance(self._optimizer, FusedAdam):
+            return None
+        gradients = tuple(parameter.grad.data_ptr() for parameter in self._parameters if parameter.grad is not None)
+        key = (step, lr, gradients)
+        if self._batch or count > MOST_STEPS * size or self._capture_key != key:
+            self._capture_key, self._capture = key, None
+            return None
+        if self._capture is None:
+            self._capture = CapturedEpoch(step, self._optimizer, self._errors, count, size, device)
+        return self._capture
 
     def _training_errors(self, order: Tensor, with_forces: bool) -> list[LevelErrors]:
         """The errors of an epoch at each level, each structure's before the update from its batch."""
