@@ -18,12 +18,13 @@ python=${PYTHON:-python3}
 jobs=${MAX_JOBS:-$(nproc)}
 deadline=570 # seconds for everything
 export MAX_JOBS=$jobs PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 KINML_CUDA=1
+export KINML_NEED_GPU=1 # a test that finds no GPU fails
 log=$out/log.txt
 : >"$log"
 summary=()
 failed=0
 
-say() { printf '%s\n' "$*" | tee -a "$log"; }
+say() { printf '%s\n' "$@" | tee -a "$log"; }
 
 note() { # result, seconds, name, rest
   summary+=("$(printf '%-8s %4d s  %s' "$1" "$2" "$3")${4:+: $4}")
@@ -48,7 +49,7 @@ run() {
   local last
   last=$(grep -aE '[0-9]+ (passed|failed)|tests passed|ERROR SUMMARY|RACECHECK SUMMARY|^skipped' "$part" | tail -n 2 | tr '\n' ' ')
   case $status in
-    0) tail -n 3 "$part" && note passed $((SECONDS - started)) "$name" "$last" ;;
+    0) tail -n "${show:-3}" "$part" && note passed $((SECONDS - started)) "$name" "$last" ;;
     77) note skipped $((SECONDS - started)) "$name" "$last" ;;
     124 | 137) tail -n 30 "$part" && note TIMEOUT $((SECONDS - started)) "$name" "$last" && failed=1 ;;
     *) tail -n 60 "$part" && note FAILED $((SECONDS - started)) "$name" "$last" && failed=1 ;;
@@ -107,8 +108,7 @@ fi
 # ---- build --------------------------------------------------------------------------------------
 
 run "build of the package for sm_${KINML_CUDA_ARCHS//[;,]/, sm_}" 240 "$python" setup.py build_ext --inplace
-run "kinml-fast info" 60 "$python" -m kinml_fast.cli info
-tail -n 14 "$log"
+show=20 run "kinml-fast info" 60 "$python" -m kinml_fast.cli info
 
 programs=()
 if command -v cmake >/dev/null; then
