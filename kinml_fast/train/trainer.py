@@ -363,7 +363,11 @@ class Trainer:
             self._capture_key, self._capture = key, None
             return None
         if self._capture is None:
-            self._capture = CapturedEpoch(step, self._optimizer, self._errors, count, size, device)
+            try:
+                self._capture = CapturedEpoch(step, self._optimizer, self._errors, count, size, device)
+            except RuntimeError as error:
+                log.warning("the steps of an epoch cannot be recorded and are run one by one: %s", first_line(error))
+                self._capture_key = (*key, "failed")
         return self._capture
 
     def _training_errors(self, order: Tensor, with_forces: bool) -> list[LevelErrors]:
