@@ -1,7 +1,8 @@
-"""What tests of several files use: the switch for the long comparisons, threads that are put back, exact functions."""
+"""What tests of several files use: switches (long comparisons, the twin), devices, threads that are put back."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -15,10 +16,35 @@ for _dtype in (torch.float64, torch.float32):
         getattr(torch, _name)(torch.full((1,), 0.5, dtype=_dtype))
 
 
+# KINML_TWIN=1: the ops are those for GPUs, compiled for the host.
+if os.environ.get("KINML_TWIN", "0") not in ("", "0"):
+    import build_twin
+
+    build_twin.load()
+
+
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(monkeypatch, tmp_path):
     """Tests run away from the clone: a `python -c` there would import its folder instead of what is installed."""
     monkeypatch.chdir(tmp_path)
+
+
+def why_no_gpu() -> str | None:
+    """Why tests on a GPU are skipped here."""
+    from kinml_fast._library import build_info
+
+    if build_info()["cuda"] == "none":
+        return "kinml_fast was built without CUDA"
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the test's tensors are; pytest -m cuda runs those of the GPU."""
+    if request.param == "cuda" and (reason := why_no_gpu()) is not None:
+        # scripts/gpu_check.sh: nothing is skipped in silence.
+        (pytest.fail if os.environ.get("KINML_NEED_GPU") == "1" else pytest.skip)(reason)
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +67,11 @@ def any_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """Tensors that the test makes are on its device, unless it says otherwise; `op_helpers.here` moves others there."""
+    # Without a default device, torch's functions are called directly: tests on the CPU take no longer.
+    with contextlib.nullcontext() if device.type == "cpu" else device:
+        yield

@@ -200,9 +200,7 @@ def _divided(state: dict[str, Any], parameters: list[torch.nn.Parameter]) -> lis
 def _copied(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return (
-        value.detach().clone() if value.ndim == 0 else value.detach().to(parameter, copy=True)
-    )
+    return value.detach().clone() if value.ndim == 0 else value.detach().to(parameter, copy=True)
 
 
 def _plain(value: Any) -> Any:
