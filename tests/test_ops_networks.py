@@ -159,9 +159,8 @@ def test_matches_linear_modules():
                 linear.bias.copy_(bias)
             modules += [linear, activation()]
         stacks.append(torch.nn.Sequential(*modules))
-    atomic = torch.stack(
-        [stacks[s](f)[0] + sae()[s] for s, f in zip(case.species.tolist(), case.features, strict=True)]
-    )
+    atoms = zip(case.species.tolist(), case.features, strict=True)
+    atomic = torch.stack([stacks[s](f)[0] + sae()[s] for s, f in atoms])
     expected = sums(atomic, case.offsets)
     weights = case.networks.weights.detach().clone().requires_grad_()
     ours = ops.networks(*case.arguments(weights=weights, sae=sae()))
