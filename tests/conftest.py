@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -66,3 +67,11 @@ def any_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """Tensors that the test makes are on its device, unless it says otherwise; `op_helpers.here` moves others there."""
+    # Without a default device, torch's functions are called directly: tests on the CPU take no longer.
+    with contextlib.nullcontext() if device.type == "cpu" else device:
+        yield

@@ -1,17 +1,26 @@
-"""What the tests of the ops share: descriptors, ragged batches, and the oracle in the ops' terms."""
+"""What the tests of the ops share: descriptors, ragged batches, aevmod and the oracle in the ops' terms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from kinml_fast import reference
 from kinml_fast.nn import AEVParameters
+
+PYKINML = Path(__file__).parents[2] / "shared" / "data" / "pykinml"
+ELEMENTS = ["C", "H", "N", "O"]
+needs_pykinml_data = pytest.mark.skipif(not PYKINML.is_dir(), reason="needs ../shared/data/pykinml")
+
+ON_CPU = pytest.mark.parametrize("device", ["cpu"], indirect=True)
+"""For tests about the CPU among those that run on every device: threads; values of indices, which GPUs do not check."""
 
 Ragged = tuple[Tensor, Tensor, Tensor]
 """coordinates [n_atoms, 3], species [n_atoms], offsets [n_structures + 1]"""
@@ -65,8 +74,42 @@ def ragged(sizes: Sequence[int], n_species: int, seed: int, spacing: float = 1.5
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Numbers of a normal distribution, the same ones in both types."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    """Numbers of a normal distribution, the same ones in both types and on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return here(torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype))
+
+
+def here(x: Tensor) -> Tensor:
+    """On the device of the test; see the fixture `on_device`."""
+    return x.to(torch.get_default_device())
+
+
+def random_molecule(rng: np.random.Generator, n_atoms: int, n_species: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Atoms at least 0.7 Å apart at a molecule's density: coordinates [n_atoms, 3] and species [n_atoms]."""
+    atoms: list[np.ndarray] = []
+    while len(atoms) < n_atoms:
+        atom = rng.uniform(0, 1.0 + 2.0 * n_atoms ** (1 / 3), 3)
+        if all(np.linalg.norm(atom - other) > 0.7 for other in atoms):
+            atoms.append(atom)
+    return torch.tensor(np.array(atoms)), torch.tensor(rng.integers(0, n_species, n_atoms))
+
+
+def from_aevmod(
+    coordinates: torch.Tensor,
+    species: torch.Tensor,
+    n_species: int,
+    *,
+    beta: float = 0.95,
+    settings: tuple = (16, 8, 8, [5.2, 3.8]),
+    jacobian: str | None = None,
+) -> np.ndarray:
+    """aevmod's vectors [n_structures, n, D] or Jacobians [n_structures, n, D, 3n] of many structures."""
+    aevmod = pytest.importorskip("aevmod")
+    computer = aevmod.aev(ELEMENTS[:n_species], *settings, beta)
+    config = aevmod.config([ELEMENTS[s] for s in species.tolist()])
+    config.add_structures(coordinates.reshape(-1, 3 * len(species)).cpu().numpy())
+    computer.build_index_sets(config)
+    return np.array(getattr(computer, jacobian)(config) if jacobian else computer.eval(config))
 
 
 def reference_aev(batch: Ragged, descriptor: AEVParameters) -> Tensor:

@@ -18,11 +18,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from op_helpers import ANI_1X, ANI_2X, SMALL, Ragged, keywords, normal, not_contiguous, ragged, reference_aev
-from test_reference import ELEMENTS, PYKINML, from_aevmod, needs_pykinml_data, random_molecule
+from op_helpers import (
+    ANI_1X,
+    ANI_2X,
+    ELEMENTS,
+    ON_CPU,
+    PYKINML,
+    SMALL,
+    Ragged,
+    from_aevmod,
+    keywords,
+    needs_pykinml_data,
+    normal,
+    not_contiguous,
+    ragged,
+    random_molecule,
+    reference_aev,
+)
 
 from kinml_fast import datasets, ops, reference
 from kinml_fast.nn import AEV, AEVParameters
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 AEVMOD = AEVParameters.aevmod(("C", "H"))
 DERIVATIVES = ("aev_vjp", "aev_jvp", "aev_hvp")
@@ -113,12 +130,12 @@ def test_a_thousand_random_molecules_match_aevmod(full):
         x, z = torch.cat([m[0] for m in molecules]), torch.cat([m[1] for m in molecules])
         offsets = torch.tensor([0, *np.cumsum(sizes)])
         descriptor = AEVParameters.aevmod(ELEMENTS[:n_species])
-        ours = ops.aev(x, z, offsets, descriptor.packed()).numpy()
+        ours = ops.aev(x, z, offsets, descriptor.packed()).cpu().numpy()
         for (a, b), molecule in zip(itertools.pairwise(offsets), molecules, strict=True):
             np.testing.assert_allclose(ours[a:b], from_aevmod(*molecule, n_species)[0], rtol=0, atol=5e-13)
         for i, (xi, zi) in enumerate(molecules):
             if full or (i >= 40 and len(zi) <= 9 and i % 4 == 0):
-                j = ops.aev_jacobian(xi, zi, torch.tensor([0, len(zi)]), len(zi), descriptor.packed())
+                j = ops.aev_jacobian(xi, zi, torch.tensor([0, len(zi)]), len(zi), descriptor.packed()).cpu()
                 theirs = from_aevmod(xi, zi, n_species, jacobian="eval_Jac_sac")[0]
                 np.testing.assert_allclose(j, theirs, rtol=0, atol=5e-13)
                 n_jacobians += 1
@@ -132,7 +149,7 @@ def test_jacobians_of_random_molecules_match_aevmod_with_beta_one(n_species, ful
     descriptor = AEVParameters.aevmod(ELEMENTS[:n_species], beta=1.0).packed()
     for n_atoms in range(1, 41) if full else range(1, 41, 6):
         x, z = random_molecule(rng, n_atoms, n_species)
-        ours = ops.aev_jacobian(x, z, torch.tensor([0, n_atoms]), n_atoms, descriptor)
+        ours = ops.aev_jacobian(x, z, torch.tensor([0, n_atoms]), n_atoms, descriptor).cpu()
         theirs = from_aevmod(x, z, n_species, beta=1.0, jacobian="eval_Jac")[0]
         # Without the 0.95 nearly collinear atoms make the angle ill-conditioned, in both programs.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-12)
@@ -148,12 +165,12 @@ def test_structures_of_c5h5_match_aevmod(source, full):
     x = x if full or source == "PyKinML" else x[::4]
     z = torch.tensor([0] * 5 + [1] * 5)
     offsets = torch.arange(len(x) + 1) * 10
-    ours = ops.aev(x.reshape(-1, 3), z.repeat(len(x)), offsets, AEVMOD.packed())
+    ours = ops.aev(x.reshape(-1, 3), z.repeat(len(x)), offsets, AEVMOD.packed()).cpu()
     np.testing.assert_allclose(ours, from_aevmod(x, z, 2).reshape(ours.shape), rtol=0, atol=5e-13)
     for start in range(0, len(x), 32 if full else 640):
         some = x[start : start + (32 if full else 8)]
         offsets = torch.arange(len(some) + 1) * 10
-        ours = ops.aev_jacobian(some.reshape(-1, 3), z.repeat(len(some)), offsets, 10, AEVMOD.packed())
+        ours = ops.aev_jacobian(some.reshape(-1, 3), z.repeat(len(some)), offsets, 10, AEVMOD.packed()).cpu()
         theirs = from_aevmod(some, z, 2, jacobian="eval_Jac_sac").reshape(ours.shape)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-13)
 
@@ -330,7 +347,7 @@ def test_coincident_atoms_count_with_the_unit_vector_zero(beta, dtype):
     tolerance = 1e-12 if dtype == torch.float64 else 5e-5
     if beta == 1.0:
         tolerance = max(tolerance, 1e-6 if dtype == torch.float64 else 2e-3)  # as in a line: cosine 1 up to rounding
-    np.testing.assert_allclose(vectors[0].double(), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(vectors[0].double().cpu(), expected, rtol=0, atol=tolerance)
     for name in (*DERIVATIVES, "aev_jacobian"):
         result = getattr(ops, name)(*derivative_arguments(name, (x, z, o), descriptor))
         assert torch.isfinite(result).all(), name
@@ -379,7 +396,7 @@ def test_translation_rotation_and_permutation():
     close(ops.aev(x + torch.tensor([3.0, -2.0, 7.0], dtype=x.dtype), z, o, packed), vectors, 0, 1e-12)
     rotation = torch.linalg.qr(normal(3, 3, seed=6))[0]
     close(ops.aev(x @ rotation.T, z, o, packed), vectors, 0, 1e-12)
-    order = torch.randperm(14, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(0), device="cpu")
     close(ops.aev(x[order], z[order], o, packed), vectors[order], 0, 1e-12)
 
     gradient, tangent = normal(14, 224, seed=1), normal(14, 3, seed=2)
@@ -608,12 +625,13 @@ def test_opcheck(name, dtype):
 
 @pytest.mark.parametrize("n_atoms", [20, 65, 600])
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_coordinates_that_are_not_finite_do_no_harm(n_atoms, value, tmp_path):
+def test_coordinates_that_are_not_finite_do_no_harm(n_atoms, value, device, tmp_path):
     """As of a simulation that blew up. In a process of its own, which would die with a broken cell list."""
     script = f"""
 import torch
 from kinml_fast import ops
 from kinml_fast.nn import AEVParameters
+torch.set_default_device("{device}")
 descriptor = AEVParameters.aevmod(("C", "H"), n_radial=3, n_angular=2, n_sections=2)
 n = {n_atoms}
 places = torch.arange(9, dtype=torch.float64)
@@ -661,14 +679,8 @@ def changed(descriptor: AEVParameters, place: int, value: float) -> list[float]:
         (0, lambda x: x[:4], "coordinates have 4 atoms but species has 5"),
         (1, lambda z: z.int(), "species must be a one-dimensional int64 tensor, got Int of shape"),
         (1, lambda z: z[:, None], r"species must be a one-dimensional int64 tensor, got Long of shape \[5, 1\]"),
-        (1, lambda z: torch.tensor([0, 1, 2, 0, 0]), r"species\[2\] = 2 is not in \[0, 2\)"),
-        (1, lambda z: torch.tensor([0, 1, 0, -1, 0]), r"species\[3\] = -1 is not in \[0, 2\)"),
         (2, lambda o: o.double(), "offsets must be a one-dimensional int64 tensor, got Double"),
         (2, lambda o: o[:0], r"offsets must have n_structures \+ 1 entries, got none"),
-        (2, lambda o: torch.tensor([1, 5]), "begin with 0 and end with the number of atoms, 5; they begin with 1"),
-        (2, lambda o: torch.tensor([0, 4]), "the number of atoms, 5; they begin with 0 and end with 4"),
-        (2, lambda o: torch.tensor([0, 4, 2, 5]), r"offsets must not decrease; offsets\[1\] = 4 is followed by 2"),
-        (2, lambda o: torch.tensor([0, 9, 5]), "offsets must not decrease"),
         (-1, lambda d: d[:11], "the descriptor must have at least 12 numbers, got 11"),
         (-1, lambda d: d[:-1], "sections, which needs 19 numbers; it has 18"),
         (-1, lambda d: changed(SMALL, 5, 0.0), "both cutoffs must be positive, got 0 and 3.8"),
@@ -683,7 +695,33 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(name, place, change
         getattr(ops, name)(*arguments)
 
 
-def test_wrong_gradients_directions_and_sizes_are_errors():
+@ON_CPU
+@pytest.mark.parametrize("name", ["aev", *DERIVATIVES, "aev_jacobian"])
+@pytest.mark.parametrize(
+    ("place", "values", "message"),
+    [
+        (1, [0, 1, 2, 0, 0], r"species\[2\] = 2 is not in \[0, 2\)"),
+        (1, [0, 1, 0, -1, 0], r"species\[3\] = -1 is not in \[0, 2\)"),
+        (2, [1, 5], "begin with 0 and end with the number of atoms, 5; they begin with 1"),
+        (2, [0, 4], "the number of atoms, 5; they begin with 0 and end with 4"),
+        (2, [0, 4, 2, 5], r"offsets must not decrease; offsets\[1\] = 4 is followed by 2"),
+        (2, [0, 9, 5], "offsets must not decrease"),
+    ],
+)
+def test_wrong_values_say_what_was_expected_and_what_came(name, place, values, message):
+    arguments = derivative_arguments(name, ragged([5], 2, 1), SMALL)
+    arguments[place] = torch.tensor(values)
+    with pytest.raises(RuntimeError, match=f"kinml_fast: .*{message}"):
+        getattr(ops, name)(*arguments)
+
+
+@ON_CPU
+def test_a_jacobian_that_is_too_small_is_an_error():
+    with pytest.raises(RuntimeError, match="structure 0 has 5 atoms, more than max_atoms = 4"):
+        ops.aev_jacobian(*ragged([5], 2, 1), 4, SMALL.packed())
+
+
+def test_wrong_gradients_and_directions_are_errors():
     x, z, o = ragged([5], 2, 1)
     packed = SMALL.packed()
     gradient, tangent = normal(5, SMALL.length), normal(5, 3)
@@ -697,8 +735,6 @@ def test_wrong_gradients_directions_and_sizes_are_errors():
         ops.aev_hvp(x, z, o, gradient, tangent.float(), packed)
     with pytest.raises(RuntimeError, match=r"gradient must have shape \[5, 18\], got \[4, 18\]"):
         ops.aev_hvp(x, z, o, gradient[:4], tangent, packed)
-    with pytest.raises(RuntimeError, match="structure 0 has 5 atoms, more than max_atoms = 4"):
-        ops.aev_jacobian(x, z, o, 4, packed)
 
 
 def test_descriptor_survives_its_dictionary():

@@ -8,15 +8,16 @@ import math
 import force_oracle
 import pytest
 import torch
-from op_helpers import ANI_1X, ANI_2X, SMALL, Ragged, keywords, normal, not_contiguous, ragged
+from op_helpers import ANI_1X, ANI_2X, ON_CPU, SMALL, Ragged, here, keywords, normal, not_contiguous, ragged
 from test_ops_networks import layers_of
 
 from kinml_fast import ops, reference
 from kinml_fast.nn import ACTIVATIONS, AEVParameters, EnergyModel, SpeciesNetworks
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 OPS = torch.ops.kinml_fast
 SIZES = (5, 1, 0, 8, 3, 2)
-SAE = torch.tensor([-10.5, 3.25], dtype=torch.float64)
 AEVMOD = AEVParameters.aevmod(("C", "H"))
 
 
@@ -201,7 +202,7 @@ def test_random_batches_match_the_oracle(seed, stored):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, n: int) -> list[int]:
-        return torch.randint(low, high + 1, (n,), generator=generator).tolist()
+        return torch.randint(low, high + 1, (n,), generator=generator, device="cpu").tolist()
 
     n = draw(1, 30, 1)[0]
     widths = tuple(draw(1, 40, draw(0, 3, 1)[0]))
@@ -321,9 +322,9 @@ PLACES = {
 @pytest.mark.parametrize("name", PLACES)
 def test_special_places(name, beta, dtype, rtol, atol, stored):
     """Where a distance, a sine or a cutoff function vanishes all is finite, and as the oracle has it."""
-    places = PLACES[name]
-    n = len(places)
-    batch = torch.cat([places, LINE[:2]]), torch.tensor([i % 2 for i in range(n + 2)]), torch.tensor([0, n, n + 2])
+    places = here(torch.cat([PLACES[name], LINE[:2]]))
+    n = len(places) - 2
+    batch = places, torch.tensor([i % 2 for i in range(n + 2)]), torch.tensor([0, n, n + 2])
     case = Case(dtype=dtype, batch=batch, descriptor=AEVParameters.aevmod(("C", "H"), 4, 3, 4, beta=beta))
     results = case.results(ops, stored)
     assert all(tensor.isfinite().all() for tensor in results)
@@ -399,6 +400,7 @@ def test_a_structure_does_not_depend_on_its_company():
 # ---- Threads -------------------------------------------------------------------------------------
 
 
+@ON_CPU
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("count", [1, 7, 50, 2000])
@@ -492,7 +494,7 @@ def test_what_cannot_be_differentiated_is_refused(stored):
         with torch.no_grad():
             function(*arguments)
     arguments = case.arguments(stored, flat)
-    arguments[5 if stored else 4] = SAE.clone().requires_grad_()
+    arguments[5 if stored else 4] = case.sae.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="sae has no gradient"):
         function(*arguments)
     energies, forces = function(*case.arguments(stored, flat))
@@ -507,12 +509,8 @@ def test_what_cannot_be_differentiated_is_refused(stored):
 WRONG_BATCHES = [
     ("species", lambda z: z.int(), "species must be a one-dimensional int64 tensor, got Int"),
     ("species", lambda z: z[1:], "there are 19 atoms but species has 18"),
-    ("species", lambda z: z.clone().fill_(2), r"species\[\d+\] = 2 is not in \[0, 2\)"),
-    ("species", lambda z: z.clone().fill_(-1), r"species\[\d+\] = -1 is not in \[0, 2\)"),
     ("offsets", lambda o: o.double(), "offsets must be a one-dimensional int64 tensor, got Double"),
     ("offsets", lambda o: o[:0], r"offsets must have n_structures \+ 1 entries, got none"),
-    ("offsets", lambda o: torch.tensor([0, 9, 5, 7, 8, 9, 19]), "must (not decrease|increase and lie within)"),
-    ("offsets", lambda o: torch.tensor([0, 1, 2, 3, 4, 5, 20]), "the (number of|19) atoms"),
     ("parameters", lambda w: w.half(), r"parameters is Half but (coordinates|features) is Double; both must have one"),
     ("parameters", lambda w: w[1:], "the networks have 476 parameters, got 475"),
     ("parameters", lambda w: w[None, None], r"parameters must be one flat tensor, or .* got shape \[1, 1, 476\]"),
@@ -532,12 +530,9 @@ WRONG_STORED = [
     ("features", lambda a: a.half(), "features must be float64 or float32, got Half"),
     ("jacobian", lambda j: j.float(), "jacobian is Float but features is Double; both must have one dtype"),
     ("jacobian", lambda j: j[:, 1:], r"jacobian must have shape \[19, 18, columns\], got \[19, 17, 27\]"),
-    ("jacobian", lambda j: j[..., :20], "structure 3 has 8 atoms, but the Jacobian has columns for 6"),
 ]
 WRONG_STEPS = [
     ("structures", lambda s: s.int(), "structures must be a one-dimensional int64 tensor, got Int"),
-    ("structures", lambda s: torch.tensor([0, 6, 1]), r"structures\[1\] = 6 is not in \[0, 6\)"),
-    ("structures", lambda s: torch.tensor([0, 1, -1]), r"structures\[2\] = -1 is not in \[0, 6\)"),
     ("energy_targets", lambda t: t[:3], r"energy_targets must be a contiguous float64 tensor of shape \[6\], got"),
     ("energy_targets", lambda t: t.float(), r"energy_targets must be .*, got Float of shape \[6\]"),
     ("energy_targets", not_contiguous, "energy_targets must be a contiguous float64 tensor"),
@@ -572,11 +567,34 @@ WRONG = [
     *[("backward", stored, *w) for stored in (False, True) for w in WRONG_GRADIENTS],
     *[("energy_forces", stored, *w) for stored in (False, True) for w in OF_SAE],
 ]
+WRONG_VALUES = [
+    ("species", lambda z: z.clone().fill_(2), r"species\[\d+\] = 2 is not in \[0, 2\)"),
+    ("species", lambda z: z.clone().fill_(-1), r"species\[\d+\] = -1 is not in \[0, 2\)"),
+    ("offsets", lambda o: torch.tensor([0, 9, 5, 7, 8, 9, 19]), "must (not decrease|increase and lie within)"),
+    ("offsets", lambda o: torch.tensor([0, 1, 2, 3, 4, 5, 20]), "the (number of|19) atoms"),
+]
+WRONG_STRUCTURES = [
+    ("structures", lambda s: torch.tensor([0, 6, 1]), r"structures\[1\] = 6 is not in \[0, 6\)"),
+    ("structures", lambda s: torch.tensor([0, 1, -1]), r"structures\[2\] = -1 is not in \[0, 6\)"),
+]
+TOO_FEW_COLUMNS = ("jacobian", lambda j: j[..., :20], "structure 3 has 8 atoms, but the Jacobian has columns for 6")
+OPS_OF = ("energy_forces", "backward", "step")
 
 
 def test_wrong_arguments_say_what_was_expected_and_what_came():
+    refused(WRONG)
+
+
+@ON_CPU
+def test_wrong_values_say_what_was_expected_and_what_came():
+    refused([(op, stored, *w) for op in OPS_OF for stored in (False, True) for w in WRONG_VALUES])
+    refused([("step", stored, *w) for stored in (False, True) for w in WRONG_STRUCTURES])
+    refused([(op, True, *TOO_FEW_COLUMNS) for op in OPS_OF])
+
+
+def refused(wrong: list[tuple]) -> None:
     case = Case()
-    for kind, stored, argument, change, message in WRONG:
+    for kind, stored, argument, change, message in wrong:
         suffix = "_stored" if stored else ""
         name, arguments = {
             "energy_forces": (f"energy_forces{suffix}", case.arguments),

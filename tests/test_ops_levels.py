@@ -6,15 +6,15 @@ import itertools
 
 import pytest
 import torch
-from op_helpers import SMALL, keywords, normal, not_contiguous, ragged
+from op_helpers import ON_CPU, SMALL, here, keywords, normal, not_contiguous, ragged
 
 from kinml_fast import InputError, ops, reference
 from kinml_fast.nn import ACTIVATIONS, AEVParameters, EnergyModel
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 OPS = torch.ops.kinml_fast
 SIZES = (5, 1, 0, 8, 3, 2)
-BATCH = ragged(SIZES, 2, 4)
-BATCH[1][BATCH[2][4] : BATCH[2][5]] = 1  # one molecule without the first element
 LEVELS = pytest.mark.parametrize("levels", [2, 3])
 TYPES = pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-11, 1e-11), (torch.float32, 5e-4, 5e-4)])
 
@@ -38,7 +38,9 @@ def model(
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return BATCH[0].to(dtype).clone(), BATCH[1], BATCH[2]
+    coordinates, species, offsets = ragged(SIZES, 2, 4)
+    species[offsets[4] : offsets[5]] = 1  # one molecule without the first element
+    return coordinates.to(dtype), species, offsets
 
 
 def arguments(made: EnergyModel, batch=None, levels: bool = True) -> list:
@@ -167,10 +169,11 @@ def step_arguments(made: EnergyModel, structures: list[int], sources: tuple, wei
     """Those of force_step (or of force_step_stored without the descriptor); the outputs are full of NaN."""
     lead = (made.levels,) if made.levels > 1 else ()
     n, count, n_atoms = len(structures), len(SIZES), sum(SIZES)
+    _, species, offsets = inputs()
     targets = normal(*lead, count, seed=5), normal(*lead, n_atoms, 3, seed=6)
     for where in itertools.product(*map(range, (*lead, count))):
         if weights[1][where] == 0:
-            targets[1][where[:-1]][BATCH[2][where[-1]] : BATCH[2][where[-1] + 1]] = torch.nan
+            targets[1][where[:-1]][offsets[where[-1]] : offsets[where[-1] + 1]] = torch.nan
         if weights[0][where] == 0:
             targets[0][where] = torch.nan
     outputs = [torch.full((*lead, *s), torch.nan, dtype=torch.float64) for s in ((n,), (n, 3))]
@@ -178,7 +181,8 @@ def step_arguments(made: EnergyModel, structures: list[int], sources: tuple, wei
     networks = made.networks
     return [
         *sources,
-        *BATCH[1:],
+        species,
+        offsets,
         torch.tensor(structures),
         networks.weights.detach(),
         *targets,
@@ -210,6 +214,7 @@ def expected_step(made: EnergyModel, structures: list[int], weights: tuple, with
     """The same from what level_energies_and_forces gives, by autograd."""
     values = step_arguments(made, structures, (None,), weights)
     of_energies, of_forces = values[5], values[6]
+    offsets = inputs()[2].tolist()
     made.sae.zero_()  # the targets of a step are without single-atom energies
     energies, forces = made.level_energies_and_forces(*inputs(made.dtype))
     residuals = (energies - of_energies)[:, structures]
@@ -222,7 +227,7 @@ def expected_step(made: EnergyModel, structures: list[int], weights: tuple, with
             losses[0] = losses[0] + (weights[0][level, structures][known] * own.square()).sum() / known.sum()
         with_weight = [s for s in structures if weights[1][level, s] != 0]
         for place, s in enumerate(structures):
-            atoms = slice(int(BATCH[2][s]), int(BATCH[2][s + 1]))
+            atoms = slice(offsets[s], offsets[s + 1])
             if not with_forces or weights[1][level, s] == 0 or atoms.start == atoms.stop:
                 continue
             difference = forces[level, atoms].double() - of_forces[level, atoms]
@@ -237,10 +242,11 @@ def expected_step(made: EnergyModel, structures: list[int], weights: tuple, with
 
 
 def some_weights(levels: int, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    like = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
     return tuple(
-        torch.rand(levels, len(SIZES), generator=generator, dtype=torch.float64)
-        * (torch.rand(levels, len(SIZES), generator=generator) > 0.4)
+        here(
+            torch.rand(levels, len(SIZES), dtype=torch.float64, **like) * (torch.rand(levels, len(SIZES), **like) > 0.4)
+        )
         for _ in range(2)
     )
 
@@ -345,6 +351,7 @@ def test_inputs_need_not_be_contiguous():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@ON_CPU
 @pytest.mark.parametrize("count", [1, 7, 50])
 def test_same_bits_for_any_number_of_threads(count, any_threads):
     made = model(2)

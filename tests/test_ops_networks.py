@@ -7,14 +7,20 @@ import itertools
 
 import pytest
 import torch
-from op_helpers import normal, not_contiguous, ragged
+from op_helpers import ON_CPU, normal, not_contiguous, ragged
 
 from kinml_fast import ops, reference
 from kinml_fast.errors import InputError
 from kinml_fast.nn import ACTIVATIONS, SpeciesNetworks
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 OPS = torch.ops.kinml_fast
-SAE = torch.tensor([-10.5, 3.25, 7.0], dtype=torch.float64)
+
+
+def sae() -> torch.Tensor:
+    """Single-atom energies of three elements."""
+    return torch.tensor([-10.5, 3.25, 7.0], dtype=torch.float64)
 
 
 def layers_of(networks: SpeciesNetworks, flat: torch.Tensor | None = None) -> list[list[reference.Layer]]:
@@ -153,10 +159,11 @@ def test_matches_linear_modules():
                 linear.bias.copy_(bias)
             modules += [linear, activation()]
         stacks.append(torch.nn.Sequential(*modules))
-    atomic = torch.stack([stacks[s](f)[0] + SAE[s] for s, f in zip(case.species.tolist(), case.features, strict=True)])
+    atoms = zip(case.species.tolist(), case.features, strict=True)
+    atomic = torch.stack([stacks[s](f)[0] + sae()[s] for s, f in atoms])
     expected = sums(atomic, case.offsets)
     weights = case.networks.weights.detach().clone().requires_grad_()
-    ours = ops.networks(*case.arguments(weights=weights, sae=SAE))
+    ours = ops.networks(*case.arguments(weights=weights, sae=sae()))
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     (expected**2).sum().backward()
     (ours**2).sum().backward()
@@ -168,7 +175,7 @@ def test_matches_linear_modules():
 def test_gradcheck(biases):
     case = Case((4, 3, 1), ("gaussian", "silu", "identity"), biases, n_inputs=5)
     f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: ops.networks(*case.arguments(a, b, SAE)), (f, w))
+    assert torch.autograd.gradcheck(lambda a, b: ops.networks(*case.arguments(a, b, sae())), (f, w))
     assert torch.autograd.gradcheck(lambda a: ops.networks(*case.arguments(a)), f)
     assert torch.autograd.gradcheck(lambda b: ops.networks(*case.arguments(weights=b)), w)
 
@@ -329,9 +336,9 @@ def test_what_has_no_derivative_is_an_error():
 
 def test_single_atom_energies():
     case = Case()
-    plain, with_sae = ops.networks(*case.arguments()), ops.networks(*case.arguments(sae=SAE))
-    torch.testing.assert_close(with_sae, plain + sums(SAE[case.species], case.offsets), rtol=1e-14, atol=1e-13)
-    strided = not_contiguous(SAE)
+    plain, with_sae = ops.networks(*case.arguments()), ops.networks(*case.arguments(sae=sae()))
+    torch.testing.assert_close(with_sae, plain + sums(sae()[case.species], case.offsets), rtol=1e-14, atol=1e-13)
+    strided = not_contiguous(sae())
     assert torch.equal(ops.networks(*case.arguments(sae=strided)), with_sae)
     assert plain[2] == 0  # a structure without atoms
     # float32 networks keep single-atom energies of thousands of eV to float64's precision.
@@ -355,7 +362,7 @@ def test_missing_species_and_empty_batches():
     for sizes in ((), (0,), (0, 0)):
         empty = Case(sizes=sizes)
         f, w = empty.features.requires_grad_(), empty.networks.weights
-        energies = ops.networks(*empty.arguments(weights=w, sae=SAE))
+        energies = ops.networks(*empty.arguments(weights=w, sae=sae()))
         assert torch.equal(energies, torch.zeros(len(sizes), dtype=torch.float64))
         energies.sum().backward()
         assert not w.grad.any()
@@ -373,13 +380,13 @@ def test_layout_and_mode_do_not_matter(dtype):
     for layout in (torch.clone, not_contiguous, row_stride, lambda x: x.t().contiguous().t()):
         tensors = [layout(a.detach()) for a in case.arguments()[:5]]
         f, w = tensors[0].requires_grad_(), tensors[4].requires_grad_()
-        energies = ops.networks(*tensors, SAE, *case.arguments()[6:])
+        energies = ops.networks(*tensors, sae(), *case.arguments()[6:])
         results.append((energies.detach(), *torch.autograd.grad((energies**2).sum(), (f, w))))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            energies = ops.networks(*case.arguments(weights=case.networks.weights, sae=SAE))
+            energies = ops.networks(*case.arguments(weights=case.networks.weights, sae=sae()))
             assert torch.equal(energies, results[0][0])
             assert not energies.requires_grad
 
@@ -461,6 +468,7 @@ def test_a_structure_twice_in_a_batch_counts_twice():
 # ---- The module ----------------------------------------------------------------------------------
 
 
+@ON_CPU
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("layers", [[6, 4, 1], [[6, 4, 1], [2, 9, 1]]])
@@ -531,13 +539,13 @@ def test_opcheck(dtype, sizes):
     case = Case(dtype=dtype, sizes=sizes)
     n = case.n_structures
     check = torch.library.opcheck
-    check(OPS.networks.default, tuple(case.arguments(sae=SAE)))
+    check(OPS.networks.default, tuple(case.arguments(sae=sae())))
     f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
-    check(OPS.networks.default, tuple(case.arguments(f, w, SAE)))
-    check(OPS.networks_forward.default, (*case.arguments(sae=SAE), False))
+    check(OPS.networks.default, tuple(case.arguments(f, w, sae())))
+    check(OPS.networks_forward.default, (*case.arguments(sae=sae()), False))
     # `saved` has columns between those of its layers that are never written: two calls cannot be compared.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    check(OPS.networks_forward.default, (*case.arguments(sae=SAE), True), test_utils=utilities)
+    check(OPS.networks_forward.default, (*case.arguments(sae=sae()), True), test_utils=utilities)
     _, saved = OPS.networks_forward(*case.arguments(), True)
     features, rows, owners, starts, parameters, _, *shape, _ = case.arguments()
     for wanted in itertools.product((True, False), repeat=2):
@@ -578,21 +586,15 @@ def test_inner_ops_do_not_lose_gradients_in_silence():
         (0, lambda a: a[0], r"features must have shape \[n, D\], got \[7\]"),
         (0, lambda a: a[:, 1:], "the network of species 0 takes 7 inputs, the features have 6"),
         (0, lambda a: a.float(), "parameters is Double but features is Float; both must have one dtype"),
-        (0, lambda a: a[:-1], r"rows\[\d+\] = 12 is not a row of the features, which have 12"),
         (1, lambda a: a.int(), "rows must be a one-dimensional int64 tensor, got Int"),
-        (1, lambda a: a - 1, r"rows\[\d+\] = -1 is not a row of the features, which have 13"),
         (2, lambda a: a[1:], "rows has 13 atoms, owners has 12"),
-        (2, lambda a: a + 1, r"owners\[\d+\] = 5 is not in \[0, 5\)"),
-        (2, lambda a: a - 1, r"owners\[\d+\] = -1 is not in \[0, 5\)"),
-        (3, lambda a: a + 1, "starts must begin with 0 and end with the number of rows, 13"),
-        (3, lambda a: torch.tensor([0, 9, 4, 13]), "starts must not decrease"),
         (3, lambda a: a[:-1], "3 layers and 2 species need 8 sizes, got 12"),
         (3, lambda a: a[:0], "need -4 sizes|starts must|species need"),
         (4, lambda a: a[1:], "the networks have 186 parameters, got 185"),
         (4, lambda a: a.view(1, -1), r"parameters must be one flat tensor, got shape \[1, 186\]"),
-        (5, lambda a: SAE.float(), r"sae must be float64 of shape \[3\], got Float of shape \[3\]"),
-        (5, lambda a: SAE[:2], r"sae must be float64 of shape \[3\], got Double of shape \[2\]"),
-        (5, lambda a: SAE.clone().requires_grad_(), "sae has no gradient"),
+        (5, lambda a: sae().float(), r"sae must be float64 of shape \[3\], got Float of shape \[3\]"),
+        (5, lambda a: sae()[:2], r"sae must be float64 of shape \[3\], got Double of shape \[2\]"),
+        (5, lambda a: sae().clone().requires_grad_(), "sae has no gradient"),
         (6, lambda a: a[:-1], "3 layers and 3 species need 12 sizes, got 11"),
         (6, lambda a: [7, 5, 3, 2] * 3, "the last layer must have one output, that of species 0 has 2"),
         (7, lambda a: [1, 7, 0], "unknown activation code 7"),
@@ -606,21 +608,46 @@ def test_wrong_arguments_say_what_was_expected_and_what_came(place, change, mess
         ops.networks(*arguments)
 
 
-def test_wrong_orders_say_what_was_expected_and_what_came():
+@ON_CPU
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda a: a[:-1], r"rows\[\d+\] = 12 is not a row of the features, which have 12"),
+        (1, lambda a: a - 1, r"rows\[\d+\] = -1 is not a row of the features, which have 13"),
+        (2, lambda a: a + 1, r"owners\[\d+\] = 5 is not in \[0, 5\)"),
+        (2, lambda a: a - 1, r"owners\[\d+\] = -1 is not in \[0, 5\)"),
+        (3, lambda a: a + 1, "starts must begin with 0 and end with the number of rows, 13"),
+        (3, lambda a: torch.tensor([0, 9, 4, 13]), "starts must not decrease"),
+    ],
+)
+def test_wrong_values_say_what_was_expected_and_what_came(place, change, message):
+    arguments = Case().arguments()
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=f"kinml_fast: .*{message}"):
+        ops.networks(*arguments)
+
+
+@ON_CPU
+def test_wrong_values_of_orders_say_what_was_expected_and_what_came():
     _, species, offsets = ragged([4, 2], 2, 2)
     structures = torch.tensor([0, 1])
     with pytest.raises(RuntimeError, match=r"species\[\d\] = 1 is not in \[0, 1\)"):
         ops.species_order(species, offsets, 1)
-    with pytest.raises(RuntimeError, match="n_species must be at least 1, got 0"):
-        ops.species_order(species, offsets, 0)
-    with pytest.raises(RuntimeError, match="species must be a one-dimensional int64 tensor, got Int"):
-        ops.species_order(species.int(), offsets, 2)
     with pytest.raises(RuntimeError, match="end with the number of atoms, 6"):
         ops.species_order(species, offsets[:-1], 2)
     with pytest.raises(RuntimeError, match=r"structures\[1\] = 2 is not in \[0, 2\)"):
         ops.plan_batches(species, offsets, structures * 2, 2, 2)
     with pytest.raises(RuntimeError, match=r"structures\[0\] = -1 is not in \[0, 2\)"):
         ops.plan_batches(species, offsets, structures - 1, 2, 2)
+
+
+def test_wrong_orders_say_what_was_expected_and_what_came():
+    _, species, offsets = ragged([4, 2], 2, 2)
+    structures = torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="n_species must be at least 1, got 0"):
+        ops.species_order(species, offsets, 0)
+    with pytest.raises(RuntimeError, match="species must be a one-dimensional int64 tensor, got Int"):
+        ops.species_order(species.int(), offsets, 2)
     with pytest.raises(RuntimeError, match="batch_size must be at least 1, got 0"):
         ops.plan_batches(species, offsets, structures, 0, 2)
     with pytest.raises(RuntimeError, match="structures must be a one-dimensional int64 tensor, got Double"):
@@ -634,7 +661,6 @@ def test_wrong_orders_say_what_was_expected_and_what_came():
         (0, lambda a: a[:, 1:], r"tangents must have shape \[13, 7\], got \[13, 6\]"),
         (0, lambda a: a[1:], r"tangents must have shape \[13, 7\], got \[12, 7\]"),
         (1, lambda a: a.float(), r"grad_energies must be float64 of shape \[n_structures\]"),
-        (1, lambda a: a[1:], r"owners\[\d+\] = 4 is not in \[0, 4\)"),
         (6, lambda a: a[1:], "the networks have 186 parameters, got 185"),
     ],
 )
@@ -646,17 +672,24 @@ def test_wrong_arguments_of_second_derivatives(place, change, message):
         OPS.networks_second_backward(*arguments, True, True, True)
 
 
+@ON_CPU
+def test_owners_beyond_the_gradients_of_energies():
+    features, rows, owners, starts, parameters, _, *shape, n = Case().arguments()
+    arguments = [normal(*features.shape), normal(n)[1:], features, rows, owners, starts, parameters, *shape]
+    with pytest.raises(RuntimeError, match=r"kinml_fast: .*owners\[\d+\] = 4 is not in \[0, 4\)"):
+        OPS.networks_second_backward(*arguments, True, True, True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize(("weights", "scale"), [([1.0, 1.0, 1.0], 1.0), ([0.5, 0.0, 2.0], 3.0), ([0.0, 0.0, 0.0], 1.0)])
 def test_energy_step_equals_autograd(weights, scale, dtype, biases):
-    generator = torch.Generator().manual_seed(3)
     layers, species = [7, 5, 1], torch.tensor([0, 1, 1, 0, 1, 1, 0])
     networks = SpeciesNetworks(("C", "H"), 11, layers, ["gaussian", "tanh", "identity"], biases, dtype)
     offsets = torch.tensor([0, 3, 5, 7])
-    features = torch.randn(7, 11, dtype=dtype, generator=generator)
+    features = normal(7, 11, seed=3, dtype=dtype)
     (batch,) = ops.plan_batches(species, offsets, torch.tensor([2, 0, 1]), 3, 2)
-    targets = torch.randn(3, dtype=torch.float64, generator=generator)
+    targets = normal(3, seed=4)
     weights = torch.tensor(weights, dtype=torch.float64)
     counted = weights != 0
     targets[~counted] = float("nan")

@@ -4,46 +4,15 @@ from __future__ import annotations
 
 import io
 import sqlite3
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from op_helpers import PYKINML, from_aevmod, needs_pykinml_data, random_molecule
 
 from kinml_fast import reference
 
-aevmod = pytest.importorskip("aevmod")
-
-PYKINML = Path(__file__).parents[2] / "shared" / "data" / "pykinml"
-ELEMENTS = ["C", "H", "N", "O"]
-needs_pykinml_data = pytest.mark.skipif(not PYKINML.is_dir(), reason="needs ../shared/data/pykinml")
-
-
-def random_molecule(rng: np.random.Generator, n_atoms: int, n_species: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Atoms at least 0.7 Å apart at a molecule's density: coordinates [n_atoms, 3] and species [n_atoms]."""
-    atoms: list[np.ndarray] = []
-    while len(atoms) < n_atoms:
-        atom = rng.uniform(0, 1.0 + 2.0 * n_atoms ** (1 / 3), 3)
-        if all(np.linalg.norm(atom - other) > 0.7 for other in atoms):
-            atoms.append(atom)
-    return torch.tensor(np.array(atoms)), torch.tensor(rng.integers(0, n_species, n_atoms))
-
-
-def from_aevmod(
-    coordinates: torch.Tensor,
-    species: torch.Tensor,
-    n_species: int,
-    *,
-    beta: float = 0.95,
-    settings: tuple = (16, 8, 8, [5.2, 3.8]),
-    jacobian: str | None = None,
-) -> np.ndarray:
-    """aevmod's vectors [n_structures, n, D] or Jacobians [n_structures, n, D, 3n] of many structures."""
-    computer = aevmod.aev(ELEMENTS[:n_species], *settings, beta)
-    config = aevmod.config([ELEMENTS[s] for s in species.tolist()])
-    config.add_structures(coordinates.reshape(-1, 3 * len(species)).numpy())
-    computer.build_index_sets(config)
-    return np.array(getattr(computer, jacobian)(config) if jacobian else computer.eval(config))
+pytest.importorskip("aevmod")
 
 
 def c5h5() -> tuple[torch.Tensor, torch.Tensor]:

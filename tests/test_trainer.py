@@ -556,7 +556,7 @@ def test_a_run_cannot_change_on_the_way(tmp_path, change, message):
     with pytest.raises(InputError) as caught:
         fitted(settings(**change), tmp_path / "run", resume=True)
     assert message in str(caught.value)
-    assert "checkpoint_seconds, early_stopping, epochs, loss.force_weight, loss.forces" in str(caught.value)
+    assert "checkpoint_seconds, device, early_stopping, epochs, loss.force_weight, loss.forces" in str(caught.value)
 
 
 def test_checkpoints_of_another_model_or_other_data(tmp_path):
