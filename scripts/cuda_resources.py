@@ -40,8 +40,9 @@ class Bound:
 # The first that fits a kernel holds. Names: AdamStep<double> stands for run<(anonymous namespace)::AdamStep<double>>.
 BOUNDS = [
     Bound(r"^probe$", 32),
-    Bound(r"^AdamStep<double>", 48, stack=8),
-    Bound(r"^AdamStep<float>", 40),
+    Bound(r"^AdamStep<", 64, stack=8),
+    # Its phases are functions, which are given structures in local memory.
+    Bound(r"^ForceKernel<", 255, stack=512),
     # Any other: nothing in local memory, two blocks of 128 threads on a multiprocessor.
     Bound(r"", 255),
 ]
@@ -107,7 +108,11 @@ def parse(file: str, report: str) -> list[Kernel]:
         elif not kernels:
             continue
         elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            kernels[-1].stack, kernels[-1].spill_stores, kernels[-1].spill_loads = map(int, found.groups())
+            # Of the kernel itself, then of each function that it calls.
+            stack, stores, loads = map(int, found.groups())
+            kernels[-1].stack = max(kernels[-1].stack, stack)
+            kernels[-1].spill_stores += stores
+            kernels[-1].spill_loads += loads
         elif found := re.search(r"Used (\d+) registers", line):
             kernels[-1].registers = int(found[1])
             kernels[-1].shared = sum(map(int, re.findall(r"(\d+) bytes smem", line)))

@@ -56,7 +56,7 @@ def replaced_ops() -> list[str]:
     names = sorted(
         {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("kinml_fast::")}
     )
-    # _dispatch_dump has a line for each key: "CPU: registered at .../ops_cuda.cpp:60 :: ..."
+    # _dispatch_dump has a line for each key: "CPU: registered at .../adam_ops_cuda.cpp:34 :: ..."
     return [
         name.removeprefix("kinml_fast::")
         for name in names
