@@ -19,8 +19,9 @@ pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is No
 SUBSET = [
     ["test_ops_adam.py", "test_ops_networks.py"],
     ["test_ops_forces.py", "test_ops_levels.py"],
-    # Large and small structures together go another way there than alone: the same numbers, not the same bits.
-    ["test_ops_aev.py", "-k", "not large_and_small and not dense"],
+    # Without those of hundreds of atoms, which take minutes. test_large_and_small_structures_in_one_batch fails there:
+    # together they go another way than alone, to the same numbers but not the same bits.
+    ["test_ops_aev.py", "-k", "not large and not dense and not thread"],
 ]
 
 
