@@ -115,9 +115,9 @@ struct Problem {
     space = memory(cuda::force_step_workspace<T>(plan, view(false)));
     cuda::energy_forces_backward<T>(plan, weights.data(), view(false), levels, e.data(), r.data(),
                                     x.gradient.data(), begin(space), nullptr);
-    const double scales[] = {task.energy_scale, task.force_scale};
+    const std::vector<double> scales = {task.energy_scale, task.force_scale};
     const cuda::ForceLoss loss{task.energies.data(), task.forces.data(), task.energy_weights.data(),
-                               task.force_weights.data(), scales};
+                               task.force_weights.data(), scales.data()};
     space = memory(cuda::force_step_workspace<T>(plan, view(true)));
     cuda::force_step<T>(plan, weights.data(), view(true), loss, x.step.losses.data(),
                         x.step.gradient.data(), x.step.residuals.data(), x.step.errors.data(),
