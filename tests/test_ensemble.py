@@ -199,18 +199,6 @@ def test_models_of_every_kind_are_kept(changes, tmp_path):
             assert torch.equal(a, b)
 
 
-def test_model_files_of_the_time_before_levels(tmp_path):
-    path = tmp_path / "model.pt"
-    model_file.save(path, model())
-    contents = torch.load(path, weights_only=True)
-    for key in ("fidelities", "baseline"):
-        del contents["model"][key]
-    torch.save(contents, path)
-    loaded = model_file.load(path)
-    assert (loaded.fidelities, loaded.baseline) == ((1,), None)
-    assert torch.equal(loaded(*batch()), model()(*batch()))
-
-
 def test_a_saved_ensemble_is_the_same(tmp_path):
     ours = Ensemble(members(3))
     model_file.save(tmp_path / "model.pt", ours, {"origin": "test"})

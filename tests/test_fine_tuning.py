@@ -286,22 +286,6 @@ def test_every_file_of_a_run_can_be_started_from(tmp_path):
         assert found.sae.tolist() == SAE.tolist()
 
 
-def test_checkpoints_of_the_time_before_levels(tmp_path):
-    """They can be started from and resumed."""
-    fitted(settings(), folder=tmp_path / "run")
-    last = tmp_path / "run/checkpoints/last.pt"
-    state = checkpoint.load(last)
-    for key in ("fidelities", "baseline"):
-        del state["model"][key]
-    del state["frozen"], state["score"]["levels"]
-    checkpoint.save(last, state)
-    assert torch.equal(continued.load(last).model.networks.weights, state["weights"]["networks.weights"])
-    fitted(settings(epochs=3), folder=tmp_path / "run", resume=True)
-    fitted(settings(epochs=3), folder=tmp_path / "whole")
-    weights = [checkpoint.load(tmp_path / name / "checkpoints/last.pt")["weights"] for name in ("run", "whole")]
-    assert_same_bits(*weights)
-
-
 @pytest.mark.parametrize("name", ["model.pt", "checkpoints/last.pt"])
 @pytest.mark.parametrize(
     "damage", ["missing", "empty", "short", "flipped", "garbage", "other", "code", "version", "part"]

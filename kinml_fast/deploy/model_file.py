@@ -23,7 +23,6 @@ from kinml_fast import devices
 from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
-from kinml_fast.nn.potential import BEFORE_LEVELS
 
 FORMAT = "kinml_fast.model"
 FORMAT_VERSION = 1
@@ -89,7 +88,7 @@ def load(path: str | os.PathLike) -> EnergyModel | Ensemble:
     contents = _read(path)
     try:
         kind = Ensemble if "members" in contents["model"] else EnergyModel
-        model = kind.from_dict(BEFORE_LEVELS | contents["model"])
+        model = kind.from_dict(contents["model"])
         model.load_state_dict(contents["state_dict"])
     except Exception as error:  # contents that do not fit together raise whatever they run into
         raise InputError(

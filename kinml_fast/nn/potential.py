@@ -12,9 +12,6 @@ from kinml_fast.errors import InputError
 from kinml_fast.nn.aev import AEV, AEVParameters
 from kinml_fast.nn.networks import SpeciesNetworks
 
-BEFORE_LEVELS: dict[str, Any] = {"fidelities": [1], "baseline": None}
-"""What `EnergyModel.to_dict` did not say when there was only one level of theory: files of that time lack it."""
-
 
 class EnergyModel(torch.nn.Module):
     """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy).

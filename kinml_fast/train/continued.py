@@ -19,7 +19,6 @@ from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
-from kinml_fast.nn.potential import BEFORE_LEVELS
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import Config, TrainingConfig
 from kinml_fast.train.loss import TaskWeights
@@ -102,7 +101,7 @@ def load(path: str | Path, *, averaged: bool = True) -> Origin:
 
 
 def _model_of(state: Mapping[str, Any], averaged: bool) -> EnergyModel:
-    model = EnergyModel.from_dict(BEFORE_LEVELS | state["model"])
+    model = EnergyModel.from_dict(state["model"])
     model.load_state_dict(state["weights"])
     if averaged and state.get("average"):
         with torch.no_grad():

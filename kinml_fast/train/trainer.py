@@ -23,7 +23,6 @@ from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError, first_line
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
-from kinml_fast.nn.potential import BEFORE_LEVELS
 from kinml_fast.train import checkpoint, continued
 from kinml_fast.train.captured import MOST_STEPS, CapturedEpoch
 from kinml_fast.train.config import TrainingConfig, save_yaml
@@ -587,7 +586,7 @@ class Trainer:
             checkpoint.set_random_states(state["random"])
             self._epoch, self._batch, self._elapsed = state["epoch"], state["batch"], state["elapsed"]
             self._errors.restore(state["residuals"], state["force_errors"])
-            if {"levels": [1.0]} | state["score"] == self._score_factors():
+            if state["score"] == self._score_factors():
                 self._best, self._stopping = state["best"], state["stopping"]
             else:
                 log.info("the score is another one than before: the best model is looked for from here on")
@@ -606,11 +605,11 @@ class Trainer:
 
     def _check_belongs(self, state: dict[str, Any]) -> None:
         path = self.folder.last
-        there = BEFORE_LEVELS | state["model"]
         for key, value in self.model.to_dict().items():
-            if there.get(key) != value:
+            there = state["model"].get(key)
+            if there != value:
                 raise InputError(
-                    f"{path}: is a checkpoint of another architecture ({key} is {there.get(key)} there and {value} "
+                    f"{path}: is a checkpoint of another architecture ({key} is {there} there and {value} "
                     "here): resume with the configuration of that run"
                 )
         before = _flat(state["training"])
@@ -622,8 +621,8 @@ class Trainer:
                     f"it, or start a new run; what can be changed is {', '.join(sorted(CHANGEABLE))}"
                 )
         frozen = set() if self._frozen is None else set(self._frozen.names)
-        if set(state.get("frozen", ())) != frozen:
-            names = [", ".join(sorted(names)) or "none" for names in (state.get("frozen", ()), frozen)]
+        if set(state["frozen"]) != frozen:
+            names = [", ".join(sorted(names)) or "none" for names in (state["frozen"], frozen)]
             raise InputError(
                 f"{path}: was written with other frozen layers ({names[0]}) and cannot go on with {names[1]}: keep "
                 "start.freeze, or start a new run from it"
