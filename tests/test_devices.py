@@ -104,7 +104,6 @@ KINDS = {
     "forces": {**FORCES, "gradient_clip": 1.0, "ema_decay": 0.9},
     "forces taken up later": {"loss": {"forces": True, "forces_from": 1, "weighting": "learned"}},
     "stored": {**FORCES, "jacobian": "stored"},
-    "sgd": {**FORCES, "optimizer": {"name": "sgd", "learning_rate": 1e-5, "momentum": 0.5}},
     "amsgrad": {**FORCES, "optimizer": {"amsgrad": True, "weight_decay": 0.1}, "dtype": "float32"},
 }
 
