@@ -161,14 +161,16 @@ class Interrupter(Progress):
             self.act()
 
 
-def interrupted_run(folder, config, stop_at, act=None, data=None, dtype=torch.float64, fidelities=(1,), **keys):
+def interrupted_run(
+    folder, config, stop_at, act=None, data=None, dtype=torch.float64, fidelities=(1,), device="cpu", **keys
+):
     """A run that ends after `stop_at` batches; last.pt is of the batch before that."""
 
     def kill():
         raise Killed
 
     progress = Interrupter(stop_at, act or kill)
-    trained = model(dtype=dtype, fidelities=fidelities)
+    trained = model(dtype=dtype, fidelities=fidelities).to(device)
     trainer = Trainer(trained, data or training_data(), config, folder, progress=progress, **keys)
     every_batch(trainer)
     with pytest.raises((Killed, KeyboardInterrupt)):
