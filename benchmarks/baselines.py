@@ -44,13 +44,13 @@ class PlainTorch:
     def __init__(self, structures: Structures, features: Tensor, targets: Tensor, batch_size: int = 50) -> None:
         self.n = len(structures)
         self.features = features.view(self.n, 10, -1)  # five C, then five H
-        self.targets = targets.to(features.dtype)
-        self.networks = networks(features.dtype)
+        self.targets = targets.to(features)
+        self.networks = networks(features.dtype).to(features.device)
         self.optimizer = torch.optim.Adam(self.networks.parameters(), lr=1e-3, fused=True)
         self.batch_size = batch_size
 
     def epoch(self) -> None:
-        for batch in torch.randperm(self.n).split(self.batch_size):
+        for batch in torch.randperm(self.n, device=self.features.device).split(self.batch_size):
             self.step(batch)
 
     def energies(self, batch: Tensor) -> Tensor:
@@ -65,14 +65,18 @@ class PlainTorch:
         self.optimizer.step()
 
 
-def torchani_aev(dtype: torch.dtype) -> torch.nn.Module:
-    """TorchANI's AEV of the same shifts, cutoffs and exponents; radial terms count 1/4 there, angular ones 2."""
+def torchani_aev(dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """TorchANI's AEV of the same shifts, cutoffs and exponents; radial terms count 1/4 there, angular ones 2.
+
+    On a GPU it is cuAEV.
+    """
     import torchani
 
     p = DESCRIPTOR
     radial = torchani.aev.ANIRadial(p.radial_eta, p.radial_shifts, p.radial_cutoff)
     angular = torchani.aev.ANIAngular(p.angular_eta, p.zeta, p.angular_shifts, p.sections, p.angular_cutoff)
-    return torchani.AEVComputer(radial, angular, num_species=2).to(dtype)
+    strategy = {} if torch.device(device).type == "cpu" else {"strategy": "cuaev"}
+    return torchani.AEVComputer(radial, angular, num_species=2, **strategy).to(device, dtype)
 
 
 class TorchANI(PlainTorch):
@@ -101,22 +105,29 @@ class PlainTorchForces:
     agreement: ClassVar = {torch.float64: 1e-10, torch.float32: 1e-3}
     """With kinml_fast's ops, of the largest value."""
 
-    def __init__(self, structures: Structures, targets: Tensor, dtype: torch.dtype, batch_size: int = 50) -> None:
-        self.batch_size = batch_size
-        self.species = torch.from_numpy(structures.species)
-        self.offsets = torch.from_numpy(structures.offsets)
+    def __init__(
+        self,
+        structures: Structures,
+        targets: Tensor,
+        dtype: torch.dtype,
+        batch_size: int = 50,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.batch_size, self.device = batch_size, device
+        self.species = torch.from_numpy(structures.species).to(device)
+        self.offsets = torch.from_numpy(structures.offsets).to(device)
         self.sizes = self.offsets.diff()
         self.largest = int(self.sizes.max())
-        self.energy_targets = targets.to(dtype)
-        self.force_targets = self.padded(torch.from_numpy(structures.forces).to(dtype)).flatten(1)
-        self.networks = networks(dtype)
+        self.energy_targets = targets.to(device, dtype)
+        self.force_targets = self.padded(torch.from_numpy(structures.forces).to(device, dtype)).flatten(1)
+        self.networks = networks(dtype).to(device)
         self.optimizer = torch.optim.Adam(self.networks.parameters(), lr=1e-3, fused=True)
-        self.prepare(torch.from_numpy(structures.coordinates).to(dtype))
+        self.prepare(torch.from_numpy(structures.coordinates).to(device, dtype))
 
     def padded(self, values: Tensor) -> Tensor:
         """[n_atoms, ...] as [n_structures, largest, ...] with zeros."""
         result = values.new_zeros(len(self.sizes), self.largest, *values.shape[1:])
-        result[torch.arange(self.largest) < self.sizes[:, None]] = values
+        result[torch.arange(self.largest, device=self.device) < self.sizes[:, None]] = values
         return result
 
     def prepare(self, coordinates: Tensor) -> None:
@@ -128,7 +139,7 @@ class PlainTorchForces:
         self.buffer = torch.empty_like(self.jacobian[:most])
 
     def epoch(self) -> None:
-        for batch in torch.randperm(len(self.sizes)).split(self.batch_size):
+        for batch in torch.randperm(len(self.sizes), device=self.device).split(self.batch_size):
             self.step(batch)
 
     def step(self, batch: Tensor) -> None:
@@ -146,7 +157,7 @@ class PlainTorchForces:
         """Energies [n] and forces [n, 3 largest], zero at padding, as functions of the weights."""
         sizes = self.sizes[batch]
         owners = torch.repeat_interleave(sizes)
-        atoms = torch.arange(len(owners)) + (self.offsets[batch] - sizes.cumsum(0) + sizes)[owners]
+        atoms = torch.arange(len(owners), device=self.device) + (self.offsets[batch] - sizes.cumsum(0) + sizes)[owners]
         jacobian = torch.index_select(self.jacobian, 0, atoms, out=self.buffer[: len(atoms)])
         return self.contract(self.features[atoms], jacobian, self.species[atoms], owners, len(batch), True)
 
@@ -181,7 +192,7 @@ class TorchANIForces(PlainTorchForces):
     agreement: ClassVar = {torch.float64: 1e-6, torch.float32: 1e-3}  # it rounds the shifts and exponents to float32
 
     def prepare(self, coordinates: Tensor) -> None:
-        self.aev = torchani_aev(coordinates.dtype)
+        self.aev = torchani_aev(coordinates.dtype, self.device)
         self.coordinates = self.padded(coordinates)
         self.padded_species = self.padded(self.species + 1) - 1
 
@@ -218,16 +229,16 @@ def check(training: PlainTorchForces, structures: Structures) -> None:
     owners = torch.from_numpy(chosen.owners)
     energies = atomic.new_zeros(count).index_add(0, owners, atomic)
     (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=True)
-    of_energies = (energies - training.energy_targets[:count]).square().mean()
+    of_energies = (energies - training.energy_targets[:count].cpu()).square().mean()
     squares = (-gradient - torch.from_numpy(chosen.forces)).square().sum(1)
     of_forces = (atomic.new_zeros(count).index_add(0, owners, squares) / (3 * offsets.diff())).mean()
     ((1 - FORCE_WEIGHT) * of_energies + FORCE_WEIGHT * of_forces).backward()
 
-    batch = torch.arange(count)
+    batch = torch.arange(count, device=training.device)
     ours = training.predict(batch)
     training.optimizer.zero_grad()
     training.loss(batch).backward()
-    inside = torch.arange(training.largest) < training.sizes[:count, None]
+    inside = torch.arange(training.largest, device=training.device) < training.sizes[:count, None]
     pairs = [
         (ours[0], energies),
         (ours[1].view(count, -1, 3)[inside], -gradient),
@@ -238,4 +249,4 @@ def check(training: PlainTorchForces, structures: Structures) -> None:
     ]
     for mine, other in pairs:
         tolerance = training.agreement[mine.dtype] * float(other.detach().abs().max())
-        torch.testing.assert_close(mine.double(), other, rtol=0, atol=tolerance)
+        torch.testing.assert_close(mine.double().cpu(), other, rtol=0, atol=tolerance)

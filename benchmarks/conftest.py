@@ -14,7 +14,7 @@ import tasks
 import torch
 
 import kinml_fast
-from kinml_fast import _library
+from kinml_fast import _library, devices
 from kinml_fast.data.structures import Structures
 
 
@@ -68,6 +68,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         },
         "read_gb_per_s": read_rate(threads),
     }
+    if devices.why_no_gpu() is None:
+        machine_info["kinml_fast"]["gpu"] = {
+            "name": torch.cuda.get_device_name(),
+            "memory_gb": torch.cuda.get_device_properties().total_memory / 1e9,
+            "cuda": torch.version.cuda,
+        }
     if kernels := config.getoption("--kernels"):
         machine_info["kinml_fast"]["kernels"] = json.loads(kernels.read_text())
 

@@ -25,7 +25,9 @@ def model(dtype: torch.dtype) -> EnergyModel:
     return EnergyModel(DESCRIPTOR, biases=False, dtype=dtype)
 
 
-def training(form: str, structures: Structures, dtype: torch.dtype, batch_size: int = 50) -> Epoch:
+def training(
+    form: str, structures: Structures, dtype: torch.dtype, batch_size: int = 50, device: torch.device | str = "cpu"
+) -> Epoch:
     """Make everything ready and return what trains one epoch: shuffling, batching, loss, gradient and Adam.
 
     A form that is not ours has then shown for its first batch that it computes the same as our ops.
@@ -37,16 +39,18 @@ def training(form: str, structures: Structures, dtype: torch.dtype, batch_size: 
             loss={"forces": True, "force_weight": FORCE_WEIGHT},
             jacobian="stored" if form == STORED else "recompute",
         )
-        trainer = Trainer(model(dtype), training_data(structures), config)
+        trainer = Trainer(model(dtype).to(device), training_data(structures), config)
         trainer.prepare()
         return trainer.train_epoch
-    return baseline(form, structures, dtype, batch_size).epoch
+    return baseline(form, structures, dtype, batch_size, device).epoch
 
 
-def baseline(form: str, structures: Structures, dtype: torch.dtype, batch_size: int = 50) -> PlainTorchForces:
+def baseline(
+    form: str, structures: Structures, dtype: torch.dtype, batch_size: int = 50, device: torch.device | str = "cpu"
+) -> PlainTorchForces:
     """One of the forms that are not ours, checked."""
     kind = {PLAIN: PlainTorchForces, TORCHANI: TorchANIForces}[form]
-    result = kind(structures, torch.from_numpy(targets(structures)), dtype, batch_size)
+    result = kind(structures, torch.from_numpy(targets(structures)), dtype, batch_size, device)
     check(result, structures)
     return result
 

@@ -5,6 +5,7 @@ python benchmarks/report.py run.json          # keeps a trimmed copy in benchmar
 python benchmarks/report.py --check           # exit code 1 if the tables differ from the kept runs
 
 Each table comes from the newest kept run that has its benchmarks: `pytest benchmarks/bench_levels.py` renews some only.
+The table of GPUs is from `pytest benchmarks/bench_gpu.py`, which is kept as gpu-DATE.json.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ An epoch of 2000 C5H5 as above, every structure with all levels: ms, and how man
     "evaluation": "## Energies and forces of C5H5",
     "ensemble": """## Ensembles
 Energies and forces of every member from one call: how many times the time of one model.""",
+    "gpu": """## On a GPU
+Time of a call, and atoms in it per second. Rows that are bound by memory are held against reading or writing their
+bytes at the rate of a copy on the device. Plain PyTorch and TorchANI ran on the same GPU.""",
     "memory": """## Memory
 Peak of a process that trains an epoch of 2000 C5H5 with forces, less its peak after `import torch`.""",
     "cold_start": """## From a cold start to an accurate model
@@ -92,7 +96,19 @@ class Run:
         reading = work["bytes"] / (self.about["read_gb_per_s"] * 1e9) if "bytes" in work else 0.0
         return max(arithmetic, reading)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is a run of bench_gpu.py."""
+        return any(group.startswith("gpu ") for group, _ in self.by)
+
     def machine(self) -> str:
+        if self.on_gpu:
+            gpu, rate = self.about["gpu"], self.copy_rate()
+            copied = f"; copy on the device {rate / 1e9:.0f} GB/s, read and written" if rate else ""
+            return (
+                f"{self.run['datetime'][:10]}, {gpu['name']}, CUDA {gpu['cuda']}, torch {self.about['torch']}{copied}. "
+                "Medians."
+            )
         cpu = self.run["machine_info"]["cpu"]
         rates = ", ".join(f"{rate:.0f} GFLOP/s {dtype}" for dtype, rate in self.about["gemm_gflops"].items())
         return (
@@ -201,6 +217,27 @@ class Run:
             rows.append(row)
         return table(rows) if sizes else ""
 
+    def copy_rate(self) -> float | None:
+        """Bytes per second that a copy on the GPU reads and writes."""
+        b = self.by.get(("gpu float32", "copy"))
+        return b and b["extra_info"]["bytes"] * b["extra_info"]["calls"] / b["stats"]["median"]
+
+    def gpu(self) -> str:
+        rows = [["", *(f"{dtype} {what}" for dtype in DTYPES for what in ("µs", "10⁶ atoms/s", "x copy"))]]
+        for form in dict.fromkeys(form for group, form in self.by if group.startswith("gpu ") and form != "copy"):
+            row = [form]
+            for dtype in DTYPES:
+                b = self.by.get((f"gpu {dtype}", form))
+                if b is None:
+                    row += ["-", "", ""]
+                    continue
+                info, rate = b["extra_info"], self.copy_rate()
+                seconds = b["stats"]["median"] / info["calls"]
+                bound = f"{seconds * rate / info['bytes']:.1f}" if "bytes" in info and rate else ""
+                row += [f"{seconds * 1e6:,.1f}", f"{info['atoms'] / seconds / 1e6:,.2f}", bound]
+            rows.append(row)
+        return table(rows) if len(rows) > 1 else ""
+
     def memory(self) -> str:
         forms = list(dict.fromkeys(form for group, form in self.by if group.startswith("forces memory ")))
         if not forms:
@@ -298,6 +335,7 @@ class Run:
             "levels": self.levels,
             "evaluation": self.evaluation,
             "ensemble": self.ensemble,
+            "gpu": self.gpu,
             "memory": self.memory,
             "cold_start": self.cold_start,
         }
@@ -335,8 +373,9 @@ def main() -> int:
     if arguments.run is not None:
         run = trim(json.loads(arguments.run.read_text()))
         stamp = re.sub(r"[^0-9]", "", run["datetime"][:16])
-        (results / f"cpu-{stamp}.json").write_text(json.dumps(run, indent=1) + "\n")
-    kept = sorted(results.glob("cpu-*.json"))
+        kind = "gpu" if Run(run).on_gpu else "cpu"
+        (results / f"{kind}-{stamp}.json").write_text(json.dumps(run, indent=1) + "\n")
+    kept = sorted(results.glob("[cg]pu-*.json"), key=lambda path: path.stem.partition("-")[2])
     if not kept:
         sys.stderr.write("benchmarks/results holds no run yet\n")
         return 1

@@ -67,6 +67,14 @@ def alkanes(n_carbon: int, count: int) -> Structures:
     return Structures.of_one_formula(symbols, coordinates, rng.normal(size=count), rng.normal(size=coordinates.shape))
 
 
+def cluster(n_atoms: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates [n_atoms, 3] (Å) and species of atoms as dense as a liquid hydrocarbon: only for timing."""
+    side = int(np.ceil(n_atoms ** (1 / 3)))
+    places = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)[:n_atoms]
+    rng = np.random.default_rng(n_atoms)
+    return 2.15 * (places + rng.uniform(-0.2, 0.2, places.shape)), rng.integers(0, 2, n_atoms)
+
+
 def targets(structures: Structures) -> np.ndarray:
     """Energies without single-atom energies, eV, [n_structures]."""
     counts = structures.counts()
