@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import ase.io
 import numpy as np
 import pytest
@@ -25,9 +27,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta p
 
 
 @pytest.fixture(autouse=True)
-def _without_drawing(monkeypatch):
-    """Drawing takes most of the time of a short run."""
+def _briefly(monkeypatch):
+    """Drawing takes most of the time of a short run; and each command adds a handler to the log."""
     monkeypatch.setattr(report, "_save", lambda figure, path: path.touch())
+    logger = logging.getLogger("kinml_fast")
+    for name, value in {"handlers": [], "level": logger.level}.items():
+        monkeypatch.setattr(logger, name, value)
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -88,6 +93,18 @@ def test_a_device_that_is_not_there_ends_a_command_before_anything_is_written(tm
         assert cli.main(command) == cli.USAGE_ERROR
         assert "the device is cuda:99, but " in capsys.readouterr().err
     assert not (tmp_path / "out.xyz").exists()
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nMore lines.")
+
+    trainer = Trainer(model(), training_data(), TrainingConfig(epochs=1, batch_size=7))
+    monkeypatch.setattr(trainer._step(False), "run", full)
+    with pytest.raises(InputError, match=r"^the GPU is out of memory \(CUDA out .*GiB\.\): try batches half") as caught:
+        trainer.fit()
+    assert "(training.batch_size=3 training.validation_batch_size=500 " in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # ---- Nothing mixes devices -----------------------------------------------------------------------

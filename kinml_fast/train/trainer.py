@@ -179,13 +179,14 @@ class Trainer:
         Raises
         ------
         InputError
-            The loss became infinite or NaN, or a file could not be written.
+            The loss became infinite or NaN, a file could not be written, or the memory of the GPU is too small.
         KeyboardInterrupt
             On Ctrl-C, after last.pt was written; a second Ctrl-C does not wait for that.
         """
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
             stack.enter_context(_threads(self.config.threads))
+            stack.enter_context(_memory_explained(self.config))
             if self.folder is not None:
                 stack.enter_context(self.folder.logged())
             self.prepare()
@@ -686,6 +687,21 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _every(interval: int | None, epochs: int) -> bool:
     return interval is not None and epochs % interval == 0
+
+
+@contextlib.contextmanager
+def _memory_explained(config: TrainingConfig) -> Iterator[None]:
+    """Say what to do when the memory of a GPU is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        names = ("batch_size", "validation_batch_size", "test_batch_size")
+        sizes = " ".join(f"training.{name}={max(getattr(config, name) // 2, 1)}" for name in names)
+        stored = "training.jacobian=recompute, " if config.jacobian == "stored" else ""
+        raise InputError(
+            f"the GPU is out of memory ({first_line(error)}): try {stored}batches half as large ({sizes}), or "
+            "training.device=cpu"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -153,7 +153,8 @@ template <class T>
 void compare(const std::vector<T>& a, const std::vector<T>& b) {
   double largest = 0;
   for (const T x : b) largest = std::max(largest, std::abs(static_cast<double>(x)));
-  // Differences of nearly equal numbers (celu, silu) cost the short type some digits, on both sides.
+  // Differences of nearly equal numbers (celu, silu) cost the short type some digits, on both
+  // sides.
   const double rtol = sizeof(T) == 8 ? 1e-11 : 1e-2;
   for (std::size_t i = 0; i < b.size(); ++i) CHECK_CLOSE(a[i], b[i], rtol, rtol * largest);
 }
