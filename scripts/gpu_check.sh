@@ -178,7 +178,7 @@ if sanitizer=$(find_tool compute-sanitizer); then
   # initcheck knows only what cudaMalloc gives, so it looks at the ops of torch, each tensor an allocation of its own.
   if ((${#files[@]})); then
     run "initcheck: test_ops_adam" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${check[@]}" --tool initcheck \
-      "$python" -m pytest -m cuda -p no:cacheprovider -q -x tests/test_ops_adam.py -k "numbers_of_the_processor"
+      "$python" -m pytest -m cuda -p no:cacheprovider -q -x tests/test_ops_adam.py tests/test_cuda.py -k "numbers_of_the_processor or same_bits"
   fi
 else
   skip "compute-sanitizer" "the toolkit has none"
@@ -186,13 +186,9 @@ fi
 
 # ---- benchmarks ---------------------------------------------------------------------------------
 
-benchmarks=()
-for file in benchmarks/bench_*cuda*.py; do [[ -f $file ]] && benchmarks+=("$file"); done
-if ((${#benchmarks[@]} == 0)); then
-  skip "benchmarks" "there is no benchmarks/bench_*cuda*.py"
-elif has pytest_benchmark; then
+if has pytest_benchmark; then
   json=$out/gpu-$(date -u +%Y%m%d%H%M).json
-  run "benchmarks" 180 "$python" -m pytest -p no:cacheprovider -q "${benchmarks[@]}" --benchmark-json="$json"
+  run "benchmarks" 180 "$python" -m pytest -p no:cacheprovider -q benchmarks/bench_gpu.py --benchmark-json="$json"
 else
   skip "benchmarks" "there is no pytest-benchmark"
 fi
