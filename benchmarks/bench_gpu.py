@@ -1,7 +1,8 @@
 """Training and evaluation on a GPU: network 224-48-24-12-1 gaussian, C5H5, beside plain PyTorch and TorchANI there.
 
-A round makes several calls and waits for the GPU at its end. A training step has forward and backward pass and Adam;
-its batches stand ready. Rows with `bytes` can be held against the rate of copying on the device, which is measured too.
+A round makes several calls and waits for the GPU at its end. A training step has forward and backward pass and Adam, as
+a part of an epoch that is recorded as one graph. Rows with `bytes` can be held against the rate of copying on the
+device, which is measured too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from forms import OURS, PLAIN, TORCHANI, baseline, jacobian_bytes, model, traini
 from kinml_fast import devices, ops
 from kinml_fast.data.structures import Structures
 from kinml_fast.train import Trainer, TrainingConfig, TrainingData
+from kinml_fast.train.captured import CapturedEpoch
 
 pytestmark = pytest.mark.skipif(devices.why_no_gpu() is not None, reason=str(devices.why_no_gpu()))
 
@@ -26,8 +28,8 @@ GPU = "cuda"
 TYPES = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
 
-def timed(benchmark, row: str, dtype: str, call: Callable[[], object], calls: int, **info) -> None:
-    """Measure rounds of so many calls; `row` is the row's name in the table."""
+def timed(benchmark, row: str, dtype: str, call: Callable[[], object], calls: int, *, steps: int = 1, **info) -> None:
+    """Measure rounds of so many calls, each of so many steps, whose time is that of a row in the table."""
 
     def some() -> None:
         for _ in range(calls):
@@ -35,7 +37,7 @@ def timed(benchmark, row: str, dtype: str, call: Callable[[], object], calls: in
         torch.cuda.synchronize()
 
     benchmark.group = f"gpu {dtype}"
-    benchmark.extra_info.update(form=row, dtype=dtype, calls=calls, **info)
+    benchmark.extra_info.update(form=row, dtype=dtype, calls=calls * steps, **info)
     benchmark.pedantic(some, rounds=10, warmup_rounds=2)
 
 
@@ -57,7 +59,7 @@ def calls_for(batch: int) -> int:
 @pytest.mark.parametrize("batch", [50, 500, 5000, 50_000])
 @pytest.mark.parametrize("terms", ["energies", "energies and forces", "energies and stored forces"])
 def test_step(benchmark, terms, batch, dtype):
-    kind, with_forces = getattr(torch, dtype), terms != "energies"
+    kind, with_forces, count = getattr(torch, dtype), terms != "energies", max(batch, 2000)
     info = {}
     if terms.endswith("stored forces"):
         if batch > 5000:
@@ -66,18 +68,12 @@ def test_step(benchmark, terms, batch, dtype):
     loss = {"forces": with_forces, "force_weight": FORCE_WEIGHT}
     jacobian = "stored" if info else "recompute"
     settings = TrainingConfig(batch_size=batch, dtype=dtype, loss=loss, jacobian=jacobian)
-    trainer = Trainer(model(kind).to(GPU), data(batch), settings)
-    # What Trainer.train_epoch does for each batch.
-    step = trainer._step(with_forces)
-    (arguments,) = step.batches(trainer._order(0), batch, trainer._errors)
-    trainer._tasks.begin(with_forces)
-
-    def one() -> None:
-        step.run(*arguments)
-        trainer.optimizer.step()
-
+    trainer = Trainer(model(kind).to(GPU), data(count), settings)
+    trainer.train_epoch()
+    order = trainer._order(1)
+    epoch = CapturedEpoch(trainer._step(with_forces), trainer.optimizer, trainer._errors, count, batch, order.device)
     row = f"training step, {terms}, {batch:,} C5H5"
-    timed(benchmark, row, dtype, one, calls_for(batch), atoms=10 * batch, **info)
+    timed(benchmark, row, dtype, lambda: epoch.run(order), 5, steps=count // batch, atoms=10 * batch, **info)
 
 
 @TYPES

@@ -24,6 +24,7 @@ from kinml_fast import KinMLCalculator, ops
 from kinml_fast.deploy import evaluate
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import Trainer, TrainingConfig, checkpoint, report
+from kinml_fast.train.captured import MOST_STEPS, CapturedEpoch
 
 pytestmark = [pytest.mark.cuda, pytest.mark.parametrize("device", ["cuda"], indirect=True)]
 
@@ -34,9 +35,13 @@ KINDS = {
     "stored": {**FORCES, "jacobian": "stored"},
     "learned": {"loss": {"forces": True, "forces_from": 2, "weighting": "learned"}},
 }
+PLAIN = {"energies": {}, "forces": FORCES, "stored": KINDS["stored"]}
 TYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 MIXED = (*[1 + 7 * i % 12 for i in range(300)], 600, 1, 0, 3)
 """Many small structures and a large one."""
+STOP = 8
+"""Reports of a run until it is interrupted: in its second epoch of six batches or, where the second and third epoch are
+replayed as a whole with one report each, behind the third."""
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +88,7 @@ def test_a_run_goes_on_on_the_other_device(kind, device, tmp_path):
     Trainer(model(), data, settings, tmp_path / "whole").fit()
     for first, second in ((device, "cpu"), ("cpu", device)):
         run = tmp_path / f"first {first}"
-        interrupted_run(run, settings, 15, data=data, device=first)
+        interrupted_run(run, settings, STOP, data=data, device=first)
         Trainer(model().to(second), data, settings, run, resume=True).fit()
         whole, own = (checkpoint.load(folder / "checkpoints" / "last.pt") for folder in (tmp_path / "whole", run))
         torch.testing.assert_close(own["weights"], whole["weights"], rtol=1e-9, atol=1e-9)
@@ -97,7 +102,7 @@ def test_a_run_has_the_same_bits_twice_and_after_an_interruption(kind, dtype, de
     own, data = getattr(torch, dtype), training_data(forces="all")
     for name in ("one", "two"):
         Trainer(model(dtype=own).to(device), data, settings, tmp_path / name).fit()
-    interrupted_run(tmp_path / "three", settings, 15, data=data, dtype=own, device=device)
+    interrupted_run(tmp_path / "three", settings, STOP, data=data, dtype=own, device=device)
     Trainer(model(dtype=own).to(device), data, settings, tmp_path / "three", resume=True).fit()
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert_same_run(tmp_path / "one", tmp_path / "three")
@@ -240,7 +245,7 @@ def test_the_ops_of_a_step_do_not_wait(device):
     step = moved(case.step_arguments(False, [3, 0, 1, 300]), device)
     stored = moved(Case().step_arguments(True, [3, 0, 1]), device)
     flat = arguments[3]
-    state = torch.zeros_like(flat), torch.zeros_like(flat)
+    state, steps = (torch.zeros_like(flat), torch.zeros_like(flat)), torch.zeros((), device=device)
     torch.cuda.set_sync_debug_mode("error")
     try:
         ops.energy_forces(*arguments)
@@ -248,9 +253,26 @@ def test_the_ops_of_a_step_do_not_wait(device):
         ops.force_step_stored(*stored)
         vectors = ops.aev(*arguments[:3], SMALL.packed())
         ops.aev_vjp(*arguments[:3], vectors, SMALL.packed())
-        ops.adam_step(flat, flat.clone(), *state, None, 1e-3, 0.9, 0.99, 1e-8, 0.0, False, 1)
+        ops.adam_step(flat, flat.clone(), *state, None, 1e-3, 0.9, 0.99, 1e-8, 0.0, False, steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["energies", "forces", "stored"])
+def test_epochs_that_are_replayed_have_the_bits_of_their_steps(kind, device, monkeypatch):
+    """From the second epoch on with one learning rate an epoch is a graph; here once not at all."""
+    settings = TrainingConfig(epochs=6, batch_size=7, scheduler={"name": "step", "step_size": 3}, **PLAIN[kind])
+    data, found, replayed = training_data(forces="all"), [], []
+    run = CapturedEpoch.run
+    monkeypatch.setattr(CapturedEpoch, "run", lambda own, order: replayed.append(own) or run(own, order))
+    for most in (MOST_STEPS, 0):
+        monkeypatch.setattr("kinml_fast.train.trainer.MOST_STEPS", most)
+        trained = model().to(device)
+        Trainer(trained, data, settings).fit()
+        found.append(trained.networks.weights.detach())
+    assert len(replayed) == 4  # of three epochs with one learning rate the second and third, twice
+    assert len(set(map(id, replayed))) == 2
+    assert torch.equal(*found)
 
 
 # ---- Errors --------------------------------------------------------------------------------------
