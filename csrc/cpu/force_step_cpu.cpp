@@ -594,17 +594,18 @@ void force_step(const NetworkLevels& networks, const T* weights, const ForceBatc
     return loss.energy_weights[k * batch.n_structures + batch.structure(i)];
   };
   const auto force_weight = [&](Index k, Index i) {
-    const Index s = batch.structure(i);
-    const bool none = !has_forces || batch.offsets[s] == batch.offsets[s + 1];
-    return none ? 0.0 : loss.force_weights[k * batch.n_structures + s];
+    return has_forces ? loss.force_weights[k * batch.n_structures + batch.structure(i)] : 0.0;
+  };
+  // A structure without atoms counts, but has nothing to add.
+  const auto adds_forces = [&](Index k, Index i) {
+    return force_weight(k, i) != 0 && count_atoms(batch, {i, i + 1}) > 0;
   };
   std::vector<double> n_energies(n_levels), n_forces(n_levels);
   for (Index k = 0; k < n_levels; ++k) {
     Index of_energies = 0, of_forces = 0;
     for (Index i = 0; i < batch.count; ++i) {
       of_energies += energy_weight(k, i) != 0;
-      of_forces +=
-          has_forces && loss.force_weights[k * batch.n_structures + batch.structure(i)] != 0;
+      of_forces += force_weight(k, i) != 0;
     }
     n_energies[k] = static_cast<double>(std::max<Index>(of_energies, 1));
     n_forces[k] = static_cast<double>(std::max<Index>(of_forces, 1));
@@ -616,9 +617,10 @@ void force_step(const NetworkLevels& networks, const T* weights, const ForceBatc
       double& residual = residuals[k * batch.count + i];
       residual = structure.energies[k] - loss.energies[k * batch.n_structures + s];
       double sum = 0, squares = 0, largest = 0;
-      const double weight = force_weight(k, i);
-      if (weight != 0) {
-        const double factor = 2 * loss.force_scale / n_forces[k] * weight / static_cast<double>(n);
+      structure.any[k] = adds_forces(k, i);
+      if (structure.any[k]) {
+        const double factor =
+            2 * loss.force_scale / n_forces[k] * force_weight(k, i) / static_cast<double>(n);
         const T* const forces = structure.forces + k * structure.room;
         const double* const targets = loss.forces + k * 3 * batch.n_atoms + begin;
         T* const r = structure.r + k * structure.room;
@@ -638,12 +640,11 @@ void force_step(const NetworkLevels& networks, const T* weights, const ForceBatc
       // A structure without weight may have no target (NaN).
       const double own = energy_weight(k, i);
       structure.e[k] = own == 0 ? 0.0 : 2 * loss.energy_scale / n_energies[k] * own * residual;
-      structure.any[k] = weight != 0;
     }
   };
   const auto on_forces = [&](Index i) {
     for (Index k = 0; k < n_levels; ++k)
-      if (force_weight(k, i) != 0) return true;
+      if (adds_forces(k, i)) return true;
     return false;
   };
   differentiate(networks, weights, batch, on_forces, true, wanted, gradient, n_threads);
@@ -654,7 +655,7 @@ void force_step(const NetworkLevels& networks, const T* weights, const ForceBatc
       const Index s = batch.structure(i), n = 3 * (batch.offsets[s + 1] - batch.offsets[s]);
       const double residual = residuals[k * batch.count + i];
       if (energy_weight(k, i) != 0) of_energies += energy_weight(k, i) * residual * residual;
-      if (force_weight(k, i) != 0)
+      if (adds_forces(k, i))
         of_forces +=
             force_weight(k, i) * errors[3 * (k * batch.count + i) + 1] / static_cast<double>(n);
     }

@@ -114,7 +114,27 @@ inline void check_activations(at::IntArrayRef activations) {
     TORCH_CHECK(a >= 0 && a <= 6, "kinml_fast: unknown activation code ", a);
 }
 
-// The description of the networks for features of `length` numbers; the lists must outlive it.
+// The description of a chain of networks (NetworkLevels) from `sizes`
+// [n_levels, n_species, n_layers + 1]: networks of level 0 take `length` numbers, the others one
+// more. Parameters [..., n]. The lists must outlive it.
+inline NetworkLevels describe_levels(const at::Tensor& parameters, int64_t n_species,
+                                     int64_t n_levels, int64_t length, at::IntArrayRef sizes,
+                                     at::IntArrayRef activations, bool biases) {
+  const auto n_layers = static_cast<int64_t>(activations.size());
+  NetworkLevels levels;
+  for (int64_t k = 0; k < n_levels; ++k) {
+    levels.shapes.push_back({n_species, n_layers, sizes.data() + k * n_species * (n_layers + 1),
+                             activations.data(), biases});
+    for (int64_t s = 0; s < n_species; ++s)
+      check_network(levels.shapes.back(), s, length + (k > 0 ? 1 : 0));
+  }
+  check_activations(activations);
+  TORCH_CHECK(parameters.size(-1) == levels.parameters(), "kinml_fast: the networks have ",
+              levels.parameters(), " parameters, got ", parameters.size(-1));
+  return levels;
+}
+
+// The description of the networks of one level and one model.
 inline NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n_species, int64_t length,
                                     at::IntArrayRef sizes, at::IntArrayRef activations,
                                     bool biases) {
@@ -123,22 +143,13 @@ inline NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n_spec
                   static_cast<int64_t>(sizes.size()) == n_species * (n_layers + 1),
               "kinml_fast: ", n_layers, " layers and ", n_species, " species need ",
               n_species * (n_layers + 1), " sizes, got ", sizes.size());
-  const NetworkShape shape{n_species, n_layers, sizes.data(), activations.data(), biases};
-  int64_t n_parameters = 0;
-  for (int64_t s = 0; s < n_species; ++s) {
-    n_parameters += shape.parameters_of(s);
-    check_network(shape, s, length);
-  }
-  check_activations(activations);
   TORCH_CHECK(parameters.dim() == 1, "kinml_fast: parameters must be one flat tensor, got shape ",
               parameters.sizes());
-  TORCH_CHECK(parameters.size(0) == n_parameters, "kinml_fast: the networks have ", n_parameters,
-              " parameters, got ", parameters.size(0));
-  return shape;
+  return describe_levels(parameters, n_species, 1, length, sizes, activations, biases).shapes[0];
 }
 
-// Species and levels of a chain of networks (NetworkLevels) from `sizes`, which has
-// [n_levels, n_species, n_layers + 1] numbers: networks of level 0 take `length` numbers.
+// Species and levels of a chain. Networks of level 0 are the first ones, which take `length`
+// numbers.
 inline std::pair<int64_t, int64_t> count_levels(int64_t length, at::IntArrayRef sizes,
                                                 at::IntArrayRef activations) {
   const size_t widths = activations.size() + 1, n_networks = sizes.size() / widths;
@@ -155,8 +166,8 @@ inline std::pair<int64_t, int64_t> count_levels(int64_t length, at::IntArrayRef 
   return {n_species, n_networks / n_species};
 }
 
-// The description of such a chain; parameters [n] or, for an ensemble, [n_members, n]. The lists
-// must outlive it.
+// The description of a chain whose species and levels `sizes` tells; parameters [n] or, for an
+// ensemble, [n_members, n].
 inline NetworkLevels unpack_levels(const at::Tensor& parameters, int64_t length,
                                    at::IntArrayRef sizes, at::IntArrayRef activations,
                                    bool biases) {
@@ -165,18 +176,7 @@ inline NetworkLevels unpack_levels(const at::Tensor& parameters, int64_t length,
               "got shape ",
               parameters.sizes());
   const auto [n_species, n_levels] = count_levels(length, sizes, activations);
-  const auto n_layers = static_cast<int64_t>(activations.size());
-  NetworkLevels levels;
-  for (int64_t k = 0; k < n_levels; ++k) {
-    levels.shapes.push_back({n_species, n_layers, sizes.data() + k * n_species * (n_layers + 1),
-                             activations.data(), biases});
-    for (int64_t s = 0; s < n_species; ++s)
-      check_network(levels.shapes.back(), s, length + (k > 0 ? 1 : 0));
-  }
-  check_activations(activations);
-  TORCH_CHECK(parameters.size(-1) == levels.parameters(), "kinml_fast: the networks have ",
-              levels.parameters(), " parameters, got ", parameters.size(-1));
-  return levels;
+  return describe_levels(parameters, n_species, n_levels, length, sizes, activations, biases);
 }
 
 inline void check_order_arguments(const at::Tensor& species, const at::Tensor& offsets,
