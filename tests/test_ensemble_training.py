@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_resume import finish, train, written
-from training_helpers import assert_same_bits, assert_same_run, rows, write_config
+from training_helpers import assert_same_bits, assert_same_run, finish, kill_and_resume, rows, train, write_config
 
 from kinml_fast.data.splits import PARTS, Split, read_tvtmsk
 from kinml_fast.deploy import evaluate, model_file
@@ -231,35 +227,15 @@ def test_killed_at_random_moments(tmp_path, processes):
     finish(train(config))
 
     cut, config = found["cut"]
-    generator = random.Random(processes)
-    killed = 0
-    for kill in range(KILLS):
-        process = train("--resume", cut) if (cut / "config.yaml").exists() else train(config)
-        last = cut / f"member-{min(kill + 1, 3)}" / "checkpoints" / "last.pt"
-        before = written(last)
-        while process.poll() is None and written(last) == before:
-            time.sleep(0.005)
-        time.sleep(generator.uniform(0, 0.2))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        killed += 1
-    assert killed > 0
-    finish(train("--resume", cut))
+    awaited = [cut / f"member-{min(i + 1, 3)}" / "checkpoints" / "last.pt" for i in range(KILLS)]
+    kill_and_resume(cut, awaited, config, seed=processes)
     assert_same_ensembles(whole, cut)
     assert list(cut.rglob("*.part")) == []
 
 
 def test_ctrl_c_lets_the_processes_write_their_checkpoints(tmp_path):
     config = write_config(tmp_path, "checkpoint_seconds: 1000")
-    command = [sys.executable, "-m", "kinml_fast.cli", "train", str(config)]
-    process = subprocess.Popen(
-        [*command, "training.epochs=100000", "ensemble={members: 3, processes: 2}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = train(config, "training.epochs=100000", "ensemble={members: 3, processes: 2}")
     run = tmp_path / "run"
     logs = [run / f"member-{i}" / "train.log" for i in (1, 2)]
     while process.poll() is None and not all(log.exists() and "epoch " in log.read_text() for log in logs):

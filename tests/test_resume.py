@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-from training_helpers import assert_same_bits, assert_same_run, write_config
+from training_helpers import assert_same_bits, assert_same_run, finish, kill_and_resume, train, write_config
 
 from kinml_fast.deploy import model_file
 
-COMMAND = [sys.executable, "-m", "kinml_fast.cli", "train"]
 OPTIONS = (
     "ema_decay: 0.99, save_every: 40, test_every: 7, checkpoint_seconds: 0.01, "
     "optimizer: {learning_rate: 1e-2}, scheduler: {patience: 3}"
@@ -23,21 +16,6 @@ OPTIONS = (
 KILLS = int(os.environ.get("KINML_KILLS", "3"))
 """How often the run is killed."""
 EPOCHS = 200 * KILLS
-
-
-def train(*arguments: object) -> subprocess.Popen:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def written(path: Path) -> int:
-    """When the file was last replaced; 0 if it is not there."""
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def finish(process: subprocess.Popen) -> None:
-    _, err = process.communicate(timeout=1800)
-    assert process.returncode == 0, err
 
 
 @pytest.mark.parametrize("forces", [False, True])
@@ -52,24 +30,9 @@ def test_killed_at_random_moments(tmp_path, forces):
 
     cut, config = runs["cut"]
     last = cut / "checkpoints" / "last.pt"
-    generator = random.Random(0)
-    killed = 0
-    while killed < KILLS:
-        started = (cut / "config.yaml").exists()
-        process = train("--resume", cut) if started else train(config, f"training.epochs={EPOCHS}")
-        # Every fifth moment lies anywhere from the start of the process on, the others in the training.
-        if killed % 5 != 4:
-            before = written(last)
-            while process.poll() is None and written(last) == before:
-                time.sleep(0.005)
-        time.sleep(generator.uniform(0, 0.2))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        killed += 1
-    assert killed > 0
-    finish(train("--resume", cut))
+    # Every fifth moment lies anywhere from the start of the process on, the others in the training.
+    awaited = [None if i % 5 == 4 else last for i in range(KILLS)]
+    kill_and_resume(cut, awaited, config, f"training.epochs={EPOCHS}")
 
     assert_same_run(whole, cut)
     assert_same_bits(*(dict(model_file.load(run / "model.pt").state_dict()) for run in (whole, cut)))

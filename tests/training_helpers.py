@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import csv
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import ase
@@ -191,6 +197,45 @@ def every_batch(trainer, saving=True):
 
     trainer._tick = always
     trainer.progress.begin, begin = lambda *a: (begin(*a), setattr(trainer, "_next_tick", 0.0)), trainer.progress.begin
+
+
+def train(*arguments: object) -> subprocess.Popen:
+    """`kinml-fast train` as a process of its own."""
+    command = [sys.executable, "-m", "kinml_fast.cli", "train", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for its end, which must be a good one."""
+    _, err = process.communicate(timeout=1800)
+    assert process.returncode == 0, err
+
+
+def kill_and_resume(run: Path, awaited: Sequence[Path | None], *arguments: object, seed: int = 0) -> None:
+    """Train with these arguments, kill (kill -9) and resume the run again and again, and let it end.
+
+    Each kill comes up to 0.2 s after its file in `awaited` was written anew, or, with None, after the process began.
+    """
+    generator = random.Random(seed)
+    killed = 0
+    for path in awaited:
+        process = train("--resume", run) if (run / "config.yaml").exists() else train(*arguments)
+        before = _written(path)
+        while path is not None and process.poll() is None and _written(path) == before:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.2))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += 1
+    assert killed > 0
+    finish(train("--resume", run))
+
+
+def _written(path: Path | None) -> int:
+    """When the file was last replaced; 0 if it is not there."""
+    return path.stat().st_mtime_ns if path is not None and path.exists() else 0
 
 
 def rows(run: Path) -> list[dict[str, str]]:
