@@ -1,6 +1,6 @@
 """Go on from a trained model: on the same data, then on forces with some layers frozen, then from Python.
 
-    python load_model.py            # some ten seconds on two cores
+    python load_model.py            # half a minute on two cores
     python load_model.py --smoke    # a few epochs
 
 The same from the command line: kinml-fast train forces start.model=runs/first/model.pt network.biases=true

@@ -1,6 +1,6 @@
 """Train a model on the difference of two levels of theory, and add it to the lower one.
 
-    python train_delta.py            # some ten seconds on two cores
+    python train_delta.py            # some twenty seconds on two cores
     python train_delta.py --smoke    # a few epochs
 
 The same from the command line: kinml-fast train forces data.fidelity=1 data.baseline=0

@@ -1,6 +1,6 @@
 """Train a model on energies and forces, and use it.
 
-    python train_forces.py            # some ten seconds on two cores
+    python train_forces.py            # some twenty seconds on two cores
     python train_forces.py --smoke    # a few epochs
 
 The same from the command line: kinml-fast train forces

@@ -1,6 +1,6 @@
 """Train a model on energies of one level of theory, evaluate it, and use it.
 
-    python train_single_fid.py            # about a minute on two cores
+    python train_single_fid.py            # half a minute on two cores
     python train_single_fid.py --smoke    # a few epochs
 
 The same from the command line: kinml-fast train example
