@@ -22,19 +22,18 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> gpu_species_order(const at
   return {rows, owners, starts};
 }
 
-// Sums in float64 over structures: see cuda::sum_by_structure.
+// Sums in float64 over structures: see cuda::sum_by_structure. All contiguous; shift may be
+// undefined.
 inline at::Tensor sum_by_structure(const at::Tensor& values, const at::Tensor& order,
                                    const at::Tensor& firsts, const at::Tensor& starts,
-                                   int n_species, const std::optional<at::Tensor>& shift,
-                                   const Gpu& gpu) {
-  const at::Tensor own = shift.has_value() ? shift->contiguous() : at::Tensor();
+                                   int n_species, const at::Tensor& shift, const Gpu& gpu) {
   at::Tensor sums = at::empty({firsts.size(0) - 1}, values.options().dtype(at::kDouble));
   with_type(values, [&](auto zero) {
     using T = decltype(zero);
     cuda::sum_by_structure<T>(values.const_data_ptr<T>(), order.const_data_ptr<int64_t>(),
                               firsts.const_data_ptr<int64_t>(), sums.size(0),
                               starts.const_data_ptr<int64_t>(), n_species,
-                              own.defined() ? own.const_data_ptr<double>() : nullptr,
+                              shift.defined() ? shift.const_data_ptr<double>() : nullptr,
                               sums.mutable_data_ptr<double>(), gpu.stream);
   });
   return sums;

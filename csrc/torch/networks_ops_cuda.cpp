@@ -12,6 +12,7 @@
 #include "checks.h"
 #include "gpu.h"
 #include "gpu_networks.h"
+#include "networks_arguments.h"
 
 namespace kinml::ops {
 namespace {
@@ -49,55 +50,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species,
           starts - firsts.slice(0, 0, n_batches).unsqueeze(1), firsts};
 }
 
-// The networks' description, and checks of what shapes say.
-struct Networks {
+struct Networks : NetworkArguments {
   cuda::ChainPlan plan;
-  int64_t saved_per_atom;
-  Tensor features, rows, owners, starts, parameters;
   int64_t n_structures;
 
-  Networks(const Tensor& features_, const Tensor& rows_, const Tensor& owners_,
-           const Tensor& starts_, const Tensor& parameters_, Ints sizes, Ints activations,
-           bool biases, int64_t n_structures_)
-      : features(features_.dim() == 2 && features_.stride(1) == 1 ? features_
-                                                                  : features_.contiguous()),
-        rows(rows_.contiguous()),
-        owners(owners_.contiguous()),
-        starts(starts_.contiguous()),
-        parameters(parameters_.contiguous()),
-        n_structures(n_structures_) {
-    check_floating(features, "features");
-    check_same_type(parameters, "parameters", features, "features");
-    TORCH_CHECK(features.dim() == 2, "kinml_fast: features must have shape [n, D], got ",
-                features.sizes());
-    check_index(rows, "rows");
-    check_index(owners, "owners");
-    check_index(starts, "starts");
-    for (const auto& [t, name] :
-         {std::pair(&rows, "rows"), std::pair(&owners, "owners"), std::pair(&starts, "starts"),
-          std::pair(&parameters, "parameters")})
-      check_device(*t, name, features, "features");
-    TORCH_CHECK(owners.size(0) == rows.size(0), "kinml_fast: rows has ", rows.size(0),
-                " atoms, owners has ", owners.size(0));
-    const NetworkShape shape = unpack_networks(parameters, starts.size(0) - 1, features.size(1),
-                                               sizes, activations, biases);
-    plan = cuda::plan_chain(NetworkLevels{{shape}});
-    saved_per_atom = shape.saved_per_atom();
-  }
-  int64_t n() const { return rows.size(0); }
+  Networks(const Tensor& features, const Tensor& rows, const Tensor& owners, const Tensor& starts,
+           const Tensor& parameters, Ints sizes, Ints activations, bool biases,
+           int64_t n_structures_)
+      : NetworkArguments(features, rows, owners, starts, parameters, sizes, activations, biases),
+        plan(cuda::plan_chain(NetworkLevels{{shape}})),
+        n_structures(n_structures_) {}
   // Sums over the atoms of each structure, in species order.
-  Tensor sum_atoms(const Tensor& atomic, const std::optional<Tensor>& shift, const Gpu& gpu) const {
+  // shift  // [n_species], added to each atom's; or undefined
+  Tensor sum_atoms(const Tensor& atomic, const Tensor& shift, const Gpu& gpu) const {
     const auto [sorted, order] = at::sort(owners, /*stable=*/true, 0, false);
     const Tensor firsts = at::searchsorted(sorted, at::arange(n_structures + 1, owners.options()));
     return sum_by_structure(atomic, order, firsts, starts, plan.n_species, shift, gpu);
   }
 };
-
-void check_grad_energies(const Tensor& grad_energies, const Networks& net) {
-  TORCH_CHECK(grad_energies.scalar_type() == at::kDouble && grad_energies.dim() == 1,
-              "kinml_fast: grad_energies must be float64 of shape [n_structures]");
-  check_device(grad_energies, "grad_energies", net.features, "features");
-}
 
 // Calls pass(batch, workspace) with the packed weights.
 template <class T, class Function>
@@ -138,26 +108,20 @@ std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor
     const Gpu gpu(features);
     const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
                        n_structures);
-    Tensor saved = at::empty({save ? net.n() : 0, net.saved_per_atom}, features.options());
+    Tensor saved = at::empty({save ? net.n() : 0, net.shape.saved_per_atom()}, features.options());
     // An atom that no species has stays NaN.
     const Tensor atomic =
         at::full({net.n()}, std::numeric_limits<double>::quiet_NaN(), features.options());
-    if (sae.has_value()) {
-      TORCH_CHECK(sae->scalar_type() == at::kDouble && sae->dim() == 1 &&
-                      sae->size(0) == net.plan.n_species,
-                  "kinml_fast: sae must be float64 of shape [", net.plan.n_species, "], got ",
-                  sae->scalar_type(), " of shape ", sae->sizes());
-      check_device(*sae, "sae", features, "features");
-    }
+    const Tensor shift = net.checked_sae(sae);
     with_type(features, [&](auto zero) {
       using T = decltype(zero);
       run<T>(net, false, false, gpu, [&](const auto& batch, char* memory) {
         cuda::networks_forward<T>(net.plan, batch, save ? saved.mutable_data_ptr<T>() : nullptr,
-                                  net.saved_per_atom, atomic.mutable_data_ptr<T>(), memory,
+                                  net.shape.saved_per_atom(), atomic.mutable_data_ptr<T>(), memory,
                                   gpu.stream);
       });
     });
-    return {net.sum_atoms(atomic, sae, gpu), saved};
+    return {net.sum_atoms(atomic, shift, gpu), saved};
   });
 }
 
@@ -177,21 +141,19 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies_, const
     const Gpu gpu(features);
     const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
                        grad_energies_.size(0));
-    check_grad_energies(grad_energies_, net);
-    check_same_type(saved_, "saved", features, "features");
-    check_matrix(saved_, "saved", net.n(), net.saved_per_atom);
-    const Tensor grad_energies = grad_energies_.contiguous(), saved = saved_.contiguous();
+    const Tensor grad_energies = net.checked_gradient(grad_energies_);
+    const Tensor saved = net.checked_saved(saved_);
     const Tensor grad_atoms =
         at::empty({of_features ? net.n() : 0, features.size(1)}, features.options());
     Tensor grad_parameters = of_parameters ? at::empty_like(net.parameters) : none(features);
     with_type(features, [&](auto zero) {
       using T = decltype(zero);
       run<T>(net, false, of_parameters, gpu, [&](const auto& batch, char* memory) {
-        cuda::networks_backward<T>(net.plan, batch, saved.const_data_ptr<T>(), net.saved_per_atom,
-                                   grad_energies.const_data_ptr<double>(),
-                                   of_features ? grad_atoms.mutable_data_ptr<T>() : nullptr,
-                                   of_parameters ? grad_parameters.mutable_data_ptr<T>() : nullptr,
-                                   memory, gpu.stream);
+        cuda::networks_backward<T>(
+            net.plan, batch, saved.const_data_ptr<T>(), net.shape.saved_per_atom(),
+            grad_energies.const_data_ptr<double>(),
+            of_features ? grad_atoms.mutable_data_ptr<T>() : nullptr,
+            of_parameters ? grad_parameters.mutable_data_ptr<T>() : nullptr, memory, gpu.stream);
       });
     });
     return {of_features ? to_features(net, grad_atoms) : none(features), grad_parameters};
@@ -207,10 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
     const Gpu gpu(features);
     const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
                        grad_energies_.size(0));
-    check_grad_energies(grad_energies_, net);
-    check_same_type(tangents_, "tangents", features, "features");
-    check_matrix(tangents_, "tangents", features.size(0), features.size(1));
-    const Tensor grad_energies = grad_energies_.contiguous(), tangents = tangents_.contiguous();
+    const Tensor grad_energies = net.checked_gradient(grad_energies_);
+    const Tensor tangents = net.checked_tangents(tangents_);
     const Tensor derivatives = at::empty({of_grad_energies ? net.n() : 0}, features.options());
     const Tensor grad_atoms =
         at::empty({of_features ? net.n() : 0, features.size(1)}, features.options());
@@ -225,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
             of_parameters ? grad_parameters.mutable_data_ptr<T>() : nullptr, memory, gpu.stream);
       });
     });
-    return {of_grad_energies ? net.sum_atoms(derivatives, std::nullopt, gpu) : none(grad_energies),
+    return {of_grad_energies ? net.sum_atoms(derivatives, {}, gpu) : none(grad_energies),
             of_features ? to_features(net, grad_atoms) : none(features), grad_parameters};
   });
 }

@@ -10,6 +10,7 @@
 #include "../cpu/aev_cpu.h"
 #include "../cpu/networks_cpu.h"
 #include "checks.h"
+#include "networks_arguments.h"
 
 namespace kinml::ops {
 namespace {
@@ -189,40 +190,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species_,
   return {rows, owners, starts, firsts};
 }
 
-// The networks' description, and checks of all that goes with it.
-struct Networks {
-  NetworkShape shape;
-  Tensor features, rows, owners, starts, parameters;
-
-  Networks(const Tensor& features_, const Tensor& rows_, const Tensor& owners_,
-           const Tensor& starts_, const Tensor& parameters_, at::IntArrayRef sizes,
-           at::IntArrayRef activations, bool biases, int64_t n_structures)
-      : features(features_.dim() == 2 && features_.stride(1) == 1 ? features_
-                                                                  : features_.contiguous()),
-        rows(rows_.contiguous()),
-        owners(owners_.contiguous()),
-        starts(starts_.contiguous()),
-        parameters(parameters_.contiguous()) {
-    check_floating(features, "features");
-    check_same_type(parameters, "parameters", features, "features");
-    TORCH_CHECK(features.dim() == 2, "kinml_fast: features must have shape [n, D], got ",
-                features.sizes());
-    check_index(rows, "rows");
-    check_index(owners, "owners");
-    check_index(starts, "starts");
-    const int64_t n_species = starts.size(0) - 1;
-    shape = unpack_networks(parameters, n_species, features.size(1), sizes, activations, biases);
-    const int64_t n = rows.size(0);
-    TORCH_CHECK(owners.size(0) == n, "kinml_fast: rows has ", n, " atoms, owners has ",
-                owners.size(0));
-    const int64_t* start = starts.const_data_ptr<int64_t>();
-    TORCH_CHECK(start[0] == 0 && start[n_species] == n,
-                "kinml_fast: starts must begin with 0 and end with the number of rows, ", n);
-    for (int64_t s = 0; s < n_species; ++s)
+// With checks of the indices' values.
+struct Networks : NetworkArguments {
+  Networks(const Tensor& features, const Tensor& rows, const Tensor& owners, const Tensor& starts,
+           const Tensor& parameters, at::IntArrayRef sizes, at::IntArrayRef activations,
+           bool biases, int64_t n_structures)
+      : NetworkArguments(features, rows, owners, starts, parameters, sizes, activations, biases) {
+    const int64_t* start = this->starts.const_data_ptr<int64_t>();
+    TORCH_CHECK(start[0] == 0 && start[shape.n_species] == n(),
+                "kinml_fast: starts must begin with 0 and end with the number of rows, ", n());
+    for (int64_t s = 0; s < shape.n_species; ++s)
       TORCH_CHECK(start[s] <= start[s + 1], "kinml_fast: starts must not decrease");
-    const int64_t* row = rows.const_data_ptr<int64_t>();
-    const int64_t* owner = owners.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < n; ++i) {
+    const int64_t* row = this->rows.const_data_ptr<int64_t>();
+    const int64_t* owner = this->owners.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < n(); ++i) {
       TORCH_CHECK(row[i] >= 0 && row[i] < features.size(0), "kinml_fast: rows[", i, "] = ", row[i],
                   " is not a row of the features, which have ", features.size(0));
       TORCH_CHECK(owner[i] >= 0 && owner[i] < n_structures, "kinml_fast: owners[", i,
@@ -239,18 +220,10 @@ std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor
                                             int64_t n_structures, bool save) {
   const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
                      n_structures);
-  const int64_t n = net.rows.size(0);
   Tensor energies = at::zeros({n_structures}, features.options().dtype(at::kDouble));
-  Tensor saved = at::empty({save ? n : 0, net.shape.saved_per_atom()}, features.options());
-  Tensor atomic = at::empty({n}, features.options());
-  Tensor shift;
-  if (sae.has_value()) {
-    TORCH_CHECK(
-        sae->scalar_type() == at::kDouble && sae->dim() == 1 && sae->size(0) == net.shape.n_species,
-        "kinml_fast: sae must be float64 of shape [", net.shape.n_species, "], got ",
-        sae->scalar_type(), " of shape ", sae->sizes());
-    shift = sae->contiguous();
-  }
+  Tensor saved = at::empty({save ? net.n() : 0, net.shape.saved_per_atom()}, features.options());
+  Tensor atomic = at::empty({net.n()}, features.options());
+  const Tensor shift = net.checked_sae(sae);
   with_type(features, [&](auto zero) {
     using T = decltype(zero);
     cpu::networks_forward<T>(
@@ -292,17 +265,15 @@ bool any_twice(const Tensor& rows_, int64_t n_features) {
 }
 
 // dL/dE of its structure for every atom.
-Tensor of_atoms(const Tensor& grad_energies, const Tensor& owners, const Tensor& like) {
-  TORCH_CHECK(grad_energies.scalar_type() == at::kDouble && grad_energies.dim() == 1,
-              "kinml_fast: grad_energies must be float64 of shape [n_structures]");
-  const Tensor grad = grad_energies.contiguous();
-  Tensor result = at::empty({owners.size(0)}, like.options());
-  with_type(like, [&](auto zero) {
+Tensor of_atoms(const Tensor& grad_energies, const Networks& net) {
+  const Tensor grad = net.checked_gradient(grad_energies);
+  Tensor result = at::empty({net.n()}, net.features.options());
+  with_type(result, [&](auto zero) {
     using T = decltype(zero);
     const double* g = grad.const_data_ptr<double>();
-    const int64_t* owner = owners.const_data_ptr<int64_t>();
+    const int64_t* owner = net.owners.const_data_ptr<int64_t>();
     T* out = result.mutable_data_ptr<T>();
-    for (int64_t i = 0; i < owners.size(0); ++i) out[i] = static_cast<T>(g[owner[i]]);
+    for (int64_t i = 0; i < net.n(); ++i) out[i] = static_cast<T>(g[owner[i]]);
   });
   return result;
 }
@@ -326,11 +297,8 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const 
     return {at::zeros(features.sizes(), features.options()).index_add_(0, net.rows, grad_rows),
             grad_parameters};
   }
-  const int64_t n = net.rows.size(0);
-  check_same_type(saved, "saved", features, "features");
-  check_matrix(saved, "saved", n, net.shape.saved_per_atom());
-  const Tensor kept = saved.contiguous();
-  const Tensor grad_atomic = of_atoms(grad_energies, net.owners, features);
+  const Tensor kept = net.checked_saved(saved);
+  const Tensor grad_atomic = of_atoms(grad_energies, net);
   Tensor grad_features = of_features ? at::zeros(features.sizes(), features.options())
                                      : at::empty({0}, features.options());
   Tensor grad_parameters =
@@ -357,26 +325,23 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
   // Both are read, and the gradient written, at one stride.
   const Networks net(features.contiguous(), rows, owners, starts, parameters, sizes, activations,
                      biases, n_structures);
-  check_same_type(tangents, "tangents", features, "features");
-  check_matrix(tangents, "tangents", features.size(0), features.size(1));
+  const Tensor directions = net.checked_tangents(tangents);
   if (of_features && any_twice(net.rows, features.size(0))) {
     auto [derivatives, grad_rows, grad_parameters] = networks_second_backward(
-        tangents.index_select(0, net.rows), grad_energies, features.index_select(0, net.rows),
+        directions.index_select(0, net.rows), grad_energies, features.index_select(0, net.rows),
         at::arange(net.rows.size(0), net.rows.options()), owners, starts, parameters, sizes,
         activations, biases, of_grad_energies, true, of_parameters);
     return {derivatives,
             at::zeros(features.sizes(), features.options()).index_add_(0, net.rows, grad_rows),
             grad_parameters};
   }
-  const int64_t n = net.rows.size(0);
-  const Tensor directions = tangents.contiguous();
-  const Tensor grad_atomic = of_atoms(grad_energies, net.owners, features);
+  const Tensor grad_atomic = of_atoms(grad_energies, net);
   Tensor derivatives = at::zeros({of_grad_energies ? n_structures : 0}, grad_energies.options());
   Tensor grad_features = of_features ? at::zeros(features.sizes(), features.options())
                                      : at::empty({0}, features.options());
   Tensor grad_parameters =
       of_parameters ? at::empty_like(net.parameters) : at::empty({0}, features.options());
-  Tensor atomic = at::empty({of_grad_energies ? n : 0}, features.options());
+  Tensor atomic = at::empty({of_grad_energies ? net.n() : 0}, features.options());
   with_type(features, [&](auto zero) {
     using T = decltype(zero);
     cpu::networks_second_backward<T>(
@@ -390,7 +355,7 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
     const int64_t* owner = net.owners.const_data_ptr<int64_t>();
     const T* derivative = atomic.const_data_ptr<T>();
     double* sum = derivatives.mutable_data_ptr<double>();
-    for (int64_t i = 0; i < n; ++i) sum[owner[i]] += static_cast<double>(derivative[i]);
+    for (int64_t i = 0; i < net.n(); ++i) sum[owner[i]] += static_cast<double>(derivative[i]);
   });
   return {derivatives, grad_features, grad_parameters};
 }
