@@ -44,6 +44,18 @@ def why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Where there is a GPU, only tests of it use it: elsewhere the device auto is the CPU, and results are its."""
+    from kinml_fast import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("cuda") is None and torch.cuda.is_available():
+            patch.setattr(devices, "why_no_gpu", lambda: "this test is about the CPU")
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of programs that it starts
+        return (yield)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the test's tensors are; pytest -m cuda runs those of the GPU."""
