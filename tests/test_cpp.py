@@ -45,7 +45,9 @@ def build_program(folder: Path, name: str, number: int, *options: str) -> Path:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Path:
-    """Build everything that needs no torch."""
+    """Everything that needs no torch, built: what .ci/run has (KINML_CPP_BUILD), or anew, which takes minutes."""
+    if there := os.environ.get("KINML_CPP_BUILD"):
+        return Path(there)
     folder = tmp_path_factory.mktemp("cmake")
     run("cmake", "-S", ROOT, "-B", folder, "-DKINML_WITH_TORCH=OFF", "-DKINML_BUILD_TESTS=ON")
     run("cmake", "--build", folder, "--parallel", JOBS)
