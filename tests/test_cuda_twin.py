@@ -15,13 +15,18 @@ TESTS = Path(__file__).resolve().parent
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 
-# What runs here in two minutes; KINML_TWIN=1 pytest runs everything so. Each line: arguments of pytest.
+# What runs here in some minutes; KINML_TWIN=1 pytest runs everything so. Each line: arguments of pytest.
 SUBSET = [
     ["test_ops_adam.py", "test_ops_networks.py"],
     ["test_ops_forces.py", "test_ops_levels.py"],
     # Without those of hundreds of atoms, which take minutes. test_large_and_small_structures_in_one_batch fails there:
     # together they go another way than alone, to the same numbers but not the same bits.
     ["test_ops_aev.py", "-k", "not large and not dense and not thread"],
+    # Training: ten epochs of the published run, and beside plain loops in torch.
+    [
+        *("test_parity.py", "test_trainer.py", "test_force_training.py", "test_levels_training.py"),
+        *("test_stored_training.py", "-k", "published_run or plain_loop or ten_epochs"),
+    ],
 ]
 
 
