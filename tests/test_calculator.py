@@ -366,6 +366,16 @@ def test_atoms_that_cannot_be_computed(atoms, message):
     assert good.get_potential_energy() == pytest.approx(by_model(make_model(), good)[0])
 
 
+def test_an_energy_that_is_not_a_number():
+    model = make_model()
+    model.sae[model.elements.index("O")] = torch.inf
+    atoms = water()
+    atoms.calc = KinMLCalculator(model)
+    with pytest.raises(CalculatorSetupError, match=r"^OH2 has an energy that is NaN or infinite: .* device cpu$"):
+        atoms.get_potential_energy()
+    assert atoms.calc.results == {}
+
+
 def test_what_is_no_model_and_what_is_not_computed(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         KinMLCalculator(tmp_path / "none.pt")

@@ -248,6 +248,15 @@ def test_an_element_that_the_model_does_not_know_is_refused():
         evaluate.evaluate(make_model(elements=("H", "C")), waters(2))
 
 
+def test_an_energy_that_is_not_a_number_is_refused():
+    model = make_model()
+    model.sae[model.elements.index("O")] = torch.nan
+    both = concatenate([hydrogens(3), waters(2)])
+    with pytest.raises(InputError, match=r"^w\.xyz/1 has an energy that is NaN or infinite: .* leave it out"):
+        evaluate.evaluate(model, both, batch_size=2)
+    assert np.isfinite(evaluate.evaluate(model, hydrogens(3)).energies).all()
+
+
 def write_xyz(path: Path, structures: Structures) -> Path:
     frames = []
     for i in range(len(structures)):

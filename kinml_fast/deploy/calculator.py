@@ -61,7 +61,8 @@ class KinMLCalculator(Calculator):
         A model that cannot be read; models that do not fit together; a delta model without a base, or another with one.
     CalculatorInputError
         When calculating: periodic atoms, an element that the model does not know, positions that are NaN or infinite,
-        two atoms closer than 0.1 Å. It is both an `InputError` and ASE's `CalculatorSetupError`.
+        two atoms closer than 0.1 Å, or an energy that is NaN or infinite. It is both an `InputError` and ASE's
+        `CalculatorSetupError`.
     """
 
     implemented_properties = ("energy", "free_energy", "forces")
@@ -121,6 +122,8 @@ class KinMLCalculator(Calculator):
         self.results = {}
         self._check(self.atoms)
         energies, forces = self._evaluate(self.atoms)
+        if not np.isfinite(energies).all():
+            raise CalculatorInputError(f"{self.atoms.symbols} {members.NOT_FINITE}")
         if self.base is not None:
             energies = energies + self.base.get_property("energy", self.atoms)
             forces = forces + self.base.get_property("forces", self.atoms)

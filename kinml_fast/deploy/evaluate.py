@@ -112,7 +112,7 @@ def evaluate(
     Raises
     ------
     InputError
-        An element that the model does not know, or no coordinates.
+        An element that the model does not know, no coordinates, or an energy that is not a finite number.
     """
     structures = structures.with_elements(model.elements)
     if structures.coordinates is None:
@@ -133,6 +133,9 @@ def evaluate(
             computed.append(force)
         else:
             energy = members.energies(model, *batch)
+        known = np.isfinite(energy).all(axis=(0, 1))
+        if not known.all():
+            raise InputError(f"{structures.labels[first + int(np.argmin(known))]} {members.NOT_FINITE}")
         energies.append(energy)
     found = [np.concatenate(energies, axis=2), np.concatenate(computed, axis=2) if with_forces else None]
     means = [None if x is None else members.mean(x) for x in found]

@@ -8,6 +8,12 @@ from torch import Tensor
 
 from kinml_fast.nn import EnergyModel, Ensemble
 
+NOT_FINITE = (
+    "has an energy that is NaN or infinite: its atoms are too crowded for this model, or (on a GPU) an atom has more "
+    "neighbours than docs/gpu.md allows; leave it out, or take the device cpu"
+)
+"""What is said of such a structure, after its name."""
+
 
 def count(model: EnergyModel | Ensemble) -> int:
     """The number of members, 1 for a model."""
