@@ -20,7 +20,7 @@ from torch.utils import cpp_extension
 from kinml_fast import reference
 from kinml_fast._library import library_path
 from kinml_fast.errors import InputError
-from kinml_fast.nn import AEVParameters, EnergyModel
+from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
 SAE = (-1035.4398438, -16.97113695)
@@ -129,6 +129,25 @@ def test_float32_is_near_float64():
     torch.testing.assert_close(narrow_forces.double(), forces(wide, x.double(), z, o), rtol=5e-4, atol=5e-4)
     with pytest.raises(RuntimeError, match="parameters is Float but features is Double"):
         narrow(x.double(), z, o)
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.float, lambda module: module.to(torch.float32)])
+def test_a_model_that_is_converted_keeps_its_single_atom_energies(convert):
+    """They are a thousand eV, of which float32 keeps 6e-5."""
+    x, z, o = batch(dtype=torch.float32)
+    narrow = model(torch.float32)
+    for wide in (model(), Ensemble([model(), model()])):
+        before = wide.sae.clone()
+        assert convert(wide) is wide
+        assert (wide.dtype, wide.sae.dtype) == (torch.float32, torch.float64)
+        assert torch.equal(wide.sae, before)
+        with torch.no_grad():
+            narrow.networks.weights.copy_(wide.networks.weights.reshape(-1)[: narrow.networks.weights.numel()])
+        assert torch.equal(wide(x, z, o), narrow(x, z, o))
+        assert dict(wide.double().named_buffers())["sae"].dtype == torch.float64
+    ensemble = Ensemble([model(), model()]).float()
+    assert ensemble.to_dict()["dtype"] == "float32"
+    assert torch.equal(ensemble.member(1)(x, z, o), ensemble(x, z, o))
 
 
 def test_energy_of_a_structure_does_not_depend_on_its_company():

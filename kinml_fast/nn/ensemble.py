@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kinml_fast.errors import InputError
 from kinml_fast.nn.aev import AEV
-from kinml_fast.nn.potential import EnergyModel
+from kinml_fast.nn.potential import DoubleSingleAtomEnergies, EnergyModel
 
 _WORDS = {
     "elements": "knows the elements",
@@ -26,7 +26,7 @@ _WORDS = {
 """What members share, and how a message says that one differs."""
 
 
-class Ensemble(torch.nn.Module):
+class Ensemble(DoubleSingleAtomEnergies):
     """M models that differ in their weights and single-atom energies only; one fused op evaluates all of them.
 
     Parameters
@@ -177,7 +177,7 @@ class Ensemble(torch.nn.Module):
     @torch.jit.unused
     def member(self, index: int) -> EnergyModel:
         """One member (counted from 0) as a model of its own, with copies of its weights."""
-        model = EnergyModel.from_dict(self._architecture).to(self.sae.device)
+        model = EnergyModel.from_dict(self._member_dict()).to(self.sae.device)
         with torch.no_grad():
             model.networks.weights.copy_(self.networks.weights[index])
             model.sae.copy_(self.sae[index])
@@ -186,7 +186,11 @@ class Ensemble(torch.nn.Module):
     @torch.jit.unused
     def to_dict(self) -> dict[str, Any]:
         """The architecture, as plain lists, strings and numbers: that of a member, and how many there are."""
-        return {"members": self.n_members, **self._architecture}
+        return {"members": self.n_members, **self._member_dict()}
+
+    @torch.jit.unused
+    def _member_dict(self) -> dict[str, Any]:
+        return {**self._architecture, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Ensemble:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,19 @@ from kinml_fast.nn.aev import AEV, AEVParameters
 from kinml_fast.nn.networks import SpeciesNetworks
 
 
-class EnergyModel(torch.nn.Module):
+class DoubleSingleAtomEnergies(torch.nn.Module):
+    """A module whose single-atom energies `sae`, which are large, stay float64 when its type is changed."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
+        """What `float()`, `to(torch.float32)` and the like call."""
+        exact = self.sae
+        super()._apply(fn, recurse)
+        if self.sae.dtype != exact.dtype:
+            self.sae = exact.to(self.sae.device)
+        return self
+
+
+class EnergyModel(DoubleSingleAtomEnergies):
     """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy).
 
     At several levels of theory the energies of a level are those of the level below plus what a network of its own
