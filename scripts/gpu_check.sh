@@ -50,7 +50,7 @@ run() {
   last=$(grep -aE '[0-9]+ (passed|failed)|tests passed|ERROR SUMMARY|RACECHECK SUMMARY|^skipped' "$part" | tail -n 2 | tr '\n' ' ')
   case $status in
     0) tail -n "${show:-3}" "$part" && note passed $((SECONDS - started)) "$name" "$last" ;;
-    77) note skipped $((SECONDS - started)) "$name" "$last" ;;
+    77) note skipped $((SECONDS - started)) "$name" "$last" && failed=1 ;; # no GPU
     124 | 137) tail -n 30 "$part" && note TIMEOUT $((SECONDS - started)) "$name" "$last" && failed=1 ;;
     *) tail -n 60 "$part" && note FAILED $((SECONDS - started)) "$name" "$last" && failed=1 ;;
   esac
