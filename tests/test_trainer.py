@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -389,6 +391,14 @@ def test_the_package_logger_is_left_as_it_was(tmp_path):
     before = logger.level, list(logger.handlers)
     fitted(settings(epochs=1), tmp_path / "run")
     assert (logger.level, logger.handlers) == before
+
+
+def test_no_file_stays_open(tmp_path):
+    trainer = Trainer(model(), training_data(), settings(epochs=2), tmp_path / "run")
+    trainer.fit()
+    places = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert len(places) > 2
+    assert not [place for place in places if place.startswith(str(tmp_path))]
 
 
 def test_tensorboard_events(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -175,9 +176,10 @@ class MetricsTable:
             return file.tell()
 
     def close(self) -> None:
-        """Write the remaining rows and close the event file."""
-        self.flush()
-        self._events.close()
+        """Close the event file; a further row opens another one. Rows that were not flushed are not written."""
+        # Behind a flush nothing is left to write; without one, another error is on its way.
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 class _EventFile:
@@ -216,5 +218,6 @@ class _EventFile:
             self._writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()

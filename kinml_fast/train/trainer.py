@@ -189,6 +189,8 @@ class Trainer:
             stack.enter_context(_memory_explained(self.config))
             if self.folder is not None:
                 stack.enter_context(self.folder.logged())
+            if self._table is not None:
+                stack.callback(self._table.close)
             self.prepare()
             if self._table is not None and not self.folder.last.exists():
                 self._save()
