@@ -36,10 +36,12 @@ def quiet_logger():
 
 def complaint(capsys, *arguments):
     """The one line that a mistake gives, with exit code 2."""
+    capsys.readouterr()  # what came before
     assert main([str(a) for a in arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("kinml-fast: ")
-    return line
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("kinml-fast: ")
+    return lines[0]
 
 
 def test_info(capsys):
