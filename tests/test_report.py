@@ -156,7 +156,7 @@ def test_density_is_highest_where_most_points_lie():
     assert np.median(density[:3000]) > 3 * np.median(density[3000:])
 
 
-@pytest.mark.filterwarnings("error", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("reference", "error"),
     [
@@ -175,7 +175,7 @@ def test_unusual_predictions_can_be_drawn(tmp_path, reference, error):
     assert row.errors.max == pytest.approx(error * KCAL_PER_MOL, rel=1e-2, nan_ok=True)
 
 
-@pytest.mark.filterwarnings("error", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "rows",
     [
