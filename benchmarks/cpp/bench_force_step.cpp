@@ -20,9 +20,11 @@
 #include "../../csrc/cpu/aev_environments.h"
 #include "../../csrc/cpu/force_step_cpu.h"
 #include "../../csrc/cpu/force_step_kernels.h"
+#include "../../csrc/cpu/networks_cpu.h"
 
 namespace {
 
+using namespace kinml;
 using namespace kinml::cpu;
 using Index = std::int64_t;
 using Clock = std::chrono::steady_clock;
@@ -221,20 +223,23 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
       ones(n_structures, 1.0);
   std::vector<Index> chosen(kBatch);
   std::vector<double> residuals(kBatch), errors(3 * kBatch), losses(2);
-  ForceBatch<T> batch{species.data(), offsets.data(), chosen.data(),
-                      kBatch,         n_structures,   kAtoms * n_structures};
-  const NetworkLevels levels{{shape}};
-  batch.parameters = &parameters;
-  batch.coordinates = coordinates.data();
-  const ForceLoss loss{energies.data(), targets.data(), ones.data(), ones.data(), 0.3, 0.7};
+  System<T> system{kAtoms * n_structures, n_structures, species.data(), offsets.data(),
+                   coordinates.data()};
+  system.chosen = chosen.data();
+  system.n_chosen = kBatch;
+  const Model<T> model{parameters, {{shape}}, weights.data()};
+  const double scales[] = {0.3, 0.7}, counts[] = {kBatch, kBatch};
+  const Loss loss{1,           n_structures,   kAtoms * n_structures, energies.data(),
+                  ones.data(), targets.data(), ones.data(),           scales,
+                  counts};
   add(
       "step",
       [&] {
         for (Index& s : chosen) s = static_cast<Index>(random() % n_structures);
       },
       [&] {
-        force_step<T>(levels, weights.data(), batch, loss, losses.data(), gradient.data(),
-                      residuals.data(), errors.data(), 1);
+        force_step<T>(model, system, loss, losses.data(), gradient.data(), residuals.data(),
+                      errors.data(), 1);
       },
       0);
   Row& step = result.back();

@@ -49,13 +49,15 @@ struct NetworkShape {
   std::int64_t saved_per_atom() const { return 2 * per_atom(); }
 };
 
-// The networks of K levels of theory, lowest first. Those of level 0 take the D numbers of a
-// descriptor; the others one more, the last: the atomic energy of the level below.
-struct NetworkLevels {
+// The networks of K levels of theory, lowest first, in a chain: those of level 0 take the D numbers
+// of a descriptor; the others one more, the last: the atomic energy of the level below.
+struct NetworkChain {
   std::vector<NetworkShape> shapes;  // [K]
 
-  std::int64_t count() const { return static_cast<std::int64_t>(shapes.size()); }
+  std::int64_t n_levels() const { return static_cast<std::int64_t>(shapes.size()); }
   std::int64_t n_species() const { return shapes[0].n_species; }
+  // D, the length of the descriptors.
+  std::int64_t length() const { return shapes[0].size(0, 0); }
   // Numbers of the parameters of level k, which follow those of level k - 1.
   std::int64_t parameters_of(std::int64_t k) const {
     std::int64_t total = 0;
@@ -64,12 +66,9 @@ struct NetworkLevels {
   }
   std::int64_t parameters() const {
     std::int64_t total = 0;
-    for (std::int64_t k = 0; k < count(); ++k) total += parameters_of(k);
+    for (std::int64_t k = 0; k < n_levels(); ++k) total += parameters_of(k);
     return total;
   }
 };
-
-// Which levels the outputs have: one row for each, or one for the highest alone.
-enum class Levels { all, highest };
 
 }  // namespace kinml

@@ -93,16 +93,16 @@ void run_centres(const AevTables<T>& tables, Environments<T>& environments, cons
 }
 
 template <class T>
-void run(const AevParameters& parameters, const AevBatch<T>& batch, Product product,
+void run(const AevParameters& parameters, const System<T>& system, Product product,
          const T* gradient, const T* tangent, std::int64_t columns, T* out, int n_threads) {
   const AevTableStorage<T> tables(parameters);
   const Task<T> all{product, parameters.length(), columns, gradient, tangent, out};
   const auto set_structure = [&](Environments<T>& environments, std::int64_t s) {
-    const std::int64_t first = batch.offsets[s];
-    environments.set_structure(batch.offsets[s + 1] - first, batch.coordinates + 3 * first,
-                               batch.species + first);
+    const std::int64_t first = system.offsets[s];
+    environments.set_structure(system.offsets[s + 1] - first, system.coordinates + 3 * first,
+                               system.species + first);
   };
-  if (all.to_coordinates()) std::fill(out, out + 3 * batch.offsets[batch.n_structures], T(0));
+  if (all.to_coordinates()) std::fill(out, out + 3 * system.offsets[system.n_structures], T(0));
 
   // Small structures: tasks of whole structures.
   struct Range {
@@ -111,8 +111,8 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, Product prod
   std::vector<Range> ranges;
   std::vector<std::int64_t> large;
   std::int64_t atoms = 0;
-  for (std::int64_t s = 0; s < batch.n_structures; ++s) {
-    const std::int64_t n = batch.offsets[s + 1] - batch.offsets[s];
+  for (std::int64_t s = 0; s < system.n_structures; ++s) {
+    const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
     if (n > kLargeStructure) {
       large.push_back(s);
       atoms = kTaskAtoms;  // the next small structure begins a new range
@@ -129,21 +129,21 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, Product prod
   const auto small_structures = [&](std::int64_t item) {
     Environments<T> environments(tables);
     for (std::int64_t s = ranges[item].first; s < ranges[item].last; ++s) {
-      const std::int64_t n = batch.offsets[s + 1] - batch.offsets[s];
+      const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
       if (n == 0) continue;
       set_structure(environments, s);
-      run_centres(tables, environments, all.from(batch.offsets[s]), 0, n);
+      run_centres(tables, environments, all.from(system.offsets[s]), 0, n);
     }
   };
   guarded_parallel_for(static_cast<std::int64_t>(ranges.size()), n_threads, small_structures);
 
   // Large structures: tasks of some centres; gradients in parts that are then added in order.
   for (const std::int64_t s : large) {
-    const std::int64_t n = batch.offsets[s + 1] - batch.offsets[s];
+    const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
     const std::int64_t wanted = (n + kTaskAtoms - 1) / kTaskAtoms;
     const std::int64_t n_tasks = all.to_coordinates() ? std::min(kParts, wanted) : wanted;
     std::vector<T> parts(all.to_coordinates() ? n_tasks * 3 * n : 0);
-    const Task<T> whole = all.from(batch.offsets[s]);
+    const Task<T> whole = all.from(system.offsets[s]);
     Environments<T> shared(tables);
     set_structure(shared, s);
     const auto some_centres = [&](std::int64_t item) {
@@ -168,36 +168,36 @@ void run(const AevParameters& parameters, const AevBatch<T>& batch, Product prod
 }  // namespace
 
 template <class T>
-void aev_forward(const AevParameters& parameters, const AevBatch<T>& batch, T* aev, int n_threads) {
-  run<T>(parameters, batch, Product::forward, nullptr, nullptr, 0, aev, n_threads);
+void aev_forward(const AevParameters& parameters, const System<T>& system, T* aev, int n_threads) {
+  run<T>(parameters, system, Product::forward, nullptr, nullptr, 0, aev, n_threads);
 }
 template <class T>
-void aev_jvp(const AevParameters& parameters, const AevBatch<T>& batch, const T* tangent, T* out,
+void aev_jvp(const AevParameters& parameters, const System<T>& system, const T* tangent, T* out,
              int n_threads) {
-  run<T>(parameters, batch, Product::jvp, nullptr, tangent, 0, out, n_threads);
+  run<T>(parameters, system, Product::jvp, nullptr, tangent, 0, out, n_threads);
 }
 template <class T>
-void aev_vjp(const AevParameters& parameters, const AevBatch<T>& batch, const T* gradient, T* out,
+void aev_vjp(const AevParameters& parameters, const System<T>& system, const T* gradient, T* out,
              int n_threads) {
-  run<T>(parameters, batch, Product::vjp, gradient, nullptr, 0, out, n_threads);
+  run<T>(parameters, system, Product::vjp, gradient, nullptr, 0, out, n_threads);
 }
 template <class T>
-void aev_hvp(const AevParameters& parameters, const AevBatch<T>& batch, const T* gradient,
+void aev_hvp(const AevParameters& parameters, const System<T>& system, const T* gradient,
              const T* tangent, T* out, int n_threads) {
-  run<T>(parameters, batch, Product::hvp, gradient, tangent, 0, out, n_threads);
+  run<T>(parameters, system, Product::hvp, gradient, tangent, 0, out, n_threads);
 }
 template <class T>
-void aev_jacobian(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t columns,
+void aev_jacobian(const AevParameters& parameters, const System<T>& system, std::int64_t columns,
                   T* out, int n_threads) {
-  run<T>(parameters, batch, Product::jacobian, nullptr, nullptr, columns, out, n_threads);
+  run<T>(parameters, system, Product::jacobian, nullptr, nullptr, columns, out, n_threads);
 }
 
-#define KINML_INSTANTIATE(T)                                                                       \
-  template void aev_forward<T>(const AevParameters&, const AevBatch<T>&, T*, int);                 \
-  template void aev_jvp<T>(const AevParameters&, const AevBatch<T>&, const T*, T*, int);           \
-  template void aev_vjp<T>(const AevParameters&, const AevBatch<T>&, const T*, T*, int);           \
-  template void aev_hvp<T>(const AevParameters&, const AevBatch<T>&, const T*, const T*, T*, int); \
-  template void aev_jacobian<T>(const AevParameters&, const AevBatch<T>&, std::int64_t, T*, int);
+#define KINML_INSTANTIATE(T)                                                                     \
+  template void aev_forward<T>(const AevParameters&, const System<T>&, T*, int);                 \
+  template void aev_jvp<T>(const AevParameters&, const System<T>&, const T*, T*, int);           \
+  template void aev_vjp<T>(const AevParameters&, const System<T>&, const T*, T*, int);           \
+  template void aev_hvp<T>(const AevParameters&, const System<T>&, const T*, const T*, T*, int); \
+  template void aev_jacobian<T>(const AevParameters&, const System<T>&, std::int64_t, T*, int);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)
 #undef KINML_INSTANTIATE

@@ -11,32 +11,35 @@
 //   d(J^T g) = hvp(g, dx) + J^T dg;   (d/dg)^T u = J u;   (d/dx)^T u = hvp(g, u)
 //   d(J v) . w:  (d/dv)^T w = J^T w;  (d/dx)^T w = hvp(w, v)
 //
+// The system has coordinates; all of its structures are meant.
+//
 // Results have the same bits for any n_threads. Throws std::bad_alloc only.
 #pragma once
 
 #include <cstdint>
 
-#include "../core/batches.h"
+#include "../core/model.h"
+#include "../core/system.h"
 
 namespace kinml::cpu {
 
 template <class T>
-void aev_forward(const AevParameters& parameters, const AevBatch<T>& batch, T* aev /*[n_atoms, D]*/,
+void aev_forward(const AevParameters& parameters, const System<T>& system, T* aev /*[n_atoms, D]*/,
                  int n_threads);
 template <class T>
-void aev_jvp(const AevParameters& parameters, const AevBatch<T>& batch,
+void aev_jvp(const AevParameters& parameters, const System<T>& system,
              const T* tangent /*[n_atoms, 3]*/, T* out /*[n_atoms, D]*/, int n_threads);
 template <class T>
-void aev_vjp(const AevParameters& parameters, const AevBatch<T>& batch,
+void aev_vjp(const AevParameters& parameters, const System<T>& system,
              const T* gradient /*[n_atoms, D]*/, T* out /*[n_atoms, 3]*/, int n_threads);
 template <class T>
-void aev_hvp(const AevParameters& parameters, const AevBatch<T>& batch,
+void aev_hvp(const AevParameters& parameters, const System<T>& system,
              const T* gradient /*[n_atoms, D]*/, const T* tangent /*[n_atoms, 3]*/,
              T* out /*[n_atoms, 3]*/, int n_threads);
 // Column 3 q + d of an atom's block is the derivative with respect to coordinate d of the q-th atom
 // of its structure; columns >= 3 times the largest structure, the rest is zero.
 template <class T>
-void aev_jacobian(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t columns,
+void aev_jacobian(const AevParameters& parameters, const System<T>& system, std::int64_t columns,
                   T* out /*[n_atoms, D, columns]*/, int n_threads);
 
 }  // namespace kinml::cpu

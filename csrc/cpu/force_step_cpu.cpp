@@ -6,10 +6,12 @@
 #include <optional>
 #include <vector>
 
+#include "aev_cpu.h"
 #include "aev_environments.h"
 #include "force_step_kernels.h"
 #include "guarded.h"
 #include "jacobian_kernels.h"
+#include "networks_cpu.h"
 
 namespace kinml::cpu {
 
@@ -32,7 +34,7 @@ struct Range {
 
 // Cuts a range into pieces of nearly equal numbers of atoms, at most so many, none empty.
 template <class T>
-std::vector<Range> cut(const ForceBatch<T>& batch, Range range, Index pieces) {
+std::vector<Range> cut(const System<T>& batch, Range range, Index pieces) {
   const auto atoms = [&](Index i) {
     const Index s = batch.structure(i);
     return batch.offsets[s + 1] - batch.offsets[s];
@@ -52,7 +54,7 @@ std::vector<Range> cut(const ForceBatch<T>& batch, Range range, Index pieces) {
   return result;
 }
 template <class T>
-Index count_atoms(const ForceBatch<T>& batch, Range range) {
+Index count_atoms(const System<T>& batch, Range range) {
   Index total = 0;
   for (Index i = range.first; i < range.last; ++i) {
     const Index s = batch.structure(i);
@@ -61,7 +63,7 @@ Index count_atoms(const ForceBatch<T>& batch, Range range) {
   return total;
 }
 template <class T>
-std::vector<Range> tiles_of(const ForceBatch<T>& batch, Range range) {
+std::vector<Range> tiles_of(const System<T>& batch, Range range) {
   return cut(batch, range, (count_atoms(batch, range) + kTileAtoms - 1) / kTileAtoms);
 }
 
@@ -70,9 +72,9 @@ template <class T>
 using PackedLevels = std::vector<std::unique_ptr<const PackedNetworks<T>>>;
 
 template <class T>
-PackedLevels<T> packed_levels(const NetworkLevels& networks, const T* weights, int n_threads) {
+PackedLevels<T> packed_levels(const NetworkChain& networks, const T* weights, int n_threads) {
   PackedLevels<T> levels;
-  for (Index k = 0; k < networks.count(); ++k) {
+  for (Index k = 0; k < networks.n_levels(); ++k) {
     levels.push_back(
         std::make_unique<const PackedNetworks<T>>(networks.shapes[k], weights, n_threads));
     weights += networks.parameters_of(k);
@@ -108,11 +110,11 @@ struct Outputs {
 template <class T>
 class Worker {
  public:
-  Worker(const NetworkLevels& networks, const ForceBatch<T>& batch, const AevTables<T>* tables)
+  Worker(const NetworkChain& networks, const System<T>& batch, const AevTables<T>* tables)
       : shapes_(networks),
-        n_levels_(networks.count()),
+        n_levels_(networks.n_levels()),
         batch_(batch),
-        length_(tables == nullptr ? batch.length : batch.parameters->length()),
+        length_(networks.length()),
         stride_(padded(length_ + (n_levels_ > 1 ? 1 : 0))),
         tables_(tables) {
     // Rows that begin in the same lines of the cache would drive one another out.
@@ -403,9 +405,9 @@ class Worker {
     return scratch;
   }
 
-  const NetworkLevels& shapes_;
+  const NetworkChain& shapes_;
   const Index n_levels_;
-  const ForceBatch<T>& batch_;
+  const System<T>& batch_;
   Index length_, stride_;
   const AevTables<T>* tables_;
   std::optional<Environments<T>> environments_;
@@ -428,21 +430,22 @@ class Worker {
 };
 
 template <class T>
-std::optional<AevTableStorage<T>> tables_of(const ForceBatch<T>& batch) {
-  if (batch.parameters == nullptr) return std::nullopt;
-  return std::optional<AevTableStorage<T>>(std::in_place, *batch.parameters);
+std::optional<AevTableStorage<T>> tables_of(const Model<T>& model, const System<T>& batch) {
+  if (batch.stored()) return std::nullopt;
+  return std::optional<AevTableStorage<T>>(std::in_place, model.aev);
 }
 
 // gradient = that of the loss, in parts. on_forces(i): whether the loss depends on the forces of
 // structure i; forces: whether `wanted` has to know them.
 template <class T, class OnForces, class Function>
-void differentiate(const NetworkLevels& networks, const T* weights, const ForceBatch<T>& batch,
-                   const OnForces& on_forces, bool forces, const Function& wanted, T* gradient,
-                   int n_threads) {
+void differentiate(const Model<T>& model, const System<T>& batch, const OnForces& on_forces,
+                   bool forces, const Function& wanted, T* gradient, int n_threads) {
+  const NetworkChain& networks = model.networks;
+  const T* const weights = model.weights;
   const Index n_weights = networks.parameters();
-  const auto tables = tables_of(batch);
+  const auto tables = tables_of(model, batch);
   const PackedLevels<T> levels = packed_levels(networks, weights, n_threads);
-  const Range all{0, batch.count};
+  const Range all{0, batch.count()};
   const Index wished = (count_atoms(batch, all) + kTileAtoms - 1) / kTileAtoms;
   const std::vector<Range> parts = cut(batch, all, std::clamp<Index>(wished, 1, kParts));
   const Index n_parts = static_cast<Index>(parts.size());
@@ -470,13 +473,16 @@ void differentiate(const NetworkLevels& networks, const T* weights, const ForceB
 }
 
 template <class T>
-void evaluate_tiles(const NetworkLevels& networks, const T* weights, Index n_members,
-                    const ForceBatch<T>& batch, const Outputs<T>& out, int n_threads) {
-  const auto tables = tables_of(batch);
+void evaluate_tiles(const Model<T>& model, const System<T>& batch, const Outputs<T>& out,
+                    int n_threads) {
+  const NetworkChain& networks = model.networks;
+  const T* const weights = model.weights;
+  const Index n_members = model.n_members;
+  const auto tables = tables_of(model, batch);
   std::vector<PackedLevels<T>> members;
   for (Index m = 0; m < n_members; ++m)
     members.push_back(packed_levels(networks, weights + m * networks.parameters(), n_threads));
-  const std::vector<Range> tiles = tiles_of(batch, {0, batch.count});
+  const std::vector<Range> tiles = tiles_of(batch, {0, batch.count()});
   guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index tile) {
     Worker<T> worker(networks, batch, tables ? &*tables : nullptr);
     worker.evaluate(tiles[tile], members, out);
@@ -485,16 +491,19 @@ void evaluate_tiles(const NetworkLevels& networks, const T* weights, Index n_mem
 
 // Energies and forces with all threads on one structure after another.
 template <class T>
-void evaluate_large(const NetworkLevels& networks, const T* weights, Index n_members,
-                    const ForceBatch<T>& batch, const Outputs<T>& out, int n_threads) {
-  const Index length = batch.parameters->length(), n_levels = networks.count();
+void evaluate_large(const Model<T>& model, const System<T>& batch, const Outputs<T>& out,
+                    int n_threads) {
+  const NetworkChain& networks = model.networks;
+  const T* const weights = model.weights;
+  const Index n_members = model.n_members, length = networks.length(),
+              n_levels = networks.n_levels();
   const Index stride = length + (n_levels > 1 ? 1 : 0), n_species = networks.n_species();
   const Index first_row = n_levels - out.rows;
-  for (Index i = 0; i < batch.count; ++i) {
+  for (Index i = 0; i < batch.count(); ++i) {
     const Index s = batch.structure(i), begin = batch.offsets[s];
     const Index n = batch.offsets[s + 1] - begin;
     const Index offsets[] = {0, n};
-    const AevBatch<T> one{1, batch.coordinates + 3 * begin, batch.species + begin, offsets};
+    const System<T> one{n, 1, batch.species + begin, offsets, batch.coordinates + 3 * begin};
     std::vector<Index> starts(n_species + 1), rows(n);
     for (Index a = 0; a < n; ++a) ++starts[one.species[a] + 1];
     for (Index z = 0; z < n_species; ++z) starts[z + 1] += starts[z];
@@ -502,7 +511,7 @@ void evaluate_large(const NetworkLevels& networks, const T* weights, Index n_mem
     for (Index a = 0; a < n; ++a) rows[next[one.species[a]]++] = a;
     std::vector<T> aevs(n * length), features(n * stride), slopes(n * stride), g(n * length);
     std::vector<T> atomic(n), eps(n), seeds(n, T(1)), saved;
-    aev_forward<T>(*batch.parameters, one, aevs.data(), n_threads);
+    aev_forward<T>(model.aev, one, aevs.data(), n_threads);
     for (Index a = 0; a < n; ++a)
       std::copy_n(aevs.data() + a * length, length, features.data() + a * stride);
     for (Index m = 0; m < n_members; ++m) {
@@ -527,7 +536,7 @@ void evaluate_large(const NetworkLevels& networks, const T* weights, Index n_mem
         }
         if (k < first_row) continue;
         T* const forces = out.force(m, k - first_row) + 3 * begin;
-        aev_vjp<T>(*batch.parameters, one, g.data(), forces, n_threads);
+        aev_vjp<T>(model.aev, one, g.data(), forces, n_threads);
         for (Index c = 0; c < 3 * n; ++c) forces[c] = T(0) - forces[c];
         out.energy(m, k - first_row)[i] = energy;
       }
@@ -538,108 +547,77 @@ void evaluate_large(const NetworkLevels& networks, const T* weights, Index n_mem
 }  // namespace
 
 template <class T>
-void energy_forces(const NetworkLevels& networks, const T* weights, std::int64_t n_members,
-                   const ForceBatch<T>& batch, const double* sae, Levels levels, double* energies,
-                   T* forces, int n_threads) {
-  if (n_members == 0) return;
-  const Index rows = levels == Levels::all ? networks.count() : 1;
-  const Outputs<T> out{energies, forces, rows, batch.count, batch.n_atoms};
+void energy_forces(const Model<T>& model, const System<T>& batch, std::int64_t first_level,
+                   double* energies, T* forces, int n_threads) {
+  if (model.n_members == 0) return;
+  const Index rows = model.networks.n_levels() - first_level,
+              n_species = model.networks.n_species();
+  const Outputs<T> out{energies, forces, rows, batch.count(), batch.n_atoms};
   Index largest = 0;
-  for (Index i = 0; i < batch.count; ++i)
+  for (Index i = 0; i < batch.count(); ++i)
     largest = std::max(largest, count_atoms(batch, {i, i + 1}));
-  if (largest > kLargeStructure && batch.parameters != nullptr)
-    evaluate_large(networks, weights, n_members, batch, out, n_threads);
+  if (largest > kLargeStructure && !batch.stored())
+    evaluate_large(model, batch, out, n_threads);
   else
-    evaluate_tiles(networks, weights, n_members, batch, out, n_threads);
-  if (sae == nullptr) return;
-  for (Index row = 0; row < n_members * rows; ++row, sae += networks.n_species())
-    for (Index i = 0; i < batch.count; ++i) {
+    evaluate_tiles(model, batch, out, n_threads);
+  if (model.sae == nullptr) return;
+  for (Index row = 0; row < model.n_members * rows; ++row)
+    for (Index i = 0; i < batch.count(); ++i) {
       const Index s = batch.structure(i);
       for (Index a = batch.offsets[s]; a < batch.offsets[s + 1]; ++a)
-        energies[row * batch.count + i] += sae[batch.species[a]];
+        energies[row * batch.count() + i] += model.sae[row * n_species + batch.species[a]];
     }
 }
 
 template <class T>
-void energy_forces_backward(const NetworkLevels& networks, const T* weights,
-                            const ForceBatch<T>& batch, Levels levels, const double* e, const T* r,
-                            T* gradient, int n_threads) {
-  const Index n_levels = networks.count();
-  const Index first = levels == Levels::all ? 0 : n_levels - 1;
+void energy_forces_backward(const Model<T>& model, const System<T>& batch, std::int64_t first_level,
+                            const double* e, const T* r, T* gradient, int n_threads) {
+  const Index n_levels = model.networks.n_levels();
   const bool on_forces = batch.has_forces();
   const auto given = [&](const TileStructure<T>& structure) {
     const Index s = batch.structure(structure.number);
     for (Index k = 0; k < n_levels; ++k) {
-      const bool there = k >= first;
-      structure.e[k] = there ? e[(k - first) * batch.count + structure.number] : 0.0;
-      structure.any[k] = there && on_forces;
+      const bool is_output = k >= first_level;
+      structure.e[k] = is_output ? e[(k - first_level) * batch.count() + structure.number] : 0.0;
+      structure.any[k] = is_output && on_forces;
       if (!structure.any[k]) continue;
-      const T* const own = r + (k - first) * 3 * batch.n_atoms;
-      std::copy(own + 3 * batch.offsets[s], own + 3 * batch.offsets[s + 1],
+      const T* const of_level = r + (k - first_level) * 3 * batch.n_atoms;
+      std::copy(of_level + 3 * batch.offsets[s], of_level + 3 * batch.offsets[s + 1],
                 structure.r + k * structure.room);
     }
   };
-  differentiate(
-      networks, weights, batch, [&](Index) { return on_forces; }, false, given, gradient,
-      n_threads);
+  differentiate(model, batch, [&](Index) { return on_forces; }, false, given, gradient, n_threads);
 }
 
 template <class T>
-void force_step(const NetworkLevels& networks, const T* weights, const ForceBatch<T>& batch,
-                const ForceLoss& loss, double* losses, T* gradient, double* residuals,
-                double* errors, int n_threads) {
-  const Index n_levels = networks.count();
-  const bool has_forces = batch.has_forces();
-  const auto energy_weight = [&](Index k, Index i) {
-    return loss.energy_weights[k * batch.n_structures + batch.structure(i)];
-  };
-  const auto force_weight = [&](Index k, Index i) {
-    return has_forces ? loss.force_weights[k * batch.n_structures + batch.structure(i)] : 0.0;
-  };
+void force_step(const Model<T>& model, const System<T>& batch, const Loss& loss, double* losses,
+                T* gradient, double* residuals, double* errors, int n_threads) {
+  const Index n_levels = model.networks.n_levels();
+  const auto atoms = [&](Index i) { return count_atoms(batch, {i, i + 1}); };
   // A structure without atoms counts, but has nothing to add.
   const auto adds_forces = [&](Index k, Index i) {
-    return force_weight(k, i) != 0 && count_atoms(batch, {i, i + 1}) > 0;
+    return loss.force_weight(k, batch.structure(i)) != 0 && atoms(i) > 0;
   };
-  std::vector<double> n_energies(n_levels), n_forces(n_levels);
-  for (Index k = 0; k < n_levels; ++k) {
-    Index of_energies = 0, of_forces = 0;
-    for (Index i = 0; i < batch.count; ++i) {
-      of_energies += energy_weight(k, i) != 0;
-      of_forces += force_weight(k, i) != 0;
-    }
-    n_energies[k] = static_cast<double>(std::max<Index>(of_energies, 1));
-    n_forces[k] = static_cast<double>(std::max<Index>(of_forces, 1));
-  }
   const auto wanted = [&](const TileStructure<T>& structure) {
-    const Index i = structure.number, s = batch.structure(i), begin = 3 * batch.offsets[s];
-    const Index n = 3 * batch.offsets[s + 1] - begin;
+    const Index i = structure.number, s = batch.structure(i), n = 3 * atoms(i);
     for (Index k = 0; k < n_levels; ++k) {
-      double& residual = residuals[k * batch.count + i];
-      residual = structure.energies[k] - loss.energies[k * batch.n_structures + s];
-      double sum = 0, squares = 0, largest = 0;
+      double& residual = residuals[k * batch.count() + i];
+      residual = loss.energy_residual(k, s, structure.energies[k]);
+      structure.e[k] = loss.energy_slope(k, s, residual);
+      ForceErrors found;
       structure.any[k] = adds_forces(k, i);
       if (structure.any[k]) {
-        const double factor =
-            2 * loss.force_scale / n_forces[k] * force_weight(k, i) / static_cast<double>(n);
+        const double slope = loss.force_slope(k, s, n);
         const T* const forces = structure.forces + k * structure.room;
-        const double* const targets = loss.forces + k * 3 * batch.n_atoms + begin;
+        const double* const targets = loss.force_targets(k, batch.offsets[s]);
         T* const r = structure.r + k * structure.room;
         for (Index c = 0; c < n; ++c) {
           const double difference = static_cast<double>(forces[c]) - targets[c];
-          const double size = std::abs(difference);
-          sum += size;
-          squares += difference * difference;
-          largest = size > largest || std::isnan(size) ? size : largest;
-          r[c] = static_cast<T>(factor * difference);
+          found.add(difference);
+          r[c] = static_cast<T>(slope * difference);
         }
       }
-      double* const error = errors + 3 * (k * batch.count + i);
-      error[0] = sum;
-      error[1] = squares;
-      error[2] = largest;
-      // A structure without weight may have no target (NaN).
-      const double own = energy_weight(k, i);
-      structure.e[k] = own == 0 ? 0.0 : 2 * loss.energy_scale / n_energies[k] * own * residual;
+      found.write(errors + 3 * (k * batch.count() + i));
     }
   };
   const auto on_forces = [&](Index i) {
@@ -647,30 +625,27 @@ void force_step(const NetworkLevels& networks, const T* weights, const ForceBatc
       if (adds_forces(k, i)) return true;
     return false;
   };
-  differentiate(networks, weights, batch, on_forces, true, wanted, gradient, n_threads);
+  differentiate(model, batch, on_forces, true, wanted, gradient, n_threads);
   losses[0] = losses[1] = 0;
   for (Index k = 0; k < n_levels; ++k) {
     double of_energies = 0, of_forces = 0;
-    for (Index i = 0; i < batch.count; ++i) {
-      const Index s = batch.structure(i), n = 3 * (batch.offsets[s + 1] - batch.offsets[s]);
-      const double residual = residuals[k * batch.count + i];
-      if (energy_weight(k, i) != 0) of_energies += energy_weight(k, i) * residual * residual;
-      if (adds_forces(k, i))
-        of_forces +=
-            force_weight(k, i) * errors[3 * (k * batch.count + i) + 1] / static_cast<double>(n);
+    for (Index i = 0; i < batch.count(); ++i) {
+      const Index s = batch.structure(i), place = k * batch.count() + i;
+      of_energies += loss.energy_term(k, s, residuals[place]);
+      of_forces += loss.force_term(k, s, errors[3 * place + 1], 3 * atoms(i));
     }
-    losses[0] += of_energies / n_energies[k];
-    losses[1] += of_forces / n_forces[k];
+    losses[0] += of_energies / loss.counts[k];
+    losses[1] += of_forces / loss.counts[n_levels + k];
   }
 }
 
-#define KINML_INSTANTIATE(T)                                                                     \
-  template void energy_forces<T>(const NetworkLevels&, const T*, std::int64_t,                   \
-                                 const ForceBatch<T>&, const double*, Levels, double*, T*, int); \
-  template void energy_forces_backward<T>(const NetworkLevels&, const T*, const ForceBatch<T>&,  \
-                                          Levels, const double*, const T*, T*, int);             \
-  template void force_step<T>(const NetworkLevels&, const T*, const ForceBatch<T>&,              \
-                              const ForceLoss&, double*, T*, double*, double*, int);
+#define KINML_INSTANTIATE(T)                                                                   \
+  template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t, double*, T*, \
+                                 int);                                                         \
+  template void energy_forces_backward<T>(const Model<T>&, const System<T>&, std::int64_t,     \
+                                          const double*, const T*, T*, int);                   \
+  template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,     \
+                              double*, double*, int);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)
 #undef KINML_INSTANTIATE

@@ -24,53 +24,39 @@
 
 #include <cstdint>
 
-#include "aev_cpu.h"
-#include "networks_cpu.h"
+#include "../core/loss.h"
+#include "../core/model.h"
+#include "../core/system.h"
 
 namespace kinml::cpu {
 
-// Of an ensemble, n_members models that differ in their weights [n_members, parameters()]; R:
-// levels of the outputs. Energies have the bits of a single model's; forces, which are computed for
-// several members at once (aev_transposed_many), depend in rounding on n_members but neither on the
+// Outputs have the R = K - first_level levels from first_level on.
+//
+// Energies of an ensemble have the bits of a single model's; forces, which are computed for several
+// members at once (aev_transposed_many), depend in rounding on their number but neither on the
 // place of a member nor on the others.
 //
-// energies  // [n_members, R, count] sums over atoms of eps and, unless null, sae
-//           // [n_members, R, n_species], eV
-// forces    // [n_members, R, n_atoms, 3]: rows of the data set's atoms; those of the batch are
-//           // written, if there are forces
+// energies  // [n_members, R, count] sums over atoms of eps and of the model's sae, eV
+// forces    // [n_members, R, n_atoms, 3]: rows of the data set's atoms; those of the chosen
+//           // structures are written, if there are forces
 template <class T>
-void energy_forces(const NetworkLevels& networks, const T* weights, std::int64_t n_members,
-                   const ForceBatch<T>& batch, const double* sae, Levels levels, double* energies,
-                   T* forces, int n_threads);
+void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
+                   double* energies, T* forces, int n_threads);
 
 // gradient  // like the weights: that of sum e E + sum r F
 // e         // [R, count] dL/dE
 // r         // [R, n_atoms, 3] dL/dF, rows of the data set's atoms; not read without forces
 template <class T>
-void energy_forces_backward(const NetworkLevels& networks, const T* weights,
-                            const ForceBatch<T>& batch, Levels levels, const double* e, const T* r,
-                            T* gradient, int n_threads);
-
-// Mean squared errors, summed over the levels:
-//   L_E = sum_k sum_s w_ks dE_ks^2 / n_E,k
-//   L_F = sum_k sum_s u_ks (mean over 3 n_s components of dF_k^2) / n_F,k
-// where n_E,k and n_F,k count the structures of the batch whose weight at level k is not 0.
-struct ForceLoss {
-  const double* energies;        // [K, n_structures] targets without single-atom energies
-  const double* forces;          // [K, n_atoms, 3] targets; not read where the weight is 0
-  const double* energy_weights;  // [K, n_structures] w
-  const double* force_weights;   // [K, n_structures] u; not read without forces
-  double energy_scale, force_scale;
-};
+void energy_forces_backward(const Model<T>& model, const System<T>& system,
+                            std::int64_t first_level, const double* e, const T* r, T* gradient,
+                            int n_threads);
 
 // losses     // [2] L_E, L_F
-// gradient   // like the weights: that of energy_scale L_E + force_scale L_F
+// gradient   // like the weights: that of the loss
 // residuals  // [K, count] E - target
-// errors     // [K, count, 3] sum |dF|, sum dF^2, max |dF| of a structure's components; 0 without
-//            // weight
+// errors     // [K, count, 3] ForceErrors of each structure; 0 without weight
 template <class T>
-void force_step(const NetworkLevels& networks, const T* weights, const ForceBatch<T>& batch,
-                const ForceLoss& loss, double* losses, T* gradient, double* residuals,
-                double* errors, int n_threads);
+void force_step(const Model<T>& model, const System<T>& system, const Loss& loss, double* losses,
+                T* gradient, double* residuals, double* errors, int n_threads);
 
 }  // namespace kinml::cpu

@@ -6,17 +6,18 @@
 #include <limits>
 #include <vector>
 
-#include "../../csrc/core/batches.h"
-#include "../../csrc/core/network_shape.h"
+#include "../../csrc/core/loss.h"
+#include "../../csrc/core/model.h"
+#include "../../csrc/core/system.h"
 #include "../../csrc/cpu/aev_cpu.h"
 #include "molecules.h"
 
 namespace models {
 
 using namespace molecules;
-using kinml::ForceBatch;
-using kinml::NetworkLevels;
+using kinml::NetworkChain;
 using kinml::NetworkShape;
+using kinml::System;
 
 // ---- models -----------------------------------------------------------------------------------
 
@@ -54,10 +55,16 @@ struct Model {
     return {aev.n_species, n_layers, sizes.data() + level * aev.n_species * (n_layers + 1),
             activations.data(), biases};
   }
-  NetworkLevels levels() const {
-    NetworkLevels chain;
+  NetworkChain chain() const {
+    NetworkChain chain;
     for (Index k = 0; k < n_levels; ++k) chain.shapes.push_back(shape(k));
     return chain;
+  }
+  // As the library takes it, with these weights.
+  template <class T>
+  kinml::Model<T> view(const std::vector<T>& of_members, Index n_members = 1,
+                       const double* sae = nullptr) const {
+    return {aev, chain(), of_members.data(), n_members, sae};
   }
 };
 
@@ -85,9 +92,10 @@ struct Data {
     columns = 3 * most + 2;
     features.resize(b.n_atoms() * length);
     jacobian.resize(b.n_atoms() * length * columns);
-    const kinml::AevBatch<T> view{b.n_structures(), x.data(), b.species.data(), b.offsets.data()};
-    kinml::cpu::aev_forward<T>(m.aev, view, features.data(), 1);
-    kinml::cpu::aev_jacobian<T>(m.aev, view, columns, jacobian.data(), 1);
+    const System<T> coordinates{b.n_atoms(), b.n_structures(), b.species.data(), b.offsets.data(),
+                                x.data()};
+    kinml::cpu::aev_forward<T>(m.aev, coordinates, features.data(), 1);
+    kinml::cpu::aev_jacobian<T>(m.aev, coordinates, columns, jacobian.data(), 1);
     for (Index s = 0; s < b.n_structures(); ++s)
       for (Index row = b.offsets[s] * length; row < b.offsets[s + 1] * length; ++row)
         std::fill(jacobian.begin() + row * columns + 3 * b.size(s),
@@ -95,21 +103,19 @@ struct Data {
   }
 
   // The structures named by `chosen`, or all of them.
-  ForceBatch<T> view(const std::vector<Index>* chosen = nullptr) const {
-    ForceBatch<T> v{batch.species.data(),
-                    batch.offsets.data(),
-                    chosen == nullptr ? nullptr : chosen->data(),
-                    chosen == nullptr ? batch.n_structures() : static_cast<Index>(chosen->size()),
-                    batch.n_structures(),
-                    batch.n_atoms()};
+  System<T> view(const std::vector<Index>* chosen = nullptr) const {
+    System<T> v{batch.n_atoms(), batch.n_structures(), batch.species.data(), batch.offsets.data()};
     if (columns > 0) {
       v.features = features.data();
       v.jacobian = jacobian.data();
-      v.length = model.aev.length();
       v.columns = columns;
     } else {
-      v.parameters = &model.aev;
       v.coordinates = x.data();
+    }
+    if (chosen != nullptr) {
+      static constexpr Index none = 0;  // an empty choice is not all
+      v.chosen = chosen->empty() ? &none : chosen->data();
+      v.n_chosen = static_cast<Index>(chosen->size());
     }
     return v;
   }
@@ -117,11 +123,15 @@ struct Data {
 
 // Targets and weights of a data set, level after level.
 struct Task {
+  Index n_levels, n_structures, n_atoms;
   std::vector<double> energies, forces, energy_weights, force_weights;
   double energy_scale = 0.3, force_scale = 0.7;
 
-  explicit Task(const Batch& batch, Index n_levels = 1)
-      : energies(random_numbers(n_levels * batch.n_structures())),
+  explicit Task(const Batch& batch, Index levels = 1)
+      : n_levels(levels),
+        n_structures(batch.n_structures()),
+        n_atoms(batch.n_atoms()),
+        energies(random_numbers(n_levels * batch.n_structures())),
         forces(random_numbers(n_levels * 3 * batch.n_atoms())) {
     for (Index k = 0; k < n_levels; ++k)
       for (Index s = 0; s < batch.n_structures(); ++s) {
@@ -135,6 +145,34 @@ struct Task {
         if (energy_weights.back() == 0) energies[energy_weights.size() - 1] = 1e6;
       }
   }
+};
+
+// A task as the loss of a batch of chosen structures; must not outlive the task.
+struct BatchLoss {
+  std::vector<double> scales, counts;
+  kinml::Loss view;
+
+  BatchLoss(const Task& task, const std::vector<Index>& chosen, bool forces = true)
+      : scales{task.energy_scale, task.force_scale},
+        view{task.n_levels,
+             task.n_structures,
+             task.n_atoms,
+             task.energies.data(),
+             task.energy_weights.data(),
+             forces ? task.forces.data() : nullptr,
+             forces ? task.force_weights.data() : nullptr,
+             scales.data(),
+             nullptr} {
+    for (const auto* weights : {&task.energy_weights, &task.force_weights})
+      for (Index k = 0; k < task.n_levels; ++k) {
+        double n = 0;
+        for (const Index s : chosen) n += (*weights)[k * task.n_structures + s] != 0;
+        counts.push_back(std::max(n, 1.0));
+      }
+    view.counts = counts.data();
+  }
+  BatchLoss(const BatchLoss&) = delete;
+  BatchLoss& operator=(const BatchLoss&) = delete;
 };
 
 }  // namespace models

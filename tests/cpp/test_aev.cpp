@@ -29,7 +29,7 @@
 namespace {
 
 using namespace molecules;
-using kinml::AevBatch;
+using kinml::System;
 
 bool small_run = false;
 
@@ -45,8 +45,9 @@ struct Library {
   Library(const AevParameters& parameters, const Batch& b, int n_threads = 1)
       : p(parameters), batch(b), x(as<T>(b.coordinates)), threads(n_threads) {}
 
-  AevBatch<T> view() const {
-    return {batch.n_structures(), x.data(), batch.species.data(), batch.offsets.data()};
+  System<T> view() const {
+    return {batch.n_atoms(), batch.n_structures(), batch.species.data(), batch.offsets.data(),
+            x.data()};
   }
   // Outputs begin as NaN: what is not written shows.
   static std::vector<T> room(Index n) {

@@ -26,8 +26,6 @@
 namespace {
 
 using namespace molecules;
-using kinml::ForceBatch;
-using kinml::Levels;
 using kinml::NetworkShape;
 using namespace models;
 
@@ -146,31 +144,27 @@ struct Library : Data<T> {
   }
   void evaluate(const double* sae, std::vector<double>& energies, std::vector<T>& forces,
                 const std::vector<Index>* chosen = nullptr) const {
-    energies = room<double>(model.n_levels * view(chosen).count);
+    energies = room<double>(model.n_levels * view(chosen).count());
     forces = room<T>(model.n_levels * 3 * batch.n_atoms());
-    kinml::cpu::energy_forces<T>(model.levels(), weights.data(), 1, view(chosen), sae, Levels::all,
-                                 energies.data(), forces.data(), threads);
+    kinml::cpu::energy_forces<T>(model.view(weights, 1, sae), view(chosen), 0, energies.data(),
+                                 forces.data(), threads);
   }
   std::vector<T> gradient(const std::vector<double>& e, const std::vector<T>& r,
                           const std::vector<Index>* chosen = nullptr) const {
     std::vector<T> result = room<T>(weights.size());
-    kinml::cpu::energy_forces_backward<T>(model.levels(), weights.data(), view(chosen), Levels::all,
-                                          e.data(), r.data(), result.data(), threads);
+    kinml::cpu::energy_forces_backward<T>(model.view(weights), view(chosen), 0, e.data(), r.data(),
+                                          result.data(), threads);
     return result;
   }
-  Step<T> step(const kinml::cpu::ForceLoss& loss, const std::vector<Index>& chosen) const {
+  Step<T> step(const Task& task, const std::vector<Index>& chosen) const {
+    const models::BatchLoss loss(task, chosen);
     const Index n = static_cast<Index>(chosen.size()) * model.n_levels;
     Step<T> r{room<double>(2), room<double>(n), room<double>(3 * n), room<T>(weights.size())};
-    kinml::cpu::force_step<T>(model.levels(), weights.data(), view(&chosen), loss, r.losses.data(),
+    kinml::cpu::force_step<T>(model.view(weights), view(&chosen), loss.view, r.losses.data(),
                               r.gradient.data(), r.residuals.data(), r.errors.data(), threads);
     return r;
   }
 };
-
-kinml::cpu::ForceLoss loss_of(const Task& task) {
-  return {task.energies.data(),      task.forces.data(), task.energy_weights.data(),
-          task.force_weights.data(), task.energy_scale,  task.force_scale};
-}
 
 // Tolerances by type: values, first derivatives, and absolute ones for numbers of size 1.
 template <class T>
@@ -284,8 +278,8 @@ void test_levels() {
       std::vector<double> all_energies, energies(count);
       std::vector<T> all_forces, forces(3 * n_atoms), gradient(model.weights.size());
       library.evaluate(nullptr, all_energies, all_forces);
-      kinml::cpu::energy_forces<T>(model.levels(), library.weights.data(), 1, library.view(),
-                                   nullptr, Levels::highest, energies.data(), forces.data(), 1);
+      kinml::cpu::energy_forces<T>(model.view(library.weights), library.view(), n_levels - 1,
+                                   energies.data(), forces.data(), 1);
       CHECK(same_bits(energies, {all_energies.end() - count, all_energies.end()}));
       CHECK(same_bits(forces, {all_forces.end() - 3 * n_atoms, all_forces.end()}));
       std::vector<double> e(n_levels * count);
@@ -293,8 +287,8 @@ void test_levels() {
       for (Index i = 0; i < count; ++i) e[(n_levels - 1) * count + i] = uniform(-1, 1);
       for (Index c = 0; c < 3 * n_atoms; ++c)
         r[(n_levels - 1) * 3 * n_atoms + c] = static_cast<T>(uniform(-1, 1));
-      kinml::cpu::energy_forces_backward<T>(model.levels(), library.weights.data(), library.view(),
-                                            Levels::highest, e.data() + (n_levels - 1) * count,
+      kinml::cpu::energy_forces_backward<T>(model.view(library.weights), library.view(),
+                                            n_levels - 1, e.data() + (n_levels - 1) * count,
                                             r.data() + (n_levels - 1) * 3 * n_atoms,
                                             gradient.data(), 1);
       const std::vector<T> expected = library.gradient(e, r);
@@ -334,8 +328,8 @@ void test_ensemble(Index n_members, Index n_levels, bool large) {
     const Library<T> library(members[0], batch, false, threads);
     energies = Library<T>::template room<double>(n_members * e);
     forces = Library<T>::template room<T>(n_members * f);
-    kinml::cpu::energy_forces<T>(members[0].levels(), weights.data(), n_members, library.view(),
-                                 sae.data(), Levels::all, energies.data(), forces.data(), threads);
+    kinml::cpu::energy_forces<T>(members[0].view(weights, n_members, sae.data()), library.view(), 0,
+                                 energies.data(), forces.data(), threads);
   };
   evaluate(1);
   for (Index m = 0; m < n_members; ++m) {
@@ -400,18 +394,17 @@ void test_energies_alone() {
     for (const Index n : {3, 1, 0, 5, 70, 12}) batch.add_molecule(n, p);
     const Index count = batch.n_structures();
     const Library<T> library(model, batch, true);
-    ForceBatch<T> view = library.view();
+    System<T> view = library.view();
     view.jacobian = nullptr;
     std::vector<double> expected, energies(n_levels * count);
     std::vector<T> forces;
     library.evaluate(nullptr, expected, forces);
-    kinml::cpu::energy_forces<T>(model.levels(), library.weights.data(), 1, view, nullptr,
-                                 Levels::all, energies.data(), nullptr, 1);
+    kinml::cpu::energy_forces<T>(model.view(library.weights), view, 0, energies.data(), nullptr, 1);
     CHECK(same_bits(energies, expected));
     const std::vector<double> e = random_numbers(n_levels * count);
     std::vector<T> gradient(model.weights.size());
-    kinml::cpu::energy_forces_backward<T>(model.levels(), library.weights.data(), view, Levels::all,
-                                          e.data(), nullptr, gradient.data(), 1);
+    kinml::cpu::energy_forces_backward<T>(model.view(library.weights), view, 0, e.data(), nullptr,
+                                          gradient.data(), 1);
     const std::vector<T> with_zero =
         library.gradient(e, std::vector<T>(n_levels * 3 * batch.n_atoms()));
     const Real size = std::max<Real>(1, largest(with_zero));
@@ -509,7 +502,7 @@ void check_step(const Model& model, const Batch& batch, const Task& task,
     }
   }
   const std::vector<T> expected = library.gradient(e, as<T>(r));
-  const Step<T> step = library.step(loss_of(task), chosen);
+  const Step<T> step = library.step(task, chosen);
   check_close(step.residuals, residuals, kValue<T>, 100 * kFloor<T>);
   check_close(step.errors, errors, kValue<T>, 100 * kFloor<T>);
   for (int i = 0; i < 2; ++i) CHECK_CLOSE(step.losses[i], losses[i], kValue<T>, kFloor<T>);
@@ -552,7 +545,7 @@ void test_steps(Index n_levels) {
     check_step<T>(model, batch, one, all, stored);
     one.energy_weights.assign(n_levels * all.size(), 0);
     const Library<T> library(model, batch, stored);
-    for (const T g : library.step(loss_of(one), all).gradient) CHECK(g == 0);
+    for (const T g : library.step(one, all).gradient) CHECK(g == 0);
   }
 }
 
@@ -579,7 +572,7 @@ void test_same_bits(Index n_levels) {
       std::vector<T> forces;
       one.evaluate(nullptr, energies, forces);
       const std::vector<T> gradient = one.gradient(e, r);
-      const Step<T> step = one.step(loss_of(task), order);
+      const Step<T> step = one.step(task, order);
       CHECK(all_finite(energies) && all_finite(forces) && all_finite(gradient));
       CHECK(all_finite(step.gradient) && all_finite(step.errors));
       for (const int threads : {1, 2, 3, 7, 16}) {
@@ -589,7 +582,7 @@ void test_same_bits(Index n_levels) {
         other.evaluate(nullptr, energies_again, forces_again);
         CHECK(same_bits(energies, energies_again) && same_bits(forces, forces_again));
         CHECK(same_bits(gradient, other.gradient(e, r)));
-        const Step<T> again = other.step(loss_of(task), order);
+        const Step<T> again = other.step(task, order);
         CHECK(same_bits(step.losses, again.losses) && same_bits(step.gradient, again.gradient));
         CHECK(same_bits(step.residuals, again.residuals) && same_bits(step.errors, again.errors));
       }
@@ -607,13 +600,12 @@ void test_callers() {
   const Task task(batch);
   std::vector<Index> all(batch.n_structures());
   std::iota(all.begin(), all.end(), Index(0));
-  const Step<double> expected = Library<double>(model, batch, false).step(loss_of(task), all);
+  const Step<double> expected = Library<double>(model, batch, false).step(task, all);
   std::vector<Step<double>> results(4);
   std::vector<std::thread> callers;
   for (std::size_t i = 0; i < results.size(); ++i)
-    callers.emplace_back([&, i] {
-      results[i] = Library<double>(model, batch, false, 1 + i % 2).step(loss_of(task), all);
-    });
+    callers.emplace_back(
+        [&, i] { results[i] = Library<double>(model, batch, false, 1 + i % 2).step(task, all); });
   for (std::thread& caller : callers) caller.join();
   for (const Step<double>& result : results) CHECK(same_bits(result.gradient, expected.gradient));
 }

@@ -1,0 +1,46 @@
+// Model: what atomic environment vectors are made of, the chain of networks on top of them, and
+// their weights.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "aev_layout.h"
+#include "network_shape.h"
+
+namespace kinml {
+
+struct AevParameters {
+  std::int64_t n_species;
+  std::vector<double> radial_shifts;  // rho_l, angstrom
+  double radial_eta;                  // 1/angstrom^2
+  double radial_cutoff;               // angstrom
+  double radial_factor;
+  std::vector<double> angular_shifts;  // rho_l, angstrom
+  double angular_eta;
+  double angular_cutoff;
+  double angular_factor;
+  std::vector<double> sections;  // alpha_m, rad
+  double zeta;
+  double beta;  // theta = arccos(beta cos(angle))
+
+  KINML_HD AevLayout layout() const {
+    return {static_cast<int>(n_species), static_cast<int>(radial_shifts.size()),
+            static_cast<int>(angular_shifts.size()), static_cast<int>(sections.size())};
+  }
+  KINML_HD std::int64_t length() const { return layout().length(); }  // D
+};
+
+// One model, or an ensemble of models that differ in their weights. The pointers are of the device
+// that computes, the descriptions in host memory.
+template <class T>
+struct Model {
+  AevParameters aev;      // not looked at for stored descriptors
+  NetworkChain networks;  // K levels of theory
+  const T* weights = nullptr;
+  std::int64_t n_members = 1;  // weights [n_members, networks.parameters()]
+  // Single-atom energies of the R levels that are evaluated, eV; null: none.
+  const double* sae = nullptr;  // [n_members, R, n_species]
+};
+
+}  // namespace kinml
