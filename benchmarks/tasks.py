@@ -12,7 +12,7 @@ import numpy as np
 
 from kinml_fast import datasets
 from kinml_fast.data import sae, sqlite
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.train import TrainingData
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from kinml_fast import datasets
 from kinml_fast.data import levels, prepared, pykinml_hdf5, read, sae, sources, splits, sqlite, stored, xyz
 from kinml_fast.data.prepared import prepare
-from kinml_fast.data.splits import PARTS, make_split
+from kinml_fast.data.split import PARTS, Split
+from kinml_fast.data.splits import make_split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters
@@ -592,7 +593,7 @@ def test_the_note_of_a_split_file_is_the_highest_known_level(tmp_path):
 def test_table_of_levels():
     structures = two_levels(count=10, unknown={0: [0], 1: [1, 2, 3, 4]})
     structures.forces[1, :20] = np.nan
-    split = splits.Split(np.arange(6), np.array([6, 7]), np.array([8]))
+    split = Split(np.arange(6), np.array([6, 7]), np.array([8]))
     assert splits.level_table(structures, split, (0, 1)).splitlines() == [
         "level        train  validation  test  with forces",
         "fidelity 0       5           2     1            8",

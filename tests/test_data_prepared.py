@@ -14,7 +14,8 @@ from kinml_fast.data import prepared as module
 from kinml_fast.data import sqlite
 from kinml_fast.data.files import replacing
 from kinml_fast.data.prepared import Prepared, load, prepare, save
-from kinml_fast.data.splits import PARTS, write_tvtmsk
+from kinml_fast.data.split import PARTS
+from kinml_fast.data.splits import write_tvtmsk
 from kinml_fast.data.structures import concatenate
 from kinml_fast.errors import InputError
 

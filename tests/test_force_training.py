@@ -14,14 +14,14 @@ from op_helpers import keywords
 from test_ops_networks import layers_of
 from training_helpers import SAE, assert_same_bits, assert_same_run, interrupted_run, model, rows, training_data
 
-from kinml_fast import reference
+from kinml_fast import reference, report
 from kinml_fast.data import DescriptorSource, pykinml_hdf5, read, stored
 from kinml_fast.data.sources import file_digest
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import Split
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
-from kinml_fast.train import LossBatch, Trainer, TrainingConfig, TrainingData, checkpoint, report
+from kinml_fast.train import LossBatch, Trainer, TrainingConfig, TrainingData, checkpoint
 from kinml_fast.train.steps import EnergyStep
 from kinml_fast.units import KCAL_PER_MOL
 

@@ -19,7 +19,7 @@ from kinml_fast.data import weights as weights_module
 from kinml_fast.data.files import expand, is_hdf5, is_sqlite, replacing
 from kinml_fast.data.levels import Levels
 from kinml_fast.data.sources import DescriptorSource, file_digest
-from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.sqlite import MissingIdsError
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError

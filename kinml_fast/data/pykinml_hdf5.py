@@ -35,7 +35,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -44,13 +43,11 @@ import torch
 from kinml_fast import ops
 from kinml_fast.data import stored
 from kinml_fast.data.files import replacing
+from kinml_fast.data.split import Split
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures, concatenate, element_order
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters
-
-if TYPE_CHECKING:
-    from kinml_fast.data.splits import Split
 
 log = logging.getLogger(__name__)
 

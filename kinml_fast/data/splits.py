@@ -1,4 +1,4 @@
-"""Which structures train, validate and test: by counts, fractions or a file; never overlapping.
+"""Dividing structures into parts: by counts, fractions or a file; never overlapping.
 
 A split file has one line per structure, words separated by white space:
 
@@ -22,32 +22,11 @@ import numpy as np
 
 from kinml_fast.data import pykinml_hdf5
 from kinml_fast.data.files import first_few, is_hdf5, replacing
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError
 
-PARTS = ("train", "validation", "test")
 _MASKS = {"train": 2, "validation": 2, "test": -1}
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Indices of structures, int64, each at most once. The order of `train` is that of an epoch without shuffling."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-    def __post_init__(self) -> None:
-        for part in PARTS:
-            object.__setattr__(self, part, np.ascontiguousarray(getattr(self, part), dtype=np.int64))
-        everything = self.used
-        if len(np.unique(everything)) < len(everything):
-            raise InputError("the parts of a split overlap: each structure may be in one part only, and once")
-
-    @property
-    def used(self) -> np.ndarray:
-        """All indices: training, validation, test."""
-        return np.concatenate([self.train, self.validation, self.test])
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from ase.outputs import Properties, all_outputs
 from scipy.spatial import cKDTree
 
 from kinml_fast.data.structures import CLOSEST_ALLOWED
-from kinml_fast.deploy import base as base_calculators
-from kinml_fast.deploy import members, model_file
+from kinml_fast.deploy import low_level, members, model_file
 from kinml_fast.errors import InputError
 from kinml_fast.nn import EnergyModel, Ensemble
 
@@ -35,7 +34,7 @@ class KinMLCalculator(Calculator):
         A trained model or ensemble; a model file or a run folder; or a list of these, which becomes an ensemble.
     base
         The calculator of the low level for a delta model, whose energies and forces are added: any ASE calculator, or
-        what `base.make` takes, such as "tblite:GFN1-xTB".
+        what `low_level.make` takes, such as "tblite:GFN1-xTB".
     threads
         CPU threads of a calculation; None: one for molecules of fewer than 50 atoms, else PyTorch's number. The results
         do not depend on it.
@@ -79,7 +78,7 @@ class KinMLCalculator(Calculator):
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}: give a number of at least 1")
         self.model = model_file.resolve(model, device)
-        self.base = base_calculators.checked(self.model, base)
+        self.base = low_level.checked(self.model, base, KinMLCalculator)
         self.threads = threads
         self.n_members = members.count(self.model)
         properties = list(type(self).implemented_properties)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kinml_fast import report
 from kinml_fast.data import sources
 from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.structures import Structures, atoms_of
@@ -378,8 +379,6 @@ def _spread(residuals: np.ndarray, energy_std: np.ndarray, forces_std: np.ndarra
 
 def draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part], split: str = "evaluated") -> None:
     """Write a parity plot for each level, parity_SPLIT.png or parity_SPLIT_fidelity0.png, and errors.csv."""
-    from kinml_fast.train import report  # matplotlib takes a second to import
-
     energies: dict[str, tuple] = {}
     forces: dict[str, tuple] = {}
     for fidelity in dict.fromkeys(part.fidelity for part in found):

@@ -16,8 +16,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from kinml_fast.data import xyz
 from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.structures import Structures
-from kinml_fast.deploy import base as base_calculators
-from kinml_fast.deploy import model_file
+from kinml_fast.deploy import low_level, model_file
+from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.deploy.evaluate import BATCH_SIZE, Predictions, evaluate
 from kinml_fast.errors import InputError
 
@@ -49,8 +49,8 @@ def predict(
     batch_size
         Structures at a time.
     base
-        The low level of a model of differences, whose energies and forces are added: a calculator, or what `base.make`
-        takes.
+        The low level of a model of differences, whose energies and forces are added: a calculator, or what
+        `low_level.make` takes.
     device
         Where to compute, see `model_file.resolve`; the base computes where it is.
 
@@ -67,7 +67,7 @@ def predict(
         cannot be used.
     """
     model = model_file.resolve(model_path, device)
-    calculator = base_calculators.checked(model, base)
+    calculator = low_level.checked(model, base, KinMLCalculator)
     path, *others = expand(in_path)
     if others:
         raise InputError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")

@@ -21,7 +21,7 @@ from kinml_fast.data.files import expand, is_hdf5, replacing
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.sae import resolve_levels
 from kinml_fast.data.sources import DescriptorSource, file_digest
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from kinml_fast.data import prepared, splits
 from kinml_fast.data.prepared import Prepared
-from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors

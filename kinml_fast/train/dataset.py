@@ -14,7 +14,7 @@ from torch import Tensor
 from kinml_fast.data import stored
 from kinml_fast.data.files import first_few
 from kinml_fast.data.sources import DescriptorSource
-from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinml_fast import devices
+from kinml_fast import devices, report
 from kinml_fast.data import splits
 from kinml_fast.data.files import replacing
 from kinml_fast.data.prepared import Prepared
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import evaluate, model_file
 from kinml_fast.errors import InputError
@@ -333,7 +333,7 @@ def _parts(config: Config, data: Prepared, ensemble: Ensemble) -> dict[str, eval
 
 def table(result: EnsembleSummary) -> str:
     """Errors of the members and of their means as a text table: RMSE, energies in kcal/mol, forces in kcal/mol/Å."""
-    parts = [part for part in splits.PARTS if any(part in member.errors for member in result.members)]
+    parts = [part for part in PARTS if any(part in member.errors for member in result.members)]
     with_forces = [part for part in parts if any(part in member.forces for member in result.members)]
     cells = [
         ["member", "best epoch", *(f"{part} energies" for part in parts), *(f"{part} forces" for part in with_forces)]
@@ -360,8 +360,6 @@ def table(result: EnsembleSummary) -> str:
 def _write_report(
     folder: RunFolder, ensemble: Ensemble, result: EnsembleSummary, found: Mapping[str, evaluate.Part]
 ) -> None:
-    from kinml_fast.train import report  # matplotlib takes a second to import
-
     metrics = {f"member {i}": folder.member(i).metrics for i in range(1, len(result.members) + 1)}
     best = {f"member {i}": member.best_epoch for i, member in enumerate(result.members, start=1)}
     report.write_member_curves(folder.report, metrics, best)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from kinml_fast.data.splits import PARTS
+from kinml_fast import report
+from kinml_fast.data.split import PARTS
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError, first_line
 from kinml_fast.metrics import Errors
@@ -661,8 +662,6 @@ class Trainer:
         return Summary(self._epoch, self._best["epoch"], energies, time.monotonic() - started, forces, lower)
 
     def _report(self, residuals: Mapping[str, Sequence[Residuals]]) -> None:
-        from kinml_fast.train import report  # matplotlib takes a second to import
-
         data, of_levels = self._data, []
         for level in range(data.levels):
             energies, forces = {}, {}

@@ -12,19 +12,24 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy import ndimage
 
 from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors, r_squared
 from kinml_fast.units import KCAL_PER_MOL
+
+# matplotlib takes half a second to import, and most of what imports this module draws only at its end.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 Comparison = tuple[Sequence[str], np.ndarray, np.ndarray]
 """Labels, reference and predicted values (eV or eV/Å) of one split, all of one length."""
@@ -138,7 +143,7 @@ def write_report(
     """
     curves = read_metrics(metrics_csv)
     rows = write_parity(folder, energies, forces, lower)
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         _save(draw_learning_curves(curves, best), Path(folder) / "learning_curves.png")
     return rows
 
@@ -162,12 +167,14 @@ def write_member_curves(
     InputError
         As `write_report`.
     """
+    import matplotlib
+
     folder = _made(folder)
     curves = {name: read_metrics(path)["validation"] for name, path in metrics_csv.items()}
     with_forces = any(_positive(columns, f"{FORCES.name}_rmse").any() for columns in curves.values())
     quantities = [ENERGY, FORCES] if with_forces else [ENERGY]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.0, 0.6 + 3.4 * len(quantities)), layout="constrained")
+    with _style():
+        figure = _figure(8.0, 0.6 + 3.4 * len(quantities))
         axes = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
         shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(curves)))
         for ax, quantity in zip(axes, quantities, strict=True):
@@ -218,7 +225,7 @@ def _write_parity_of_level(folder: Path, quantities: Mapping[Quantity, Mapping[s
         for quantity, comparisons in quantities.items()
         if split in comparisons and len(comparisons[split][1])
     ]
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         limits = {quantity: _limits(quantity, comparisons) for quantity, comparisons in quantities.items()}
         for split in splits:
             own = [row for row in rows if row.split == split]
@@ -282,7 +289,7 @@ def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: 
         for level in levels
     )
     kinds = [ENERGY, FORCES] if with_forces else [ENERGY]
-    figure = Figure(figsize=(8.0 * len(levels), 1.8 + 3.4 * len(kinds)), layout="constrained")
+    figure = _figure(8.0 * len(levels), 1.8 + 3.4 * len(kinds))
     heights = [3.4] * len(kinds) + [1.1]
     # All rows share the epochs; a column for each level, the highest first.
     all_axes = figure.subplots(len(heights), len(levels), sharex=True, squeeze=False, height_ratios=heights)
@@ -337,7 +344,7 @@ def draw_parity(
         For each quantity its errors, reference and predicted values in eV or eV/Å, and the axis in kcal/mol or
         kcal/mol/Å: which reference value is its zero, first and last value.
     """
-    figure = Figure(figsize=(6.2 * len(panels), 7.6), layout="constrained")
+    figure = _figure(6.2 * len(panels), 7.6)
     axes = figure.subplots(2, len(panels), sharex="col", squeeze=False, height_ratios=[3, 1.1])
     fidelity = panels[0][0].quantity.fidelity
     figure.suptitle(f"{split} set" + ("" if fidelity is None else f", fidelity {fidelity}"), fontsize=13)
@@ -469,14 +476,16 @@ def _mark_best(
 
 def _make_logarithmic(ax: Axes) -> None:
     """A logarithmic axis labelled with plain numbers, enough of them when it spans less than a decade or two."""
+    from matplotlib import ticker
+
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     decades = math.log10(high / low)
     if decades < 2.5:
         subs = (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
-        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-        ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
+        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _three_digits(value: float) -> str:
@@ -487,10 +496,12 @@ def _colour(split: str) -> str:
     return COLOURS.get(split, _OTHER_COLOUR)
 
 
-def _colour_map(split: str) -> matplotlib.colors.Colormap:
+def _colour_map(split: str) -> Colormap:
     """From the split's colour, lightened, where points are rare, to a dark shade of it where they are many."""
-    rgb = np.array(matplotlib.colors.to_rgb(_colour(split)))
-    return matplotlib.colors.LinearSegmentedColormap.from_list(split, [0.45 * rgb + 0.55, rgb, 0.35 * rgb])
+    from matplotlib import colors
+
+    rgb = np.array(colors.to_rgb(_colour(split)))
+    return colors.LinearSegmentedColormap.from_list(split, [0.45 * rgb + 0.55, rgb, 0.35 * rgb])
 
 
 def _positive(columns: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -506,6 +517,20 @@ def _made(folder: str | os.PathLike) -> Path:
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
     return folder
+
+
+def _style() -> AbstractContextManager[None]:
+    """What figures look like that are made and drawn within this."""
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of so many inches; none of matplotlib's global state is touched, so that programs keep theirs."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ase.calculators.calculator import BaseCalculator
@@ -14,13 +15,15 @@ _TBLITE = "tblite:"
 _WAYS = "an ASE calculator, tblite:METHOD (such as tblite:GFN1-xTB), or the model file of the low level"
 
 
-def make(name: str | os.PathLike) -> BaseCalculator:
+def make(name: str | os.PathLike, of_file: Callable[[str], BaseCalculator]) -> BaseCalculator:
     """The calculator that a text stands for.
 
     Parameters
     ----------
     name
         "tblite:METHOD" for an xTB method of the package tblite, or a model file or run folder of kinml_fast.
+    of_file
+        Makes a calculator of a model file or run folder: `KinMLCalculator`, which stands above this module.
 
     Raises
     ------
@@ -29,11 +32,9 @@ def make(name: str | os.PathLike) -> BaseCalculator:
     """
     text = os.fspath(name)
     if not text.startswith(_TBLITE):
-        from kinml_fast.deploy.calculator import KinMLCalculator
-
         if not Path(text).exists():
             raise InputError(f"{text}: is neither a file nor of the form tblite:METHOD: give {_WAYS}")
-        return KinMLCalculator(text)
+        return of_file(text)
     method = text.removeprefix(_TBLITE)
     try:
         from tblite.ase import TBLite
@@ -45,8 +46,12 @@ def make(name: str | os.PathLike) -> BaseCalculator:
     return TBLite(method=method, verbosity=0)
 
 
-def checked(model: EnergyModel | Ensemble, base: BaseCalculator | str | os.PathLike | None) -> BaseCalculator | None:
-    """The base of a model as a calculator.
+def checked(
+    model: EnergyModel | Ensemble,
+    base: BaseCalculator | str | os.PathLike | None,
+    of_file: Callable[[str], BaseCalculator],
+) -> BaseCalculator | None:
+    """The base of a model as a calculator; `of_file` is that of `make`.
 
     Raises
     ------
@@ -66,7 +71,7 @@ def checked(model: EnergyModel | Ensemble, base: BaseCalculator | str | os.PathL
             f"which computes fidelity {model.baseline}: {_WAYS}"
         )
     if isinstance(base, str | os.PathLike):
-        return make(base)
+        return make(base, of_file)
     if not hasattr(base, "get_property"):
         raise InputError(f"base is {type(base).__name__}, not a calculator: give {_WAYS}")
     return base
