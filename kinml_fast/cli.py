@@ -200,18 +200,22 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from kinml_fast.data import Selection
     from kinml_fast.deploy.evaluate import run_evaluate
 
     _show_log()
-    run_evaluate(
-        options.model,
-        options.files,
-        fidelity=options.fidelity,
+    selection = Selection(
         incomplete=options.incomplete,
         temperature=options.temperature,
         names=options.names,
         energy_key=options.energy_key,
         forces_key=options.forces_key,
+    )
+    run_evaluate(
+        options.model,
+        options.files,
+        selection,
+        fidelity=options.fidelity,
         csv_path=options.csv,
         plots=options.plots,
         device=options.device,

@@ -16,6 +16,7 @@ from training_helpers import SAE, assert_same_bits, assert_same_run, interrupted
 
 from kinml_fast import reference, report
 from kinml_fast.data import DescriptorSource, pykinml_hdf5, read, stored
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.sources import file_digest
 from kinml_fast.data.split import Split
 from kinml_fast.deploy import model_file
@@ -220,7 +221,7 @@ def test_all_sources_of_jacobians_give_the_same_training(tmp_path, source):
         path = tmp_path / "data.h5"
         made = stored.compute(data.structures, model().descriptor, torch.float64, jacobian=True)
         pykinml_hdf5.write(path, data.structures, made)
-        structures = read(path, elements=("C", "H"))
+        structures = read(path, Selection(elements=("C", "H")))
         assert np.array_equal(structures.forces, data.structures.forces, equal_nan=True)
         if source != "hdf5":
             structures = replace(structures, coordinates=None)

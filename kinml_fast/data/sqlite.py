@@ -15,7 +15,6 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,8 +22,9 @@ import numpy as np
 from ase.data import chemical_symbols
 from ase.symbols import string2symbols
 
+from kinml_fast.data.fidelities import merge
 from kinml_fast.data.files import check_distinct, expand, first_few, is_sqlite, replacing
-from kinml_fast.data.levels import level_tuple, merge
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, concatenate, element_order, formula_in_order
 from kinml_fast.errors import InputError
 
@@ -85,41 +85,23 @@ def formula_symbols(name: str, where: str) -> tuple[str, ...]:
     return symbols
 
 
-def read(
-    files: str | os.PathLike | Sequence[str | os.PathLike],
-    fidelity: int | Sequence[int] = 1,
-    temperature: float | None = None,
-    names: Sequence[str] | None = None,
-    ids: Mapping[str, Collection[int]] | None = None,
-    elements: Sequence[str] | None = None,
-    every_level: bool = True,
-) -> Structures:
+def read(files: str | os.PathLike | Sequence[str | os.PathLike], selection: Selection = Selection()) -> Structures:
     """Structures of databases at one or several fidelities, in the order of the files and then of the ids.
 
     Parameters
     ----------
     files
         Paths, glob patterns or `shipped:NAME`, see `files.expand`.
-    fidelity
-        Which energies and forces. Of a list of several, the levels of the result in this order (lowest first), a
-        structure is taken if it has one of them. Files of one name in different folders may then have one level each:
-        their structures are matched by id.
-    temperature
-        Only geometries sampled at exactly this temperature (K); without it those above 0.
-    names
-        SQL LIKE patterns (`%` any text, `_` any character); a geometry is taken if its name fits any of them.
-    ids
-        For each database, by its file name without `.db`, the only ids to take. Databases not named are left out.
-    elements
-        Order of `species`; default: alphabetical.
-    every_level
-        Whether it is an error that a file has nothing at all of one of several fidelities, or is only logged.
+    selection
+        What to take. Of several fidelities a structure is taken if it has one. Files of one name in different folders
+        may then have one each: their structures are matched by id. Where incomplete structures are kept, it is only
+        logged that a file has nothing at all of one fidelity.
 
     Returns
     -------
     Structures
-        Labels are "C5H5/17"; the forces of a structure without any are NaN. With several fidelities energies and forces
-        have a leading dimension and are NaN where a structure lacks a level.
+        With the levels `selection.fidelities_read`. Labels are "C5H5/17"; the forces of a structure without any are
+        NaN. With several levels energies and forces have a leading dimension and are NaN where a structure lacks one.
 
     Raises
     ------
@@ -129,30 +111,29 @@ def read(
         numbers that `Structures` refuses; nothing selected.
     """
     paths = expand(files)
-    selection = _Selection(level_tuple(fidelity), temperature, None if names is None else tuple(names))
-    if len(selection.fidelities) == 1:
+    if len(selection.fidelities_read) == 1:
         check_distinct(paths, lambda path: path.stem)
     groups: dict[str, list[Path]] = {}
     for path in paths:
         groups.setdefault(path.stem, []).append(path)
-    _check_stems(list(groups), ids)
+    _check_stems(list(groups), selection.ids)
     parts = []
     for stem, same_stem in groups.items():
-        if ids is not None and not ids.get(stem):
+        if selection.ids is not None and not selection.ids.get(stem):
             continue
-        wanted = None if ids is None else frozenset(ids[stem])
-        read = [_read_one(path, selection, wanted, elements) for path in same_stem]
-        _check_fidelities(same_stem, selection.fidelities, [there for _, there in read], every_level)
-        own = [part for part, _ in read if part is not None]
-        if wanted is not None:
-            _check_ids(same_stem, selection, wanted, own)
-        parts += own if len(own) < 2 else [_by_id(merge(concatenate(own, elements)))]
+        ids = None if selection.ids is None else frozenset(selection.ids[stem])
+        of_files, present = zip(*(_read_one(path, selection, ids) for path in same_stem), strict=True)
+        _check_fidelities(same_stem, selection, present)
+        found = [part for part in of_files if part is not None]
+        if ids is not None:
+            _check_ids(same_stem, selection, ids, found)
+        parts += found if len(found) < 2 else [_by_id(merge(concatenate(found, selection.elements)))]
     if not parts:
         raise InputError(
             f"{', '.join(map(str, paths[:3]))}{' …' if len(paths) > 3 else ''}: no structure fits the selection "
-            f"({selection}): widen it"
+            f"({_described(selection)}): widen it"
         )
-    return concatenate(parts, elements)
+    return concatenate(parts, selection.elements)
 
 
 def fidelities(path: Path) -> list[int]:
@@ -163,7 +144,7 @@ def fidelities(path: Path) -> list[int]:
 
 def write(
     path: str | os.PathLike,
-    levels: Mapping[int, Structures],
+    by_fidelity: Mapping[int, Structures],
     *,
     temperatures: float | Sequence[float] | np.ndarray,
     names: str | Sequence[str] = "",
@@ -179,7 +160,7 @@ def write(
     ----------
     path
         Its stem is the formula in atom order, which must fit every structure.
-    levels
+    by_fidelity
         For each fidelity the structures with their energies and, where known, forces; the geometries are the same in
         all of them. They get the ids 1, 2, … in their order.
     temperatures
@@ -201,16 +182,16 @@ def write(
     Raises
     ------
     InputError
-        The levels do not fit together or not the formula, or the file cannot be written (nothing is changed then).
+        The structures do not fit together or not the formula, or the file cannot be written (nothing is changed then).
     """
     path = Path(path)
-    if not levels:
+    if not by_fidelity:
         raise InputError(f"{path}: no fidelity to write: give at least one")
-    geometries = levels[max(levels)]
+    geometries = by_fidelity[max(by_fidelity)]
     count = len(geometries)
     symbols = formula_symbols(path.stem, str(path))
-    _check_levels(path, levels, symbols)
-    calcs = {fidelity: calc if isinstance(calc, str) else calc[fidelity] for fidelity in levels}
+    _check_fit(path, by_fidelity, symbols)
+    calcs = {fidelity: calc if isinstance(calc, str) else calc[fidelity] for fidelity in by_fidelity}
     temperatures = np.broadcast_to(np.asarray(temperatures, dtype=np.float64), (count,)).tolist()
     names = [names] * count if isinstance(names, str) else list(names)
     if len(names) != count:
@@ -236,7 +217,7 @@ def write(
                 database.executescript(_SCHEMA)
                 database.execute("BEGIN")
                 database.execute(f"INSERT INTO meta (config{columns}) VALUES (?{more})", [path.stem, *stamp])
-                origin = geometry_calc or calcs[max(levels)]
+                origin = geometry_calc or calcs[max(by_fidelity)]
                 database.executemany(
                     f"INSERT INTO xyz (id, calc, calc_params, temp, name, geom{columns}) VALUES (?,?,?,?,?,?{more})",
                     [
@@ -244,19 +225,19 @@ def write(
                         for i, geometry in enumerate(blobs(geometries.coordinates))
                     ],
                 )
-                for fidelity in sorted(levels, reverse=True):
-                    level = levels[fidelity]
+                for fidelity in sorted(by_fidelity, reverse=True):
+                    structures = by_fidelity[fidelity]
                     settings = parameters((calc_params or {}).get(fidelity, {}))
                     forces = [None] * count
-                    if level.forces is not None:
-                        absent = np.isnan(level.forces).reshape(count, -1).all(axis=1)
-                        forces = [None if a else b for a, b in zip(absent, blobs(level.forces), strict=True)]
+                    if structures.forces is not None:
+                        absent = np.isnan(structures.forces).reshape(count, -1).all(axis=1)
+                        forces = [None if a else b for a, b in zip(absent, blobs(structures.forces), strict=True)]
                     database.executemany(
                         "INSERT INTO energy (fidelity, sample_set_id, calc, calc_params, E, force, xyz_id"
                         f"{columns}) VALUES (?,?,?,?,?,?,?{more})",
                         [
                             (fidelity, sample_set, calcs[fidelity], settings[i], energy, forces[i], i + 1, *stamp)
-                            for i, energy in enumerate(level.energies.tolist())
+                            for i, energy in enumerate(structures.energies.tolist())
                         ],
                     )
                 database.execute("COMMIT")
@@ -273,59 +254,51 @@ def _check_stems(stems: Sequence[str], ids: Mapping[str, Collection[int]] | None
         )
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """What is read of a database."""
+def _described(selection: Selection) -> str:
+    fidelities, temperature = selection.fidelities_read, selection.temperature
+    parts = [f"fidelit{'y' if len(fidelities) == 1 else 'ies'} {', '.join(map(str, fidelities))}"]
+    parts.append("temperature above 0" if temperature is None else f"temperature {temperature:g} K")
+    if selection.names is not None:
+        parts.append(f"name like {' or '.join(selection.names)}")
+    return ", ".join(parts)
 
-    fidelities: tuple[int, ...]
-    temperature: float | None
-    names: tuple[str, ...] | None
 
-    def __str__(self) -> str:
-        levels = f"fidelit{'y' if len(self.fidelities) == 1 else 'ies'} {', '.join(map(str, self.fidelities))}"
-        parts = [levels, "temperature above 0" if self.temperature is None else f"temperature {self.temperature:g} K"]
-        if self.names is not None:
-            parts.append(f"name like {' or '.join(self.names)}")
-        return ", ".join(parts)
-
-    def of_geometries(self) -> tuple[str, list[object]]:
-        """A condition on rows of the table xyz, and its values."""
-        conditions, values = ["xyz.temp > 0" if self.temperature is None else "xyz.temp = ?"], []
-        values += [] if self.temperature is None else [self.temperature]
-        if self.names is not None:
-            conditions.append("(" + " OR ".join(["xyz.name LIKE ?"] * len(self.names) or ["0"]) + ")")
-            values += self.names
-        return " AND ".join(conditions), values
+def _of_geometries(selection: Selection) -> tuple[str, list[object]]:
+    """A condition on rows of the table xyz, and its values."""
+    conditions = ["xyz.temp > 0" if selection.temperature is None else "xyz.temp = ?"]
+    values: list[object] = [] if selection.temperature is None else [selection.temperature]
+    if selection.names is not None:
+        conditions.append("(" + " OR ".join(["xyz.name LIKE ?"] * len(selection.names) or ["0"]) + ")")
+        values += selection.names
+    return " AND ".join(conditions), values
 
 
 def _by_id(structures: Structures) -> Structures:
     return structures.select(np.argsort([int(label.rsplit("/", 1)[1]) for label in structures.labels], kind="stable"))
 
 
-def _check_ids(
-    paths: Sequence[Path], selection: _Selection, wanted: frozenset[int], parts: Sequence[Structures]
-) -> None:
+def _check_ids(paths: Sequence[Path], selection: Selection, ids: frozenset[int], parts: Sequence[Structures]) -> None:
     stem = paths[0].stem
     found = {label for part in parts for label in part.labels}
-    missing = [label for label in (f"{stem}/{i}" for i in sorted(wanted)) if label not in found]
+    missing = [label for label in (f"{stem}/{i}" for i in sorted(ids)) if label not in found]
     if missing:
         raise MissingIdsError(
-            f"{first_few(paths)}: has no structure {first_few(missing)} ({selection}): correct the ids or the selection"
+            f"{first_few(paths)}: has no structure {first_few(missing)} ({_described(selection)}): correct the ids or "
+            "the selection"
         )
 
 
-def _read_one(
-    path: Path, selection: _Selection, ids: frozenset[int] | None, elements: Sequence[str] | None
-) -> tuple[Structures | None, list[int]]:
+def _read_one(path: Path, selection: Selection, ids: frozenset[int] | None) -> tuple[Structures | None, list[int]]:
     """The structures that are selected, if any are, and fidelities of the file: at least those of the selection."""
+    wanted = selection.fidelities_read
     symbols = formula_symbols(path.stem, str(path))
-    order = element_order(symbols, elements, str(path))
-    geometries, energies, there = _query(path, symbols, selection)
+    order = element_order(symbols, selection.elements, str(path))
+    geometries, energies, present = _query(path, symbols, selection)
     if ids is not None:
         geometries = [row for row in geometries if row[0] in ids]
         energies = [row for row in energies if row[0] in ids]
     if not geometries:
-        return None, there
+        return None, present
     numbers, blobs = zip(*geometries, strict=True)
     stem = path.stem
     labels = tuple(f"{stem}/{number}" for number in numbers)
@@ -335,27 +308,26 @@ def _read_one(
         return _float_arrays(blobs, symbols, lambda row: f"{path}: the {what} of {labels[rows[row]]}")
 
     coordinates = arrays(blobs, range(len(labels)), "geometry")
-    values = np.full((len(selection.fidelities), len(labels)), np.nan)
+    values = np.full((len(wanted), len(labels)), np.nan)
     forces = np.full((*values.shape, len(symbols), 3), np.nan)
-    for k, fidelity in enumerate(selection.fidelities):
-        own = [row for row in energies if row[1] == fidelity]
-        rows = [where[row[0]] for row in own]
-        _check_energies(path, fidelity, own)
-        values[k, rows] = [row[2] for row in own]
-        given = [row for row, (*_, force) in zip(rows, own, strict=True) if force is not None]
+    for k, fidelity in enumerate(wanted):
+        of_fidelity = [row for row in energies if row[1] == fidelity]
+        places = [where[row[0]] for row in of_fidelity]
+        _check_energies(path, fidelity, of_fidelity)
+        values[k, places] = [row[2] for row in of_fidelity]
+        given = [place for place, (*_, force) in zip(places, of_fidelity, strict=True) if force is not None]
         if not given:
             continue
-        found = arrays([force for *_, force in own if force is not None], given, "force")
+        found = arrays([force for *_, force in of_fidelity if force is not None], given, "force")
         absent = np.isnan(found).any(axis=(1, 2))
         if absent.any():
             raise InputError(f"{path}: the force of {labels[given[int(np.argmax(absent))]]} has a NaN: correct it")
         forces[k, given] = found
-    if np.isnan(forces).all():
-        forces = None
-    if len(selection.fidelities) == 1:
-        values, forces = values[0], None if forces is None else forces[0]
+    of_levels = None if np.isnan(forces).all() else forces
+    if len(wanted) == 1:
+        values, of_levels = values[0], None if of_levels is None else of_levels[0]
     try:
-        return Structures.of_one_formula(symbols, coordinates, values, forces, labels, order), there
+        return Structures.of_one_formula(symbols, coordinates, values, of_levels, labels, order), present
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
 
@@ -373,26 +345,27 @@ def _check_energies(path: Path, fidelity: int, rows: Sequence[tuple]) -> None:
             raise InputError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
 
 
-def _query(path: Path, symbols: tuple[str, ...], selection: _Selection) -> tuple[list[tuple], list[tuple], list[int]]:
+def _query(path: Path, symbols: tuple[str, ...], selection: Selection) -> tuple[list[tuple], list[tuple], list[int]]:
     """Rows (id, geometry), rows (id, fidelity, E, force) of these ids, both in the order of the ids, and fidelities."""
-    condition, values = selection.of_geometries()
-    wanted = f"energy.fidelity IN ({', '.join('?' * len(selection.fidelities))})"
+    condition, values = _of_geometries(selection)
+    fidelities = selection.fidelities_read
+    wanted = f"energy.fidelity IN ({', '.join('?' * len(fidelities))})"
     with _opened(path) as database:
         _check_tables(path, database, symbols)
         energies = database.execute(
             "SELECT xyz.id, energy.fidelity, energy.E, energy.force FROM energy JOIN xyz ON xyz.id = energy.xyz_id "
             f"WHERE {wanted} AND {condition} ORDER BY xyz.id",
-            [*selection.fidelities, *values],
+            [*fidelities, *values],
         ).fetchall()
         geometries = database.execute(
             f"SELECT xyz.id, xyz.geom FROM xyz WHERE {condition} AND xyz.id IN "
             f"(SELECT xyz_id FROM energy WHERE {wanted}) ORDER BY xyz.id",
-            [*values, *selection.fidelities],
+            [*values, *fidelities],
         ).fetchall()
-        there = {row[1] for row in energies}
-        if len(there) < len(selection.fidelities):
-            there = _fidelities(database)  # more of them need not be looked for
-    return geometries, energies, sorted(there)
+        present = {row[1] for row in energies}
+        if len(present) < len(fidelities):  # more of them need not be looked for
+            present = set(_fidelities(database))
+    return geometries, energies, sorted(present)
 
 
 @contextmanager
@@ -414,21 +387,19 @@ def _fidelities(database: sqlite3.Connection) -> list[int]:
     return sorted(row[0] for row in database.execute("SELECT DISTINCT fidelity FROM energy"))
 
 
-def _check_fidelities(
-    paths: Sequence[Path], wanted: Sequence[int], there: Sequence[Sequence[int]], every_level: bool
-) -> None:
+def _check_fidelities(paths: Sequence[Path], selection: Selection, of_files: Sequence[Sequence[int]]) -> None:
     """Files of one name must have the fidelities that are wanted between them."""
-    for path, own in zip(paths, there, strict=True):
-        if not own:
+    for path, of_file in zip(paths, of_files, strict=True):
+        if not of_file:
             raise InputError(f"{path}: contains no energies: take a file with data")
-    present = sorted({fidelity for own in there for fidelity in own})
+    wanted, present = selection.fidelities_read, sorted({fidelity for of_file in of_files for fidelity in of_file})
     lacking = " and ".join(str(fidelity) for fidelity in wanted if fidelity not in present)
     if not lacking:
         return
     where, has = first_few(paths), " ".join(map(str, present))
     if not set(wanted) & set(present):
         raise InputError(f"{where}: has no energies of fidelity {lacking}, only of {has}: ask for one of these")
-    if every_level:
+    if selection.if_incomplete != "keep":
         raise InputError(
             f"{where}: has no energies of fidelity {lacking}, only of {has}: leave the file or the fidelity out"
         )
@@ -516,25 +487,27 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype | 
         return (), False, None
 
 
-def _check_levels(path: Path, levels: Mapping[int, Structures], symbols: tuple[str, ...]) -> None:
-    reference = levels[max(levels)]
-    for fidelity, level in levels.items():
-        if level.energies is None:
+def _check_fit(path: Path, by_fidelity: Mapping[int, Structures], symbols: tuple[str, ...]) -> None:
+    reference = by_fidelity[max(by_fidelity)]
+    for fidelity, structures in by_fidelity.items():
+        if structures.energies is None:
             raise InputError(f"{path}: fidelity {fidelity} has no energies: a database needs one for each structure")
-        if level.levels > 1:
+        if structures.levels > 1:
             raise InputError(
-                f"{path}: the structures of fidelity {fidelity} have {level.levels} levels: give one, Structures.level"
+                f"{path}: the structures of fidelity {fidelity} have {structures.levels} levels: give one, "
+                "Structures.level"
             )
-        if len(level) != len(reference) or not np.array_equal(level.coordinates, reference.coordinates):
+        if len(structures) != len(reference) or not np.array_equal(structures.coordinates, reference.coordinates):
             raise InputError(
-                f"{path}: fidelities {fidelity} and {max(levels)} have different geometries: give the same ones"
+                f"{path}: fidelities {fidelity} and {max(by_fidelity)} have different geometries: give the same ones"
             )
-        expected = [level.elements.index(symbol) if symbol in level.elements else -1 for symbol in symbols]
-        for i in range(len(level)):
-            if not np.array_equal(level.species[level.offsets[i] : level.offsets[i + 1]], expected):
+        elements = structures.elements
+        expected = [elements.index(symbol) if symbol in elements else -1 for symbol in symbols]
+        for i in range(len(structures)):
+            if not np.array_equal(structures.species[structures.offsets[i] : structures.offsets[i + 1]], expected):
                 raise InputError(
-                    f"{path}: {level.labels[i]} has the atoms {formula_in_order(level.symbols(i))}, which is not "
-                    "the formula of the file name: write one file per formula and atom order"
+                    f"{path}: {structures.labels[i]} has the atoms {formula_in_order(structures.symbols(i))}, which is "
+                    "not the formula of the file name: write one file per formula and atom order"
                 )
 
 

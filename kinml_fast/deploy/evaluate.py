@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from kinml_fast import report
 from kinml_fast.data import sources
 from kinml_fast.data.files import expand, replacing
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, atoms_of
 from kinml_fast.deploy import members, model_file
 from kinml_fast.errors import InputError
@@ -192,13 +193,9 @@ def groups(part: Part) -> list[Group]:
 def run_evaluate(
     model_path: str | os.PathLike | Sequence[str | os.PathLike],
     files: str | os.PathLike | Sequence[str | os.PathLike],
+    selection: Selection = Selection(),
     *,
     fidelity: int | Sequence[int] | None = None,
-    incomplete: str | None = None,
-    temperature: float | None = None,
-    names: Sequence[str] | None = None,
-    energy_key: str | Sequence[str] | None = None,
-    forces_key: str | Sequence[str] | None = None,
     batch_size: int = BATCH_SIZE,
     csv_path: str | os.PathLike | None = None,
     plots: str | os.PathLike | None = None,
@@ -214,10 +211,10 @@ def run_evaluate(
         What `model_file.resolve` takes: a model file, a run folder, a pattern, or several, which make an ensemble.
     files
         Databases and files that ASE reads: paths, patterns, `shipped:NAME`.
+    selection
+        What to take of them; but the fidelity is that of the next argument, and the baseline is the model's.
     fidelity
         Level to compare with, of a model of several levels one or more of these; None: the model's.
-    incomplete, temperature, names, energy_key, forces_key
-        Selections, see `kinml_fast.data.read`; the keys are lists for several levels, or for baseline and fidelity.
     batch_size
         Structures at a time.
     csv_path
@@ -244,19 +241,11 @@ def run_evaluate(
     fidelities = _fidelities(model, fidelity, model_path)
     if model.baseline is not None:
         log.info("energies and forces are differences of fidelity %d to fidelity %d", fidelities[0], model.baseline)
+    selection = replace(selection, fidelity=fidelities, baseline=model.baseline)
     rows: list[Group] = []
     found: list[Part] = []
     for path in expand(files):
-        structures = sources.read(
-            [path],
-            fidelity=fidelities,
-            baseline=model.baseline,
-            incomplete=incomplete,
-            temperature=temperature,
-            names=names,
-            energy_key=energy_key,
-            forces_key=forces_key,
-        )
+        structures = sources.read(path, selection)
         try:
             predictions = evaluate(model, structures, batch_size)
         except InputError as error:

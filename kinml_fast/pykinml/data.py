@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +163,8 @@ class Data_pes:
         paths = expand(data.files)
         # What a temperature or names leave out may stand in a list of structures; what is in no file may not.
         selected = data.temperature is not None or data.names is not None
-        self.structures = sources.read(
-            paths,
-            fidelity=fidelity,
-            baseline=data.baseline,
-            temperature=data.temperature,
-            names=data.names,
-            ids=None if xid is None or selected else _ids(xid, paths),
-            elements=data.elements,
-        )
+        ids = None if xid is None or selected else _ids(xid, paths)
+        self.structures = sources.read(paths, replace(data.selection, fidelity=fidelity, ids=ids))
         if xid is not None and selected:
             labels = {f"{stem}/{number}" for stem, numbers in _ids(xid, paths).items() for number in numbers}
             chosen = [i for i, label in enumerate(self.structures.labels) if label in labels]
@@ -236,8 +230,8 @@ class Data_pes:
             self.structures.select(used),
             Split(first, last[:0], last),
             self.sae_energies,
-            self.config.descriptor.model_dump(),
             source=self.source,
+            descriptor=self.config.descriptor.model_dump(),
             fidelities=self.fidelities,
             baseline=self.baseline,
         )

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from kinml_fast.data.fidelities import join
 from kinml_fast.data.files import first_few
-from kinml_fast.data.levels import join
 from kinml_fast.data.sae import resolve_levels
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError

@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kinml_fast import datasets, devices
 from kinml_fast.data.files import replacing
-from kinml_fast.data.levels import Levels
+from kinml_fast.data.selection import Selection
 from kinml_fast.errors import InputError
 from kinml_fast.nn import ACTIVATIONS
 
@@ -119,15 +120,15 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_levels(self) -> DataConfig:
-        levels = self.fidelity if isinstance(self.fidelity, list) else [self.fidelity]
         try:
-            number = len(Levels.of(levels, self.baseline, self.incomplete).read)
+            selection = self.selection
         except InputError as error:
             raise ValueError(str(error)) from None
-        if isinstance(self.sae, list) and len(self.sae) != len(levels):
+        fidelities, number = selection.fidelities, len(selection.fidelities_read)
+        if isinstance(self.sae, list) and len(self.sae) != len(fidelities):
             raise ValueError(
-                f"sae has {len(self.sae)} entries and there are {len(levels)} fidelities: give one for each, or one "
-                "for all"
+                f"sae has {len(self.sae)} entries and there are {len(fidelities)} fidelities: give one for each, or "
+                "one for all"
             )
         for name in ("energy_key", "forces_key"):
             keys = getattr(self, name)
@@ -137,6 +138,11 @@ class DataConfig(Section):
                     + (" (the baseline's, then that of the fidelity)" if self.baseline is not None else "")
                 )
         return self
+
+    @property
+    def selection(self) -> Selection:
+        """What is taken of the files."""
+        return Selection(**self.model_dump(include={field.name for field in fields(Selection)}))
 
 
 class DescriptorConfig(Section):

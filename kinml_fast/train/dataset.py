@@ -1,11 +1,9 @@
-"""The structures of a run, divided and as tensors."""
+"""The structures of a run as tensors: the last stage of data, behind `data.TrainingData`."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,49 +11,12 @@ from torch import Tensor
 
 from kinml_fast.data import stored
 from kinml_fast.data.files import first_few
-from kinml_fast.data.sources import DescriptorSource
-from kinml_fast.data.split import PARTS, Split
+from kinml_fast.data.split import PARTS
 from kinml_fast.data.stored import StoredDescriptors
-from kinml_fast.data.structures import Structures
+from kinml_fast.data.training_data import TrainingData
 from kinml_fast.errors import InputError
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train.config import TrainingConfig
-
-
-class Data(Protocol):
-    """What a trainer needs of a data set: `TrainingData`, or a prepared data set."""
-
-    structures: Structures
-    split: Split
-    sae: np.ndarray | None
-    weights: np.ndarray | None
-    source: DescriptorSource
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Structures and their division.
-
-    Parameters
-    ----------
-    structures
-        With energies, and with forces if they are trained on; of one level of theory or of several, like the model.
-    split
-        Indices of the structures for training, validation and test. Training without reshuffling keeps their order.
-    sae
-        Single-atom energies, float64 [n_elements] in the order of `structures.elements`, eV, which the model is given;
-        of K > 1 levels [K, n_elements]. None: those that the model has.
-    weights
-        Weights of the structures in the loss, float64 [n_structures]; None: all 1.
-    source
-        Where stored descriptors come from (training.jacobian: stored).
-    """
-
-    structures: Structures
-    split: Split
-    sae: np.ndarray | None = None
-    weights: np.ndarray | None = None
-    source: DescriptorSource = field(default_factory=DescriptorSource)
 
 
 class Dataset:
@@ -96,7 +57,7 @@ class Dataset:
         where they are asked for, weights that are none, no coordinates where nothing is stored.
     """
 
-    def __init__(self, model: EnergyModel, data: Data, config: TrainingConfig) -> None:
+    def __init__(self, model: EnergyModel, data: TrainingData, config: TrainingConfig) -> None:
         split = {name: np.asarray(getattr(data.split, name), dtype=np.int64) for name in PARTS}
         for name in ("train", "validation"):
             if split[name].size == 0:
@@ -202,7 +163,7 @@ class Dataset:
         atoms, known = self.atoms(part)
         return labels, self.forces.view(self.levels, -1, 3)[level, atoms].cpu().numpy()[known[level]].ravel()
 
-    def _weights(self, data: Data) -> np.ndarray:
+    def _weights(self, data: TrainingData) -> np.ndarray:
         count = len(data.structures)
         if data.weights is None:
             return np.ones(count)

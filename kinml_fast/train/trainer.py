@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kinml_fast import report
 from kinml_fast.data.split import PARTS
+from kinml_fast.data.training_data import TrainingData
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError, first_line
 from kinml_fast.metrics import Errors
@@ -27,7 +28,7 @@ from kinml_fast.nn import EnergyModel
 from kinml_fast.train import checkpoint, continued
 from kinml_fast.train.captured import MOST_STEPS, CapturedEpoch
 from kinml_fast.train.config import TrainingConfig, save_yaml
-from kinml_fast.train.dataset import Data, Dataset
+from kinml_fast.train.dataset import Dataset
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.freezing import FrozenLayers
 from kinml_fast.train.loss import ExtraLoss, ExtraLosses, LossBatch, TaskWeights
@@ -123,7 +124,7 @@ class Trainer:
     def __init__(
         self,
         model: EnergyModel,
-        data: Data,
+        data: TrainingData,
         config: TrainingConfig | None = None,
         folder: str | Path | None = None,
         *,
