@@ -10,7 +10,7 @@ import numpy as np
 from kinml_fast.data.files import first_few
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, atoms_of, concatenate
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +47,12 @@ def complete(structures: Structures, selection: Selection) -> tuple[Structures, 
     )
     if selection.if_incomplete == "error":
         also = "" if selection.baseline is not None else ", or keep to train each level on what there is"
-        raise InputError(
+        raise DataError(
             f"energies are missing ({without}) of {first_few(labels, _SHOWN)}: set data.incomplete=drop to leave "
             f"these structures out{also}"
         )
     if lacking.all():
-        raise InputError(
+        raise DataError(
             f"no structure has energies of all the fidelities {', '.join(map(str, selection.fidelities_read))}: take "
             "other files"
         )
@@ -88,11 +88,11 @@ def join(sets: Sequence[Structures]) -> Structures:
         Geometries that differ, a label that a level has twice, something that is not one level with energies.
     """
     if len(sets) < 2:
-        raise InputError(f"{len(sets)} levels are given to be joined: give two or more, lowest first")
+        raise DataError(f"{len(sets)} levels are given to be joined: give two or more, lowest first")
     for k, structures in enumerate(sets):
         if structures.energies is None or structures.levels > 1:
             what = "no energies" if structures.energies is None else f"energies of {structures.levels} levels"
-            raise InputError(f"level {k} (counted from 0) has {what}: give structures with those of one")
+            raise DataError(f"level {k} (counted from 0) has {what}: give structures with those of one")
     lifted = []
     for k, structures in reversed(list(enumerate(sets))):
         energies = np.full((len(sets), len(structures)), np.nan)
@@ -128,7 +128,7 @@ def merge(structures: Structures) -> Structures:
     if twice.any():
         labels = [structures.labels[first[i]] for i in np.flatnonzero(twice.any(axis=0))]
         level = int(np.argmax(twice.any(axis=1)))
-        raise InputError(
+        raise DataError(
             f"there are two energies of level {level} (counted from 0) for {first_few(labels)}: leave out one, or give "
             "the files of different structures different names"
         )
@@ -161,7 +161,7 @@ def _check_same_geometries(structures: Structures, others: np.ndarray) -> None:
         differs[rest] = np.logical_or.reduceat(wrong, starts[:-1])
     if differs.any():
         labels = list(dict.fromkeys(structures.labels[i] for i in np.flatnonzero(differs)))
-        raise InputError(
+        raise DataError(
             f"the levels have different geometries of {first_few(labels)}"
             + (f", by up to {farthest:.3g} Å" if farthest > SAME_GEOMETRY else "")
             + ": energies of different levels must be of the same atoms in the same places"

@@ -24,7 +24,7 @@ from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.sqlite import MissingIdsError
 from kinml_fast.data.structures import Structures
 from kinml_fast.data.training_data import TrainingData
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, InputError
 
 _log = logging.getLogger(__name__)
 _FORMAT = "kinml_fast prepared data"
@@ -126,7 +126,7 @@ def prepare(
     if path is not None:
         path = Path(path)
         if path.resolve() in [p.resolve() for p in paths]:
-            raise InputError(f"{path}: is one of the data files and would be overwritten: name another file")
+            raise ConfigError(f"{path}: is one of the data files and would be overwritten: name another file")
         ready = _up_to_date(path, digest)
         if ready is not None:
             return replace(ready, source=source)  # the files may have moved
@@ -135,7 +135,7 @@ def prepare(
     try:
         structures, dropped = sources.read_and_drop(paths, replace(selection, ids=ids))
     except MissingIdsError as error:
-        raise InputError(f"{split_file}: {error}") from error
+        raise DataError(f"{split_file}: {error}") from error
     loss_weights = None if weights is None else weights_module.resolve(weights, structures.labels)
     chosen = splits.make_split(structures, split, split_seed, split_file, dropped)
     _check_levels(structures, chosen, selection.fidelities)
@@ -222,12 +222,12 @@ def load(path: str | os.PathLike) -> Prepared:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file: run kinml-fast prepare first")
+        raise DataError(f"{path}: there is no such file: run kinml-fast prepare first")
     try:
         with h5py.File(path, "r") as file:
             attributes = {name: bytes(value).decode() for name, value in file.attrs.items()}
             if attributes.get("format") != _FORMAT or attributes.get("version") != str(_VERSION):
-                raise InputError(f"{path}: is not prepared data of this version: run kinml-fast prepare again")
+                raise DataError(f"{path}: is not prepared data of this version: run kinml-fast prepare again")
             arrays: dict[str, np.ndarray] = {}
             file.visititems(
                 lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
@@ -255,7 +255,7 @@ def load(path: str | os.PathLike) -> Prepared:
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, InputError) and str(error).startswith(str(path)):
             raise
-        raise InputError(f"{path}: is damaged ({error}): run kinml-fast prepare again") from error
+        raise DataError(f"{path}: is damaged ({error}): run kinml-fast prepare again") from error
 
 
 def _plain(setting: object) -> object:
@@ -274,12 +274,12 @@ def _check_levels(structures: Structures, split: Split, fidelities: Sequence[int
     known = structures.known_energies
     for fidelity, at_level in zip(fidelities, known, strict=True):
         if not at_level[split.train].any():
-            raise InputError(
+            raise DataError(
                 f"no training structure has an energy of fidelity {fidelity}: enlarge the training part or take more "
                 "data"
             )
     if not known[-1][split.validation].any():
-        raise InputError(
+        raise DataError(
             f"no validation structure has an energy of fidelity {fidelities[-1]}, the highest, by which a model "
             "is judged: enlarge the validation part or take more data"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 
 INCOMPLETE = ("error", "drop", "keep")
 """What can happen to structures that lack a level of theory."""
@@ -62,11 +62,11 @@ class Selection:
             if isinstance(value, np.ndarray | Sequence) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
         if not self.fidelities or len(set(self.fidelities)) < len(self.fidelities):
-            raise InputError(
+            raise ConfigError(
                 f"the fidelities are {list(self.fidelities)}: name at least one, lowest first, and each once"
             )
         if self.if_incomplete not in INCOMPLETE:
-            raise InputError(
+            raise ConfigError(
                 f"incomplete is {self.incomplete!r}: take {', '.join(INCOMPLETE[:-1])} or {INCOMPLETE[-1]}"
             )
         if self.baseline is not None:
@@ -74,14 +74,14 @@ class Selection:
 
     def _check_difference(self) -> None:
         if len(self.fidelities) > 1:
-            raise InputError(
+            raise ConfigError(
                 f"a baseline goes with one fidelity, and {len(self.fidelities)} are given: leave the baseline out for "
                 "training on several levels, or name one fidelity for delta learning"
             )
         if self.baseline in self.fidelities:
-            raise InputError(f"fidelity and baseline are both {self.baseline}: their difference would be 0")
+            raise ConfigError(f"fidelity and baseline are both {self.baseline}: their difference would be 0")
         if self.if_incomplete == "keep":
-            raise InputError("a difference needs both levels: take error or drop for incomplete, not keep")
+            raise ConfigError("a difference needs both levels: take error or drop for incomplete, not keep")
 
     @property
     def fidelities(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from kinml_fast.data.files import expand, first_few, is_hdf5, is_sqlite
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures, concatenate
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 from kinml_fast.nn import AEVParameters
 
 
@@ -51,7 +51,7 @@ class DescriptorSource:
             return stored.compute(structures, parameters, dtype, jacobian=jacobian, backend=self.backend)
         for path, digest in self.files:
             if file_digest(path) != digest:
-                raise InputError(f"{path}: has changed since the data were prepared: prepare them again")
+                raise DataError(f"{path}: has changed since the data were prepared: prepare them again")
         paths = [path for path, _ in self.files]
         return pykinml_hdf5.read_descriptors(paths, structures, parameters, dtype, jacobian=jacobian)
 
@@ -86,7 +86,7 @@ def read_and_drop(
         paths = list(group)
         if reader is pykinml_hdf5:
             if len(selection.fidelities_read) > 1:
-                raise InputError(
+                raise DataError(
                     f"{first_few(paths)}: has energies of one level, but those of the fidelities "
                     f"{' and '.join(map(str, selection.fidelities_read))} are asked for: take databases or XYZ files"
                 )
@@ -105,7 +105,7 @@ def read_and_drop(
     structures = concatenate(parts, selection.elements)
     for fidelity, known in zip(selection.fidelities_read, structures.known_energies, strict=True):
         if not known.any():
-            raise InputError(_absent(fidelity, expand(files)))
+            raise DataError(_absent(fidelity, expand(files)))
     structures, dropped = complete(structures, selection)
     return (structures if selection.baseline is None else difference(structures)), dropped
 
@@ -138,5 +138,5 @@ def file_digest(path: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
     return digest.hexdigest()

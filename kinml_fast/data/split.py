@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 
 PARTS = ("train", "validation", "test")
 
@@ -24,7 +24,7 @@ class Split:
             object.__setattr__(self, part, np.ascontiguousarray(getattr(self, part), dtype=np.int64))
         everything = self.used
         if len(np.unique(everything)) < len(everything):
-            raise InputError("the parts of a split overlap: each structure may be in one part only, and once")
+            raise DataError("the parts of a split overlap: each structure may be in one part only, and once")
 
     @property
     def used(self) -> np.ndarray:

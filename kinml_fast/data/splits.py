@@ -24,7 +24,7 @@ from kinml_fast.data import pykinml_hdf5
 from kinml_fast.data.files import first_few, is_hdf5, replacing
 from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 
 _MASKS = {"train": 2, "validation": 2, "test": -1}
 
@@ -104,7 +104,7 @@ def make_split(
     rest = np.sort(indices[file.masks == 2])
     if _are_counts(amounts):
         if amounts[2] not in (0, len(test)):
-            raise InputError(
+            raise ConfigError(
                 f"{file.path}: has {len(test)} test structures, but the split asks for {amounts[2]}: write 0 there"
             )
         wanted = (amounts[0], amounts[1], 0)
@@ -135,7 +135,7 @@ def read_tvtmsk(path: str | os.PathLike) -> SplitFile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise InputError(f"{path}: cannot be read as a split file ({reason}): correct the path") from error
+        raise DataError(f"{path}: cannot be read as a split file ({reason}): correct the path") from error
     seen: dict[str, int] = {}
     masks: list[int] = []
     parts: list[str | None] = []
@@ -145,16 +145,16 @@ def read_tvtmsk(path: str | os.PathLike) -> SplitFile:
             continue
         _check_line(f"{path}:{number}", words)
         if words[0] in seen:
-            raise InputError(f"{path}:{number}: {words[0]} is already in line {seen[words[0]]}: keep one of the two")
+            raise DataError(f"{path}:{number}: {words[0]} is already in line {seen[words[0]]}: keep one of the two")
         seen[words[0]] = number
         masks.append(int(words[1]))
         parts.append(words[3] if len(words) == 4 else None)
         if (parts[-1] is None) != (parts[0] is None):
-            raise InputError(
+            raise DataError(
                 f"{path}:{number}: some lines say train, validation or test and some do not: write it in all or none"
             )
     if not seen:
-        raise InputError(f"{path}: names no structures: it needs lines like 'C5H5/17 2'")
+        raise DataError(f"{path}: names no structures: it needs lines like 'C5H5/17 2'")
     return SplitFile(path, tuple(seen), np.array(masks), None if parts[0] is None else tuple(parts))
 
 
@@ -219,11 +219,11 @@ def level_table(structures: Structures, split: Split, fidelities: Sequence[int],
 def _checked_amounts(amounts: Sequence[float]) -> tuple[float, float, float]:
     amounts = tuple(amounts)
     if len(amounts) != 3 or any(not math.isfinite(a) or a < 0 for a in amounts):
-        raise InputError(f"the split is {list(amounts)}: give three numbers for training, validation and test")
+        raise ConfigError(f"the split is {list(amounts)}: give three numbers for training, validation and test")
     if not _are_counts(amounts):
         return amounts
     if any(a != int(a) for a in amounts):
-        raise InputError(
+        raise ConfigError(
             f"the split {list(amounts)} is neither three counts nor three fractions with a sum of at most 1: correct it"
         )
     return tuple(int(a) for a in amounts)
@@ -238,7 +238,7 @@ def _totals(amounts: tuple[float, float, float], available: int, source: str) ->
     total = sum(amounts)
     if _are_counts(amounts):
         if total > available:
-            raise InputError(
+            raise ConfigError(
                 f"the split {list(amounts)} asks for {total} structures, but there are only {available} in {source}: "
                 "ask for fewer"
             )
@@ -295,7 +295,7 @@ def _largest_remainder(quotas: np.ndarray, total: int, order: np.ndarray) -> np.
 def _without_empty(split: Split, source: str, test_wanted: bool) -> Split:
     for part in PARTS:
         if len(getattr(split, part)) == 0 and (part != "test" or test_wanted):
-            raise InputError(f"{source} leaves no {part} structures: enlarge its {part} part or take more data")
+            raise DataError(f"{source} leaves no {part} structures: enlarge its {part} part or take more data")
     return split
 
 
@@ -313,7 +313,7 @@ def _index_of_labels(structures: Structures) -> dict[str, int]:
     index = {label: i for i, label in enumerate(structures.labels)}
     if len(index) < len(structures):
         twice = next(label for i, label in enumerate(structures.labels) if index[label] != i)
-        raise InputError(f"two structures have the label {twice}: a split file needs different ones, rename a file")
+        raise DataError(f"two structures have the label {twice}: a split file needs different ones, rename a file")
     return index
 
 
@@ -321,7 +321,7 @@ def _indices(structures: Structures, file: SplitFile) -> np.ndarray:
     index = _index_of_labels(structures)
     unknown = [label for label in file.labels if label not in index]
     if unknown:
-        raise InputError(
+        raise DataError(
             f"{file.path}: names structures that are not in the data: {first_few(unknown)}: "
             "add their files or remove the lines"
         )
@@ -339,7 +339,7 @@ def _check_line(where: str, words: list[str]) -> None:
     if good and len(words) == 4:
         good = words[3] in PARTS and str(_MASKS[words[3]]) == words[1]
     if not good:
-        raise InputError(
+        raise DataError(
             f"{where}: '{' '.join(words)[:60]}' is not a line of a split file: expected a label, 2 or -1, and at most "
             "an energy and train, validation (with 2) or test (with -1)"
         )

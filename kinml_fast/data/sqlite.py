@@ -26,7 +26,7 @@ from kinml_fast.data.fidelities import merge
 from kinml_fast.data.files import check_distinct, expand, first_few, is_sqlite, replacing
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, concatenate, element_order, formula_in_order
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ CREATE TABLE energy (
 """
 
 
-class MissingIdsError(InputError):
+class MissingIdsError(DataError):
     """Structures are asked for by id that are not there."""
 
 
@@ -81,7 +81,7 @@ def formula_symbols(name: str, where: str) -> tuple[str, ...]:
     except (ValueError, KeyError):
         symbols = ()
     if not symbols or any(symbol not in chemical_symbols[1:] for symbol in symbols):
-        raise InputError(f"{where}: the file name must begin with a formula like C5H5 or CH3OH: rename the file")
+        raise DataError(f"{where}: the file name must begin with a formula like C5H5 or CH3OH: rename the file")
     return symbols
 
 
@@ -129,7 +129,7 @@ def read(files: str | os.PathLike | Sequence[str | os.PathLike], selection: Sele
             _check_ids(same_stem, selection, ids, found)
         parts += found if len(found) < 2 else [_by_id(merge(concatenate(found, selection.elements)))]
     if not parts:
-        raise InputError(
+        raise DataError(
             f"{', '.join(map(str, paths[:3]))}{' …' if len(paths) > 3 else ''}: no structure fits the selection "
             f"({_described(selection)}): widen it"
         )
@@ -186,7 +186,7 @@ def write(
     """
     path = Path(path)
     if not by_fidelity:
-        raise InputError(f"{path}: no fidelity to write: give at least one")
+        raise ConfigError(f"{path}: no fidelity to write: give at least one")
     geometries = by_fidelity[max(by_fidelity)]
     count = len(geometries)
     symbols = formula_symbols(path.stem, str(path))
@@ -195,7 +195,7 @@ def write(
     temperatures = np.broadcast_to(np.asarray(temperatures, dtype=np.float64), (count,)).tolist()
     names = [names] * count if isinstance(names, str) else list(names)
     if len(names) != count:
-        raise InputError(f"{path}: {len(names)} names given for {count} structures: give one for each")
+        raise ConfigError(f"{path}: {len(names)} names given for {count} structures: give one for each")
     stamp = [] if created_at is None else [created_at]
     columns = ", created_at" if stamp else ""
     more = ",?" if stamp else ""
@@ -321,7 +321,7 @@ def _read_one(path: Path, selection: Selection, ids: frozenset[int] | None) -> t
         found = arrays([force for *_, force in of_fidelity if force is not None], given, "force")
         absent = np.isnan(found).any(axis=(1, 2))
         if absent.any():
-            raise InputError(f"{path}: the force of {labels[given[int(np.argmax(absent))]]} has a NaN: correct it")
+            raise DataError(f"{path}: the force of {labels[given[int(np.argmax(absent))]]} has a NaN: correct it")
         forces[k, given] = found
     of_levels = None if np.isnan(forces).all() else forces
     if len(wanted) == 1:
@@ -329,20 +329,18 @@ def _read_one(path: Path, selection: Selection, ids: frozenset[int] | None) -> t
     try:
         return Structures.of_one_formula(symbols, coordinates, values, of_levels, labels, order), present
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
+        raise DataError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
 
 
 def _check_energies(path: Path, fidelity: int, rows: Sequence[tuple]) -> None:
     counts = Counter(row[0] for row in rows)
     if len(counts) < len(rows):
         twice = [f"{path.stem}/{number}" for number, count in counts.items() if count > 1]
-        raise InputError(
-            f"{path}: {first_few(twice)} has more than one energy of fidelity {fidelity}: keep one of them"
-        )
+        raise DataError(f"{path}: {first_few(twice)} has more than one energy of fidelity {fidelity}: keep one of them")
     for number, _, energy, _ in rows:
         # NaN is NULL in a database.
         if type(energy) not in (float, int):
-            raise InputError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
+            raise DataError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
 
 
 def _query(path: Path, symbols: tuple[str, ...], selection: Selection) -> tuple[list[tuple], list[tuple], list[int]]:
@@ -372,7 +370,7 @@ def _query(path: Path, symbols: tuple[str, ...], selection: Selection) -> tuple[
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     """A database for reading, one state of it for all queries; whatever SQLite stumbles over becomes an InputError."""
     if not is_sqlite(path):
-        raise InputError(f"{path}: is not an SQLite database: give one, or name an XYZ file .xyz")
+        raise DataError(f"{path}: is not an SQLite database: give one, or name an XYZ file .xyz")
     try:
         # mode=ro: never create a file or a journal beside somebody's data.
         address = f"file:{quote(str(path.absolute()))}?mode=ro"
@@ -380,7 +378,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
             database.execute("BEGIN")
             yield database
     except sqlite3.Error as error:
-        raise InputError(f"{path}: cannot be read as an SQLite database ({error}): get a sound copy") from error
+        raise DataError(f"{path}: cannot be read as an SQLite database ({error}): get a sound copy") from error
 
 
 def _fidelities(database: sqlite3.Connection) -> list[int]:
@@ -391,16 +389,16 @@ def _check_fidelities(paths: Sequence[Path], selection: Selection, of_files: Seq
     """Files of one name must have the fidelities that are wanted between them."""
     for path, of_file in zip(paths, of_files, strict=True):
         if not of_file:
-            raise InputError(f"{path}: contains no energies: take a file with data")
+            raise DataError(f"{path}: contains no energies: take a file with data")
     wanted, present = selection.fidelities_read, sorted({fidelity for of_file in of_files for fidelity in of_file})
     lacking = " and ".join(str(fidelity) for fidelity in wanted if fidelity not in present)
     if not lacking:
         return
     where, has = first_few(paths), " ".join(map(str, present))
     if not set(wanted) & set(present):
-        raise InputError(f"{where}: has no energies of fidelity {lacking}, only of {has}: ask for one of these")
+        raise DataError(f"{where}: has no energies of fidelity {lacking}, only of {has}: ask for one of these")
     if selection.if_incomplete != "keep":
-        raise InputError(
+        raise DataError(
             f"{where}: has no energies of fidelity {lacking}, only of {has}: leave the file or the fidelity out"
         )
     log.warning("%s: has no energies of fidelity %s, only of %s", where, lacking, has)
@@ -411,9 +409,9 @@ def _check_tables(path: Path, database: sqlite3.Connection, symbols: tuple[str, 
         columns = {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
         missing = [column for column in needed if column not in columns]
         if not columns:
-            raise InputError(f"{path}: has no table {table}: a database with the tables xyz and energy is needed")
+            raise DataError(f"{path}: has no table {table}: a database with the tables xyz and energy is needed")
         if missing:
-            raise InputError(f"{path}: table {table} has no column {', '.join(missing)}: take a complete database")
+            raise DataError(f"{path}: table {table} has no column {', '.join(missing)}: take a complete database")
     if not database.execute("PRAGMA table_info(meta)").fetchall():
         return
     # The file may have been renamed: its own record of the formula has to fit the name, atom order included.
@@ -423,7 +421,7 @@ def _check_tables(path: Path, database: sqlite3.Connection, symbols: tuple[str, 
         except InputError:
             continue
         if recorded != symbols:
-            raise InputError(
+            raise DataError(
                 f"{path}: the file name stands for {formula_in_order(symbols)}, but its table meta says {config}: "
                 "give the file its right name"
             )
@@ -439,25 +437,25 @@ def _float_arrays(blobs: Sequence[object], symbols: Sequence[str], where: Callab
         if header is None or not isinstance(blob, bytes) or not blob.startswith(header):
             header = _npy_header(blob) if isinstance(blob, bytes) else None
             if header is None:
-                raise InputError(f"{where(row)} is not a numpy array: write it with numpy.save")
+                raise DataError(f"{where(row)} is not a numpy array: write it with numpy.save")
         groups.setdefault(header, []).append(row)
     result = np.empty((len(blobs), *shape))
     for header, rows in groups.items():
         found, fortran_order, dtype = _parse_npy_header(header)
         if dtype is None or dtype.kind != "f":
-            raise InputError(
+            raise DataError(
                 f"{where(rows[0])} is not a plain float array but {'unreadable' if dtype is None else dtype}: "
                 "write it with numpy.save as float64"
             )
         if found != shape:
-            raise InputError(
+            raise DataError(
                 f"{where(rows[0])} has the shape {list(found)}, but the file name's {formula_in_order(symbols)} needs "
                 f"{list(shape)}: correct the file name or the row"
             )
         length = len(header) + dtype.itemsize * shape[0] * shape[1]
         for row in rows:
             if len(blobs[row]) != length:
-                raise InputError(f"{where(row)} is cut short or too long: replace it")
+                raise DataError(f"{where(row)} is cut short or too long: replace it")
         numbers = np.frombuffer(b"".join(blobs[row][len(header) :] for row in rows), dtype=dtype)
         if fortran_order:
             result[rows] = numbers.reshape(len(rows), *shape[::-1]).transpose(0, 2, 1)
@@ -491,21 +489,21 @@ def _check_fit(path: Path, by_fidelity: Mapping[int, Structures], symbols: tuple
     reference = by_fidelity[max(by_fidelity)]
     for fidelity, structures in by_fidelity.items():
         if structures.energies is None:
-            raise InputError(f"{path}: fidelity {fidelity} has no energies: a database needs one for each structure")
+            raise DataError(f"{path}: fidelity {fidelity} has no energies: a database needs one for each structure")
         if structures.levels > 1:
-            raise InputError(
+            raise DataError(
                 f"{path}: the structures of fidelity {fidelity} have {structures.levels} levels: give one, "
                 "Structures.level"
             )
         if len(structures) != len(reference) or not np.array_equal(structures.coordinates, reference.coordinates):
-            raise InputError(
+            raise DataError(
                 f"{path}: fidelities {fidelity} and {max(by_fidelity)} have different geometries: give the same ones"
             )
         elements = structures.elements
         expected = [elements.index(symbol) if symbol in elements else -1 for symbol in symbols]
         for i in range(len(structures)):
             if not np.array_equal(structures.species[structures.offsets[i] : structures.offsets[i + 1]], expected):
-                raise InputError(
+                raise DataError(
                     f"{path}: {structures.labels[i]} has the atoms {formula_in_order(structures.symbols(i))}, which is "
                     "not the formula of the file name: write one file per formula and atom order"
                 )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kinml_fast import ops
 from kinml_fast.data.structures import Structures
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, DeviceError
 from kinml_fast.nn import AEVParameters
 
 log = logging.getLogger(__name__)
@@ -82,14 +82,14 @@ def compute(
         The Jacobians do not fit into memory; aevmod is not installed or does not have this form of descriptor.
     """
     if structures.coordinates is None:
-        raise InputError("the structures have no coordinates, so that descriptors cannot be computed: take other files")
+        raise DataError("the structures have no coordinates, so that descriptors cannot be computed: take other files")
     if structures.elements != parameters.elements:
-        raise InputError(
+        raise DataError(
             f"the structures count elements as {' '.join(structures.elements)} and the descriptor as "
             f"{' '.join(parameters.elements)}: give both the same order"
         )
     if backend not in BACKENDS:
-        raise InputError(f"there is no backend {backend} for descriptors: take {' or '.join(BACKENDS)}")
+        raise ConfigError(f"there is no backend {backend} for descriptors: take {' or '.join(BACKENDS)}")
     if backend == "aevmod":
         return _from_aevmod(structures, parameters, dtype, jacobian)
     arguments = (
@@ -168,7 +168,7 @@ def _check_memory(structures: Structures, length: int, dtype: torch.dtype) -> No
     )
     if available is not None and needed > _MEMORY_KEPT * available:
         narrower = " or training.dtype: float32" if dtype == torch.float64 else ""
-        raise InputError(
+        raise DeviceError(
             f"{what} need {needed / 1e9:.2f} GB and {available / 1e9:.2f} GB of memory are available: "
             f"take training.jacobian: recompute, which stores none{narrower}, or fewer structures"
         )
@@ -181,14 +181,14 @@ def _from_aevmod(
     try:
         import aevmod
     except ImportError as error:
-        raise InputError(
+        raise ConfigError(
             f"descriptor.backend: aevmod needs the package aevmod, which cannot be imported ({error}): "
             "pip install aevmod, or take descriptor.backend: native"
         ) from error
     settings = (len(parameters.radial_shifts), len(parameters.angular_shifts), len(parameters.sections))
     cutoffs = [parameters.radial_cutoff, parameters.angular_cutoff]
     if AEVParameters.aevmod(parameters.elements, *settings, cutoffs, parameters.beta) != parameters:
-        raise InputError(
+        raise ConfigError(
             "aevmod does not have this form of descriptor: take evenly spread shifts (AEVParameters.aevmod), or "
             "descriptor.backend: native"
         )

@@ -16,7 +16,7 @@ from kinml_fast.data.fidelities import merge
 from kinml_fast.data.files import check_distinct, expand, first_few
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, concatenate, element_order
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _keys(
     if keys is None and (len(fidelities) == 1 or name == "forces"):
         return [None] * len(fidelities)
     asked = f"those of the fidelities {' and '.join(map(str, fidelities))}" if len(fidelities) > 1 else "one"
-    raise InputError(
+    raise ConfigError(
         f"{first_few(paths)}: data.{name}_key names {'no key' if keys is None else ', '.join(keys)}, but {asked} are "
         "needed: give a list with one for each, in this order"
     )
@@ -103,7 +103,7 @@ def _read_one(
 ) -> Structures:
     frames = list(_frames(path))
     if not frames:
-        raise InputError(f"{path}: contains no structures: take a file with data")
+        raise DataError(f"{path}: contains no structures: take a file with data")
     label = _file_label(path)
     labels = tuple(f"{label}/{i}" for i in range(1, len(frames) + 1))
     energies, forces = None, None
@@ -126,14 +126,14 @@ def _read_one(
             labels=labels,
         )
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error}") from error
 
 
 def _frames(path: Path) -> Iterator[Atoms]:
     try:
         for number, frame in enumerate(ase.io.iread(path, index=":", do_not_split_by_at_sign=True), start=1):
             if frame.pbc.any():
-                raise InputError(
+                raise DataError(
                     f"{path}: frame {number} is periodic, only molecules can be used so far: "
                     'leave out its Lattice or write pbc="F F F"'
                 )
@@ -142,7 +142,7 @@ def _frames(path: Path) -> Iterator[Atoms]:
         raise
     except Exception as error:  # ASE's many readers raise whatever their parsing runs into
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: ASE cannot read it ({reason}): correct the file or its suffix") from error
+        raise DataError(f"{path}: ASE cannot read it ({reason}): correct the file or its suffix") from error
 
 
 def _energies_and_forces(
@@ -158,13 +158,13 @@ def _energies_and_forces(
         # Of several levels a frame may lack some, but not all.
         present = [k for k, (key, _) in enumerate(keys) if key in values] if len(keys) > 1 else [0]
         if not present:
-            raise InputError(
+            raise DataError(
                 f"{where} has no energy under any of the keys {', '.join(str(key) for key, _ in keys)}{_others(values)}"
             )
         for k in present:
             energies[k, i], of_frame = _energy_and_forces(where, values, len(frame), *keys[k])
             if len(keys) > 1 and np.isnan(energies[k, i]):
-                raise InputError(f"{where}: {keys[k][0]} is NaN: correct it or leave it out of the frame")
+                raise DataError(f"{where}: {keys[k][0]} is NaN: correct it or leave it out of the frame")
             if of_frame is not None:
                 forces[k, offsets[i] : offsets[i + 1]] = of_frame
     return energies, None if np.isnan(forces).all() else forces
@@ -176,7 +176,7 @@ def _check_levels(
     known = np.any([part.known_energies.any(axis=1) for part in parts], axis=0)
     lacking = " or ".join(str(key) for key, at_level in zip(keys, known, strict=True) if not at_level)
     if lacking and selection.if_incomplete != "keep":
-        raise InputError(
+        raise DataError(
             f"{first_few(paths)}: no frame has an energy under the key {lacking}: leave the file or the level out"
         )
     if lacking:
@@ -200,10 +200,10 @@ def _energy_and_forces(
     energy_keys = (energy_key,) if energy_key is not None else _ENERGY_KEYS
     found = [key for key in energy_keys if key in values]
     if not found:
-        raise InputError(f"{where} has no energy under the key {' or '.join(energy_keys)}{_others(values)}")
+        raise DataError(f"{where} has no energy under the key {' or '.join(energy_keys)}{_others(values)}")
     energies = [_number(values[key], f"{where}: {key}") for key in found]
     if len(set(energies)) > 1 and not np.isnan(energies).all():
-        raise InputError(f"{where} has different numbers under {' and '.join(found)}: name the key to use")
+        raise DataError(f"{where} has different numbers under {' and '.join(found)}: name the key to use")
     if forces_key is None:
         # Prefer the partner of the energy that was taken.
         wanted = [key.replace("energy", "forces") for key in found if "energy" in key]
@@ -221,7 +221,7 @@ def _number(value: object, what: str) -> float:
     except (TypeError, ValueError):
         array = np.empty(0)
     if array.size != 1:
-        raise InputError(f"{what} is {value!r}, not one number: correct it or name another key")
+        raise DataError(f"{what} is {value!r}, not one number: correct it or name another key")
     return float(array.reshape(()))
 
 
@@ -231,7 +231,7 @@ def _vectors(value: object, n_atoms: int, what: str) -> np.ndarray:
     except (TypeError, ValueError):
         array = np.empty(0)
     if array.shape != (n_atoms, 3):
-        raise InputError(f"{what} is not three numbers for each of the {n_atoms} atoms: correct it")
+        raise DataError(f"{what} is not three numbers for each of the {n_atoms} atoms: correct it")
     if np.isnan(array).any():
-        raise InputError(f"{what} has a NaN: correct it or leave the forces of this frame out")
+        raise DataError(f"{what} has a NaN: correct it or leave the forces of this frame out")
     return array

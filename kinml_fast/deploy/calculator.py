@@ -14,14 +14,14 @@ from scipy.spatial import cKDTree
 
 from kinml_fast.data.structures import CLOSEST_ALLOWED
 from kinml_fast.deploy import low_level, members, model_file
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.nn import EnergyModel, Ensemble
 
 _FEW_ATOMS = 50
 """Molecules of fewer atoms are computed on one thread: starting a second one takes longer than what it would save."""
 
 
-class CalculatorInputError(InputError, CalculatorSetupError):
+class CalculatorInputError(DataError, CalculatorSetupError):
     """Atoms or arguments that `KinMLCalculator` cannot use: one sentence. Programs for ASE catch it as ASE's error."""
 
 
@@ -60,7 +60,7 @@ class KinMLCalculator(Calculator):
         A model that cannot be read; models that do not fit together; a delta model without a base, or another with one.
     CalculatorInputError
         When calculating: periodic atoms, an element that the model does not know, positions that are NaN or infinite,
-        two atoms closer than 0.1 Å, or an energy that is NaN or infinite. It is both an `InputError` and ASE's
+        two atoms closer than 0.1 Å, or an energy that is NaN or infinite. It is both a `DataError` and ASE's
         `CalculatorSetupError`.
     """
 
@@ -76,7 +76,7 @@ class KinMLCalculator(Calculator):
     ) -> None:
         super().__init__()
         if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}: give a number of at least 1")
+            raise ConfigError(f"threads is {threads}: give a number of at least 1")
         self.model = model_file.resolve(model, device)
         self.base = low_level.checked(self.model, base, KinMLCalculator)
         self.threads = threads

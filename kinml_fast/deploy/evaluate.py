@@ -19,7 +19,7 @@ from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, atoms_of
 from kinml_fast.deploy import members, model_file
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel, Ensemble
 from kinml_fast.units import KCAL_PER_MOL
@@ -118,7 +118,7 @@ def evaluate(
     """
     structures = structures.with_elements(model.elements)
     if structures.coordinates is None:
-        raise InputError(f"{structures.labels[0]} has no coordinates, only stored descriptors: take files with both")
+        raise DataError(f"{structures.labels[0]} has no coordinates, only stored descriptors: take files with both")
     with_forces = structures.forces is not None if forces is None else forces
     device = model.sae.device
     species = torch.from_numpy(structures.species).to(device)
@@ -137,7 +137,7 @@ def evaluate(
             energy = members.energies(model, *batch)
         known = np.isfinite(energy).all(axis=(0, 1))
         if not known.all():
-            raise InputError(f"{structures.labels[first + int(np.argmin(known))]} {members.NOT_FINITE}")
+            raise DataError(f"{structures.labels[first + int(np.argmin(known))]} {members.NOT_FINITE}")
         energies.append(energy)
     found = [np.concatenate(energies, axis=2), np.concatenate(computed, axis=2) if with_forces else None]
     means = [None if x is None else members.mean(x) for x in found]
@@ -248,8 +248,8 @@ def run_evaluate(
         structures = sources.read(path, selection)
         try:
             predictions = evaluate(model, structures, batch_size)
-        except InputError as error:
-            raise InputError(f"{model_file.name(model_path)} cannot evaluate {path}: {error}") from error
+        except DataError as error:
+            raise DataError(f"{model_file.name(model_path)} cannot evaluate {path}: {error}") from error
         of_file = parts(structures, predictions, str(path), fidelities, model.fidelities)
         for part in of_file:
             rows += groups(part)
@@ -310,7 +310,7 @@ def _fidelities(
         return levels  # whatever it is called: another level's data are a comparison too
     unknown = [level for level in levels if level not in model.fidelities]
     if unknown or not levels or len(levels) > model.levels:
-        raise InputError(
+        raise ConfigError(
             f"{model_file.name(path)}: has the fidelity {' and '.join(map(str, model.fidelities))}, but "
             f"{' and '.join(map(str, levels)) or 'none'} is asked for: name levels that the model has"
         )

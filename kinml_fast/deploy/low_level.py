@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ase.calculators.calculator import BaseCalculator
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 from kinml_fast.nn import EnergyModel, Ensemble
 
 _TBLITE = "tblite:"
@@ -33,16 +33,16 @@ def make(name: str | os.PathLike, of_file: Callable[[str], BaseCalculator]) -> B
     text = os.fspath(name)
     if not text.startswith(_TBLITE):
         if not Path(text).exists():
-            raise InputError(f"{text}: is neither a file nor of the form tblite:METHOD: give {_WAYS}")
+            raise ConfigError(f"{text}: is neither a file nor of the form tblite:METHOD: give {_WAYS}")
         return of_file(text)
     method = text.removeprefix(_TBLITE)
     try:
         from tblite.ase import TBLite
     except ImportError as error:
-        raise InputError(f"{text}: needs the package tblite ({error}): pip install tblite") from error
+        raise ConfigError(f"{text}: needs the package tblite ({error}): pip install tblite") from error
     known = ("GFN1-xTB", "GFN2-xTB", "IPEA1-xTB")
     if method not in known:
-        raise InputError(f"{text}: tblite knows {', '.join(known)}: name one of them")
+        raise ConfigError(f"{text}: tblite knows {', '.join(known)}: name one of them")
     return TBLite(method=method, verbosity=0)
 
 
@@ -60,18 +60,18 @@ def checked(
     """
     if model.baseline is None:
         if base is not None:
-            raise InputError(
+            raise ConfigError(
                 "the model gives whole energies, no differences to a low level: leave out base, which is for models "
                 "that were trained with data.baseline"
             )
         return None
     if base is None:
-        raise InputError(
+        raise ConfigError(
             f"the model gives differences of fidelity {model.fidelities[-1]} to fidelity {model.baseline}: give base, "
             f"which computes fidelity {model.baseline}: {_WAYS}"
         )
     if isinstance(base, str | os.PathLike):
         return make(base, of_file)
     if not hasattr(base, "get_property"):
-        raise InputError(f"base is {type(base).__name__}, not a calculator: give {_WAYS}")
+        raise ConfigError(f"base is {type(base).__name__}, not a calculator: give {_WAYS}")
     return base

@@ -19,7 +19,7 @@ from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import low_level, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.deploy.evaluate import BATCH_SIZE, Predictions, evaluate
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def predict(
     calculator = low_level.checked(model, base, KinMLCalculator)
     path, *others = expand(in_path)
     if others:
-        raise InputError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
+        raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
     structures = xyz.read(path, labelled=False)
     _check_elements(path, structures, model.elements, model_file.name(model_path))
     predictions = evaluate(model, structures, batch_size, forces=True)
@@ -112,14 +112,14 @@ def _low_level(where: str, frame: Atoms, base: BaseCalculator) -> tuple[float, n
     try:
         return base.get_property("energy", frame), base.get_property("forces", frame)
     except (InputError, CalculatorError) as error:
-        raise InputError(f"{where}: the base cannot compute it ({error}): leave the frame out") from error
+        raise DataError(f"{where}: the base cannot compute it ({error}): leave the frame out") from error
 
 
 def _check_elements(path: Path, structures: Structures, elements: tuple[str, ...], model: str) -> None:
     unknown = [number for number, element in enumerate(structures.elements) if element not in elements]
     atoms = np.flatnonzero(np.isin(structures.species, unknown))
     if atoms.size:
-        raise InputError(
+        raise DataError(
             f"{path}: frame {structures.owners[atoms[0]] + 1} contains "
             f"{structures.elements[structures.species[atoms[0]]]}, but {model} knows only {' '.join(elements)}: "
             "leave the frame out or train a model with this element"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ModelError
 from kinml_fast.nn.aev import AEV
 from kinml_fast.nn.potential import DoubleSingleAtomEnergies, EnergyModel
 
@@ -203,13 +203,13 @@ class Ensemble(DoubleSingleAtomEnergies):
 
 def _check_alike(members: Sequence[EnergyModel], names: Sequence[str]) -> None:
     if not members:
-        raise InputError("an ensemble needs at least one model, none are given")
+        raise ModelError("an ensemble needs at least one model, none are given")
     first = _shared(members[0])
     for name, member in zip(names, members, strict=True):
         own = _shared(member)
         for key, words in _WORDS.items():
             if own.get(key) != first.get(key):
-                raise InputError(
+                raise ModelError(
                     f"{name} {words} {_shown(key, own, first)}, but {names[0]} {_shown(key, first, own)}: models of "
                     f"one ensemble need the same {key}"
                 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 from kinml_fast.nn.aev import AEV, AEVParameters
 from kinml_fast.nn.networks import SpeciesNetworks
 
@@ -75,9 +75,9 @@ class EnergyModel(DoubleSingleAtomEnergies):
 
     def _check_levels(self) -> None:
         if not self._fidelities or len(set(self._fidelities)) < len(self._fidelities):
-            raise InputError(f"A model has one or more different fidelities, not {list(self._fidelities)}.")
+            raise ConfigError(f"A model has one or more different fidelities, not {list(self._fidelities)}.")
         if self.baseline is not None and (len(self._fidelities) > 1 or self.baseline in self._fidelities):
-            raise InputError(
+            raise ConfigError(
                 f"A model of differences has one fidelity and another one as its baseline, not "
                 f"{list(self._fidelities)} and {self.baseline}."
             )
@@ -197,4 +197,4 @@ class EnergyModel(DoubleSingleAtomEnergies):
                 values["baseline"],
             )
         except KeyError as error:
-            raise InputError(f"The model's architecture lacks or does not know {error}.") from error
+            raise ConfigError(f"The model's architecture lacks or does not know {error}.") from error

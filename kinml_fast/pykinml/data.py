@@ -24,7 +24,7 @@ from kinml_fast.data.sae import resolve_levels
 from kinml_fast.data.sources import DescriptorSource, file_digest
 from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures, concatenate
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 from kinml_fast.nn import AEVParameters
 from kinml_fast.pykinml.arguments import configuration, device_of, note
 from kinml_fast.train import config as configurations
@@ -199,7 +199,7 @@ class Data_pes:
         """
         self.pool = self._numbers(train_ind)
         if not self.pool.size:
-            raise InputError(f"none of the {self.ndat} structures is for training: mark some of them with 2")
+            raise DataError(f"none of the {self.ndat} structures is for training: mark some of them with 2")
         counts, energies = self.structures.counts()[self.pool], self.structures.energies[self.pool]
         start = None if self.baseline is None else np.zeros(self.num_nn)
         self.sae_energies = resolve_levels(self.config.data.sae, counts, energies, self.structures.elements, start)
@@ -322,7 +322,7 @@ def _ids(xid: Sequence[str], paths: Sequence[Path]) -> dict[str, set[int]]:
     for name in map(str, xid):
         stem, _, number = name.rpartition("/")
         if not number.isdecimal() or (not stem and len(paths) > 1):
-            raise InputError(f"{name!r} names no structure: expected the name of its file and a number, like C5H5/17")
+            raise DataError(f"{name!r} names no structure: expected the name of its file and a number, like C5H5/17")
         ids.setdefault(stem or paths[0].stem, set()).add(int(number))
     return ids
 

@@ -17,7 +17,7 @@ from kinml_fast.data import prepared, splits
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures, concatenate
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.metrics import Errors
 from kinml_fast.pykinml import nnpes, state
 from kinml_fast.pykinml.arguments import FORCES, KEPT_ORDER, NOT_DISTRIBUTED, device_of, note, show_log
@@ -79,7 +79,7 @@ class Loop:
         force_train: bool,
     ) -> None:
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            raise InputError(NOT_DISTRIBUTED)
+            raise ConfigError(NOT_DISTRIBUTED)
         model.to(device_of(device))
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, scheduler
         self.loaders = dict(zip(PARTS, loaders, strict=True))
@@ -146,8 +146,8 @@ class Loop:
             structures,
             Split(*np.split(np.arange(ends[-1]), ends[:-1])),
             self._sae(structures, int(ends[1])),
-            train.config.descriptor.model_dump(),
             source=train.source,
+            descriptor=train.config.descriptor.model_dump(),
             fidelities=self._fidelities(train.config),
             baseline=train.config.data.baseline,
         )
@@ -269,7 +269,7 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     if isinstance(optimizer, torch.optim.SGD):
         numbers = {"momentum": float(group["momentum"]), "dampening": float(group["dampening"])}
         return values | {"name": "sgd", **numbers, "nesterov": group["nesterov"]}
-    raise InputError(f"the optimizer is {type(optimizer).__name__}: take Adam, AdamW or SGD")
+    raise ConfigError(f"the optimizer is {type(optimizer).__name__}: take Adam, AdamW or SGD")
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
         return {"name": "exp", "gamma": scheduler.gamma}
     if isinstance(scheduler, schedules.StepLR):
         return {"name": "step", "gamma": scheduler.gamma, "step_size": scheduler.step_size}
-    raise InputError(f"the schedule is {type(scheduler).__name__}: take ReduceLROnPlateau, ExponentialLR or StepLR")
+    raise ConfigError(f"the schedule is {type(scheduler).__name__}: take ReduceLROnPlateau, ExponentialLR or StepLR")
 
 
 def dataset(loader: DataLoader) -> PesDataset:
@@ -296,5 +296,5 @@ def dataset(loader: DataLoader) -> PesDataset:
     """
     found = getattr(loader, "dataset", None)
     if not isinstance(found, PesDataset):
-        raise InputError("the data sets are none that load_train_objs or load_train_data has made: take those")
+        raise DataError("the data sets are none that load_train_objs or load_train_data has made: take those")
     return found

@@ -13,7 +13,7 @@ from kinml_fast.data.fidelities import join
 from kinml_fast.data.files import first_few
 from kinml_fast.data.sae import resolve_levels
 from kinml_fast.data.structures import Structures
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 from kinml_fast.pykinml import nnpes
 from kinml_fast.pykinml import prepper as prep
 from kinml_fast.pykinml import trainer as single
@@ -78,7 +78,7 @@ class Trainer_mf(Loop):
         both = join(levels)
         lacking = np.flatnonzero(~both.known_energies.all(axis=0))
         if lacking.size:
-            raise InputError(
+            raise DataError(
                 f"{len(lacking)} {part} structures have energies of one level only: "
                 f"{first_few([both.labels[i] for i in lacking], _SHOWN)}: take structures that have both (the native "
                 "data.fidelity takes any)"

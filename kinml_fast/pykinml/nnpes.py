@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kinml_fast.deploy.pykinml_checkpoint import Checkpoint, layers_of
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, ModelError
 from kinml_fast.nn import AEVParameters, EnergyModel
 
 
@@ -245,7 +245,7 @@ class CompositeNetworks_MF(_Networks):
     ) -> None:
         super().__init__(sae_energies, add_sae, biases)
         if not (dscr and pass_eng and pass_aev):
-            raise InputError(
+            raise ConfigError(
                 "the second network takes the descriptor and the energy of the first and gives a difference: leave "
                 "dscr, pass_eng and pass_aev True"
             )
@@ -290,13 +290,13 @@ def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> 
     widths = [[width for width, _ in network] for network in layers[0]]
     activations = [name for _, name in layers[0][0]]
     if any(level != layers[0] for level in layers) or any([n for _, n in x] != activations for x in layers[0]):
-        raise InputError(
+        raise ConfigError(
             "the networks of all elements need the same activation functions, and those of all levels of theory the "
             "same layers: make them equal"
         )
     first = net.NNs[0][0].linear
     if first.in_features != descriptor.length or len(widths) != len(descriptor.elements):
-        raise InputError(
+        raise ModelError(
             f"the model has networks for {len(widths)} elements that take {first.in_features} numbers for an atom, and "
             f"the data have {len(descriptor.elements)} elements and {descriptor.length} numbers: take the model and "
             "the data of one kind of descriptor (present_elements, aev_params)"
@@ -363,4 +363,4 @@ def name_of(function: Callable) -> str:
     for name, own in FUNCTIONS.items():
         if function is own:
             return name
-    raise InputError(f"{function!r} is no activation function of the model: take one of {', '.join(FUNCTIONS)}")
+    raise ConfigError(f"{function!r} is no activation function of the model: take one of {', '.join(FUNCTIONS)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 from kinml_fast.pykinml import daev as daev_calc
 from kinml_fast.pykinml import nnpes
 from kinml_fast.pykinml import prepper as prep
@@ -28,7 +28,7 @@ def ddp_setup(rank: int, world_size: int) -> None:
     InputError
         Always.
     """
-    raise InputError(NOT_DISTRIBUTED)
+    raise ConfigError(NOT_DISTRIBUTED)
 
 
 class Runner:
