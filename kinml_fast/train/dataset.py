@@ -14,7 +14,7 @@ from kinml_fast.data.files import first_few
 from kinml_fast.data.split import PARTS
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.training_data import TrainingData
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train.config import TrainingConfig
 
@@ -61,14 +61,14 @@ class Dataset:
         split = {name: np.asarray(getattr(data.split, name), dtype=np.int64) for name in PARTS}
         for name in ("train", "validation"):
             if split[name].size == 0:
-                raise InputError(f"the {name} set is empty: give it at least one structure")
+                raise DataError(f"the {name} set is empty: give it at least one structure")
         self.sizes = {name: len(indices) for name, indices in split.items()}
         origin = np.concatenate(list(split.values()))
         structures = data.structures.with_elements(model.elements).select(origin)
         if structures.energies is None:
-            raise InputError("the structures have no energies: training needs them")
+            raise DataError("the structures have no energies: training needs them")
         if structures.coordinates is None and config.jacobian == "recompute":
-            raise InputError(
+            raise DataError(
                 f"{structures.labels[0]} has no coordinates, only stored descriptors: set training.jacobian=stored"
             )
         self.labels = structures.labels
@@ -78,7 +78,7 @@ class Dataset:
 
         self.levels, self._fidelities = structures.levels, model.fidelities
         if self.levels != len(model.fidelities):
-            raise InputError(
+            raise DataError(
                 f"the data have {_counted(self.levels)} of theory and the model is for "
                 f"{_counted(len(model.fidelities))}: make a model with as many fidelities"
             )
@@ -169,15 +169,15 @@ class Dataset:
             return np.ones(count)
         weights = np.asarray(data.weights, dtype=np.float64)
         if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
-            raise InputError(f"the weights must be {count} numbers that are not negative, one for each structure")
+            raise DataError(f"the weights must be {count} numbers that are not negative, one for each structure")
         if not weights[np.asarray(data.split.train, dtype=np.int64)].any():
-            raise InputError("the weights of all training structures are 0: give some of them a weight")
+            raise DataError("the weights of all training structures are 0: give some of them a weight")
         return weights
 
     def _check_levels(self, config: TrainingConfig) -> None:
         for name, factors in (("loss", config.loss.level_weights), ("score", config.score.level_weights)):
             if factors is not None and len(factors) != self.levels:
-                raise InputError(
+                raise ConfigError(
                     f"training.{name}.level_weights has {len(factors)} entries, but there are {_counted(self.levels)} "
                     "of theory: give a factor for each, lowest first"
                 )
@@ -185,7 +185,7 @@ class Dataset:
             needed = {"train": config.loss.level_weights, "validation": config.score.level_factors(self.levels)}
             for part, factors in needed.items():
                 if (factors is None or factors[level]) and not self.known_energies[level, self.range(part)].any():
-                    raise InputError(
+                    raise DataError(
                         f"no {part} structure has energies of fidelity {fidelity}: put some into that part, or set "
                         f"the level's factor to 0 (training.{'loss' if part == 'train' else 'score'}.level_weights)"
                     )
@@ -195,7 +195,7 @@ class Dataset:
             return
         files = first_few(list(dict.fromkeys(label.rsplit("/", 1)[0] for label in self.labels)))
         if not self.known_forces[:, self.range("train")].any():
-            raise InputError(
+            raise DataError(
                 f"training.loss.forces is true, but no training structure has forces (data: {files}): take data with "
                 "forces, name their key in XYZ files by data.forces_key, or set training.loss.forces=false"
             )
@@ -204,7 +204,7 @@ class Dataset:
         if config.score.forces and (judged & ~known).any():
             level = int(np.argmax(judged & ~known))
             of_level = f" of fidelity {self._fidelities[level]}" if self.levels > 1 else ""
-            raise InputError(
+            raise DataError(
                 f"training.score.forces is {config.score.forces:g}, but no validation structure has forces{of_level} "
                 f"(data: {files}): put some into the validation set, or set training.score.forces=0"
             )

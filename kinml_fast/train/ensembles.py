@@ -28,7 +28,7 @@ from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import evaluate, model_file
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import config as configuration
@@ -173,7 +173,7 @@ def fold(structures: Structures, split: Split, n_folds: int, index: int, seed: i
     """
     pool = np.concatenate([split.train, split.validation])
     if len(pool) < n_folds:
-        raise InputError(
+        raise ConfigError(
             f"there are {len(pool)} training and validation structures for {n_folds} folds: set ensemble.members to at "
             "most their number or take more data"
         )
@@ -384,17 +384,17 @@ def _check_changes(before: Config, config: Config) -> None:
     for key in sorted(old.keys() | new.keys()):
         allowed = any(key == name or key.startswith(f"{name}.") for name in _CHANGEABLE)
         if old.get(key) != new.get(key) and not allowed:
-            raise InputError(
+            raise ConfigError(
                 f"{config.run}: was started with {key} = {old.get(key)} and cannot go on with {new.get(key)}: keep it, "
                 "or start a new run"
             )
     was, now = before.ensemble.members, config.ensemble.members
     if was == 1:
-        raise InputError(
+        raise ConfigError(
             f"{config.run}: is a run of one model and cannot become an ensemble: start a new run with ensemble.members"
         )
     if now < was or (now > was and config.ensemble.vary == "folds"):
-        raise InputError(
+        raise ConfigError(
             f"{config.run}: was started with ensemble.members = {was} and cannot go on with {now}: members can be "
             "added where seeds vary, otherwise start a new run"
         )

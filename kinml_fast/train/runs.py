@@ -16,7 +16,7 @@ from kinml_fast import devices
 from kinml_fast.data import prepared, splits, weights
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.training_data import TrainingData
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
 from kinml_fast.train import config as configuration
 from kinml_fast.train import continued
@@ -94,7 +94,7 @@ def resume(
     before = configuration.from_dict(values, str(folder.config))
     config = configuration.with_overrides(values, overrides, str(folder.config))
     if config.start != before.start:
-        raise InputError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
+        raise ConfigError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
     devices.resolve(config.training.device)
     here = config.model_copy(update={"run": str(folder)})  # it may have moved
     folder.sweep()
@@ -156,7 +156,7 @@ def begin(config: Config) -> tuple[Config, Origin | None]:
         return config, None
     origin = continued.load(start.model, averaged=start.optimizer == "reset")
     if origin.path.resolve().is_relative_to(Path(config.run).resolve()):
-        raise InputError(
+        raise ConfigError(
             f"start.model {origin.path} is in the run folder {config.run} itself: choose another with run="
         )
     return continued.resolved(config, origin), origin
