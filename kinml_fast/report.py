@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage
@@ -40,7 +40,7 @@ Lower = Mapping[int, tuple[Mapping[str, Comparison], Mapping[str, Comparison]]]
 COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
 _OTHER_COLOUR = "#555555"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # keys are literals for type checkers
     "font.size": 11,
     "axes.labelsize": 12,
     "axes.titlesize": 12,
@@ -179,12 +179,12 @@ def write_member_curves(
         shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(curves)))
         for ax, quantity in zip(axes, quantities, strict=True):
             for (name, columns), shade in zip(curves.items(), shades, strict=True):
-                y = columns.get(f"{quantity.name}_rmse")
-                there = _positive(columns, f"{quantity.name}_rmse")
-                if not there.any():
+                shown = _positive(columns, f"{quantity.name}_rmse")
+                if not shown.any():
                     continue
-                ax.plot(columns["epoch"][there], y[there], color=shade, lw=1.2, label=name)
-                at = there & (columns["epoch"] == best[name])
+                y = columns[f"{quantity.name}_rmse"]
+                ax.plot(columns["epoch"][shown], y[shown], color=shade, lw=1.2, label=name)
+                at = shown & (columns["epoch"] == best[name])
                 ax.plot(columns["epoch"][at], y[at], "o", ms=6, mfc="none", mec=shade, mew=1.4)
             ax.set_ylabel(f"validation RMSE, {quantity.unit}")
             if ax.lines:
@@ -204,7 +204,8 @@ def write_parity(
     """Write parity plots and errors.csv: what `write_report` does without learning curves."""
     folder = _made(folder)
     rows = []
-    for fidelity, (of_energies, of_forces) in {None: (energies, forces or {}), **(lower or {})}.items():
+    highest = (None, (energies, forces or {}))
+    for fidelity, (of_energies, of_forces) in [highest, *(lower or {}).items()]:
         quantities = {
             quantity if fidelity is None else replace(quantity, fidelity=fidelity): comparisons
             for quantity, comparisons in ((ENERGY, of_energies), (FORCES, of_forces))
@@ -316,14 +317,15 @@ def _levels(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> list[int | None]
 
 
 def _draw_curves(ax: Axes, quantity: Quantity, metrics: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    for kind, style in (("rmse", {"lw": 1.8, "zorder": 3}), ("mae", {"lw": 1.0, "alpha": 0.5})):
+    styles: dict[str, dict[str, Any]] = {"rmse": {"lw": 1.8, "zorder": 3}, "mae": {"lw": 1.0, "alpha": 0.5}}
+    for kind, style in styles.items():
         for split, columns in metrics.items():
             name = f"{quantity.name}_{kind}{quantity.suffix}"
-            there = _positive(columns, name)
-            if there.any():
-                few = {"marker": "o", "ms": 3.5} if there.sum() <= 25 else {}
+            shown = _positive(columns, name)
+            if shown.any():
+                few: dict[str, Any] = {"marker": "o", "ms": 3.5} if shown.sum() <= 25 else {}
                 label = f"{split} {kind.upper()}"
-                x, y = columns["epoch"][there], columns[name][there]
+                x, y = columns["epoch"][shown], columns[name][shown]
                 ax.plot(x, y, color=_colour(split), label=label, **style, **few)
     ax.set_ylabel(f"{quantity.error}, {quantity.unit}")
     if ax.lines:
@@ -412,8 +414,8 @@ def _density(x: np.ndarray, residual: np.ndarray, bins: int = 64) -> np.ndarray:
         low, high = np.quantile(values, [0.005, 0.995])
         return np.clip((values - low) / max(high - low, 1e-300), 0, 1) * (bins - 1)
 
-    places = np.stack([place(x), place(residual)])
-    counts = np.histogram2d(*places, bins=bins, range=[(-0.5, bins - 0.5)] * 2)[0]
+    places = place(x), place(residual)
+    counts = np.histogram2d(places[0], places[1], bins=bins, range=[(-0.5, bins - 0.5)] * 2)[0]
     smooth = ndimage.gaussian_filter(counts, sigma=1.5, mode="constant")
     density = ndimage.map_coordinates(smooth, places, order=1, mode="nearest")
     return np.sqrt(density / density.max())

@@ -62,6 +62,7 @@ def complete(structures: Structures, selection: Selection) -> tuple[Structures, 
 
 def difference(structures: Structures) -> Structures:
     """Energies and forces of the highest level minus those of the lowest; forces where both are known, else NaN."""
+    assert structures.energies is not None
     forces = None if structures.forces is None else structures.forces[-1] - structures.forces[0]
     if forces is not None and np.isnan(forces).all():
         forces = None
@@ -122,6 +123,7 @@ def merge(structures: Structures) -> Structures:
     places_of = np.array([places.setdefault(label, len(places)) for label in structures.labels], dtype=np.int64)
     if len(places) == len(structures):
         return structures
+    assert structures.energies is not None
     known, known_forces = structures.known_energies, structures.known_forces
     first = np.unique(places_of, return_index=True)[1]
     twice = np.array([np.bincount(places_of[at_level], minlength=len(places)) > 1 for at_level in known])
@@ -134,11 +136,11 @@ def merge(structures: Structures) -> Structures:
         )
     _check_same_geometries(structures, first[places_of])
     result = structures.select(first)
-    energies = np.full(result.energies.shape, np.nan)
-    forces = None if structures.forces is None else np.full(result.forces.shape, np.nan)
+    energies = np.full((structures.levels, len(result)), np.nan)
+    forces = None if structures.forces is None else np.full((structures.levels, len(result.species), 3), np.nan)
     for k in range(structures.levels):
         energies[k, places_of[known[k]]] = structures.energies[k, known[k]]
-        if forces is not None:
+        if forces is not None and structures.forces is not None:
             with_forces = np.flatnonzero(known_forces[k])
             source, _ = atoms_of(structures.offsets, with_forces)
             target, _ = atoms_of(result.offsets, places_of[with_forces])

@@ -144,6 +144,7 @@ def prepare(
         structures = structures.select(used)
         loss_weights = None if loss_weights is None else loss_weights[used]
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
+    assert structures.energies is not None  # what is read has them
     fitted = np.concatenate([chosen.train, chosen.validation])
     # Differences of levels do not contain the energies of single atoms: those start at 0.
     start = None if selection.baseline is None else np.zeros(len(structures.elements))

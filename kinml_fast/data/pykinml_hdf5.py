@@ -35,6 +35,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -45,7 +46,7 @@ from kinml_fast.data import stored
 from kinml_fast.data.files import replacing
 from kinml_fast.data.split import Split
 from kinml_fast.data.stored import StoredDescriptors
-from kinml_fast.data.structures import Structures, concatenate, element_order
+from kinml_fast.data.structures import Structures, atoms_of, concatenate, element_order
 from kinml_fast.errors import DataError, InputError
 from kinml_fast.nn import AEVParameters
 
@@ -183,9 +184,10 @@ def write(
     path = Path(path)
     features, jacobian = descriptors.features, descriptors.jacobian
     n_atoms, count = len(structures.species), len(structures)
-    for name in ("energies", "coordinates"):
-        if getattr(structures, name) is None:
-            raise DataError(f"{path}: cannot be written without {name}: take structures that have them")
+    energies, coordinates = structures.energies, structures.coordinates
+    if energies is None or coordinates is None:
+        lacking = "energies" if energies is None else "coordinates"
+        raise DataError(f"{path}: cannot be written without {lacking}: take structures that have them")
     if structures.levels > 1:
         raise DataError(
             f"{path}: can hold one level of theory, and there are {structures.levels}: write one, Structures.level"
@@ -221,12 +223,12 @@ def write(
             group.create_dataset("symbols", data=[[*s, *[""] * (width - len(s))] for s in symbols], dtype=text)
             group["xip"], group["xfp"] = structures.offsets[:-1], structures.offsets[1:]
             group["xit"], group["xft"] = ends - structures.counts(), ends
-            group["xp"] = structures.coordinates
+            group["xp"] = coordinates
             group["xx"] = features.detach().to("cpu", torch.float64).numpy()[atoms]
-            group["yy"] = structures.energies[:, None]
+            group["yy"] = energies[:, None]
             group["ww"] = np.ones((count, 1))
             group["tvtmsk"] = mask
-            group["met_e"] = structures.energies
+            group["met_e"] = energies
             group.create_dataset("met_s", data=[[*[""] * 5, label] for label in structures.labels], dtype=text)
             _write_rows(room, group, "met_f", (count,), flat)
             if structures.forces is not None:
@@ -300,15 +302,15 @@ class _Remembering(io.FileIO):
 
     error: OSError | None = None
 
-    def write(self, data: bytes | memoryview) -> int:
-        data = memoryview(data).cast("B")
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
         done = 0
-        while done < len(data) and self.error is None:
+        while done < len(view) and self.error is None:
             try:
-                done += super().write(data[done:])
+                done += super().write(view[done:])
             except OSError as error:
                 self.error = error
-        return len(data)
+        return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         try:
@@ -401,22 +403,23 @@ def _fill(
             )
         dxx = group["dxx"]
     length = xx.shape[1]
-    there = columns >= 0
+    known = columns >= 0
     features = result.features.numpy()
+    jacobian = None if result.jacobian is None else result.jacobian.numpy()
     sizes, owners = structures.sizes, structures.owners
     for begin in range(0, len(index.rows), _ROWS_AT_ONCE):
-        atoms = atom_of_row[begin : begin + _ROWS_AT_ONCE]
-        if not (atoms >= 0).any():
+        atoms_of_rows = atom_of_row[begin : begin + _ROWS_AT_ONCE]
+        if not (atoms_of_rows >= 0).any():
             continue
-        vectors = np.asarray(xx[begin : begin + len(atoms)], dtype=np.float64)
-        slopes = None if dxx is None else dxx[begin : begin + len(atoms)]
-        for k in np.flatnonzero(atoms >= 0):
-            atom = atoms[k]
+        vectors = np.asarray(xx[begin : begin + len(atoms_of_rows)], dtype=np.float64)
+        slopes = None if dxx is None else dxx[begin : begin + len(atoms_of_rows)]
+        for k in np.flatnonzero(atoms_of_rows >= 0):
+            atom = atoms_of_rows[k]
             label = structures.labels[owners[atom]]
             if not np.isfinite(vectors[k]).all():
                 raise DataError(f"{path}: row {begin + k} of xx ({label}) has a NaN or infinite number: correct it")
-            features[atom, there] = vectors[k, columns[there]]
-            if slopes is None:
+            features[atom, known] = vectors[k, columns[known]]
+            if slopes is None or jacobian is None:
                 continue
             width = 3 * int(sizes[owners[atom]])
             values = np.asarray(slopes[k], dtype=np.float64)
@@ -426,7 +429,7 @@ def _fill(
                     f"{path}: row {begin + k} of dxx ({label}) has {fault}, expected {length} x {width} derivatives: "
                     "correct it or leave the structure out"
                 )
-            result.jacobian.numpy()[atom, there, :width] = values.reshape(length, width)[columns[there]]
+            jacobian[atom, known, :width] = values.reshape(length, width)[columns[known]]
 
 
 def _columns(path: Path, index: _Index, group: h5py.Group, parameters: AEVParameters) -> np.ndarray:
@@ -441,7 +444,7 @@ def _columns(path: Path, index: _Index, group: h5py.Group, parameters: AEVParame
             f"{path}: has descriptors of {found} numbers, but those of the configuration have {length} for "
             f"{' '.join(index.types)}: set descriptor.n_radial, n_angular and n_sections to those of the file"
         )
-    pairs = {}
+    pairs: dict[tuple[int, int], int] = {}
     for a in range(n_types):
         for b in range(a, n_types):
             pairs[a, b] = pairs[b, a] = n_types * n_radial + len(set(pairs.values())) * block
@@ -465,17 +468,18 @@ def _compare_with_coordinates(
     places = [place for _, place in chosen]
     some = np.array(sorted({places[0], places[len(places) // 2], places[-1]})[:_CHECKED])
     few = structures.select(some)
-    arguments = [torch.from_numpy(a) for a in (few.coordinates, few.species, few.offsets)]
+    rows, _ = atoms_of(structures.offsets, some)
+    coordinates = torch.from_numpy(structures.coordinates[rows])
+    species, offsets = torch.from_numpy(few.species), torch.from_numpy(few.offsets)
     tolerance = _TOLERANCE if result.features.dtype == torch.float64 else 1e-4
-    rows = np.concatenate([np.arange(structures.offsets[i], structures.offsets[i + 1]) for i in some])
-    worst = float((result.features[rows] - ops.aev(*arguments, parameters.packed())).abs().max())
+    worst = float((result.features[rows] - ops.aev(coordinates, species, offsets, parameters.packed())).abs().max())
     if not worst <= tolerance:
         raise DataError(
             f"{path}: its descriptors differ by up to {worst:.2g} from those of its coordinates with the settings of "
             "the configuration: set descriptor.n_radial, n_angular, n_sections, cutoffs and beta to those of the file"
         )
     if result.jacobian is not None:
-        slopes = ops.aev_jacobian(*arguments, int(few.sizes.max()), parameters.packed())
+        slopes = ops.aev_jacobian(coordinates, species, offsets, int(few.sizes.max()), parameters.packed())
         worst = float((result.jacobian[rows][:, :, : slopes.shape[2]] - slopes).abs().max())
         if not worst <= 10 * tolerance:
             log.warning(

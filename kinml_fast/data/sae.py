@@ -188,15 +188,16 @@ def resolve_levels(
     InputError
         A list of another length, and as `resolve`.
     """
-    levels = energies[None] if energies.ndim == 1 else energies
-    several = list(settings) if isinstance(settings, Sequence) and not isinstance(settings, str) else None
-    if several is not None and len(several) != len(levels):
+    by_level = energies[None] if energies.ndim == 1 else energies
+    levels = len(by_level)
+    several = [settings] * levels if isinstance(settings, str | Mapping) else list(settings)
+    if len(several) != levels:
         raise ConfigError(
-            f"{len(several)} settings of single-atom energies are given for {len(levels)} levels of theory: give one "
+            f"{len(several)} settings of single-atom energies are given for {levels} levels of theory: give one "
             "for each, lowest first, or one for all"
         )
     found = [] if start is None else [start]
-    for setting, own in zip(several or [settings] * len(levels), levels, strict=True):
-        known = ~np.isnan(own)
-        found.append(resolve(setting, counts[known], own[known], elements, found[-1] if found else None))
-    return found[-1] if energies.ndim == 1 else np.stack(found[-len(levels) :])
+    for setting, at_level in zip(several, by_level, strict=True):
+        known = ~np.isnan(at_level)
+        found.append(resolve(setting, counts[known], at_level[known], elements, found[-1] if found else None))
+    return found[-1] if energies.ndim == 1 else np.stack(found[-levels:])

@@ -107,7 +107,7 @@ def make_split(
             raise ConfigError(
                 f"{file.path}: has {len(test)} test structures, but the split asks for {amounts[2]}: write 0 there"
             )
-        wanted = (amounts[0], amounts[1], 0)
+        wanted: tuple[float, float, float] = (amounts[0], amounts[1], 0)
     else:
         share = amounts[0] + amounts[1]
         wanted = (amounts[0] / share, amounts[1] / share, 0.0) if share > 0 else (0.0, 0.0, 0.0)
@@ -155,7 +155,7 @@ def read_tvtmsk(path: str | os.PathLike) -> SplitFile:
             )
     if not seen:
         raise DataError(f"{path}: names no structures: it needs lines like 'C5H5/17 2'")
-    return SplitFile(path, tuple(seen), np.array(masks), None if parts[0] is None else tuple(parts))
+    return SplitFile(path, tuple(seen), np.array(masks), tuple(filter(None, parts)) or None)
 
 
 def write_tvtmsk(path: str | os.PathLike, structures: Structures, split: Split) -> None:
@@ -217,16 +217,16 @@ def level_table(structures: Structures, split: Split, fidelities: Sequence[int],
 
 
 def _checked_amounts(amounts: Sequence[float]) -> tuple[float, float, float]:
-    amounts = tuple(amounts)
     if len(amounts) != 3 or any(not math.isfinite(a) or a < 0 for a in amounts):
         raise ConfigError(f"the split is {list(amounts)}: give three numbers for training, validation and test")
-    if not _are_counts(amounts):
-        return amounts
+    train, validation, test = amounts
+    if not _are_counts((train, validation, test)):
+        return train, validation, test
     if any(a != int(a) for a in amounts):
         raise ConfigError(
             f"the split {list(amounts)} is neither three counts nor three fractions with a sum of at most 1: correct it"
         )
-    return tuple(int(a) for a in amounts)
+    return int(train), int(validation), int(test)
 
 
 def _are_counts(amounts: tuple[float, float, float]) -> bool:
@@ -242,9 +242,11 @@ def _totals(amounts: tuple[float, float, float], available: int, source: str) ->
                 f"the split {list(amounts)} asks for {total} structures, but there are only {available} in {source}: "
                 "ask for fewer"
             )
-        return amounts
-    quotas = np.array([*amounts, max(0.0, 1 - total)]) * available
-    return tuple(_largest_remainder(quotas, available, np.arange(4)).tolist()[:3])
+        train, validation, test = map(int, amounts)
+    else:
+        quotas = np.array([*amounts, max(0.0, 1 - total)]) * available
+        train, validation, test, _ = _largest_remainder(quotas, available, np.arange(4)).tolist()
+    return train, validation, test
 
 
 def _stratified(

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -117,7 +118,7 @@ def read(files: str | os.PathLike | Sequence[str | os.PathLike], selection: Sele
     for path in paths:
         groups.setdefault(path.stem, []).append(path)
     _check_stems(list(groups), selection.ids)
-    parts = []
+    parts: list[Structures] = []
     for stem, same_stem in groups.items():
         if selection.ids is not None and not selection.ids.get(stem):
             continue
@@ -188,11 +189,13 @@ def write(
     if not by_fidelity:
         raise ConfigError(f"{path}: no fidelity to write: give at least one")
     geometries = by_fidelity[max(by_fidelity)]
-    count = len(geometries)
+    count, coordinates = len(geometries), geometries.coordinates
+    if coordinates is None:
+        raise DataError(f"{path}: the structures have no coordinates: take structures that have them")
     symbols = formula_symbols(path.stem, str(path))
-    _check_fit(path, by_fidelity, symbols)
+    energies = _energies_that_fit(path, by_fidelity, coordinates, symbols)
     calcs = {fidelity: calc if isinstance(calc, str) else calc[fidelity] for fidelity in by_fidelity}
-    temperatures = np.broadcast_to(np.asarray(temperatures, dtype=np.float64), (count,)).tolist()
+    of_each = np.broadcast_to(np.asarray(temperatures, dtype=np.float64), (count,)).tolist()
     names = [names] * count if isinstance(names, str) else list(names)
     if len(names) != count:
         raise ConfigError(f"{path}: {len(names)} names given for {count} structures: give one for each")
@@ -221,14 +224,14 @@ def write(
                 database.executemany(
                     f"INSERT INTO xyz (id, calc, calc_params, temp, name, geom{columns}) VALUES (?,?,?,?,?,?{more})",
                     [
-                        (i + 1, origin, plain[i], temperatures[i], names[i], geometry, *stamp)
-                        for i, geometry in enumerate(blobs(geometries.coordinates))
+                        (i + 1, origin, plain[i], of_each[i], names[i], geometry, *stamp)
+                        for i, geometry in enumerate(blobs(coordinates))
                     ],
                 )
                 for fidelity in sorted(by_fidelity, reverse=True):
                     structures = by_fidelity[fidelity]
                     settings = parameters((calc_params or {}).get(fidelity, {}))
-                    forces = [None] * count
+                    forces: list[bytes | None] = [None] * count
                     if structures.forces is not None:
                         absent = np.isnan(structures.forces).reshape(count, -1).all(axis=1)
                         forces = [None if a else b for a, b in zip(absent, blobs(structures.forces), strict=True)]
@@ -237,7 +240,7 @@ def write(
                         f"{columns}) VALUES (?,?,?,?,?,?,?{more})",
                         [
                             (fidelity, sample_set, calcs[fidelity], settings[i], energy, forces[i], i + 1, *stamp)
-                            for i, energy in enumerate(structures.energies.tolist())
+                            for i, energy in enumerate(energies[fidelity].tolist())
                         ],
                     )
                 database.execute("COMMIT")
@@ -304,7 +307,7 @@ def _read_one(path: Path, selection: Selection, ids: frozenset[int] | None) -> t
     labels = tuple(f"{stem}/{number}" for number in numbers)
     where = {number: i for i, number in enumerate(numbers)}
 
-    def arrays(blobs: Sequence[object], rows: Sequence[int], what: str) -> np.ndarray:
+    def arrays(blobs: Sequence[Any], rows: Sequence[int], what: str) -> np.ndarray:
         return _float_arrays(blobs, symbols, lambda row: f"{path}: the {what} of {labels[rows[row]]}")
 
     coordinates = arrays(blobs, range(len(labels)), "geometry")
@@ -427,7 +430,7 @@ def _check_tables(path: Path, database: sqlite3.Connection, symbols: tuple[str, 
             )
 
 
-def _float_arrays(blobs: Sequence[object], symbols: Sequence[str], where: Callable[[int], str]) -> np.ndarray:
+def _float_arrays(blobs: Sequence[Any], symbols: Sequence[str], where: Callable[[int], str]) -> np.ndarray:
     # numpy.load costs 50 µs a blob. The headers of one database are nearly all the same, so each different one is
     # parsed once and the numbers behind it are taken in one piece. `where(row)` names a blob in messages.
     shape = (len(symbols), 3)
@@ -485,8 +488,11 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype | 
         return (), False, None
 
 
-def _check_fit(path: Path, by_fidelity: Mapping[int, Structures], symbols: tuple[str, ...]) -> None:
-    reference = by_fidelity[max(by_fidelity)]
+def _energies_that_fit(
+    path: Path, by_fidelity: Mapping[int, Structures], coordinates: np.ndarray, symbols: tuple[str, ...]
+) -> dict[int, np.ndarray]:
+    """The energies of each fidelity, once it is clear that all are of the same structures of one formula."""
+    found = {}
     for fidelity, structures in by_fidelity.items():
         if structures.energies is None:
             raise DataError(f"{path}: fidelity {fidelity} has no energies: a database needs one for each structure")
@@ -495,7 +501,7 @@ def _check_fit(path: Path, by_fidelity: Mapping[int, Structures], symbols: tuple
                 f"{path}: the structures of fidelity {fidelity} have {structures.levels} levels: give one, "
                 "Structures.level"
             )
-        if len(structures) != len(reference) or not np.array_equal(structures.coordinates, reference.coordinates):
+        if structures.coordinates is None or not np.array_equal(structures.coordinates, coordinates):
             raise DataError(
                 f"{path}: fidelities {fidelity} and {max(by_fidelity)} have different geometries: give the same ones"
             )
@@ -507,6 +513,8 @@ def _check_fit(path: Path, by_fidelity: Mapping[int, Structures], symbols: tuple
                     f"{path}: {structures.labels[i]} has the atoms {formula_in_order(structures.symbols(i))}, which is "
                     "not the formula of the file name: write one file per formula and atom order"
                 )
+        found[fidelity] = structures.energies
+    return found
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -91,7 +91,7 @@ def compute(
     if backend not in BACKENDS:
         raise ConfigError(f"there is no backend {backend} for descriptors: take {' or '.join(BACKENDS)}")
     if backend == "aevmod":
-        return _from_aevmod(structures, parameters, dtype, jacobian)
+        return _from_aevmod(structures, structures.coordinates, parameters, dtype, jacobian)
     arguments = (
         torch.from_numpy(structures.coordinates).to(device, dtype),
         torch.from_numpy(structures.species).to(device),
@@ -176,7 +176,7 @@ def _check_memory(structures: Structures, length: int, dtype: torch.dtype) -> No
 
 
 def _from_aevmod(
-    structures: Structures, parameters: AEVParameters, dtype: torch.dtype, jacobian: bool
+    structures: Structures, coordinates: np.ndarray, parameters: AEVParameters, dtype: torch.dtype, jacobian: bool
 ) -> StoredDescriptors:
     try:
         import aevmod
@@ -207,11 +207,11 @@ def _from_aevmod(
     for chunk in chunks:
         config = aevmod.config(list(structures.symbols(chunk[0])))
         rows = [slice(structures.offsets[i], structures.offsets[i + 1]) for i in chunk]
-        config.add_structures(np.stack([structures.coordinates[row].ravel() for row in rows]))
+        config.add_structures(np.stack([coordinates[row].ravel() for row in rows]))
         computer.build_index_sets(config)
         for row, vectors in zip(rows, computer.eval(config), strict=True):
             stored.features[row] = torch.tensor(np.array(vectors), dtype=dtype)
-        if jacobian:
+        if stored.jacobian is not None:
             for row, slopes in zip(rows, derivative(config), strict=True):
                 stored.jacobian[row, :, : 3 * (row.stop - row.start)] = torch.tensor(np.array(slopes), dtype=dtype)
         done += len(chunk)

@@ -58,7 +58,7 @@ class Structures:
     def __post_init__(self) -> None:
         self._conform()
         if self.coordinates is not None:
-            self._check_distances()
+            self._check_distances(self.coordinates)
 
     def _conform(self) -> None:
         def array(name: str, dtype: type) -> None:
@@ -202,6 +202,7 @@ class Structures:
         forces = None
         if self.forces is not None and self.known_forces[level].any():
             forces = self.forces[level]
+        assert self.energies is not None
         known = self.known_energies[level]
         if known.all():
             return self.changed(energies=self.energies[level], forces=forces)
@@ -271,7 +272,7 @@ class Structures:
         if self.coordinates is not None:
             self._require_finite(np.isfinite(self.coordinates).all(axis=1), "coordinate")
         if self.energies is not None:
-            self._check_energies()
+            self._check_energies(self.energies.reshape(-1, len(self)) if len(self) else np.empty((1, 0)))
         if self.forces is None or not len(self):
             return
         levels = self.levels
@@ -288,21 +289,21 @@ class Structures:
                     f"{self.labels[bad]} has forces but no energy at level {k} (counted from 0): give both or neither"
                 )
 
-    def _check_energies(self) -> None:
-        levels = self.energies.reshape(-1, len(self)) if len(self) else np.empty((1, 0))
-        several = len(levels) > 1
-        bad = np.isinf(levels) if several else ~np.isfinite(levels)
+    def _check_energies(self, energies: np.ndarray) -> None:
+        """Check energies [K, n_structures]."""
+        several = len(energies) > 1
+        bad = np.isinf(energies) if several else ~np.isfinite(energies)
         if bad.any():
             level, structure = (int(i) for i in np.argwhere(bad)[0])
             where = f" at level {level} (counted from 0)" if several else ""
             raise DataError(
-                f"{self.labels[structure]} has the energy {levels[level, structure]}{where}: correct it or leave the "
+                f"{self.labels[structure]} has the energy {energies[level, structure]}{where}: correct it or leave the "
                 "structure out"
             )
-        if several and np.isnan(levels).all(axis=0).any():
-            structure = int(np.argmax(np.isnan(levels).all(axis=0)))
+        if several and np.isnan(energies).all(axis=0).any():
+            structure = int(np.argmax(np.isnan(energies).all(axis=0)))
             raise DataError(
-                f"{self.labels[structure]} has no energy at any of the {len(levels)} levels: leave the structure out"
+                f"{self.labels[structure]} has no energy at any of the {len(energies)} levels: leave the structure out"
             )
 
     def _require_finite(self, good: np.ndarray, what: str) -> None:
@@ -315,10 +316,10 @@ class Structures:
             "correct it or leave the structure out"
         )
 
-    def _check_distances(self) -> None:
+    def _check_distances(self, coordinates: np.ndarray) -> None:
         # A sweep: in the order of a projection onto one direction, close atoms are close in the order too. The
         # direction is a general one, so that planar and symmetric molecules do not pile up on one value.
-        projection = self.coordinates @ np.array([0.4743, 0.6021, 0.6423])
+        projection = coordinates @ np.array([0.4743, 0.6021, 0.6423])
         owners = self.owners
         order = np.lexsort((projection, owners))
         projection, owners = projection[order], owners[order]
@@ -331,7 +332,7 @@ class Structures:
             if first.size == 0:
                 return
             a, b = order[first], order[first + step]
-            squared = np.square(self.coordinates[a] - self.coordinates[b]).sum(axis=1)
+            squared = np.square(coordinates[a] - coordinates[b]).sum(axis=1)
             if squared.min() < CLOSEST_ALLOWED**2:
                 pair = int(np.argmin(squared))
                 structure = int(owners[first[pair]])

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
@@ -183,19 +184,19 @@ def _check_levels(
         log.warning("%s: no frame has an energy under the key %s", first_few(paths), lacking)
 
 
-def _values(frame: Atoms) -> dict[str, object]:
+def _values(frame: Atoms) -> dict[str, Any]:
     """All that a frame has, by key."""
     # ASE moves `energy` and `forces` into a calculator and leaves other keys in info (frame) and arrays (atoms).
     return {**frame.info, **frame.arrays, **(frame.calc.results if frame.calc is not None else {})}
 
 
-def _others(values: Mapping[str, object]) -> str:
+def _others(values: Mapping[str, Any]) -> str:
     others = sorted(key for key, value in values.items() if "energy" in key.lower() and np.size(value) == 1)
     return f", only {', '.join(others)}: name the key" if others else ": add it or leave the frame out"
 
 
 def _energy_and_forces(
-    where: str, values: Mapping[str, object], n_atoms: int, energy_key: str | None, forces_key: str | None
+    where: str, values: Mapping[str, Any], n_atoms: int, energy_key: str | None, forces_key: str | None
 ) -> tuple[float, np.ndarray | None]:
     energy_keys = (energy_key,) if energy_key is not None else _ENERGY_KEYS
     found = [key for key in energy_keys if key in values]

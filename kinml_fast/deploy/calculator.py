@@ -64,7 +64,7 @@ class KinMLCalculator(Calculator):
         `CalculatorSetupError`.
     """
 
-    implemented_properties = ("energy", "free_energy", "forces")
+    implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012 (as ASE declares it)
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class KinMLCalculator(Calculator):
         if self.base is not None:
             energies = energies + self.base.get_property("energy", self.atoms)
             forces = forces + self.base.get_property("forces", self.atoms)
-        results = {}
+        results: dict[str, float | np.ndarray] = {}
         if self.n_members > 1:
             results["all_energies"], results["all_forces"] = energies[:, -1], forces[:, -1]
             results["energy_std"] = float(members.deviation(energies[:, -1]))

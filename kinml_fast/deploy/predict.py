@@ -89,22 +89,22 @@ def _frames(
     base: BaseCalculator | None,
 ) -> Iterator[Atoms]:
     levels = len(fidelities)
-    energies = predictions.energies.reshape(levels, -1)
-    forces = predictions.forces.reshape(levels, -1, 3)
+    assert predictions.forces is not None
+    energies, forces = predictions.energies.reshape(levels, -1), predictions.forces.reshape(levels, -1, 3)
     frames = ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
     for i, frame in enumerate(frames):
         atoms = slice(structures.offsets[i], structures.offsets[i + 1])
-        energy, own = float(energies[-1, i]), forces[-1, atoms]
+        energy, of_frame = float(energies[-1, i]), forces[-1, atoms]
         if base is not None:
             low_energy, low_forces = _low_level(f"{path}: frame {i + 1}", frame, base)
-            energy, own = energy + low_energy, own + low_forces
-        if predictions.energy_std is not None:
+            energy, of_frame = energy + low_energy, of_frame + low_forces
+        if predictions.energy_std is not None and predictions.forces_std is not None:
             frame.info["energy_std"] = float(predictions.energy_std.reshape(levels, -1)[-1, i])
             frame.arrays["forces_std"] = predictions.forces_std.reshape(levels, -1, 3)[-1, atoms]
         for level, fidelity in enumerate(fidelities[:-1]):
             frame.info[f"energy_fidelity{fidelity}"] = float(energies[level, i])
             frame.arrays[f"forces_fidelity{fidelity}"] = forces[level, atoms]
-        frame.calc = SinglePointCalculator(frame, energy=energy, forces=own)
+        frame.calc = SinglePointCalculator(frame, energy=energy, forces=of_frame)
         yield frame
 
 

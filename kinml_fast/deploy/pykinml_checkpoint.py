@@ -129,10 +129,11 @@ def load(
         settings that do not fit the networks.
     """
     checkpoint = read(path)
-    own = checkpoint.elements
-    if own and elements and list(elements) != list(own):
+    trained = checkpoint.elements
+    if trained and elements and list(elements) != list(trained):
         raise ConfigError(
-            f"{path}: was trained with the elements {' '.join(own)}, but {' '.join(elements)} are given: leave them out"
+            f"{path}: was trained with the elements {' '.join(trained)}, but {' '.join(elements)} are given: leave "
+            "them out"
         )
     descriptor = AEVParameters.aevmod(tuple(elements or ("C", "H")), n_radial, n_angular, n_sections, cutoffs, beta)
     return build(checkpoint, descriptor, path, fidelities, baseline), {
@@ -165,7 +166,7 @@ def build(
 ) -> EnergyModel:
     """The model of what `read` gave; the other arguments are those of `load`, `path` is for messages."""
     if checkpoint.architecture is not None:
-        return _own(path, checkpoint).eval()
+        return _described(path, checkpoint, checkpoint.architecture).eval()
     n_levels = 1 if checkpoint.higher is None else 2
     fidelities = tuple(fidelities or ((1,) if n_levels == 1 else (0, 1)))
     if len(fidelities) != n_levels:
@@ -203,10 +204,10 @@ def build(
     return model.eval()
 
 
-def _own(path: str | os.PathLike, checkpoint: Checkpoint) -> EnergyModel:
+def _described(path: str | os.PathLike, checkpoint: Checkpoint, architecture: dict[str, Any]) -> EnergyModel:
     """A model as a checkpoint of `kinml_fast.pykinml` describes it."""
     try:
-        model = EnergyModel.from_dict(checkpoint.architecture)
+        model = EnergyModel.from_dict(architecture)
         _fill(model, checkpoint)
     except (InputError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ModelError(
@@ -234,9 +235,9 @@ def _fill(model: EnergyModel, checkpoint: Checkpoint) -> None:
     """Give a model the weights and the single-atom energies of a checkpoint."""
     model.sae.copy_(checkpoint.sae)
     for level, species, place, *tensors in layers_of(checkpoint):
-        for own, tensor in zip(model.networks.layer(species, place, level), tensors, strict=True):
-            if own is not None:
-                own.copy_(tensor)
+        for parameter, tensor in zip(model.networks.layer(species, place, level), tensors, strict=True):
+            if parameter is not None and tensor is not None:
+                parameter.copy_(tensor)
 
 
 def read(path: str | os.PathLike) -> Checkpoint:
@@ -249,7 +250,11 @@ def read(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     contents = _unpickle(path)
-    kinds = {"model_state_dict": dict, "params": dict, "sae_energies": (np.ndarray, Tensor, list, tuple)}
+    kinds: dict[str, Any] = {
+        "model_state_dict": dict,
+        "params": dict,
+        "sae_energies": (np.ndarray, Tensor, list, tuple),
+    }
     for key, kind in kinds.items():
         if not isinstance(contents.get(key), kind):
             raise ModelError(f"{path}: is no checkpoint of PyKinML (it has no {key}): name one that PyKinML wrote")
@@ -378,7 +383,8 @@ class _Tanh(_Inert):
     def __eq__(self, other: object) -> bool:
         return other == "tanh"
 
-    __hash__ = None
+    def __hash__(self) -> int:
+        return hash("tanh")
 
 
 def _plain_dict(*_: object) -> dict:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kinml_fast.errors import ModelError
 from kinml_fast.nn.aev import AEV
-from kinml_fast.nn.potential import DoubleSingleAtomEnergies, EnergyModel
+from kinml_fast.nn.potential import EnergyModel, Potential
 
 _WORDS = {
     "elements": "knows the elements",
@@ -26,7 +26,7 @@ _WORDS = {
 """What members share, and how a message says that one differs."""
 
 
-class Ensemble(DoubleSingleAtomEnergies):
+class Ensemble(Potential):
     """M models that differ in their weights and single-atom energies only; one fused op evaluates all of them.
 
     Parameters
@@ -54,7 +54,7 @@ class Ensemble(DoubleSingleAtomEnergies):
     Means are sums in the order of the members, divided by M: the same bits for any number of threads.
     """
 
-    __jit_unused_properties__ = ("dtype", "elements", "fidelities", "n_members")
+    __jit_unused_properties__ = (*Potential.__jit_unused_properties__, "n_members")
 
     def __init__(self, members: Sequence[EnergyModel], names: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -71,21 +71,6 @@ class Ensemble(DoubleSingleAtomEnergies):
         weights = torch.stack([member.networks.weights.detach().to(device) for member in members])
         self.networks.weights = torch.nn.Parameter(weights)
         self.register_buffer("sae", torch.stack([member.sae.to(device) for member in members]))
-
-    @property
-    def elements(self) -> tuple[str, ...]:
-        """The elements that the members know; their place in this list is the species code."""
-        return self.descriptor.elements
-
-    @property
-    def fidelities(self) -> tuple[int, ...]:
-        """The levels of theory, lowest first, as the data call them."""
-        return self._fidelities
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights, coordinates and features."""
-        return self.networks.weights.dtype
 
     @property
     def n_members(self) -> int:

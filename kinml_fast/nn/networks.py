@@ -18,6 +18,12 @@ gaussian is exp(-x²), celu has alpha 0.1 (the ANI models'), gelu is the exact o
 """
 
 
+def _of_each(layers: Sequence[int] | Sequence[Sequence[int]], n_elements: int) -> list[list[int]]:
+    """The layers of each element, of one list for all or one for each."""
+    widths = [width for width in layers if isinstance(width, int)]
+    return [list(x) for x in layers if not isinstance(x, int)] or [list(widths) for _ in range(n_elements)]
+
+
 class SpeciesNetworks(torch.nn.Module):
     """Networks features -> energy, one for each element.
 
@@ -60,8 +66,7 @@ class SpeciesNetworks(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.levels = levels
-        per_element = [list(x) for x in layers] if layers and not isinstance(layers[0], int) else None
-        self.layers = per_element or [list(layers) for _ in elements]
+        self.layers = _of_each(layers, len(elements))
         self.elements = tuple(elements)
         self.activations = tuple(activations)
         self._check(n_inputs, dtype)

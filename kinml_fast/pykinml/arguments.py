@@ -311,7 +311,7 @@ LEVELS = (
 THRESHOLD = "args.LR_threshold is in kcal/mol, as the manual says (PyKinML takes it as a fraction)"
 
 
-def _numbers(value: Any, kind: type, count: int | None = None) -> bool:
+def _numbers(value: Any, kind: Any, count: int | None = None) -> bool:
     return (
         isinstance(value, list | tuple)
         and (count is None or len(value) == count)
@@ -342,7 +342,7 @@ def _words(words: Sequence[str] = ()) -> Callable[[Any], bool]:
 
 def _names(value: Any) -> bool:
     return isinstance(value, str) or (
-        isinstance(value, list | tuple) and value and all(isinstance(x, str) for x in value)
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(x, str) for x in value)
     )
 
 

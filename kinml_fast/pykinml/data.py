@@ -94,17 +94,17 @@ class PesDataset(torch.utils.data.Dataset):
         for i, (begin, end) in enumerate(zip(structures.offsets[:-1], structures.offsets[1:], strict=True)):
             species = torch.from_numpy(structures.species[begin:end])
             values: dict[str, Any] = {"fdims": 3 * len(species)}
-            if "engs" in self.keys:
+            if "engs" in self.keys and structures.energies is not None:
                 values["engs"] = torch.tensor([structures.energies[i]], dtype=dtype)
-            if "forces" in self.keys:
+            if "forces" in self.keys and structures.forces is not None:
                 values["forces"] = torch.zeros(1, self._width, dtype=dtype)
                 values["forces"][0, : values["fdims"]] = torch.from_numpy(structures.forces[begin:end].ravel())
             for key, rows in (("aevs", "features"), ("daevs", "jacobian")):
                 if key in self.keys:
-                    own = getattr(found, rows)[begin:end]
+                    of_atoms = getattr(found, rows)[begin:end]
                     if key == "daevs":
-                        own = torch.nn.functional.pad(own, (0, self._width - own.shape[2]))
-                    values[key] = [own[species == s].clone() for s in range(len(self.descriptor.elements))]
+                        of_atoms = torch.nn.functional.pad(of_atoms, (0, self._width - of_atoms.shape[2]))
+                    values[key] = [of_atoms[species == s].clone() for s in range(len(self.descriptor.elements))]
             yield [values[key] for key in self.keys]
 
 
@@ -177,7 +177,7 @@ class Data_pes:
         self.config = config
         self.descriptor = descriptor(config)
         self.dimdat = self.descriptor.length
-        self.initialize(config.data.elements)
+        self.initialize(self.descriptor.elements)
         self._describe()
         difference = "" if self.baseline is None else f" minus fidelity {self.baseline}"
         names = ", ".join(str(path) for path in paths)
@@ -200,6 +200,7 @@ class Data_pes:
         self.pool = self._numbers(train_ind)
         if not self.pool.size:
             raise DataError(f"none of the {self.ndat} structures is for training: mark some of them with 2")
+        assert self.structures.energies is not None
         counts, energies = self.structures.counts()[self.pool], self.structures.energies[self.pool]
         start = None if self.baseline is None else np.zeros(self.num_nn)
         self.sae_energies = resolve_levels(self.config.data.sae, counts, energies, self.structures.elements, start)
@@ -313,7 +314,7 @@ def get_data(
 def descriptor(config: Config) -> AEVParameters:
     """The descriptor of a configuration."""
     settings = config.descriptor.model_dump(exclude={"backend"})
-    return AEVParameters.aevmod(tuple(config.data.elements), **settings)
+    return AEVParameters.aevmod(tuple(config.data.elements or ()), **settings)
 
 
 def _ids(xid: Sequence[str], paths: Sequence[Path]) -> dict[str, set[int]]:

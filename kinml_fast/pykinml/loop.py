@@ -65,6 +65,8 @@ class Loop:
     closing = "device Number  {device} is DONE!!!"
     notes: tuple[str, ...] = ()
     """What is different from PyKinML and said once."""
+    sae_energies: Any
+    """Single-atom energies, [n_elements], eV."""
 
     def __init__(
         self,
@@ -122,16 +124,15 @@ class Loop:
             file.write(f"Training time: {time.time() - started}")
         log.info("%s", self.closing.format(device=self.device))
 
-    def errors(self, row: Row, fidelities: Sequence[int]) -> list[tuple[Errors, Errors | None]]:
+    def errors(self, row: Row, fidelities: Sequence[int]) -> list[tuple[Errors | None, Errors | None]]:
         """The errors of energies and forces of each level, lowest first."""
-        found = []
-        for fidelity in fidelities[:-1]:
-            pairs = []
-            for kind in ("energy", "forces"):
-                names = [f"{kind}_{name}_fidelity{fidelity}" for name in ("mae", "rmse", "max")]
-                pairs.append(Errors(*(row.more[name] for name in names)) if names[0] in row.more else None)
-            found.append(tuple(pairs))
-        return [*found, (row.energy, row.forces)]
+
+        def of_level(kind: str, fidelity: int) -> Errors | None:
+            names = [f"{kind}_{name}_fidelity{fidelity}" for name in ("mae", "rmse", "max")]
+            return Errors(*(row.more[name] for name in names)) if names[0] in row.more else None
+
+        lower = [(of_level("energy", fidelity), of_level("forces", fidelity)) for fidelity in fidelities[:-1]]
+        return [*lower, (row.energy, row.forces)]
 
     def _structures(self, part: str) -> Structures:
         return dataset(self.loaders[part]).structures
@@ -141,19 +142,16 @@ class Loop:
         elements = parts[0].elements
         ends = np.cumsum([len(part) for part in parts])
         structures = concatenate([part for part in parts if len(part)], elements)
-        train = dataset(self.loaders["train"])
+        train, config = dataset(self.loaders["train"]), config_of(self.loaders["train"])
         return Prepared(
             structures,
             Split(*np.split(np.arange(ends[-1]), ends[:-1])),
             self._sae(structures, int(ends[1])),
             source=train.source,
-            descriptor=train.config.descriptor.model_dump(),
-            fidelities=self._fidelities(train.config),
-            baseline=train.config.data.baseline,
+            descriptor=config.descriptor.model_dump(),
+            fidelities=config.data.selection.fidelities,
+            baseline=config.data.baseline,
         )
-
-    def _fidelities(self, config: Config) -> tuple[int, ...]:
-        return (config.data.fidelity,)
 
     def _sae(self, structures: Structures, n_fitted: int) -> np.ndarray:
         """Single-atom energies; the first `n_fitted` structures are those for training and validation."""
@@ -161,8 +159,7 @@ class Loop:
 
     def _config(self, epochs: int) -> Config:
         """The native configuration of this run: how to train is what model, optimizer and schedule say."""
-        base = dataset(self.loaders["train"]).config
-        values = base.model_dump()
+        values = config_of(self.loaders["train"]).model_dump()
         values["run"] = str(self.svpath)
         values["data"] |= {"split_file": str(RunFolder(self.svpath).split), "prepared": None}
         layers = [block for level, species, _, block in self.model.blocks() if (level, species) == (0, 0)]
@@ -211,7 +208,7 @@ class _Report(Progress):
         """An epoch is done."""
         loop, number = self._loop, train.epoch
         state.take(self._trainer.optimizer, loop.optimizer, loop.model)
-        if loop.lr_scheduler is not None:
+        if loop.lr_scheduler is not None and self._trainer.scheduler is not None:
             loop.lr_scheduler.load_state_dict(self._trainer.scheduler.state_dict())
         lines = [loop.opening.format(device=loop.device, epoch=number)]
         self._file.write(f"\nepoch: {number}\n")
@@ -296,5 +293,16 @@ def dataset(loader: DataLoader) -> PesDataset:
     """
     found = getattr(loader, "dataset", None)
     if not isinstance(found, PesDataset):
-        raise DataError("the data sets are none that load_train_objs or load_train_data has made: take those")
+        raise DataError(_FOREIGN)
     return found
+
+
+def config_of(loader: DataLoader) -> Config:
+    """The native configuration that the data set of a loader was made by; errors as of `dataset`."""
+    config = dataset(loader).config
+    if config is None:
+        raise DataError(_FOREIGN)
+    return config
+
+
+_FOREIGN = "the data sets are none that load_train_objs or load_train_data has made: take those"

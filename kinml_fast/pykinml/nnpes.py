@@ -76,7 +76,7 @@ class LinearBlock(nn.Module):
         self.linear = nn.Linear(in_nums, out_nums, bias=biases)
         self.activation = FUNCTIONS[activation] if isinstance(activation, str) else activation
 
-    def tensors(self) -> list[nn.Parameter]:
+    def tensors(self) -> list[Tensor]:
         """The weight [out, in], and the bias [out] if there is one."""
         return [self.linear.weight, *([] if self.linear.bias is None else [self.linear.bias])]
 
@@ -93,7 +93,16 @@ class _Networks(nn.Module):
         PyKinML's description of the networks, in plain values, as a checkpoint keeps it.
     log_sigma : torch.nn.Parameter
         What weighs the terms of the loss; `prepper.set_up_task_weights` makes it.
+    mtl : prepper.task_weights
+        How; made together with it.
+    kept_log_sigma : tuple or None
+        A learned one of the checkpoint that the model was loaded from, with what the optimizer remembers of it.
     """
+
+    netparams: dict[str, Any]
+    log_sigma: nn.Parameter
+    mtl: Any
+    kept_log_sigma: tuple[Tensor, dict[str, Any]] | None
 
     def __init__(self, sae_energies: Sequence[float] | np.ndarray | Tensor, add_sae: bool, biases: bool) -> None:
         super().__init__()
@@ -111,8 +120,8 @@ class _Networks(nn.Module):
             networks.append(nn.ModuleList(LinearBlock(i, o, f, self.biases) for i, o, f in layers))
         return networks
 
-    def levels(self) -> list[nn.ModuleList]:
-        """The networks of each level of theory, lowest first."""
+    def levels(self) -> list[Any]:
+        """The networks of each level of theory, lowest first: for each species a list of its `LinearBlock`."""
         raise NotImplementedError
 
     def blocks(self) -> Iterator[tuple[int, int, int, LinearBlock]]:
@@ -182,7 +191,7 @@ class CompositeNetworks(_Networks):
         super().__init__(sae_energies, add_sae, biases)
         self.NNs = self._stack(n_input, neurons, activations)
 
-    def levels(self) -> list[nn.ModuleList]:
+    def levels(self) -> list[Any]:
         """See the class of both kinds of models."""
         return [self.NNs]
 
@@ -253,7 +262,7 @@ class CompositeNetworks_MF(_Networks):
         self.NNs = self._stack(n_input, neurons, activations)
         self.NNs_hf = self._stack([length + 1 for length in n_input], neurons_hf, activations_hf)
 
-    def levels(self) -> list[nn.ModuleList]:
+    def levels(self) -> list[Any]:
         """See the class of both kinds of models."""
         return [self.NNs, self.NNs_hf]
 
@@ -294,7 +303,7 @@ def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> 
             "the networks of all elements need the same activation functions, and those of all levels of theory the "
             "same layers: make them equal"
         )
-    first = net.NNs[0][0].linear
+    first = net.levels()[0][0][0].linear
     if first.in_features != descriptor.length or len(widths) != len(descriptor.elements):
         raise ModelError(
             f"the model has networks for {len(widths)} elements that take {first.in_features} numbers for an atom, and "
@@ -304,9 +313,10 @@ def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> 
     model = EnergyModel(descriptor, widths, activations, net.biases, first.weight.dtype, **settings)
     model.to(first.weight.device)
     for level, species, place, block in net.blocks():
-        for own, parameter in zip(model.networks.layer(species, place, level), block.tensors(), strict=False):
-            own.copy_(parameter.detach())
-            parameter.data = own
+        for view, parameter in zip(model.networks.layer(species, place, level), block.tensors(), strict=False):
+            assert view is not None  # the model has biases if the module has
+            view.copy_(parameter.detach())
+            parameter.data = view
     return model
 
 

@@ -238,6 +238,7 @@ def load_data(args: argparse.Namespace, get_aevs: bool = True, fid: int | str = 
     sae = found.sae
     if n_train + n_valid < len(pool):
         used = np.concatenate([train, valid])
+        assert found.structures.energies is not None
         counts, energies = found.structures.counts()[used], found.structures.energies[used]
         start = None if found.baseline is None else np.zeros(len(sae))
         sae = resolve_levels(config.data.sae, counts, energies, found.structures.elements, start)

@@ -128,8 +128,7 @@ def spawned_trainer(rank: Any, args: argparse.Namespace, world_size: int) -> Non
     world_size
         0.
     """
-    trainer = Trainer(*training_objects(rank, args), device=rank, force_train=args.floss)
-    trainer.train(args.epochs)
+    Trainer(**training_objects(rank, args)).train(args.epochs)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -142,8 +141,8 @@ def main(args: argparse.Namespace) -> None:
     spawned_trainer("cpu", args, 0)
 
 
-def training_objects(rank: Any, args: argparse.Namespace) -> tuple[Any, ...]:
-    """What `Trainer` takes, up to `svpath`."""
+def training_objects(rank: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What `Trainer` takes, by name."""
     show_log()
     refuse_distributed(args)
     torch.manual_seed(seeds(args.randomseed[1])[0])
@@ -152,8 +151,21 @@ def training_objects(rank: Any, args: argparse.Namespace) -> tuple[Any, ...]:
     train, valid, test, model, optimizer, schedule, sae, keys = prep.load_train_objs(args, fid=args.fidlevel)
     prep.set_up_task_weights(model, args, optimizer)
     name = one(args.savenm)
-    log_name = f"{name.rstrip('/')}_device_{rank}.log"
-    return model, train, valid, test, keys, optimizer, schedule, sae, args.save_every, log_name, name
+    return {
+        "model": model,
+        "train_data": train,
+        "valid_data": valid,
+        "test_data": test,
+        "keys": keys,
+        "optimizer": optimizer,
+        "lr_scheduler": schedule,
+        "sae_energies": sae,
+        "save_every": args.save_every,
+        "fname": f"{name.rstrip('/')}_device_{rank}.log",
+        "svpath": name,
+        "device": rank,
+        "force_train": args.floss,
+    }
 
 
 if __name__ == "__main__":
