@@ -217,14 +217,14 @@ def level_energies(
     """
     vectors = aev(coordinates, species, offsets, **parameters)
     ranges = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-    atomic, levels = vectors.new_zeros(len(species)), []
+    atomic, by_level = vectors.new_zeros(len(species)), []
     for level, (of_level, shifts) in enumerate(zip(weights, sae, strict=True)):
         features = vectors if level == 0 else torch.cat([vectors, atomic[:, None]], dim=1)
         atomic = atomic + networks(features, species, of_level, activations)
         shifted = atomic.double() + torch.as_tensor(shifts, dtype=torch.float64)[species]
         sums = [shifted[start:stop].sum() for start, stop in ranges]
-        levels.append(torch.stack(sums) if sums else shifted.new_zeros(0))
-    return torch.stack(levels)
+        by_level.append(torch.stack(sums) if sums else shifted.new_zeros(0))
+    return torch.stack(by_level)
 
 
 def forces(coordinates: Tensor, *arguments: Any, create_graph: bool = False) -> Tensor:

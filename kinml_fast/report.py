@@ -229,9 +229,9 @@ def _write_parity_of_level(folder: Path, quantities: Mapping[Quantity, Mapping[s
     with _style():
         limits = {quantity: _limits(quantity, comparisons) for quantity, comparisons in quantities.items()}
         for split in splits:
-            own = [row for row in rows if row.split == split]
-            panels = [(row, *quantities[row.quantity][split][1:], limits[row.quantity]) for row in own]
-            _save(draw_parity(split, panels), folder / f"parity_{split}{own[0].quantity.suffix}.png")
+            of_split = [row for row in rows if row.split == split]
+            panels = [(row, *quantities[row.quantity][split][1:], limits[row.quantity]) for row in of_split]
+            _save(draw_parity(split, panels), folder / f"parity_{split}{of_split[0].quantity.suffix}.png")
     return rows
 
 
@@ -283,26 +283,26 @@ def read_metrics(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
 
 def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: int | None = None) -> Figure:
     """RMSE and MAE of every split against the epoch, the best one marked, and the learning rate below."""
-    levels = _levels(metrics)
+    fidelities = _fidelities(metrics)
     with_forces = any(
-        _positive(columns, f"{FORCES.name}_rmse{replace(FORCES, fidelity=level).suffix}").any()
+        _positive(columns, f"{FORCES.name}_rmse{replace(FORCES, fidelity=fidelity).suffix}").any()
         for columns in metrics.values()
-        for level in levels
+        for fidelity in fidelities
     )
     kinds = [ENERGY, FORCES] if with_forces else [ENERGY]
-    figure = _figure(8.0 * len(levels), 1.8 + 3.4 * len(kinds))
+    figure = _figure(8.0 * len(fidelities), 1.8 + 3.4 * len(kinds))
     heights = [3.4] * len(kinds) + [1.1]
     # All rows share the epochs; a column for each level, the highest first.
-    all_axes = figure.subplots(len(heights), len(levels), sharex=True, squeeze=False, height_ratios=heights)
-    for axes, level in zip(all_axes.T, levels, strict=True):
-        quantities = [replace(quantity, fidelity=level) for quantity in kinds]
+    all_axes = figure.subplots(len(heights), len(fidelities), sharex=True, squeeze=False, height_ratios=heights)
+    for axes, fidelity in zip(all_axes.T, fidelities, strict=True):
+        quantities = [replace(quantity, fidelity=fidelity) for quantity in kinds]
         for ax, quantity in zip(axes, quantities, strict=False):
             _draw_curves(ax, quantity, metrics)
         _mark_best(axes, quantities, metrics, best)
         rates = metrics.get("train", next(iter(metrics.values())))
-        there = _positive(rates, "lr")
-        if there.any():
-            axes[-1].step(rates["epoch"][there], rates["lr"][there], where="post", color=_OTHER_COLOUR, lw=1.4)
+        shown = _positive(rates, "lr")
+        if shown.any():
+            axes[-1].step(rates["epoch"][shown], rates["lr"][shown], where="post", color=_OTHER_COLOUR, lw=1.4)
             _make_logarithmic(axes[-1])
         axes[-1].set_ylabel("learning rate")
         axes[-1].set_xlabel("epoch")
@@ -310,7 +310,7 @@ def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: 
     return figure
 
 
-def _levels(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> list[int | None]:
+def _fidelities(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> list[int | None]:
     """The levels of theory that a table of metrics has: None for the highest, then the lower ones by fidelity."""
     names = [name.partition("_fidelity")[2] for columns in metrics.values() for name in columns if "_fidelity" in name]
     return [None, *(int(name) for name in reversed(dict.fromkeys(names)))]

@@ -285,9 +285,9 @@ def _opened(path: Path) -> Iterator[h5py.Group]:
     try:
         with h5py.File(path, "r") as file:
             if not isinstance(file.get(GROUP), h5py.Group):
-                there = ", ".join(file) or "nothing"
+                present = ", ".join(file) or "nothing"
                 raise DataError(
-                    f"{path}: has no group {GROUP} and is no file of PyKinML's (there is {there}): name another file"
+                    f"{path}: has no group {GROUP} and is no file of PyKinML's (there is {present}): name another file"
                 )
             yield file[GROUP]
     except InputError:

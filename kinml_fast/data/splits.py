@@ -206,9 +206,9 @@ def level_table(structures: Structures, split: Split, fidelities: Sequence[int],
     if len(rows) > 1:
         rows.append(("all of them", energies.all(axis=0), forces.all(axis=0)))
     cells = [["level", *PARTS, "with forces"]]
-    for name, own, own_forces in rows:
-        numbers = [int(own[getattr(split, part)].sum()) for part in PARTS]
-        cells.append([name, *map(str, numbers), str(int(own_forces[split.used].sum()))])
+    for name, with_energy, with_forces in rows:
+        numbers = [int(with_energy[getattr(split, part)].sum()) for part in PARTS]
+        cells.append([name, *map(str, numbers), str(int(with_forces[split.used].sum()))])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join([f"{line[0]:<{widths[0]}}"] + [f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True)])
@@ -306,8 +306,9 @@ def _highest_energies(structures: Structures) -> np.ndarray:
     if structures.energies is None:
         return np.full(len(structures), np.nan)
     energies = np.full(len(structures), np.nan)
-    for own, known in zip(structures.energies.reshape(structures.levels, -1), structures.known_energies, strict=True):
-        energies[known] = own[known]
+    by_level = structures.energies.reshape(structures.levels, -1)
+    for at_level, known in zip(by_level, structures.known_energies, strict=True):
+        energies[known] = at_level[known]
     return energies
 
 

@@ -142,8 +142,8 @@ def available_memory() -> int | None:
             cache = "total_inactive_file"
         else:
             continue
-        own = Path(root) / name.lstrip("/")
-        for folder in (own, *own.parents):
+        group = Path(root) / name.lstrip("/")
+        for folder in (group, *group.parents):
             most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
             if most.isdecimal() and used.isdecimal():
                 # Cached files count as used, and go when memory is needed.

@@ -390,8 +390,8 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
 def atoms_of(offsets: np.ndarray, structures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The atoms of some structures one after another, int64 [n_atoms], and offsets of their own, int64 [n + 1]."""
     sizes = np.diff(offsets)[structures]
-    own = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return np.arange(own[-1]) + np.repeat(offsets[structures] - own[:-1], sizes), own
+    chosen = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return np.arange(chosen[-1]) + np.repeat(offsets[structures] - chosen[:-1], sizes), chosen
 
 
 def element_order(symbols: Iterable[str], elements: Sequence[str] | None, where: str) -> tuple[str, ...]:

@@ -278,9 +278,9 @@ def run_evaluate(
         for part in of_file:
             rows += groups(part)
         found += of_file
-    levels = list(dict.fromkeys(part.fidelity for part in found))
-    if len(rows) > len(levels):
-        rows += [total([part for part in found if part.fidelity == level]) for level in levels]
+    compared = list(dict.fromkeys(part.fidelity for part in found))
+    if len(rows) > len(compared):
+        rows += [total([part for part in found if part.fidelity == fidelity]) for fidelity in compared]
     log.info("%s", table(rows))
     if csv_path is not None:
         _write_csv(Path(csv_path), found)
@@ -329,16 +329,16 @@ def _fidelities(
     """The levels to compare."""
     if wanted is None:
         return model.fidelities
-    levels = (wanted,) if isinstance(wanted, int) else tuple(wanted)
-    if model.levels == 1 and len(levels) == 1:
-        return levels  # whatever it is called: another level's data are a comparison too
-    unknown = [level for level in levels if level not in model.fidelities]
-    if unknown or not levels or len(levels) > model.levels:
+    fidelities = (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    if model.levels == 1 and len(fidelities) == 1:
+        return fidelities  # whatever it is called: another level's data are a comparison too
+    unknown = [fidelity for fidelity in fidelities if fidelity not in model.fidelities]
+    if unknown or not fidelities or len(fidelities) > model.levels:
         raise ConfigError(
             f"{model_file.name(path)}: has the fidelity {' and '.join(map(str, model.fidelities))}, but "
-            f"{' and '.join(map(str, levels)) or 'none'} is asked for: name levels that the model has"
+            f"{' and '.join(map(str, fidelities)) or 'none'} is asked for: name levels that the model has"
         )
-    return levels
+    return fidelities
 
 
 def _group(part: Part, chosen: np.ndarray, formula: str) -> Group:

@@ -175,9 +175,9 @@ def _joined(models: Sequence[EnergyModel | Ensemble], names: Sequence[str]) -> E
     members: list[EnergyModel] = []
     of_members: list[str] = []
     for model, of_model in zip(models, names, strict=True):
-        own = [model.member(i) for i in range(model.n_members)] if isinstance(model, Ensemble) else [model]
-        members += own
-        of_members += [of_model] * len(own)
+        found = [model.member(i) for i in range(model.n_members)] if isinstance(model, Ensemble) else [model]
+        members += found
+        of_members += [of_model] * len(found)
     return Ensemble(members, of_members).eval()
 
 

@@ -152,9 +152,9 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, **settings: Any)
     """
     model, notes = load(path, **settings)
     model_file.save(output, model, notes)
-    levels = f"fidelit{'y' if len(model.fidelities) == 1 else 'ies'} {' '.join(map(str, model.fidelities))}"
-    levels += "" if model.baseline is None else f" minus {model.baseline}"
-    log.info("%s: %s of %s, epoch %s", output, levels, " ".join(model.elements), notes["epoch"])
+    fidelities = f"fidelit{'y' if len(model.fidelities) == 1 else 'ies'} {' '.join(map(str, model.fidelities))}"
+    fidelities += "" if model.baseline is None else f" minus {model.baseline}"
+    log.info("%s: %s of %s, epoch %s", output, fidelities, " ".join(model.elements), notes["epoch"])
 
 
 def build(

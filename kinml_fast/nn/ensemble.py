@@ -191,11 +191,11 @@ def _check_alike(members: Sequence[EnergyModel], names: Sequence[str]) -> None:
         raise ModelError("an ensemble needs at least one model, none are given")
     first = _shared(members[0])
     for name, member in zip(names, members, strict=True):
-        own = _shared(member)
+        this = _shared(member)
         for key, words in _WORDS.items():
-            if own.get(key) != first.get(key):
+            if this.get(key) != first.get(key):
                 raise ModelError(
-                    f"{name} {words} {_shown(key, own, first)}, but {names[0]} {_shown(key, first, own)}: models of "
+                    f"{name} {words} {_shown(key, this, first)}, but {names[0]} {_shown(key, first, this)}: models of "
                     f"one ensemble need the same {key}"
                 )
 
@@ -204,9 +204,9 @@ def _shared(model: EnergyModel) -> dict[str, Any]:
     return {"elements": list(model.elements), **model.to_dict()}
 
 
-def _shown(key: str, own: dict[str, Any], other: dict[str, Any]) -> str:
+def _shown(key: str, this: dict[str, Any], other: dict[str, Any]) -> str:
     if key == "elements":
-        return " ".join(own[key])
+        return " ".join(this[key])
     if key == "descriptor":  # only what differs
-        return ", ".join(f"{name} = {value}" for name, value in own[key].items() if value != other[key].get(name))
-    return str(own.get(key))
+        return ", ".join(f"{name} = {value}" for name, value in this[key].items() if value != other[key].get(name))
+    return str(this.get(key))

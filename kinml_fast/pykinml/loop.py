@@ -226,10 +226,10 @@ class _Report(Progress):
 
     def _say(self, part: str, row: Row) -> list[str]:
         lines = []
-        levels = self._loop.errors(row, self._model.fidelities)
+        by_level = self._loop.errors(row, self._model.fidelities)
         for kind in (0, 1):
-            for suffix, level in zip(self._loop.suffixes, levels, strict=True):
-                errors = level[kind]
+            for suffix, at_level in zip(self._loop.suffixes, by_level, strict=True):
+                errors = at_level[kind]
                 if errors is None:
                     continue
                 short, long = (("", ""), ("F", "f"))[kind]

@@ -120,13 +120,13 @@ class _Networks(nn.Module):
             networks.append(nn.ModuleList(LinearBlock(i, o, f, self.biases) for i, o, f in layers))
         return networks
 
-    def levels(self) -> list[Any]:
+    def by_level(self) -> list[Any]:
         """The networks of each level of theory, lowest first: for each species a list of its `LinearBlock`."""
         raise NotImplementedError
 
     def blocks(self) -> Iterator[tuple[int, int, int, LinearBlock]]:
         """Level, species, place and module of each layer, in the order of the parameters."""
-        for level, networks in enumerate(self.levels()):
+        for level, networks in enumerate(self.by_level()):
             for species, layers in enumerate(networks):
                 for place, block in enumerate(layers):
                     yield level, species, place, block
@@ -138,13 +138,13 @@ class _Networks(nn.Module):
 
     def _level_energies(self, Xs: Sequence[Tensor], inds: Sequence[Tensor], nmols: int) -> list[Tensor]:
         """Energies [nmols, 1] of each level; an atomic energy goes into the next level without single-atom energy."""
-        levels = self.levels()
-        totals: list[Any] = [0.0] * len(levels)
+        by_level = self.by_level()
+        totals: list[Any] = [0.0] * len(by_level)
         for species, (x, molecules) in enumerate(zip(Xs, inds, strict=True)):
             if len(molecules) == 0:
                 continue
             atomic = None
-            for level, networks in enumerate(levels):
+            for level, networks in enumerate(by_level):
                 y = x if atomic is None else torch.cat([x, atomic], dim=1)
                 for block in networks[species]:
                     y = block(y)
@@ -191,7 +191,7 @@ class CompositeNetworks(_Networks):
         super().__init__(sae_energies, add_sae, biases)
         self.NNs = self._stack(n_input, neurons, activations)
 
-    def levels(self) -> list[Any]:
+    def by_level(self) -> list[Any]:
         """See the class of both kinds of models."""
         return [self.NNs]
 
@@ -262,7 +262,7 @@ class CompositeNetworks_MF(_Networks):
         self.NNs = self._stack(n_input, neurons, activations)
         self.NNs_hf = self._stack([length + 1 for length in n_input], neurons_hf, activations_hf)
 
-    def levels(self) -> list[Any]:
+    def by_level(self) -> list[Any]:
         """See the class of both kinds of models."""
         return [self.NNs, self.NNs_hf]
 
@@ -294,7 +294,7 @@ def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> 
     """
     layers = [
         [[(block.linear.out_features, name_of(block.activation)) for block in network] for network in level]
-        for level in net.levels()
+        for level in net.by_level()
     ]
     widths = [[width for width, _ in network] for network in layers[0]]
     activations = [name for _, name in layers[0][0]]
@@ -303,7 +303,7 @@ def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> 
             "the networks of all elements need the same activation functions, and those of all levels of theory the "
             "same layers: make them equal"
         )
-    first = net.levels()[0][0][0].linear
+    first = net.by_level()[0][0][0].linear
     if first.in_features != descriptor.length or len(widths) != len(descriptor.elements):
         raise ModelError(
             f"the model has networks for {len(widths)} elements that take {first.in_features} numbers for an atom, and "
@@ -358,9 +358,9 @@ def _filled(
         params |= {"neurons_hf": neurons, "activations_hf": functions, "pass_eng": True, "pass_aev": True}
     params |= {"sae_energies": sae.cpu().numpy(), "add_sae": True, "biases": biases}
     net = (CompositeNetworks_MF if "neurons_hf" in params else CompositeNetworks)(**params).to(dtype)
-    levels = net.levels()
+    by_level = net.by_level()
     for level, species, place, *values in tensors:
-        for parameter, value in zip(levels[level][species][place].tensors(), values, strict=False):
+        for parameter, value in zip(by_level[level][species][place].tensors(), values, strict=False):
             parameter.data.copy_(value)
     net.netparams = params
     return net
@@ -370,7 +370,7 @@ def name_of(function: Callable) -> str:
     """The name of an activation function."""
     if isinstance(function, nn.Tanh):
         return "tanh"
-    for name, own in FUNCTIONS.items():
-        if function is own:
+    for name, known in FUNCTIONS.items():
+        if function is known:
             return name
     raise ConfigError(f"{function!r} is no activation function of the model: take one of {', '.join(FUNCTIONS)}")

@@ -227,8 +227,8 @@ def load_data(args: argparse.Namespace, get_aevs: bool = True, fid: int | str = 
     args.savepth, args.trpath, args.tspath = f"{folder}/", f"{folder}/training{fid}/", f"{folder}/testing{fid}/"
     found, kept = _prepared(Path(args.trpath))
     # What the data are was decided when they were prepared.
-    own = {"split": config.data.split, "split_seed": config.data.split_seed}
-    config = config.model_copy(update={"data": kept.data.model_copy(update=own), "descriptor": kept.descriptor})
+    division = {"split": config.data.split, "split_seed": config.data.split_seed}
+    config = config.model_copy(update={"data": kept.data.model_copy(update=division), "descriptor": kept.descriptor})
     pool, test = found.split.train, found.split.test
     n_train, n_valid = _amounts(args.tvt, len(pool), len(test))
     _seed(args.randomseed[0])
@@ -399,7 +399,7 @@ def _optimization(args: argparse.Namespace, net: nnpes.Composite) -> tuple[torch
 
 
 def _check_model(args: argparse.Namespace, path: Path, net: nnpes.Composite, elements: tuple[str, ...] | None) -> None:
-    several = len(net.levels()) > 1
+    several = len(net.by_level()) > 1
     if several != args.multi_fid:
         raise ConfigError(
             f"{path}: holds a model for {'two levels' if several else 'one level'} of theory, and args.multi_fid is "

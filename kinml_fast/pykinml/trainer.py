@@ -59,7 +59,7 @@ class Runner:
             torch.cat([torch.full((len(molecule[s]),), i) for i, molecule in enumerate(aevs)])
             for s in range(self.num_spec)
         ]
-        return [[own.to(self.device) for own in ids]]
+        return [[of_species.to(self.device) for of_species in ids]]
 
     def eval(self, aevs: Any, daevs: Any = ()) -> Tensor:
         """Energies [n_molecules, 1], eV, from the descriptors of each molecule and species."""
@@ -75,8 +75,8 @@ class Runner:
     def eval_force(self, daevs: Any) -> list[list[Tensor]]:
         """Forces [3 n] of each molecule, eV/Å, from Jacobians; `eval` must have had descriptors that need gradients."""
         self.pred_forces = [
-            daev_calc.cal_dEdxyz_ddp(aevs, -energy, own, self.get_ids([aevs])[0])
-            for aevs, energy, own in zip(self.aevs, self.pred_engs, daevs, strict=True)
+            daev_calc.cal_dEdxyz_ddp(aevs, -energy, jacobian, self.get_ids([aevs])[0])
+            for aevs, energy, jacobian in zip(self.aevs, self.pred_engs, daevs, strict=True)
         ]
         return self.pred_forces
 
