@@ -12,7 +12,7 @@ from kinml_fast.nn import AEV, AEVParameters
 
 def test_read_database(benchmark):
     benchmark.group = "prepare"
-    structures = benchmark.pedantic(lambda: sqlite.read([c5h5_file()], fidelity=1), rounds=15, warmup_rounds=2)
+    structures = benchmark.pedantic(lambda: sqlite.read([c5h5_file()]), rounds=15, warmup_rounds=2)
     benchmark.extra_info.update(form="read SQLite", structures=len(structures))
 
 
@@ -21,7 +21,7 @@ def test_read_and_describe(benchmark):
     aev = AEV(AEVParameters.aevmod(("C", "H")))
 
     def prepare() -> Structures:
-        structures = sqlite.read([c5h5_file()], fidelity=1)
+        structures = sqlite.read([c5h5_file()])
         aev(*(torch.from_numpy(a) for a in (structures.coordinates, structures.species, structures.offsets)))
         return structures
 

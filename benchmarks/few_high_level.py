@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kinml_fast.data import Split, Structures, make_split, read, sae
-from kinml_fast.data.levels import difference
+from kinml_fast.data import Selection, Split, Structures, make_split, read, sae
+from kinml_fast.data.fidelities import difference
 from kinml_fast.nn import AEVParameters, EnergyModel
 from kinml_fast.train import Trainer, TrainingData, load
 
@@ -38,7 +38,7 @@ log = logging.getLogger("few_high_level")
 
 def run(way: str, share: float, seed: int, steps: int) -> dict[str, float]:
     """Train in one of the ways and return the high-level errors on the test set, kcal/mol and kcal/mol/Å."""
-    both = read("shipped:C5H5.db", fidelity=[0, 1])
+    both = read("shipped:C5H5.db", Selection(fidelity=[0, 1]))
     split = make_split(both, [N_TRAIN, 110, 110], seed=0)
     chosen = np.random.default_rng(seed).permutation(split.train)[: round(share * len(split.train))]
     if way == "levels":

@@ -12,7 +12,7 @@ import numpy as np
 
 from kinml_fast import datasets
 from kinml_fast.data import sae, sqlite
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.train import TrainingData
 
@@ -32,7 +32,7 @@ def c5h5_file() -> Path:
 
 def c5h5(count: int = N_STRUCTURES) -> Structures:
     """Structures of C5H5, repeated where the file has fewer."""
-    structures = sqlite.read([c5h5_file()], fidelity=1)
+    structures = sqlite.read([c5h5_file()])
     return structures.select(np.arange(count) % len(structures))
 
 
@@ -49,7 +49,7 @@ def mixed() -> Structures:
             made = Path(folder) / "mixed"
             subprocess.run([sys.executable, script, "mixed", "--kinds", "modes", "--output", made], check=True)
             made.rename(MIXED)
-    structures = sqlite.read([MIXED / "*.db"], fidelity=1)
+    structures = sqlite.read([MIXED / "*.db"])
     return structures.select(np.random.default_rng(0).permutation(len(structures))[:N_STRUCTURES])
 
 

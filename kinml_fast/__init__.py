@@ -9,12 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kinml_fast._version import __version__
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, DeviceError, InputError, ModelError
 
 if TYPE_CHECKING:
     from kinml_fast.deploy.calculator import KinMLCalculator
 
-__all__ = ["InputError", "KinMLCalculator", "__version__"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "DeviceError",
+    "InputError",
+    "KinMLCalculator",
+    "ModelError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from kinml_fast.train.progress import Progress
@@ -178,9 +178,9 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     if options.resume is None and not options.arguments:
-        raise InputError("kinml-fast train: give a configuration file, `example`, `forces`, or --resume RUN")
+        raise ConfigError("kinml-fast train: give a configuration file, `example`, `forces`, or --resume RUN")
     if options.resume is not None and options.overwrite:
-        raise InputError("kinml-fast train: --resume continues a run and --overwrite replaces one: give one of them")
+        raise ConfigError("kinml-fast train: --resume continues a run and --overwrite replaces one: give one of them")
     from kinml_fast.train import config, runs
 
     progress = _show_log()
@@ -200,18 +200,22 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from kinml_fast.data import Selection
     from kinml_fast.deploy.evaluate import run_evaluate
 
     _show_log()
-    run_evaluate(
-        options.model,
-        options.files,
-        fidelity=options.fidelity,
+    selection = Selection(
         incomplete=options.incomplete,
         temperature=options.temperature,
         names=options.names,
         energy_key=options.energy_key,
         forces_key=options.forces_key,
+    )
+    run_evaluate(
+        options.model,
+        options.files,
+        selection,
+        fidelity=options.fidelity,
         csv_path=options.csv,
         plots=options.plots,
         device=options.device,

@@ -7,7 +7,7 @@ import re
 import torch
 
 from kinml_fast import _library
-from kinml_fast.errors import InputError, first_line
+from kinml_fast.errors import DeviceError, first_line
 
 NAMES = "auto, cpu, cuda or cuda:N"
 """What `resolve` takes."""
@@ -32,15 +32,15 @@ def resolve(name: str) -> torch.device:
         Another name, or a GPU that cannot be used: why, and what to do.
     """
     if not is_name(name):
-        raise InputError(f"{name!r} is no device: give {NAMES}")
+        raise DeviceError(f"{name!r} is no device: give {NAMES}")
     if name == "cpu" or (name == "auto" and why_no_gpu() is not None):
         return torch.device("cpu")
     if reason := why_no_gpu():
-        raise InputError(f"the device is {name}, but {reason}, or take the device cpu")
+        raise DeviceError(f"the device is {name}, but {reason}, or take the device cpu")
     count, index = torch.cuda.device_count(), torch.device("cuda" if name == "auto" else name).index
     if index is not None and index >= count:
-        there = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        raise InputError(f"the device is {name}, but there is {there}: name a GPU that is there")
+        present = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise DeviceError(f"the device is {name}, but there is {present}: name a GPU that is there")
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 

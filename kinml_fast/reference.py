@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,15 +116,15 @@ def aev(
             near = [j for j in others if distance[i][j] <= angular_cutoff]
             triples += [(start + i, start + j, start + k) for j, k in itertools.combinations(near, 2)]
 
-    i, j = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    d_ij = (coordinates[j] - coordinates[i]).norm(dim=1)
+    center, other = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    d_ij = (coordinates[other] - coordinates[center]).norm(dim=1)
     terms = torch.exp(-radial_eta * (d_ij[:, None] - radial_shifts) ** 2)  # [pairs, R]
     terms = radial_factor * terms * cutoff_function(d_ij, radial_cutoff)[:, None]
     blocks = coordinates.new_zeros(len(species) * n_species, len(radial_shifts))
-    radial = blocks.index_add(0, i * n_species + species[j], terms)
+    radial = blocks.index_add(0, center * n_species + species[other], terms)
 
-    i, j, k = torch.tensor(triples, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    r_ij, r_ik = coordinates[j] - coordinates[i], coordinates[k] - coordinates[i]
+    center, first, second = torch.tensor(triples, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    r_ij, r_ik = coordinates[first] - coordinates[center], coordinates[second] - coordinates[center]
     d_ij, d_ik = r_ij.norm(dim=1), r_ik.norm(dim=1)
     theta = angle(beta * (r_ij * r_ik).sum(1) / (d_ij * d_ik))
     terms_m = (0.5 + 0.5 * torch.cos(theta[:, None] - sections)) ** zeta  # [triples, M]
@@ -133,7 +134,7 @@ def aev(
     order = [(s, t) for s in range(n_species) for t in range(s, n_species)]
     block_of = torch.tensor([[order.index((min(s, t), max(s, t))) for t in range(n_species)] for s in range(n_species)])
     blocks = coordinates.new_zeros(len(species) * len(order), len(angular_shifts), len(sections))
-    angular = blocks.index_add(0, i * len(order) + block_of[species[j], species[k]], terms)
+    angular = blocks.index_add(0, center * len(order) + block_of[species[first], species[second]], terms)
 
     lengths = n_species * len(radial_shifts), len(order) * len(angular_shifts) * len(sections)
     return torch.cat([radial.reshape(-1, lengths[0]), angular.reshape(-1, lengths[1])], dim=1)
@@ -216,17 +217,17 @@ def level_energies(
     """
     vectors = aev(coordinates, species, offsets, **parameters)
     ranges = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-    atomic, levels = vectors.new_zeros(len(species)), []
-    for level, (own, shifts) in enumerate(zip(weights, sae, strict=True)):
+    atomic, by_level = vectors.new_zeros(len(species)), []
+    for level, (of_level, shifts) in enumerate(zip(weights, sae, strict=True)):
         features = vectors if level == 0 else torch.cat([vectors, atomic[:, None]], dim=1)
-        atomic = atomic + networks(features, species, own, activations)
+        atomic = atomic + networks(features, species, of_level, activations)
         shifted = atomic.double() + torch.as_tensor(shifts, dtype=torch.float64)[species]
         sums = [shifted[start:stop].sum() for start, stop in ranges]
-        levels.append(torch.stack(sums) if sums else shifted.new_zeros(0))
-    return torch.stack(levels)
+        by_level.append(torch.stack(sums) if sums else shifted.new_zeros(0))
+    return torch.stack(by_level)
 
 
-def forces(coordinates: Tensor, *arguments, create_graph: bool = False) -> Tensor:
+def forces(coordinates: Tensor, *arguments: Any, create_graph: bool = False) -> Tensor:
     """−dE/dx: [n_atoms, 3] in eV/Å. The arguments are those of `energies`.
 
     With `create_graph` the forces can be differentiated again; the coordinates must then require gradients already.
@@ -236,7 +237,7 @@ def forces(coordinates: Tensor, *arguments, create_graph: bool = False) -> Tenso
     return -gradient
 
 
-def jacobian(coordinates: Tensor, species: Tensor, **parameters) -> Tensor:
+def jacobian(coordinates: Tensor, species: Tensor, **parameters: Any) -> Tensor:
     """Jacobian of the vectors of one structure with n atoms: [n, D, 3n] in 1/Å, column 3j + c for ∂/∂x_jc.
 
     The parameters are the keyword arguments of `aev`. aevmod 1.1.0 gives the same by its `eval_Jac_sac`. Its `eval_Jac`

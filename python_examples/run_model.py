@@ -16,7 +16,7 @@ from ase.optimize import BFGS
 from ase.vibrations import Vibrations
 
 from kinml_fast import KinMLCalculator
-from kinml_fast.data import read
+from kinml_fast.data import Selection, read
 from kinml_fast.train import load, start
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +38,7 @@ if not models:
 calculator = KinMLCalculator(models)
 
 # Cyclopentadienyl, as molecular dynamics has bent it.
-bent = read("shipped:C5H5.db", names=["cyclopentadienyl:md"]).select([0])
+bent = read("shipped:C5H5.db", Selection(names=["cyclopentadienyl:md"])).select([0])
 atoms = Atoms(bent.symbols(0), bent.coordinates)
 atoms.calc = calculator
 print(f"energy {atoms.get_potential_energy():.4f} eV (reference {bent.energies[0]:.4f} eV)")

@@ -9,7 +9,7 @@ The same from the command line: kinml-fast train forces data.fidelity=1 data.bas
 import argparse
 import logging
 
-from kinml_fast.data import read
+from kinml_fast.data import Selection, read
 from kinml_fast.deploy import model_file
 from kinml_fast.deploy.evaluate import evaluate
 from kinml_fast.metrics import Errors
@@ -38,7 +38,7 @@ print(f"best epoch {summary.best_epoch}, test RMSE {errors.rmse:.2f} kcal/mol an
 # The model's energies and forces are differences; whoever has those of the lower level adds them. Here they are in the
 # database; kinml_fast.KinMLCalculator adds those of any calculator of ASE.
 model = model_file.load("runs/train_delta/model.pt")
-low, high = (read("shipped:C5H5.db", fidelity=fidelity) for fidelity in (0, 1))
+low, high = (read("shipped:C5H5.db", Selection(fidelity=fidelity)) for fidelity in (0, 1))
 difference = evaluate(model, low, forces=True)
 for name, energies, forces in (
     ("alone", low.energies, low.forces),

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kinml_fast.data.splits import Split, read_tvtmsk
+from kinml_fast.data.split import Split
+from kinml_fast.data.splits import read_tvtmsk
 from kinml_fast.data.structures import Structures
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "pykinml"

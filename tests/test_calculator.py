@@ -26,7 +26,7 @@ from ase.vibrations import Vibrations
 
 import kinml_fast
 from kinml_fast import KinMLCalculator
-from kinml_fast.deploy import base, model_file
+from kinml_fast.deploy import low_level, model_file
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
 
@@ -326,7 +326,7 @@ def test_bases_that_are_none(given, message):
 def test_tblite_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tblite.ase", None)
     with pytest.raises(InputError, match=r"needs the package tblite .*pip install tblite"):
-        base.make("tblite:GFN1-xTB")
+        low_level.make("tblite:GFN1-xTB", KinMLCalculator)
 
 
 def test_a_model_of_whole_energies_takes_no_base():

@@ -20,10 +20,10 @@ from training_helpers import (
     training_data,
 )
 
-from kinml_fast import KinMLCalculator, ops
+from kinml_fast import KinMLCalculator, ops, report
 from kinml_fast.deploy import evaluate
 from kinml_fast.nn import Ensemble
-from kinml_fast.train import Trainer, TrainingConfig, checkpoint, report
+from kinml_fast.train import Trainer, TrainingConfig, checkpoint
 from kinml_fast.train.captured import MOST_STEPS, CapturedEpoch
 
 pytestmark = [pytest.mark.cuda, pytest.mark.parametrize("device", ["cuda"], indirect=True)]

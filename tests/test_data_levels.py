@@ -18,9 +18,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kinml_fast import datasets
-from kinml_fast.data import levels, prepared, pykinml_hdf5, read, sae, sources, splits, sqlite, stored, xyz
+from kinml_fast.data import fidelities, prepared, pykinml_hdf5, read, sae, sources, splits, sqlite, stored, xyz
 from kinml_fast.data.prepared import prepare
-from kinml_fast.data.splits import PARTS, make_split
+from kinml_fast.data.selection import Selection
+from kinml_fast.data.split import PARTS, Split
+from kinml_fast.data.splits import make_split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters
@@ -154,7 +156,7 @@ def test_join_is_the_union_in_the_order_of_the_highest_level(first, second, n_lo
     both = concatenate([two_levels("CCHH", 5), two_levels("OH", 3)])
     low, high = first[:n_low], second[:n_high]
     assume(low or high)
-    joined = levels.join([both.level(0).select(low), both.level(1).select(high)])
+    joined = fidelities.join([both.level(0).select(low), both.level(1).select(high)])
     order = [*high, *(i for i in low if i not in high)]
     expected = both.select(order).with_elements(joined.elements)
     energies, forces = expected.energies.copy(), expected.forces.copy()
@@ -167,13 +169,13 @@ def test_join_is_the_union_in_the_order_of_the_highest_level(first, second, n_lo
 
 def test_join_three_levels_of_which_one_has_no_forces():
     one = molecules("CCHH", 3)
-    joined = levels.join([one, replace(one, energies=one.energies + 1, forces=None), one.select([2])])
+    joined = fidelities.join([one, replace(one, energies=one.energies + 1, forces=None), one.select([2])])
     assert joined.labels == ("C2H2/3", "C2H2/1", "C2H2/2")
     assert joined.known_energies.tolist() == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
     assert joined.known_forces.tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
     assert joined.energies[1].tolist() == (one.energies[[2, 0, 1]] + 1).tolist()
     rounded = replace(one, coordinates=np.round(one.coordinates, 7))
-    assert np.array_equal(levels.join([rounded, one]).coordinates, one.coordinates)
+    assert np.array_equal(fidelities.join([rounded, one]).coordinates, one.coordinates)
 
 
 def test_levels_with_other_geometries_are_named():
@@ -184,13 +186,13 @@ def test_levels_with_other_geometries_are_named():
         r"different geometries of C2H2/2, C2H2/3, C2H2/4 … \(4 in all\), by up to 0\.03 Å: energies of different le"
     )
     with pytest.raises(InputError, match=message):
-        levels.join([low, replace(low, coordinates=moved)])
+        fidelities.join([low, replace(low, coordinates=moved)])
     swapped = low.species.copy()
     swapped[[1, 2]] = swapped[[2, 1]]
     with pytest.raises(InputError, match=r"different geometries of C2H2/1: energies"):
-        levels.join([low, replace(low, species=swapped)])
+        fidelities.join([low, replace(low, species=swapped)])
     with pytest.raises(InputError, match=r"different geometries of C2H2/1: energies"):
-        levels.join([low.select([0]), replace(molecules("CH", 1), labels=("C2H2/1",))])
+        fidelities.join([low.select([0]), replace(molecules("CH", 1), labels=("C2H2/1",))])
 
 
 @pytest.mark.parametrize(
@@ -210,14 +212,14 @@ def test_levels_with_other_geometries_are_named():
 )
 def test_what_cannot_be_joined(parts, message):
     with pytest.raises(InputError, match=message):
-        levels.join(parts)
+        fidelities.join(parts)
 
 
 # Databases
 
 
 def test_a_list_of_fidelities(database):
-    found = sqlite.read(database, [0, 1])
+    found = sqlite.read(database, Selection(fidelity=[0, 1]))
     both = two_levels(count=20)
     assert found.labels == both.labels
     assert np.array_equal(found.coordinates, both.coordinates)
@@ -228,34 +230,34 @@ def test_a_list_of_fidelities(database):
     atoms = np.repeat(found.known_forces, 4, axis=1)
     assert np.array_equal(found.forces[atoms], both.forces[atoms])
     for fidelity in (0, 1):
-        assert same(sqlite.read(database, fidelity), found.level(fidelity))
-    turned = sqlite.read(database, (1, 0))
+        assert same(sqlite.read(database, Selection(fidelity=fidelity)), found.level(fidelity))
+    turned = sqlite.read(database, Selection(fidelity=(1, 0)))
     assert np.array_equal(turned.energies, found.energies[::-1], equal_nan=True)
 
 
 def test_a_list_of_one_fidelity_is_one_level(database):
-    assert same(sqlite.read(database, [1]), sqlite.read(database, 1))
-    assert same(read(database, fidelity=[0]), read(database, fidelity=0))
+    assert same(sqlite.read(database, Selection(fidelity=[1])), sqlite.read(database, Selection(fidelity=1)))
+    assert same(read(database, Selection(fidelity=[0])), read(database, Selection(fidelity=0)))
 
 
 def test_selections_hold_for_all_levels(database):
-    found = sqlite.read(database, [0, 1], names=["b"])
+    found = sqlite.read(database, Selection(fidelity=[0, 1], names=["b"]))
     assert found.labels == tuple(f"C2H2/{i}" for i in range(11, 21))
     assert found.known_energies.sum(axis=1).tolist() == [10, 1]
-    few = sqlite.read(database, [0, 1], ids={"C2H2": [5, 12, 3]})
+    few = sqlite.read(database, Selection(fidelity=[0, 1], ids={"C2H2": [5, 12, 3]}))
     assert few.labels == ("C2H2/3", "C2H2/5", "C2H2/12")
     assert few.known_energies.tolist() == [[1, 0, 1], [1, 1, 0]]
     change(database, "DELETE FROM energy WHERE xyz_id = 5")
     with pytest.raises(InputError, match=r"has no structure C2H2/5 \(fidelities 0, 1, temperature above 0\)"):
-        sqlite.read(database, [0, 1], ids={"C2H2": [5, 12, 3]})
+        sqlite.read(database, Selection(fidelity=[0, 1], ids={"C2H2": [5, 12, 3]}))
 
 
 def test_shipped_levels():
-    structures = read("shipped:C5H5.db", fidelity=[0, 1])
+    structures = read("shipped:C5H5.db", Selection(fidelity=[0, 1]))
     assert structures.known_energies.all()
     assert structures.known_forces.all()
-    delta = read("shipped:C5H5.db", fidelity=1, baseline=0)
-    low, high = (read("shipped:C5H5.db", fidelity=fidelity) for fidelity in (0, 1))
+    delta = read("shipped:C5H5.db", Selection(fidelity=1, baseline=0))
+    low, high = (read("shipped:C5H5.db", Selection(fidelity=fidelity)) for fidelity in (0, 1))
     assert same(structures.level(0), low)
     assert same(structures.level(1), high)
     assert same(delta, replace(high, energies=high.energies - low.energies, forces=high.forces - low.forces))
@@ -264,20 +266,20 @@ def test_shipped_levels():
 
 @needs_shared
 def test_pykinmls_databases(caplog):
-    small = read(SHARED / "C[23]*.db", fidelity=[0, 1])
+    small = read(SHARED / "C[23]*.db", Selection(fidelity=[0, 1]))
     assert len(small) == 56
     assert small.known_energies.all()
-    everything = read(SHARED / "*.db", fidelity=[0, 1])
+    everything = read(SHARED / "*.db", Selection(fidelity=[0, 1]))
     assert everything.known_energies.sum(axis=1).tolist() == [56, 2168]
     assert "C5H5.db: has no energies of fidelity 0, only of 1" in caplog.text
     for options in ({"fidelity": [0, 1], "incomplete": "drop"}, {"fidelity": 1, "baseline": 0}):
         with pytest.raises(InputError, match=r"C5H5\.db: has no energies of fidelity 0, only of 1: leave the file or"):
-            read(SHARED / "*.db", **options)
+            read(SHARED / "*.db", Selection(**options))
 
 
 @needs_shared
 def test_pykinmls_delta_and_split_file():
-    data = prepare(SHARED / "C[23]*.db", baseline=0, split=[34, 6, 0], split_file=SHARED / "mf_tvt.txt")
+    data = prepare(SHARED / "C[23]*.db", Selection(baseline=0), split=[34, 6, 0], split_file=SHARED / "mf_tvt.txt")
     assert (data.fidelities, data.baseline) == ((1,), 0)
     expected = {}
     for path in SHARED.glob("C[23]*.db"):
@@ -296,21 +298,21 @@ def test_pykinmls_delta_and_split_file():
 def test_a_fidelity_that_is_not_there(database, caplog):
     for fidelity, incomplete in (([0, 7], None), ([0, 7], "keep"), ([7, 0], "drop"), ([0, 7], "error")):
         with pytest.raises(InputError, match=r"C2H2\.db: (has )?no energies of fidelity 7, only of 0 1: leave "):
-            read(database, fidelity=fidelity, incomplete=incomplete)
+            read(database, Selection(fidelity=fidelity, incomplete=incomplete))
     with pytest.raises(InputError, match=r"C2H2\.db: has no energies of fidelity 7 and 8, only of 0 1: ask for one"):
-        read(database, fidelity=[7, 8])
+        read(database, Selection(fidelity=[7, 8]))
     with pytest.raises(InputError, match=r"C2H2\.db: has no energies of fidelity 5, only of 0 1: leave the file or"):
-        read(database, baseline=5)
+        read(database, Selection(baseline=5))
     change(database, "UPDATE xyz SET temp = 500 WHERE id < 12")
     with pytest.raises(InputError, match=r"no structure that is selected has an energy of fidelity 1: widen the sele"):
-        read(database, fidelity=[0, 1], temperature=300)
+        read(database, Selection(fidelity=[0, 1], temperature=300))
 
 
 def test_two_energies_of_one_structure_at_a_level(database):
     change(database, "INSERT INTO energy (fidelity, calc, E, xyz_id) VALUES (0, 'x', 0, 2)")
-    assert sqlite.read(database, 1).labels[1] == "C2H2/2"
+    assert sqlite.read(database, Selection(fidelity=1)).labels[1] == "C2H2/2"
     with pytest.raises(InputError, match=r"C2H2/2 has more than one energy of fidelity 0"):
-        sqlite.read(database, [0, 1])
+        sqlite.read(database, Selection(fidelity=[0, 1]))
 
 
 def split_in_two(database: Path) -> list[Path]:
@@ -327,19 +329,19 @@ def split_in_two(database: Path) -> list[Path]:
 
 def test_a_database_for_each_level(database, caplog):
     paths = split_in_two(database)
-    assert equal(read(paths, fidelity=[0, 1]), read(database, fidelity=[0, 1]))
-    assert equal(read(paths[::-1], fidelity=[0, 1]), read(database, fidelity=[0, 1]))
+    assert equal(read(paths, Selection(fidelity=[0, 1])), read(database, Selection(fidelity=[0, 1])))
+    assert equal(read(paths[::-1], Selection(fidelity=[0, 1])), read(database, Selection(fidelity=[0, 1])))
     assert "has no energies" not in caplog.text
     assert same(
-        read(paths, baseline=0, incomplete="drop", ids={"C2H2": [1, 2, 3]}),
-        read(database, baseline=0, incomplete="drop", ids={"C2H2": [1, 2, 3]}),
+        read(paths, Selection(baseline=0, incomplete="drop", ids={"C2H2": [1, 2, 3]})),
+        read(database, Selection(baseline=0, incomplete="drop", ids={"C2H2": [1, 2, 3]})),
     )
     with pytest.raises(InputError, match=r"level0/C2H2\.db, .*level1/C2H2\.db: has no structure C2H2/77 \(fid"):
-        read(paths, fidelity=[0, 1], ids={"C2H2": [1, 77]})
+        read(paths, Selection(fidelity=[0, 1], ids={"C2H2": [1, 77]}))
     with pytest.raises(InputError, match=r"level0/C2H2\.db, .*level1/C2H2\.db: has no energies of fidelity 2, only of"):
-        read(paths, fidelity=[0, 2], incomplete="drop")
+        read(paths, Selection(fidelity=[0, 2], incomplete="drop"))
     with pytest.raises(InputError, match="would give their structures the same labels"):
-        read(paths, fidelity=1)
+        read(paths, Selection(fidelity=1))
 
 
 def test_databases_of_levels_with_other_geometries(database):
@@ -348,9 +350,9 @@ def test_databases_of_levels_with_other_geometries(database):
     with pytest.raises(
         InputError, match=r"different geometries of C2H2/1, C2H2/2, C2H2/3 … \(4 in all\), by up to 0\."
     ):
-        read(paths, fidelity=[0, 1])
+        read(paths, Selection(fidelity=[0, 1]))
     with pytest.raises(InputError, match=r"two energies of level 0 \(counted from 0\) for C2H2/1, C2H2/2, C2H2/3 … \("):
-        read([database, paths[0]], fidelity=[0, 1])
+        read([database, paths[0]], Selection(fidelity=[0, 1]))
 
 
 # Structures that lack a level
@@ -362,11 +364,11 @@ def test_incomplete_structures_are_listed_with_their_number(database):
         r"C2H2/16, C2H2/17, C2H2/18, C2H2/19 … \(11 in all\): set data\.incomplete=drop to leave these structures out"
     )
     with pytest.raises(InputError, match=message + "$"):
-        read(database, fidelity=1, baseline=0)
+        read(database, Selection(fidelity=1, baseline=0))
     with pytest.raises(InputError, match=message + ", or keep to train each level on what there is$"):
-        read(database, fidelity=[0, 1], incomplete="error")
+        read(database, Selection(fidelity=[0, 1], incomplete="error"))
     with pytest.raises(InputError, match=r"\(fidelity 0: 2\) of C2H2/5, C2H2/7: set"):
-        read(database, fidelity=1, baseline=0, ids={"C2H2": range(1, 12)})
+        read(database, Selection(fidelity=1, baseline=0, ids={"C2H2": range(1, 12)}))
 
 
 def test_incomplete_structures_of_several_files_are_counted_together(database, tmp_path):
@@ -374,17 +376,17 @@ def test_incomplete_structures_of_several_files_are_counted_together(database, t
     sqlite.write(tmp_path / "OH.db", {0: other.level(0), 1: other.level(1)}, temperatures=300)
     change(tmp_path / "OH.db", "DELETE FROM energy WHERE fidelity = 1 AND xyz_id = 2")
     with pytest.raises(InputError, match=r"fidelity 1: 10\) of C2H2/5, .* … \(12 in all\)"):
-        read([database, tmp_path / "OH.db"], fidelity=1, baseline=0)
+        read([database, tmp_path / "OH.db"], Selection(fidelity=1, baseline=0))
 
 
 def test_incomplete_structures_are_dropped_on_request(database, caplog):
     expected = [i for i in range(1, 12) if i not in (5, 7)]
     with caplog.at_level(logging.INFO):
-        found = read(database, fidelity=[0, 1], incomplete="drop")
+        found = read(database, Selection(fidelity=[0, 1], incomplete="drop"))
     assert found.labels == tuple(f"C2H2/{i}" for i in expected)
     assert found.known_energies.all()
     assert "left out 11 of 20 structures that lack a level (fidelity 0: 2, fidelity 1: 9)" in caplog.text
-    delta = read(database, fidelity=1, baseline=0, incomplete="drop")
+    delta = read(database, Selection(fidelity=1, baseline=0, incomplete="drop"))
     both = two_levels(count=20).select(np.array(expected) - 1)
     assert delta.labels == found.labels
     assert np.array_equal(delta.energies, both.energies[1] - both.energies[0])
@@ -393,12 +395,12 @@ def test_incomplete_structures_are_dropped_on_request(database, caplog):
     assert np.array_equal(delta.forces[atoms], (both.forces[1] - both.forces[0])[atoms])
     change(database, "DELETE FROM energy WHERE fidelity = 0 AND xyz_id < 12")
     with pytest.raises(InputError, match=r"no structure has energies of all the fidelities 0, 1: take other files"):
-        read(database, fidelity=1, baseline=0, incomplete="drop")
+        read(database, Selection(fidelity=1, baseline=0, incomplete="drop"))
 
 
 def test_a_difference_without_forces_at_one_level(database):
     change(database, "UPDATE energy SET force = NULL WHERE fidelity = 0")
-    assert read(database, fidelity=1, baseline=0, incomplete="drop").forces is None
+    assert read(database, Selection(fidelity=1, baseline=0, incomplete="drop")).forces is None
 
 
 @pytest.mark.parametrize(
@@ -414,7 +416,7 @@ def test_a_difference_without_forces_at_one_level(database):
 )
 def test_settings_without_meaning(database, options, message):
     with pytest.raises(InputError, match=message):
-        read(database, **options)
+        read(database, Selection(**options))
 
 
 # Files of ASE
@@ -440,21 +442,22 @@ def write_xyz(path: Path, keys: dict[str, list[int]], count: int = 4, forces: bo
 
 def test_keys_of_several_levels(tmp_path):
     path = write_xyz(tmp_path / "a.xyz", {"xtb": [0, 1, 2, 3], "dft": [0, 2]})
-    found = read(path, fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"])
+    found = read(path, Selection(fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"]))
     both = two_levels("OHH", 4)
     assert found.known_energies.tolist() == [[1, 1, 1, 1], [1, 0, 1, 0]]
     assert found.known_forces.tolist() == [[1, 1, 1, 1], [1, 0, 1, 0]]
     assert np.allclose(found.energies[found.known_energies], both.energies[found.known_energies], atol=1e-7)
     assert np.allclose(found.forces[0], both.forces[0], atol=1e-7)
     explicit = read(
-        path, fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"], forces_key=["xtb_forces", "none_forces"]
+        path,
+        Selection(fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"], forces_key=["xtb_forces", "none_forces"]),
     )
     assert explicit.known_forces.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
-    delta = read(path, baseline=0, energy_key=["xtb_energy", "dft_energy"], incomplete="drop")
+    delta = read(path, Selection(baseline=0, energy_key=["xtb_energy", "dft_energy"], incomplete="drop"))
     assert delta.labels == ("a.xyz/1", "a.xyz/3")
     assert np.allclose(delta.energies, (both.energies[1] - both.energies[0])[[0, 2]], atol=1e-7)
     with pytest.raises(InputError, match=r"\(fidelity 1: 2\) of a\.xyz/2, a\.xyz/4: set data\.incomplete=drop"):
-        read(path, baseline=0, energy_key=["xtb_energy", "dft_energy"])
+        read(path, Selection(baseline=0, energy_key=["xtb_energy", "dft_energy"]))
 
 
 def test_a_file_of_ase_for_each_level(tmp_path):
@@ -462,7 +465,7 @@ def test_a_file_of_ase_for_each_level(tmp_path):
     (tmp_path / "high").mkdir()
     high = tmp_path / "high" / "a.xyz"
     high.write_text(low.read_text().replace("xtb_", "dft_"))
-    found = read([low, high], fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"], incomplete="error")
+    found = read([low, high], Selection(fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"], incomplete="error"))
     assert len(found) == 4
     assert np.array_equal(found.energies[0], found.energies[1])
     assert np.array_equal(found.forces[0], found.forces[1])
@@ -499,7 +502,7 @@ def test_a_file_of_ase_for_each_level(tmp_path):
 def test_keys_that_do_not_fit(tmp_path, options, message):
     path = write_xyz(tmp_path / "a.xyz", {"xtb": [0, 1, 2, 3], "dft": [0, 2]})
     with pytest.raises(InputError, match=message):
-        read(path, **options)
+        read(path, Selection(**options))
 
 
 def test_a_nan_is_not_a_missing_level(tmp_path):
@@ -508,12 +511,12 @@ def test_a_nan_is_not_a_missing_level(tmp_path):
     text[1] = text[1].replace("dft_energy=", "dft_energy=nan was=")
     path.write_text("\n".join(text))
     with pytest.raises(InputError, match=r"frame 1: dft_energy is NaN: correct it or leave it out of the frame"):
-        read(path, fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"])
+        read(path, Selection(fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"]))
 
 
 def test_databases_and_keys_together(database, tmp_path):
     path = write_xyz(tmp_path / "a.xyz", {"xtb": [0, 1], "dft": [0, 1]}, 2)
-    both = read([database, path], fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"])
+    both = read([database, path], Selection(fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"]))
     assert both.labels[-1] == "a.xyz/2"
     assert both.known_energies.sum(axis=1).tolist() == [20, 13]
 
@@ -525,11 +528,11 @@ def test_files_of_descriptors_have_one_level(tmp_path, database):
     structures = molecules("CCHH", 5)
     descriptors = stored.compute(structures, AEVParameters.aevmod(("C", "H")), torch.float64, jacobian=False)
     pykinml_hdf5.write(tmp_path / "a.h5", structures, descriptors)
-    assert len(read(tmp_path / "a.h5", fidelity=[1])) == 5
+    assert len(read(tmp_path / "a.h5", Selection(fidelity=[1]))) == 5
     for options in ({"fidelity": [0, 1]}, {"baseline": 0}):
         message = r"a\.h5: has energies of one level, but those of the fidelities 0 and 1 are asked for: take databases"
         with pytest.raises(InputError, match=message):
-            read([database, tmp_path / "a.h5"], **options)
+            read([database, tmp_path / "a.h5"], Selection(**options))
     with pytest.raises(InputError, match=r"b\.h5: can hold one level of theory, and there are 2"):
         pykinml_hdf5.write(tmp_path / "b.h5", two_levels(), descriptors)
     with pytest.raises(InputError, match=r"C2H2\.db: the structures of fidelity 1 have 2 levels: give one"):
@@ -592,7 +595,7 @@ def test_the_note_of_a_split_file_is_the_highest_known_level(tmp_path):
 def test_table_of_levels():
     structures = two_levels(count=10, unknown={0: [0], 1: [1, 2, 3, 4]})
     structures.forces[1, :20] = np.nan
-    split = splits.Split(np.arange(6), np.array([6, 7]), np.array([8]))
+    split = Split(np.arange(6), np.array([6, 7]), np.array([8]))
     assert splits.level_table(structures, split, (0, 1)).splitlines() == [
         "level        train  validation  test  with forces",
         "fidelity 0       5           2     1            8",
@@ -659,12 +662,12 @@ def settings_of(data: prepared.Prepared) -> tuple:
 
 def test_prepared_levels_come_back(database, tmp_path, monkeypatch):
     path = tmp_path / "data.h5"
-    first = prepare(database, fidelity=[0, 1], split=[12, 4, 4], path=path)
+    first = prepare(database, Selection(fidelity=[0, 1]), split=[12, 4, 4], path=path)
     assert first.fidelities == (0, 1)
     assert first.baseline is None
     assert first.sae.shape == (2, 2)
-    monkeypatch.setattr(prepared.sources, "read_levels", None)  # would fail if it were called
-    again = prepare(database, fidelity=(0, 1), split=[12, 4, 4], path=path)
+    monkeypatch.setattr(prepared.sources, "read_and_drop", None)  # would fail if it were called
+    again = prepare(database, Selection(fidelity=(0, 1)), split=[12, 4, 4], path=path)
     assert equal(again.structures, first.structures)
     assert settings_of(again) == settings_of(first)
     fitted = np.concatenate([first.split.train, first.split.validation])
@@ -675,7 +678,7 @@ def test_prepared_levels_come_back(database, tmp_path, monkeypatch):
 
 def test_prepared_differences_come_back(database, tmp_path):
     path = tmp_path / "data.h5"
-    first = prepare(database, fidelity=1, baseline=0, incomplete="drop", split=[5, 2, 2], path=path)
+    first = prepare(database, Selection(fidelity=1, baseline=0, incomplete="drop"), split=[5, 2, 2], path=path)
     again = prepared.load(path)
     assert (again.fidelities, again.baseline) == ((1,), 0)
     assert equal(again.structures, first.structures)
@@ -687,36 +690,36 @@ def test_prepared_differences_come_back(database, tmp_path):
 
 def test_each_setting_of_levels_counts(database):
     hashes = [
-        prepare(database, split=[5, 2, 2], **options).hash
-        for options in (
-            {"fidelity": 1},
-            {"fidelity": 0},
-            {"fidelity": [0, 1]},
-            {"fidelity": [1, 0]},
-            {"fidelity": [0, 1], "incomplete": "drop"},
-            {"fidelity": 1, "baseline": 0, "incomplete": "drop"},
-            {"fidelity": [0, 1], "sae": ["fit", "none"]},
-            {"fidelity": [0, 1], "sae": ["none", "fit"]},
-            {"fidelity": [0, 1], "sae": [{"C": 1.0, "H": 1.0}, "fit"]},
+        prepare(database, Selection(**options), split=[5, 2, 2], sae=sae_setting).hash
+        for options, sae_setting in (
+            ({"fidelity": 1}, "fit"),
+            ({"fidelity": 0}, "fit"),
+            ({"fidelity": [0, 1]}, "fit"),
+            ({"fidelity": [1, 0]}, "fit"),
+            ({"fidelity": [0, 1], "incomplete": "drop"}, "fit"),
+            ({"fidelity": 1, "baseline": 0, "incomplete": "drop"}, "fit"),
+            ({"fidelity": [0, 1]}, ["fit", "none"]),
+            ({"fidelity": [0, 1]}, ["none", "fit"]),
+            ({"fidelity": [0, 1]}, [{"C": 1.0, "H": 1.0}, "fit"]),
         )
     ]
     assert len(set(hashes)) == len(hashes)
     same_ones = [{"fidelity": [0, 1]}, {"fidelity": (0, 1), "incomplete": "keep"}, {"fidelity": np.array([0, 1])}]
-    assert len({prepare(database, split=[5, 2, 2], **options).hash for options in same_ones}) == 1
+    assert len({prepare(database, Selection(**options), split=[5, 2, 2]).hash for options in same_ones}) == 1
 
 
 def test_what_is_dropped_may_be_in_the_split_file(database, tmp_path):
     path = tmp_path / "s.txt"
     path.write_text("".join(f"C2H2/{i} {-1 if i in (1, 5) else 2}\n" for i in range(1, 13)))
-    options = {"fidelity": 1, "baseline": 0, "split": [0.8, 0.2, 0], "split_file": path}
+    options = {"split": [0.8, 0.2, 0], "split_file": path}
     with pytest.raises(InputError, match=r"of C2H2/5, C2H2/7, C2H2/12: set data\.incomplete=drop"):
-        prepare(database, **options)
-    data = prepare(database, incomplete="drop", **options)
+        prepare(database, Selection(baseline=0), **options)
+    data = prepare(database, Selection(baseline=0, incomplete="drop"), **options)
     assert [data.structures.labels[i] for i in data.split.test] == ["C2H2/1"]
     assert len(data.structures) == 9
     path.write_text(path.read_text() + "C2H2/40 2\n")
     with pytest.raises(InputError, match=r"s\.txt: .*has no structure C2H2/40"):
-        prepare(database, incomplete="drop", **options)
+        prepare(database, Selection(baseline=0, incomplete="drop"), **options)
 
 
 def test_levels_that_nothing_trains_or_validates(database, tmp_path, caplog):
@@ -730,12 +733,12 @@ def test_levels_that_nothing_trains_or_validates(database, tmp_path, caplog):
 
     write([12, 13], [1, 2], [3])
     with pytest.raises(InputError, match="no training structure has an energy of fidelity 1: enlarge the training"):
-        prepare(database, fidelity=[0, 1], split_file=path)
+        prepare(database, Selection(fidelity=[0, 1]), split_file=path)
     write([1, 2], [12, 13], [3])
     with pytest.raises(InputError, match=r"no validation structure has an energy of fidelity 1, the highest, by which"):
-        prepare(database, fidelity=[0, 1], split_file=path)
+        prepare(database, Selection(fidelity=[0, 1]), split_file=path)
     write([1, 2], [3, 5, 12], [13, 14])
-    data = prepare(database, fidelity=[0, 1], split_file=path)
+    data = prepare(database, Selection(fidelity=[0, 1]), split_file=path)
     assert "no test structure has an energy of fidelity 1, the highest" in caplog.text
     assert data.structures.known_energies.sum(axis=1).tolist() == [6, 4]
 
@@ -816,11 +819,12 @@ def test_shipped_configuration_with_levels(tmp_path):
     )
     data = runs.prepare(config)
     assert data.structures.energies.shape == (2, 140)
-    assert sources.read(config.data.files, fidelity=config.data.fidelity).levels == 2
+    assert sources.read(config.data.files, Selection(fidelity=config.data.fidelity)).levels == 2
 
 
 def test_xyz_alone_takes_lists_of_keys(tmp_path):
     path = write_xyz(tmp_path / "a.xyz", {"xtb": [0, 1], "dft": [0, 1]}, 2)
-    assert xyz.read(path, ["xtb_energy", "dft_energy"]).levels == 2
-    with pytest.raises(InputError, match="2 keys of energies and 1 of forces are given: give one of each"):
-        xyz.read(path, ["xtb_energy", "dft_energy"], ["xtb_forces"])
+    keys = Selection(fidelity=[0, 1], energy_key=["xtb_energy", "dft_energy"])
+    assert xyz.read(path, keys).levels == 2
+    with pytest.raises(InputError, match="names xtb_forces, but those of the fidelities 0 and 1 are needed: give a"):
+        xyz.read(path, replace(keys, forces_key=["xtb_forces"]))

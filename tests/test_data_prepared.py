@@ -14,7 +14,9 @@ from kinml_fast.data import prepared as module
 from kinml_fast.data import sqlite
 from kinml_fast.data.files import replacing
 from kinml_fast.data.prepared import Prepared, load, prepare, save
-from kinml_fast.data.splits import PARTS, write_tvtmsk
+from kinml_fast.data.selection import Selection
+from kinml_fast.data.split import PARTS
+from kinml_fast.data.splits import write_tvtmsk
 from kinml_fast.data.structures import concatenate
 from kinml_fast.errors import InputError
 
@@ -70,13 +72,13 @@ def test_forces_may_be_absent(tmp_path):
     [
         {"split": [20, 10, 10]},
         {"split_seed": 1},
-        {"temperature": 300},
-        {"names": ["%"]},
+        {"selection": Selection(temperature=300)},
+        {"selection": Selection(names=["%"])},
         {"sae": "none"},
         {"sae": {"C": 1.0, "H": 2.0}},
-        {"elements": ["H", "C"]},
+        {"selection": Selection(elements=["H", "C"])},
         {"descriptor": {"n_radial": 8}},
-        {"energy_key": "energy"},
+        {"selection": Selection(energy_key="energy")},
     ],
 )
 def test_each_setting_counts(files, tmp_path, change):
@@ -85,6 +87,39 @@ def test_each_setting_counts(files, tmp_path, change):
     second = prepare(files, **{**settings, **change}, path=tmp_path / "data.h5")
     assert first.hash != second.hash
     assert equal(load(tmp_path / "data.h5"), second)
+
+
+@pytest.mark.parametrize(
+    ("selection", "settings", "expected"),
+    [
+        (Selection(), {}, "13a9dcb134cbf38f5a6ce70f857c917ff3ea878865157dae59c36caf940731f0"),
+        (
+            Selection(fidelity=(0, 1), names=("%md%", "%nm%"), temperature=300, elements=("H", "C")),
+            {
+                "split": [4, 2, 2],
+                "split_seed": 3,
+                "sae": ["fit", "none"],
+                "weights": {"C2H2/%": 2},
+                "descriptor": {
+                    "n_radial": 4,
+                    "n_angular": 2,
+                    "n_sections": 2,
+                    "cutoffs": (5.2, 3.8),
+                    "beta": 0.95,
+                    "backend": "native",
+                },
+            },
+            "6245780048945d5d64ba063839af667e172709120480de777cb8e113f5c7e15b",
+        ),
+        (
+            Selection(baseline=0, incomplete="drop", energy_key=["a", "b"], forces_key=["c", "d"]),
+            {"sae": {"C": -1.0, "H": 2}},
+            "8128b73cf972df1cbe55b16ed611146a65bb0dbd39e1e4760bdbdfdacf27844a",
+        ),
+    ],
+)
+def test_files_of_earlier_versions_are_recognised(selection, settings, expected):
+    assert prepare("shipped:C2H2.db", selection, **settings).hash == expected
 
 
 def test_contents_count_and_folders_do_not(files, tmp_path):

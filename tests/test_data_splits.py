@@ -7,7 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kinml_fast.data import sqlite
-from kinml_fast.data.splits import PARTS, Split, make_split, read_tvtmsk, table, write_tvtmsk
+from kinml_fast.data.split import PARTS, Split
+from kinml_fast.data.splits import make_split, read_tvtmsk, table, write_tvtmsk
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import InputError
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kinml_fast import datasets
 from kinml_fast.data import sqlite
+from kinml_fast.data.selection import Selection
 from kinml_fast.errors import InputError
 
 
@@ -60,7 +61,7 @@ def test_example_database():
 
 @needs_shared
 def test_blobs_are_what_numpy_reads():
-    structures = sqlite.read(SHARED / "C2H3.db", fidelity=0)
+    structures = sqlite.read(SHARED / "C2H3.db", Selection(fidelity=0))
     with closing(sqlite3.connect(f"file:{SHARED / 'C2H3.db'}?mode=ro", uri=True)) as database:
         rows = database.execute(
             "SELECT geom, force, E FROM energy JOIN xyz ON xyz.id = xyz_id WHERE fidelity = 0 ORDER BY xyz.id"
@@ -80,10 +81,10 @@ def test_many_files_by_pattern_each_once():
 
 @needs_shared
 def test_an_example_survives_a_round_trip(tmp_path):
-    levels = {fidelity: sqlite.read(SHARED / "C3H2.db", fidelity) for fidelity in (0, 1)}
+    levels = {fidelity: sqlite.read(SHARED / "C3H2.db", Selection(fidelity=fidelity)) for fidelity in (0, 1)}
     sqlite.write(tmp_path / "C3H2.db", levels, temperatures=2000)
     for fidelity, level in levels.items():
-        assert same(sqlite.read(tmp_path / "C3H2.db", fidelity), level)
+        assert same(sqlite.read(tmp_path / "C3H2.db", Selection(fidelity=fidelity)), level)
 
 
 @needs_shared
@@ -135,7 +136,7 @@ def test_round_trip(tmp_path, symbols, count, seed, absent):
     stem = structures.labels[0].split("/")[0]
     path = tmp_path / f"{stem}.db"
     sqlite.write(path, {2: structures}, temperatures=np.full(count, 10.0))
-    found = sqlite.read(path, fidelity=2)
+    found = sqlite.read(path, Selection(fidelity=2))
     if np.isnan(forces).all():
         assert found.forces is None
         found = replace(found, forces=structures.forces)
@@ -193,19 +194,19 @@ def test_a_failed_write_leaves_the_old_file(database, monkeypatch):
     ],
 )
 def test_selections(database, selection, expected):
-    structures = sqlite.read(database, **selection)
+    structures = sqlite.read(database, Selection(**selection))
     assert structures.labels == tuple(f"C2H2/{i}" for i in expected)
     assert np.array_equal(structures.energies, molecules("CCHH", 6).energies[np.array(expected) - 1])
 
 
 def test_fidelities_have_their_own_energies_and_forces(database):
-    low = sqlite.read(database, fidelity=0)
+    low = sqlite.read(database, Selection(fidelity=0))
     assert low.energies.tolist() == [0, 1, 2, 3, 5]
     assert low.forces is None
 
 
 def test_elements_can_be_ordered(database):
-    structures = sqlite.read(database, elements=["H", "O", "C"])
+    structures = sqlite.read(database, Selection(elements=["H", "O", "C"]))
     assert structures.elements == ("H", "O", "C")
     assert structures.symbols(0) == ("C", "C", "H", "H")
 
@@ -297,7 +298,7 @@ def test_a_blob_is_never_unpickled(database, tmp_path):
     with pytest.raises(InputError, match="C2H2/1 is not a plain float array but object"):
         sqlite.read(database)
     assert not (tmp_path / "sprung").exists()
-    assert [structure for structure in sqlite.read(database, ids={"C2H2": [2]}).labels] == ["C2H2/2"]
+    assert [structure for structure in sqlite.read(database, Selection(ids={"C2H2": [2]})).labels] == ["C2H2/2"]
 
 
 def test_files_that_are_no_databases(tmp_path):
@@ -352,19 +353,19 @@ def test_formula_of_another_size(database):
 
 def test_missing_fidelity_says_which_are_there(database):
     with pytest.raises(InputError, match=r"no energies of fidelity 4, only of 0 1"):
-        sqlite.read(database, fidelity=4)
+        sqlite.read(database, Selection(fidelity=4))
 
 
 def test_element_that_is_not_listed(database):
     with pytest.raises(InputError, match=r"C2H2\.db: contains H, not among the elements C O"):
-        sqlite.read(database, elements=["C", "O"])
+        sqlite.read(database, Selection(elements=["C", "O"]))
 
 
 def test_ids_that_are_not_there(database):
     with pytest.raises(InputError, match=r"has no structure C2H2/5, C2H2/7, C2H2/8 … \(4 in all\)"):
-        sqlite.read(database, ids={"C2H2": [1, 5, 7, 8, 9]})
+        sqlite.read(database, Selection(ids={"C2H2": [1, 5, 7, 8, 9]}))
     with pytest.raises(InputError, match=r"structures of C9 are asked for, but no such database"):
-        sqlite.read(database, ids={"C9": [1]})
+        sqlite.read(database, Selection(ids={"C9": [1]}))
 
 
 def test_two_databases_with_one_name(database):

@@ -9,6 +9,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from kinml_fast.data import sources, sqlite, xyz
+from kinml_fast.data.selection import Selection
 from kinml_fast.errors import InputError
 
 WATER = np.array([[0.0, 0.0, 0.12], [0.0, 0.76, -0.48], [0.0, -0.76, -0.48]])
@@ -64,15 +65,15 @@ def test_plain_keys_end_up_in_a_calculator(tmp_path):
 
 def test_named_keys_and_their_partner(tmp_path):
     path = write(tmp_path / "a.xyz", frames("dft_energy", "dft_forces"))
-    check(xyz.read(path, energy_key="dft_energy"))
-    check(xyz.read(path, energy_key="dft_energy", forces_key="dft_forces"))
+    check(xyz.read(path, Selection(energy_key="dft_energy")))
+    check(xyz.read(path, Selection(energy_key="dft_energy", forces_key="dft_forces")))
     with pytest.raises(InputError, match=r"frame 1 has no energy under the key energy or REF_energy, only dft_energy"):
         xyz.read(path)
 
 
 def test_forces_of_another_method_are_not_taken(tmp_path):
     atoms = frames("dft_energy", "xtb_forces")
-    assert xyz.read(write(tmp_path / "a.xyz", atoms), energy_key="dft_energy").forces is None
+    assert xyz.read(write(tmp_path / "a.xyz", atoms), Selection(energy_key="dft_energy")).forces is None
 
 
 def test_frames_without_forces_get_nan(tmp_path):
@@ -88,7 +89,7 @@ def test_two_energies_that_differ_are_ambiguous(tmp_path):
     path = write(tmp_path / "a.xyz", atoms)
     with pytest.raises(InputError, match="frame 3 has different numbers under energy and REF_energy: name the key"):
         xyz.read(path)
-    check(xyz.read(path, energy_key="REF_energy"))
+    check(xyz.read(path, Selection(energy_key="REF_energy")))
 
 
 def test_geometries_only(tmp_path):
@@ -110,9 +111,9 @@ def test_file_name_with_at_sign(tmp_path):
 
 def test_elements_in_a_given_order(tmp_path):
     path = write(tmp_path / "a.xyz", frames())
-    assert xyz.read(path, elements=["O", "H", "C"]).symbols(0) == ("O", "H", "H")
+    assert xyz.read(path, Selection(elements=["O", "H", "C"])).symbols(0) == ("O", "H", "H")
     with pytest.raises(InputError, match=r"a\.xyz: contains O, not among the elements C H"):
-        xyz.read(path, elements=["C", "H"])
+        xyz.read(path, Selection(elements=["C", "H"]))
 
 
 def test_databases_and_xyz_together(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from kinml_fast import datasets
 from kinml_fast.data import sqlite
+from kinml_fast.data.selection import Selection
 from kinml_fast.errors import InputError
 
 COUNTS = {"C5H5.db": 1100, "C2H2.db": 60, "C2H3.db": 80, "C3H2.db": 80, "C3H3.db": 100}
@@ -26,7 +27,7 @@ def columns(name: str, sql: str) -> list[tuple]:
 
 def arrays(name: str, fidelity: int, **selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return coordinates [n, atoms, 3] (Å), energies [n] (eV), forces [n, atoms, 3] (eV/Å) of a shipped database."""
-    data = sqlite.read([datasets.path(name)], fidelity, **selection)
+    data = sqlite.read([datasets.path(name)], Selection(fidelity, **selection))
     shape = (len(data), -1, 3)
     return data.coordinates.reshape(shape), data.energies, data.forces.reshape(shape)
 
@@ -125,5 +126,5 @@ def test_example_configuration_is_valid_and_reads_shipped_data():
     from kinml_fast.train.config import load  # needs the compiled ops, which the tests above do not
 
     config = load(datasets.path("example.yaml"))
-    data = sqlite.read(config.data.files, config.data.fidelity)
+    data = sqlite.read(config.data.files, config.data.selection)
     assert len(data) == COUNTS["C5H5.db"] - 10  # without the ten minima, which lie at 0 K

@@ -18,6 +18,7 @@ from scipy import stats
 
 from kinml_fast import reference
 from kinml_fast.data import concatenate, read
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import evaluate, model_file, predict
 from kinml_fast.errors import InputError
@@ -462,7 +463,7 @@ def test_run_evaluate_of_several_levels_has_rows_for_each(tmp_path, caplog):
     out = tmp_path / "errors.csv"
     with caplog.at_level(logging.INFO):
         rows = evaluate.run_evaluate(
-            tmp_path / "model.pt", data, energy_key=KEYS, csv_path=out, plots=tmp_path / "plots"
+            tmp_path / "model.pt", data, Selection(energy_key=KEYS), csv_path=out, plots=tmp_path / "plots"
         )
     assert [(row.fidelity, row.n_structures) for row in rows] == [(0, 5), (1, 4)]
     found = evaluate.evaluate(model, structures)
@@ -490,15 +491,15 @@ def test_run_evaluate_of_several_levels_has_rows_for_each(tmp_path, caplog):
 
     # Two files: a row for all of each level.
     other = write_levels(tmp_path / "more.xyz", of_levels(waters(3, seed=2)))
-    rows = evaluate.run_evaluate(tmp_path / "model.pt", [data, other], energy_key=KEYS)
+    rows = evaluate.run_evaluate(tmp_path / "model.pt", [data, other], Selection(energy_key=KEYS))
     assert [(row.formula, row.fidelity, row.n_structures) for row in rows[-2:]] == [("all", 0, 8), ("all", 1, 7)]
     # One level alone.
-    (row,) = evaluate.run_evaluate(tmp_path / "model.pt", other, fidelity=1, energy_key=KEYS[1])
+    (row,) = evaluate.run_evaluate(tmp_path / "model.pt", other, Selection(energy_key=KEYS[1]), fidelity=1)
     assert row == rows[3]
     for wanted, shown in ((2, "2"), ([1, 2], "1 and 2"), ([0, 1, 2], "0 and 1 and 2")):
         message = rf"model\.pt: has the fidelity 0 and 1, but {shown} is asked for: name levels"
         with pytest.raises(InputError, match=message):
-            evaluate.run_evaluate(tmp_path / "model.pt", data, fidelity=wanted, energy_key=KEYS)
+            evaluate.run_evaluate(tmp_path / "model.pt", data, Selection(energy_key=KEYS), fidelity=wanted)
 
 
 def test_run_evaluate_of_a_delta_model_compares_differences(tmp_path, caplog):
@@ -507,9 +508,9 @@ def test_run_evaluate_of_a_delta_model_compares_differences(tmp_path, caplog):
     structures = of_levels(waters(5), {0: [3]})
     data = write_levels(tmp_path / "levels.xyz", structures)
     with pytest.raises(InputError, match=r"fidelity 0: 1.*levels\.xyz/4"):
-        evaluate.run_evaluate(tmp_path / "model.pt", data, energy_key=KEYS)
+        evaluate.run_evaluate(tmp_path / "model.pt", data, Selection(energy_key=KEYS))
     with caplog.at_level(logging.INFO):
-        (row,) = evaluate.run_evaluate(tmp_path / "model.pt", data, energy_key=KEYS, incomplete="drop")
+        (row,) = evaluate.run_evaluate(tmp_path / "model.pt", data, Selection(energy_key=KEYS, incomplete="drop"))
     assert "differences of fidelity 1 to fidelity 0" in caplog.text
     found = evaluate.evaluate(model, structures)
     known = structures.known_energies.all(axis=0)
@@ -543,7 +544,7 @@ def test_predictions_of_a_file(tmp_path, model):
     np.testing.assert_allclose([f.get_potential_energy() for f in written], expected[0], rtol=0, atol=1e-7)
     np.testing.assert_allclose(np.concatenate([f.get_forces() for f in written]), expected[1], rtol=0, atol=1e-7)
     # What was written can be evaluated: the model agrees with itself.
-    (row,) = evaluate.run_evaluate(tmp_path / "model.pt", _only_waters(out, tmp_path), energy_key="energy")
+    (row,) = evaluate.run_evaluate(tmp_path / "model.pt", _only_waters(out, tmp_path), Selection(energy_key="energy"))
     assert row.energy.max < 1e-4
 
 
@@ -565,7 +566,9 @@ def test_predictions_of_an_ensemble_of_two_levels(tmp_path):
     for name, (ours, theirs) in expected.items():
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-7, err_msg=name)
     # What was written is data of two levels.
-    rows = evaluate.run_evaluate(tmp_path / "model.pt", tmp_path / "out.xyz", energy_key=["energy_fidelity0", "energy"])
+    rows = evaluate.run_evaluate(
+        tmp_path / "model.pt", tmp_path / "out.xyz", Selection(energy_key=["energy_fidelity0", "energy"])
+    )
     assert max(row.energy.max for row in rows) < 1e-4
 
 

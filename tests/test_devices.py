@@ -18,9 +18,9 @@ from training_helpers import (
     write_config,
 )
 
-from kinml_fast import InputError, KinMLCalculator, _library, cli, devices
+from kinml_fast import InputError, KinMLCalculator, _library, cli, devices, report
 from kinml_fast.deploy import model_file
-from kinml_fast.train import Trainer, TrainingConfig, checkpoint, config, continued, report, runs
+from kinml_fast.train import Trainer, TrainingConfig, checkpoint, config, continued, runs
 
 # What torch says of "meta" is not so of the pretended GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")

@@ -13,12 +13,14 @@ import pytest
 import torch
 from training_helpers import assert_same_bits, assert_same_run, finish, kill_and_resume, rows, train, write_config
 
-from kinml_fast.data.splits import PARTS, Split, read_tvtmsk
+from kinml_fast import report
+from kinml_fast.data.split import PARTS, Split
+from kinml_fast.data.splits import read_tvtmsk
 from kinml_fast.deploy import evaluate, model_file
 from kinml_fast.errors import InputError
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import config as configuration
-from kinml_fast.train import ensembles, report, runs
+from kinml_fast.train import ensembles, runs
 from kinml_fast.train.config import Config
 from kinml_fast.train.folder import RunFolder
 

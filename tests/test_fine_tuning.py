@@ -26,14 +26,14 @@ from training_helpers import (
     write_config,
 )
 
-from kinml_fast import cli
-from kinml_fast.data.splits import Split
+from kinml_fast import cli, report
+from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
-from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, continued, report, runs
+from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, continued, runs
 from kinml_fast.train.freezing import FrozenLayers
 
 

@@ -14,14 +14,15 @@ from op_helpers import keywords
 from test_ops_networks import layers_of
 from training_helpers import SAE, assert_same_bits, assert_same_run, interrupted_run, model, rows, training_data
 
-from kinml_fast import reference
+from kinml_fast import reference, report
 from kinml_fast.data import DescriptorSource, pykinml_hdf5, read, stored
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.sources import file_digest
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import Split
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
-from kinml_fast.train import LossBatch, Trainer, TrainingConfig, TrainingData, checkpoint, report
+from kinml_fast.train import LossBatch, Trainer, TrainingConfig, TrainingData, checkpoint
 from kinml_fast.train.steps import EnergyStep
 from kinml_fast.units import KCAL_PER_MOL
 
@@ -220,7 +221,7 @@ def test_all_sources_of_jacobians_give_the_same_training(tmp_path, source):
         path = tmp_path / "data.h5"
         made = stored.compute(data.structures, model().descriptor, torch.float64, jacobian=True)
         pykinml_hdf5.write(path, data.structures, made)
-        structures = read(path, elements=("C", "H"))
+        structures = read(path, Selection(elements=("C", "H")))
         assert np.array_equal(structures.forces, data.structures.forces, equal_nan=True)
         if source != "hdf5":
             structures = replace(structures, coordinates=None)

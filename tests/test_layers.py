@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,11 +23,29 @@ LAYERS = [
     {"ops"},
     {"nn"},
     {"data", "datasets"},
-    {"train", "deploy"},
+    {"report"},
+    {"deploy"},
+    {"train"},
     {"cli", "__main__"},
     {"pykinml"},
 ]
 """Parts of kinml_fast, lowest first. A module imports from its own layer and from those below."""
+
+LATE = {
+    "aevmod": "optional",
+    "tblite": "optional",
+    "matplotlib": "takes half a second, and only drawing needs it",
+    "rich": "only a terminal needs it",
+    "tensorboard": "only a run's event file needs it",
+}
+"""Packages that may be imported inside functions, and why; everything else is imported at the top of a module."""
+
+LATE_IN = {
+    "__init__.py": "torch and ASE are imported when the calculator is asked for",
+    "_library.py": "says in a sentence why the compiled module cannot be imported",
+    "cli.py": "--help and mistakes are answered without waiting for torch",
+}
+"""Modules whose functions may import anything, and why."""
 
 REFERENCE_IMPORTS = {"torch", *sys.stdlib_module_names}
 
@@ -47,17 +68,53 @@ ONLY_IN = {"immintrin.h": "cpu/simd.h", "omp.h": "cpu/parallel.h", "thread": "cp
 """One file owns the intrinsics, one the threads."""
 
 
-def imports(tree: ast.AST, package: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Return (line, dotted name) of all that a module of ``package`` imports, at its top or inside functions."""
+class Import(NamedTuple):
+    """One name that a module imports: "kinml_fast.data.sqlite", "numpy"."""
+
+    line: int
+    name: str
+    late: bool
+    """Whether it is inside a function."""
+
+
+def imports(tree: ast.AST, package: tuple[str, ...], late: bool = False) -> list[Import]:
+    """Return all that a module of ``package`` imports, at its top, for type checkers only, or inside functions."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            found += [Import(node.lineno, alias.name, late) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             stem = [*base, *([node.module] if node.module else [])]
-            found += [(node.lineno, ".".join([*stem, alias.name])) for alias in node.names]
+            found += [Import(node.lineno, ".".join([*stem, alias.name]), late) for alias in node.names]
+        else:
+            found += imports(node, package, late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return found
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Return modules that import each other in a circle, wherever they do so; none if there is no such.
+
+    ``sources`` are the modules by dotted name; a package has the name of its folder.
+    """
+    packages = {name.rpartition(".")[0] for name in sources}
+    uses = {}
+    for name, source in sources.items():
+        package = name if name in packages else name.rpartition(".")[0]
+        targets = [found.name for found in imports(ast.parse(source), tuple(package.split(".")))]
+        # What follows `import` is a module, or something in one.
+        modules = {target if target in sources else target.rpartition(".")[0] for target in targets}
+        uses[name] = modules & sources.keys() - {name}
+    try:
+        TopologicalSorter(uses).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a module; ``path`` is relative to the package."""
+    return ".".join(["kinml_fast", *path.with_suffix("").parts]).removesuffix(".__init__")
 
 
 def level(part: str) -> int | None:
@@ -72,7 +129,7 @@ def python_faults(path: Path, source: str) -> list[str]:
     faults = []
     if part not in {"__init__", "reference"} and level(part) is None:
         faults.append(f"{path}: {part} has no layer: give it one in tests/test_layers.py")
-    for line, name in imports(tree, ("kinml_fast", *path.parent.parts)):
+    for line, name, late in imports(tree, ("kinml_fast", *path.parent.parts)):
         top, _, rest = name.partition(".")
         other = rest.split(".")[0]
         if part == "reference":
@@ -80,6 +137,8 @@ def python_faults(path: Path, source: str) -> list[str]:
                 faults.append(f"{path}:{line}: imports {name}, but reference.py imports only torch")
         elif top == "kinml_fast" and other == "pykinml" and part != "pykinml":
             faults.append(f"{path}:{line}: imports {name}, which only kinml_fast.pykinml may")
+        elif late and top not in LATE and path.as_posix() not in LATE_IN:
+            faults.append(f"{path}:{line}: imports {name} inside a function, which only what stands in LATE may be")
         elif top == "kinml_fast" and None not in (level(part), level(other)) and level(other) > level(part):
             faults.append(f"{path}:{line}: imports {name}, but {other} is above {part}")
     for node in ast.walk(tree):
@@ -127,6 +186,22 @@ def test_python_module_keeps_the_rules(path):
     assert python_faults(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
 
 
+def test_no_modules_import_each_other():
+    sources = {
+        module_name(path): (PACKAGE / path).read_text(encoding="utf-8") for path in relative_files(PACKAGE, ".py")
+    }
+    assert circle(sources | {"kinml_fast._C": ""}) == []
+
+
+def test_what_may_be_imported_late_is():
+    trees = {path.as_posix(): ast.parse((PACKAGE / path).read_text()) for path in relative_files(PACKAGE, ".py")}
+    late = {
+        path: [found.name.split(".")[0] for found in imports(tree, ()) if found.late] for path, tree in trees.items()
+    }
+    assert set(LATE) <= {name for names in late.values() for name in names}
+    assert all(late[path] for path in LATE_IN)
+
+
 @pytest.mark.parametrize("path", relative_files(CSRC, ".h", ".cpp", ".cu", ".cuh"), ids=str)
 def test_csrc_file_keeps_the_rules(path):
     assert csrc_faults(path, (CSRC / path).read_text(encoding="utf-8")) == []
@@ -142,7 +217,23 @@ def test_the_files_were_found():
     [
         ("nn/aev.py", "import kinml_fast.train.trainer", "train is above nn"),
         ("nn/aev.py", "from kinml_fast import data", "data is above nn"),
-        ("nn/aev.py", "def f():\n    from ..train import trainer", "aev.py:2: imports kinml_fast.train.trainer"),
+        (
+            "nn/aev.py",
+            "if TYPE_CHECKING:\n    from ..train import trainer",
+            "aev.py:2: imports kinml_fast.train.trainer",
+        ),
+        ("deploy/evaluate.py", "from kinml_fast.train import config", "train is above deploy"),
+        ("report.py", "from kinml_fast.deploy import members", "deploy is above report"),
+        (
+            "train/runs.py",
+            "def f():\n    from . import ensembles",
+            "runs.py:2: imports kinml_fast.train.ensembles inside a",
+        ),
+        (
+            "nn/aev.py",
+            "class A:\n    def f(self):\n        if self:\n            import torch",
+            "aev.py:4: imports torch ins",
+        ),
         ("errors.py", "from kinml_fast.ops import aev", "ops is above errors"),
         ("train/trainer.py", "from kinml_fast.cli import main", "cli is above train"),
         ("__init__.py", "from kinml_fast.pykinml import prepper", "only kinml_fast.pykinml may"),
@@ -162,6 +253,9 @@ def test_python_faults_are_seen(path, source, fault):
     ("path", "source"),
     [
         ("train/trainer.py", "from kinml_fast import nn\nfrom ..data import sqlite\nfrom . import config"),
+        ("deploy/low_level.py", "def f():\n    from tblite.ase import TBLite"),
+        ("cli.py", "def f():\n    from kinml_fast.train import runs"),
+        ("train/runs.py", "from kinml_fast.deploy import evaluate"),
         ("pykinml/prepper.py", "from kinml_fast.pykinml import trpes\nfrom kinml_fast.train import trainer"),
         ("reference.py", "import math\nimport torch.nn.functional as F\nfrom torch import Tensor"),
         ("data/xyz.py", '"""Never print("this")."""\nlog.info("print(1)")'),
@@ -169,6 +263,22 @@ def test_python_faults_are_seen(path, source, fault):
 )
 def test_python_rules_allow(path, source):
     assert python_faults(Path(path), source) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "found"),
+    [
+        ({"k.a": "import k.b", "k.b": "import k.c", "k.c": ""}, set()),
+        ({"k.a": "from k import b", "k.b": "from k.a import f"}, {"k.a", "k.b"}),
+        ({"k.a": "import k.b", "k.b": "def f():\n    from . import a"}, {"k.a", "k.b"}),
+        ({"k.a": "if TYPE_CHECKING:\n    import k.b", "k.b": "import k.a"}, {"k.a", "k.b"}),
+        ({"k": "from k.a import f", "k.a": "from k import b", "k.b": ""}, set()),  # k.b is another module than k
+        ({"k": "from k.a import f", "k.a": "from k import f"}, {"k", "k.a"}),
+        ({"k.a": "import k.b", "k.b": "import k.c", "k.c": "import k.d", "k.d": "import k.b"}, {"k.b", "k.c", "k.d"}),
+    ],
+)
+def test_circles_are_seen(sources, found):
+    assert set(circle(sources)) == found
 
 
 @pytest.mark.parametrize(

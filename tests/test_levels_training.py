@@ -22,14 +22,14 @@ from training_helpers import (
     rows,
 )
 
-from kinml_fast import cli, reference
+from kinml_fast import cli, reference, report
 from kinml_fast.data import DescriptorSource
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import Split
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
-from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, ensembles, report, runs
+from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, config, ensembles, runs
 from kinml_fast.train.steps import EnergyStep, LevelEnergyStep
 from kinml_fast.units import KCAL_PER_MOL
 

@@ -33,7 +33,7 @@ CONFIG = TrainingConfig(epochs=10, batch_size=50, shuffle=False, test_every=1)
 
 def published_run() -> tuple[EnergyModel, TrainingData]:
     """Its initial model and its data."""
-    structures = sqlite.read([SHARED / "C5H5.db"], fidelity=1)
+    structures = sqlite.read([SHARED / "C5H5.db"])
     split = pykinml_split(structures, SHARED / "sample_tvt.txt", 2000, 48, seed=0)
     fitted = np.concatenate([split.train, split.validation])
     energies = sae.fit(structures.counts()[fitted], structures.energies[fitted], structures.elements)

@@ -28,6 +28,7 @@ from kinml_fast.data import (
     sqlite,
     stored,
 )
+from kinml_fast.data.split import PARTS
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import InputError
@@ -442,6 +443,7 @@ import torch
 from kinml_fast.data import pykinml_hdf5
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures
+from kinml_fast.data.split import PARTS
 from kinml_fast.errors import InputError
 
 x = np.random.default_rng(0).uniform(size=(20, 5, 3)) + 2 * np.arange(5)[:, None]
@@ -471,7 +473,7 @@ def test_no_folder_to_write_into(tmp_path, structures):
 
 def test_prepared_data_know_where_the_descriptors_are(path, tmp_path, structures):
     data = prepare(path, split_file=path, descriptor=SETTINGS, path=tmp_path / "prepared.h5")
-    assert [getattr(data.split, part).tolist() for part in splits.PARTS] == [[0, 1, 2, 4, 7, 8], [3, 5], [6, 9]]
+    assert [getattr(data.split, part).tolist() for part in PARTS] == [[0, 1, 2, 4, 7, 8], [3, 5], [6, 9]]
     assert same(data.structures, structures)
     # The prepared data do not hold the descriptors, but find them again.
     for again in (prepared.load(tmp_path / "prepared.h5"), prepare(path, split_file=path, descriptor=SETTINGS)):

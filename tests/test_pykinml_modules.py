@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from kinml_fast import KinMLCalculator, datasets, devices, reference
 from kinml_fast.data import pykinml_hdf5, read, sqlite, stored
+from kinml_fast.data.selection import Selection
 from kinml_fast.deploy import model_file, pykinml_checkpoint
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
@@ -275,7 +276,7 @@ def test_the_rest_of_a_file_is_drawn_from_all_of_it(tmp_path):
 def test_temperature_and_names_select(tmp_path):
     found = prepared(small(tmp_path, temp=300, nameset=["acetylene:%"], tvt=[8, 2, 2]))
     assert all(label.startswith("C2H2/") for part in found[:3] for label in part.structures.labels)
-    everything = sqlite.read([datasets.path("C2H2.db")], temperature=300)
+    everything = sqlite.read([datasets.path("C2H2.db")], Selection(temperature=300))
     assert set(found[0].structures.labels) <= set(everything.labels)
 
 
@@ -284,7 +285,7 @@ def test_a_list_of_structures_may_name_those_of_other_temperatures(tmp_path):
     args.input_data_fname = "shipped:C2H2.db"
     found = prepared(args)[:3]
     labels = [label for part in found for label in part.structures.labels]
-    of_300 = sqlite.read([datasets.path("C2H2.db")], temperature=300).labels
+    of_300 = sqlite.read([datasets.path("C2H2.db")], Selection(temperature=300)).labels
     assert sorted(labels) == sorted(set(of_300) - {"C2H2/1", "C2H2/60"})
     args.temp = None
     with open(args.trtsid_name[0], "a", encoding="utf-8") as file:
@@ -391,7 +392,7 @@ def test_geometries_from_memory():
 
 
 def test_hdf5_files_of_pykinml(tmp_path):
-    structures = read("shipped:C2H3.db", elements=list(ELEMENTS))
+    structures = read("shipped:C2H3.db", Selection(elements=list(ELEMENTS)))
     descriptors = stored.compute(structures, SMALL, torch.float64, jacobian=True)
     pykinml_hdf5.write(tmp_path / "c2h3.h5", structures, descriptors)
     changes = {"trtsid_name": None, "tvt": [30, 8, 6], "floss": True, "fw": 0.5, "epochs": 2}

@@ -267,7 +267,7 @@ def test_two_levels(levels, sae, forces):
     assert model.fidelities == (0, 1)
     net, saved, elements = state.load(run / "model-0009.pt")
     assert elements == ("C", "H")
-    assert len(net.levels()) == 2
+    assert len(net.by_level()) == 2
     assert saved.family == "Adam or AdamW"
 
 

@@ -9,9 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from kinml_fast import report
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors, r_squared
-from kinml_fast.train import report
 from kinml_fast.units import KCAL_PER_MOL
 
 HEAD = (

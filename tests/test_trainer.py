@@ -26,13 +26,13 @@ from training_helpers import (
     training_data,
 )
 
-from kinml_fast import ops
-from kinml_fast.data.splits import Split
+from kinml_fast import ops, report
+from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors
-from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint, report
+from kinml_fast.train import Trainer, TrainingConfig, TrainingData, checkpoint
 from kinml_fast.train.config import OptimizerConfig, SchedulerConfig
 from kinml_fast.train.metrics import COLUMNS
 from kinml_fast.train.optimizers import FusedAdam, WeightAverage, make_optimizer

@@ -18,7 +18,7 @@ import pytest
 import torch
 from data_helpers import molecules
 
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.nn import AEVParameters, EnergyModel
 from kinml_fast.train import Trainer, TrainingData, checkpoint

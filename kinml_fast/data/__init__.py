@@ -1,20 +1,30 @@
-"""Data: reading, splitting, single-atom energies, the prepared data set."""
+"""Data, stage by stage.
 
-from kinml_fast.data.levels import join as join_levels
+`Selection` says what to take of files; `read` gives `Structures`; a `Split` divides them; `TrainingData` are both with
+single-atom energies and weights, and `prepare` makes `Prepared`, training data of files that are recognised on the next
+run. `kinml_fast.train` makes of them its `Dataset`, the tensors of a run.
+"""
+
+from kinml_fast.data.fidelities import join as join_fidelities
 from kinml_fast.data.prepared import Prepared, prepare
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.sources import DescriptorSource, read
-from kinml_fast.data.splits import Split, make_split, write_tvtmsk
+from kinml_fast.data.split import Split
+from kinml_fast.data.splits import make_split, write_tvtmsk
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures, concatenate
+from kinml_fast.data.training_data import TrainingData
 
 __all__ = [
     "DescriptorSource",
     "Prepared",
+    "Selection",
     "Split",
     "StoredDescriptors",
     "Structures",
+    "TrainingData",
     "concatenate",
-    "join_levels",
+    "join_fidelities",
     "make_split",
     "prepare",
     "read",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kinml_fast import datasets
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, InputError
 
 SHIPPED = "shipped:"
 _SQLITE_MAGIC = b"SQLite format 3\0"
@@ -34,7 +34,7 @@ def expand(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]
         for path in _expand_one(os.fspath(entry)):
             paths.setdefault(path.resolve(), path)
     if not paths:
-        raise InputError("no data files are given: name at least one")
+        raise ConfigError("no data files are given: name at least one")
     return [_checked(path) for path in paths.values()]
 
 
@@ -59,7 +59,7 @@ def check_distinct(paths: Sequence[Path], label: Callable[[Path], str]) -> None:
     for path in paths:
         other = seen.setdefault(label(path), path)
         if other is not path:
-            raise InputError(
+            raise DataError(
                 f"{other} and {path} would give their structures the same labels: "
                 f"rename one, for instance to {path.stem}_2{path.suffix}"
             )
@@ -113,20 +113,20 @@ def _expand_one(entry: str) -> list[Path]:
         return [path]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches:
-        raise InputError(f"{entry}: the pattern matches no file: correct it")
+        raise DataError(f"{entry}: the pattern matches no file: correct it")
     return matches
 
 
 def _checked(path: Path) -> Path:
     if path.is_dir():
-        raise InputError(f"{path}: is a folder: name the files in it, for instance {path}/*.db")
+        raise DataError(f"{path}: is a folder: name the files in it, for instance {path}/*.db")
     try:
         with path.open("rb") as file:
             empty = not file.read(1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): correct the path or the file's rights") from error
     if empty:
-        raise InputError(f"{path}: is empty: take a file with structures")
+        raise DataError(f"{path}: is empty: take a file with structures")
     return path
 
 

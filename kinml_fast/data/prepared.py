@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,12 +18,13 @@ from kinml_fast.data import sae as sae_module
 from kinml_fast.data import sources, splits
 from kinml_fast.data import weights as weights_module
 from kinml_fast.data.files import expand, is_hdf5, is_sqlite, replacing
-from kinml_fast.data.levels import Levels
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.sources import DescriptorSource, file_digest
-from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.sqlite import MissingIdsError
 from kinml_fast.data.structures import Structures
-from kinml_fast.errors import InputError
+from kinml_fast.data.training_data import TrainingData
+from kinml_fast.errors import ConfigError, DataError, InputError
 
 _log = logging.getLogger(__name__)
 _FORMAT = "kinml_fast prepared data"
@@ -30,8 +32,8 @@ _VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """Structures, their split and single-atom energies.
+class Prepared(TrainingData):
+    """The training data of files, and what it takes to recognise them on the next run.
 
     Parameters
     ----------
@@ -41,14 +43,12 @@ class Prepared:
         Indices into `structures`.
     sae
         float64 [n_elements], of K > 1 levels of theory [K, n_elements], eV, in the order of `structures.elements`.
+    weights, source
+        See `TrainingData`.
     descriptor
         Settings of the descriptor, carried along.
     hash
         sha256 (hexadecimal) of the contents of all files and of all settings.
-    source
-        Where stored descriptors come from. They stay in their files: only what is used of them is read, when it is.
-    weights
-        Weights of the structures in the loss, float64 [n_structures]; None: all 1.
     fidelities
         The levels of theory, lowest first.
     baseline
@@ -56,33 +56,22 @@ class Prepared:
         differences; None: none.
     """
 
-    structures: Structures
-    split: Split
     sae: np.ndarray
-    descriptor: dict = field(default_factory=dict)
+    descriptor: dict[str, Any] = field(default_factory=dict)
     hash: str = ""
-    source: DescriptorSource = field(default_factory=DescriptorSource)
-    weights: np.ndarray | None = None
     fidelities: tuple[int, ...] = (1,)
     baseline: int | None = None
 
 
 def prepare(
     files: str | os.PathLike | Sequence[str | os.PathLike],
+    selection: Selection = Selection(),
     *,
-    fidelity: int | Sequence[int] = 1,
-    baseline: int | None = None,
-    incomplete: str | None = None,
-    temperature: float | None = None,
-    names: Sequence[str] | None = None,
-    energy_key: str | Sequence[str] | None = None,
-    forces_key: str | Sequence[str] | None = None,
     split: Sequence[float] = (0.8, 0.1, 0.1),
     split_file: str | os.PathLike | None = None,
     split_seed: int = 0,
     sae: str | Mapping[str, float] | Sequence[str | Mapping[str, float]] = "fit",
     weights: str | os.PathLike | Mapping[str, float] | None = None,
-    elements: Sequence[str] | None = None,
     descriptor: Mapping[str, object] | None = None,
     path: str | os.PathLike | None = None,
 ) -> Prepared:
@@ -92,11 +81,11 @@ def prepare(
     ----------
     files
         Databases, PyKinML's HDF5 files, and files that ASE reads: paths, glob patterns, `shipped:NAME`.
-    fidelity, baseline, incomplete, temperature, names, energy_key, forces_key, elements
-        See `sources.read`.
+    selection
+        What to take of them; its ids are not used.
     split, split_seed, split_file
-        See `splits.make_split`. With a split file only the ids that it lists are read from databases; those that
-        `incomplete` drops are left out of it.
+        See `splits.make_split`. With a split file only the ids that it lists are read from databases; those that are
+        dropped because they lack a level are left out of it.
     sae
         "fit" (to the training and validation structures that have the level), "none", or energies by element (eV); one
         for all levels, or a list with one for each.
@@ -114,23 +103,20 @@ def prepare(
         As the functions named; `path` is one of the data files; the file cannot be written (nothing is changed then).
     """
     paths = expand(files)
-    levels = Levels.of(fidelity, baseline, incomplete)
     digests = {path: file_digest(path) for path in paths}
-    settings = {
-        "fidelity": list(levels.fidelities),
-        "baseline": levels.baseline,
-        "incomplete": levels.incomplete,
-        "temperature": None if temperature is None else float(temperature),
-        "names": None if names is None else list(names),
-        "energy_key": _plain(energy_key),
-        "forces_key": _plain(forces_key),
-        "split": [float(amount) for amount in split],
-        "split_seed": int(split_seed),
-        "sae": _plain(sae),
-        "weights": list(weights.items()) if isinstance(weights, Mapping) else weights is not None,
-        "elements": None if elements is None else list(elements),
-        "descriptor": json.loads(json.dumps(dict(descriptor or {}))),  # as it will be read back: lists, not tuples
-    }
+    # As JSON has them, so that they are equal to what is read back.
+    settings = json.loads(
+        json.dumps(
+            selection.settings()
+            | {
+                "split": [float(amount) for amount in split],
+                "split_seed": int(split_seed),
+                "sae": _plain(sae),
+                "weights": list(weights.items()) if isinstance(weights, Mapping) else weights is not None,
+                "descriptor": dict(descriptor or {}),
+            }
+        )
+    )
     others = {"split": split_file, "weights": None if isinstance(weights, Mapping) else weights}
     digest = _digest(digests, others, settings)
     source = DescriptorSource(
@@ -140,29 +126,28 @@ def prepare(
     if path is not None:
         path = Path(path)
         if path.resolve() in [p.resolve() for p in paths]:
-            raise InputError(f"{path}: is one of the data files and would be overwritten: name another file")
+            raise ConfigError(f"{path}: is one of the data files and would be overwritten: name another file")
         ready = _up_to_date(path, digest)
         if ready is not None:
             return replace(ready, source=source)  # the files may have moved
 
     ids = None if split_file is None else splits.read_tvtmsk(split_file).ids()
     try:
-        structures, dropped = sources.read_levels(
-            paths, levels, temperature, names, ids, energy_key, forces_key, elements
-        )
+        structures, dropped = sources.read_and_drop(paths, replace(selection, ids=ids))
     except MissingIdsError as error:
-        raise InputError(f"{split_file}: {error}") from error
+        raise DataError(f"{split_file}: {error}") from error
     loss_weights = None if weights is None else weights_module.resolve(weights, structures.labels)
     chosen = splits.make_split(structures, split, split_seed, split_file, dropped)
-    _check_levels(structures, chosen, levels)
+    _check_levels(structures, chosen, selection.fidelities)
     used = np.sort(chosen.used)
     if len(used) < len(structures):
         structures = structures.select(used)
         loss_weights = None if loss_weights is None else loss_weights[used]
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
+    assert structures.energies is not None  # what is read has them
     fitted = np.concatenate([chosen.train, chosen.validation])
     # Differences of levels do not contain the energies of single atoms: those start at 0.
-    start = None if levels.baseline is None else np.zeros(len(structures.elements))
+    start = None if selection.baseline is None else np.zeros(len(structures.elements))
     energies = sae_module.resolve_levels(
         sae, structures.counts()[fitted], structures.energies[..., fitted], structures.elements, start
     )
@@ -170,12 +155,12 @@ def prepare(
         structures,
         chosen,
         energies,
-        settings["descriptor"],
-        digest,
-        source,
         loss_weights,
-        levels.fidelities,
-        levels.baseline,
+        source,
+        descriptor=settings["descriptor"],
+        hash=digest,
+        fidelities=selection.fidelities,
+        baseline=selection.baseline,
     )
     if path is not None:
         save(path, result)
@@ -238,12 +223,12 @@ def load(path: str | os.PathLike) -> Prepared:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file: run kinml-fast prepare first")
+        raise DataError(f"{path}: there is no such file: run kinml-fast prepare first")
     try:
         with h5py.File(path, "r") as file:
             attributes = {name: bytes(value).decode() for name, value in file.attrs.items()}
             if attributes.get("format") != _FORMAT or attributes.get("version") != str(_VERSION):
-                raise InputError(f"{path}: is not prepared data of this version: run kinml-fast prepare again")
+                raise DataError(f"{path}: is not prepared data of this version: run kinml-fast prepare again")
             arrays: dict[str, np.ndarray] = {}
             file.visititems(
                 lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
@@ -261,17 +246,17 @@ def load(path: str | os.PathLike) -> Prepared:
             structures,
             split,
             arrays["sae"],
-            json.loads(attributes["descriptor"]),
-            attributes["hash"],
-            DescriptorSource(attributes["backend"], files),
             arrays.get("weights"),
-            tuple(json.loads(attributes["fidelities"])),
-            json.loads(attributes["baseline"]),
+            DescriptorSource(attributes["backend"], files),
+            descriptor=json.loads(attributes["descriptor"]),
+            hash=attributes["hash"],
+            fidelities=tuple(json.loads(attributes["fidelities"])),
+            baseline=json.loads(attributes["baseline"]),
         )
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, InputError) and str(error).startswith(str(path)):
             raise
-        raise InputError(f"{path}: is damaged ({error}): run kinml-fast prepare again") from error
+        raise DataError(f"{path}: is damaged ({error}): run kinml-fast prepare again") from error
 
 
 def _plain(setting: object) -> object:
@@ -285,21 +270,22 @@ def _plain(setting: object) -> object:
     )
 
 
-def _check_levels(structures: Structures, split: Split, levels: Levels) -> None:
+def _check_levels(structures: Structures, split: Split, fidelities: Sequence[int]) -> None:
     """Each level must be trained on somewhere, and the highest, which a model is judged by, validated."""
     known = structures.known_energies
-    for number, own in zip(levels.fidelities, known, strict=True):
-        if not own[split.train].any():
-            raise InputError(
-                f"no training structure has an energy of fidelity {number}: enlarge the training part or take more data"
+    for fidelity, at_level in zip(fidelities, known, strict=True):
+        if not at_level[split.train].any():
+            raise DataError(
+                f"no training structure has an energy of fidelity {fidelity}: enlarge the training part or take more "
+                "data"
             )
     if not known[-1][split.validation].any():
-        raise InputError(
-            f"no validation structure has an energy of fidelity {levels.fidelities[-1]}, the highest, by which a model "
+        raise DataError(
+            f"no validation structure has an energy of fidelity {fidelities[-1]}, the highest, by which a model "
             "is judged: enlarge the validation part or take more data"
         )
     if len(split.test) and not known[-1][split.test].any():
-        _log.warning("no test structure has an energy of fidelity %d, the highest", levels.fidelities[-1])
+        _log.warning("no test structure has an energy of fidelity %d, the highest", fidelities[-1])
 
 
 def _up_to_date(path: Path, digest: str) -> Prepared | None:
@@ -322,8 +308,8 @@ def _digest(
 ) -> str:
     # Folders do not matter, names do: labels and formulas come from them.
     total = hashlib.sha256(json.dumps([_FORMAT, _VERSION, settings], sort_keys=True).encode())
-    for path, own in digests.items():
-        total.update(f"\n{path.name} {own}".encode())
+    for path, digest in digests.items():
+        total.update(f"\n{path.name} {digest}".encode())
         # What a running writer has not yet moved into the database itself.
         journal = path.with_name(path.name + "-wal")
         if is_sqlite(path) and journal.exists():

@@ -35,7 +35,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import h5py
 import numpy as np
@@ -44,13 +44,11 @@ import torch
 from kinml_fast import ops
 from kinml_fast.data import stored
 from kinml_fast.data.files import replacing
+from kinml_fast.data.split import Split
 from kinml_fast.data.stored import StoredDescriptors
-from kinml_fast.data.structures import Structures, concatenate, element_order
-from kinml_fast.errors import InputError
+from kinml_fast.data.structures import Structures, atoms_of, concatenate, element_order
+from kinml_fast.errors import DataError, InputError
 from kinml_fast.nn import AEVParameters
-
-if TYPE_CHECKING:
-    from kinml_fast.data.splits import Split
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ def read(paths: Sequence[Path], elements: Sequence[str] | None = None) -> Struct
             parts.append(_structures(path, group))
         for label in parts[-1].labels:
             if label in owners:
-                raise InputError(f"{owners[label]} and {path} both have a structure {label}: leave out one of them")
+                raise DataError(f"{owners[label]} and {path} both have a structure {label}: leave out one of them")
             owners[label] = path
     return concatenate(parts, elements)
 
@@ -139,7 +137,7 @@ def read_descriptors(
         _compare_with_coordinates(path, chosen, structures, parameters, result)
     if places:
         missing = next(iter(places))
-        raise InputError(
+        raise DataError(
             f"{missing} has no stored descriptors in {' '.join(map(str, paths))}: leave out the files that have only "
             "coordinates, or take training.jacobian: recompute"
         )
@@ -158,7 +156,7 @@ def read_split(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
         index = _Index.of(path, group)
         mask = _array(path, group, "tvtmsk", (len(index.labels),), np.int64)
     if not np.isin(mask, list(_MASKS.values())).all():
-        raise InputError(f"{path}: tvtmsk contains other numbers than 1, 0 and -1: correct it or name a split file")
+        raise DataError(f"{path}: tvtmsk contains other numbers than 1, 0 and -1: correct it or name a split file")
     return index.labels, mask
 
 
@@ -186,23 +184,24 @@ def write(
     path = Path(path)
     features, jacobian = descriptors.features, descriptors.jacobian
     n_atoms, count = len(structures.species), len(structures)
-    for name in ("energies", "coordinates"):
-        if getattr(structures, name) is None:
-            raise InputError(f"{path}: cannot be written without {name}: take structures that have them")
+    energies, coordinates = structures.energies, structures.coordinates
+    if energies is None or coordinates is None:
+        lacking = "energies" if energies is None else "coordinates"
+        raise DataError(f"{path}: cannot be written without {lacking}: take structures that have them")
     if structures.levels > 1:
-        raise InputError(
+        raise DataError(
             f"{path}: can hold one level of theory, and there are {structures.levels}: write one, Structures.level"
         )
     if features.ndim != 2 or len(features) != n_atoms:
-        raise InputError(f"features of shape {list(features.shape)} given for {n_atoms} atoms, expected [{n_atoms}, D]")
+        raise DataError(f"features of shape {list(features.shape)} given for {n_atoms} atoms, expected [{n_atoms}, D]")
     expected = (n_atoms, features.shape[1], 3 * int(structures.sizes.max(initial=0)))
     if jacobian is not None and (tuple(jacobian.shape[:2]) != expected[:2] or jacobian.shape[2] < expected[2]):
-        raise InputError(f"a Jacobian of shape {list(jacobian.shape)} given, expected {list(expected)} or more columns")
+        raise DataError(f"a Jacobian of shape {list(jacobian.shape)} given, expected {list(expected)} or more columns")
     mask = np.ones(count, dtype=np.int64)
     if split is not None:
         parts = [getattr(split, part) for part in _MASKS]
         if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(count)):
-            raise InputError(f"{path}: the split does not hold every structure: write only those that it holds")
+            raise DataError(f"{path}: the split does not hold every structure: write only those that it holds")
         for part, value in zip(parts, _MASKS.values(), strict=True):
             mask[part] = value
 
@@ -224,12 +223,12 @@ def write(
             group.create_dataset("symbols", data=[[*s, *[""] * (width - len(s))] for s in symbols], dtype=text)
             group["xip"], group["xfp"] = structures.offsets[:-1], structures.offsets[1:]
             group["xit"], group["xft"] = ends - structures.counts(), ends
-            group["xp"] = structures.coordinates
+            group["xp"] = coordinates
             group["xx"] = features.detach().to("cpu", torch.float64).numpy()[atoms]
-            group["yy"] = structures.energies[:, None]
+            group["yy"] = energies[:, None]
             group["ww"] = np.ones((count, 1))
             group["tvtmsk"] = mask
-            group["met_e"] = structures.energies
+            group["met_e"] = energies
             group.create_dataset("met_s", data=[[*[""] * 5, label] for label in structures.labels], dtype=text)
             _write_rows(room, group, "met_f", (count,), flat)
             if structures.forces is not None:
@@ -270,13 +269,13 @@ class _Index:
         counts = np.bincount(keys, minlength=count * len(types)).reshape(count, len(types))
         if not np.array_equal(last - first, counts):
             i = int(np.argmax(np.any(last - first != counts, axis=1)))
-            raise InputError(
+            raise DataError(
                 f"{path}: xit and xft give structure {i + 1} {(last - first)[i].tolist()} atoms of "
                 f"{' '.join(types)}, its symbols {counts[i].tolist()}: take an intact file"
             )
         rows = first[owners, species] + _ranks(keys)
         if not np.array_equal(np.sort(rows), np.arange(len(rows))):
-            raise InputError(f"{path}: xit and xft do not give each atom its own row of xx: take an intact file")
+            raise DataError(f"{path}: xit and xft do not give each atom its own row of xx: take an intact file")
         return cls(_labels(path, group, count), types, species, offsets, rows)
 
 
@@ -286,16 +285,16 @@ def _opened(path: Path) -> Iterator[h5py.Group]:
     try:
         with h5py.File(path, "r") as file:
             if not isinstance(file.get(GROUP), h5py.Group):
-                there = ", ".join(file) or "nothing"
-                raise InputError(
-                    f"{path}: has no group {GROUP} and is no file of PyKinML's (there is {there}): name another file"
+                present = ", ".join(file) or "nothing"
+                raise DataError(
+                    f"{path}: has no group {GROUP} and is no file of PyKinML's (there is {present}): name another file"
                 )
             yield file[GROUP]
     except InputError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as HDF5 ({reason}): take an intact copy") from error
+        raise DataError(f"{path}: cannot be read as HDF5 ({reason}): take an intact copy") from error
 
 
 class _Remembering(io.FileIO):
@@ -303,15 +302,15 @@ class _Remembering(io.FileIO):
 
     error: OSError | None = None
 
-    def write(self, data: bytes | memoryview) -> int:
-        data = memoryview(data).cast("B")
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
         done = 0
-        while done < len(data) and self.error is None:
+        while done < len(view) and self.error is None:
             try:
-                done += super().write(data[done:])
+                done += super().write(view[done:])
             except OSError as error:
                 self.error = error
-        return len(data)
+        return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         try:
@@ -334,7 +333,7 @@ def _structures(path: Path, group: h5py.Group) -> Structures:
         begins = _array(path, group, "xip", (count,), np.int64)
         ends = _array(path, group, "xfp", (count,), np.int64)
         if not (np.array_equal(begins, index.offsets[:-1]) and np.array_equal(ends, index.offsets[1:])):
-            raise InputError(f"{path}: xip and xfp do not fit the numbers of atoms in symbols: take an intact file")
+            raise DataError(f"{path}: xip and xfp do not fit the numbers of atoms in symbols: take an intact file")
         coordinates = _array(path, group, "xp", (n_atoms, 3), np.float64)
     energies = _array(path, group, "yy", (count, 1), np.float64)[:, 0]
     try:
@@ -348,7 +347,7 @@ def _structures(path: Path, group: h5py.Group) -> Structures:
             labels=index.labels,
         )
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error}") from error
 
 
 def _forces(path: Path, group: h5py.Group, index: _Index) -> np.ndarray | None:
@@ -364,7 +363,7 @@ def _forces(path: Path, group: h5py.Group, index: _Index) -> np.ndarray | None:
         for i, row in enumerate(rows):
             if len(row) not in (0, 3 * sizes[i]) or not np.isfinite(row).all():
                 fault = "a NaN or infinite number" if len(row) == 3 * sizes[i] else f"{len(row)} numbers"
-                raise InputError(
+                raise DataError(
                     f"{path}: {name} has {fault} for {index.labels[i]}, expected {3 * sizes[i]} force components: "
                     "correct it or leave the structure out"
                 )
@@ -389,7 +388,7 @@ def _fill(
         atoms = slice(index.offsets[i], index.offsets[i + 1])
         symbols = [index.types[s] for s in index.species[atoms]]
         if symbols != list(structures.symbols(place)):
-            raise InputError(
+            raise DataError(
                 f"{path}: {index.labels[i]} consists of {' '.join(symbols)}, not of "
                 f"{' '.join(structures.symbols(place))}: prepare the data again"
             )
@@ -398,38 +397,39 @@ def _fill(
     dxx = None
     if result.jacobian is not None:
         if "dxx" not in group or group["dxx"].shape[:1] != (len(index.rows),):
-            raise InputError(
+            raise DataError(
                 f"{path}: has no Jacobians (dxx) of all atoms: train on energies only, or on forces with "
                 "training.jacobian: recompute"
             )
         dxx = group["dxx"]
     length = xx.shape[1]
-    there = columns >= 0
+    known = columns >= 0
     features = result.features.numpy()
+    jacobian = None if result.jacobian is None else result.jacobian.numpy()
     sizes, owners = structures.sizes, structures.owners
     for begin in range(0, len(index.rows), _ROWS_AT_ONCE):
-        atoms = atom_of_row[begin : begin + _ROWS_AT_ONCE]
-        if not (atoms >= 0).any():
+        atoms_of_rows = atom_of_row[begin : begin + _ROWS_AT_ONCE]
+        if not (atoms_of_rows >= 0).any():
             continue
-        vectors = np.asarray(xx[begin : begin + len(atoms)], dtype=np.float64)
-        slopes = None if dxx is None else dxx[begin : begin + len(atoms)]
-        for k in np.flatnonzero(atoms >= 0):
-            atom = atoms[k]
+        vectors = np.asarray(xx[begin : begin + len(atoms_of_rows)], dtype=np.float64)
+        slopes = None if dxx is None else dxx[begin : begin + len(atoms_of_rows)]
+        for k in np.flatnonzero(atoms_of_rows >= 0):
+            atom = atoms_of_rows[k]
             label = structures.labels[owners[atom]]
             if not np.isfinite(vectors[k]).all():
-                raise InputError(f"{path}: row {begin + k} of xx ({label}) has a NaN or infinite number: correct it")
-            features[atom, there] = vectors[k, columns[there]]
-            if slopes is None:
+                raise DataError(f"{path}: row {begin + k} of xx ({label}) has a NaN or infinite number: correct it")
+            features[atom, known] = vectors[k, columns[known]]
+            if slopes is None or jacobian is None:
                 continue
             width = 3 * int(sizes[owners[atom]])
             values = np.asarray(slopes[k], dtype=np.float64)
             if values.shape != (length * width,) or not np.isfinite(values).all():
                 fault = "a NaN or infinite number" if values.shape == (length * width,) else f"{values.size} numbers"
-                raise InputError(
+                raise DataError(
                     f"{path}: row {begin + k} of dxx ({label}) has {fault}, expected {length} x {width} derivatives: "
                     "correct it or leave the structure out"
                 )
-            result.jacobian.numpy()[atom, there, :width] = values.reshape(length, width)[columns[there]]
+            jacobian[atom, known, :width] = values.reshape(length, width)[columns[known]]
 
 
 def _columns(path: Path, index: _Index, group: h5py.Group, parameters: AEVParameters) -> np.ndarray:
@@ -440,11 +440,11 @@ def _columns(path: Path, index: _Index, group: h5py.Group, parameters: AEVParame
     length = n_types * n_radial + n_types * (n_types + 1) // 2 * block
     found = _features(path, group, len(index.rows)).shape[1]
     if found != length:
-        raise InputError(
+        raise DataError(
             f"{path}: has descriptors of {found} numbers, but those of the configuration have {length} for "
             f"{' '.join(index.types)}: set descriptor.n_radial, n_angular and n_sections to those of the file"
         )
-    pairs = {}
+    pairs: dict[tuple[int, int], int] = {}
     for a in range(n_types):
         for b in range(a, n_types):
             pairs[a, b] = pairs[b, a] = n_types * n_radial + len(set(pairs.values())) * block
@@ -468,12 +468,14 @@ def _compare_with_coordinates(
     places = [place for _, place in chosen]
     some = np.array(sorted({places[0], places[len(places) // 2], places[-1]})[:_CHECKED])
     few = structures.select(some)
-    system = ops.System(*(torch.from_numpy(a) for a in (few.coordinates, few.species, few.offsets)))
+    rows, _ = atoms_of(structures.offsets, some)
+    system = ops.System(
+        torch.from_numpy(structures.coordinates[rows]), torch.from_numpy(few.species), torch.from_numpy(few.offsets)
+    )
     tolerance = _TOLERANCE if result.features.dtype == torch.float64 else 1e-4
-    rows = np.concatenate([np.arange(structures.offsets[i], structures.offsets[i + 1]) for i in some])
     worst = float((result.features[rows] - ops.aev(system, parameters.packed())).abs().max())
     if not worst <= tolerance:
-        raise InputError(
+        raise DataError(
             f"{path}: its descriptors differ by up to {worst:.2g} from those of its coordinates with the settings of "
             "the configuration: set descriptor.n_radial, n_angular, n_sections, cutoffs and beta to those of the file"
         )
@@ -492,12 +494,12 @@ def _compare_with_coordinates(
 
 def _types(path: Path, group: h5py.Group) -> tuple[str, ...]:
     if "Types" not in group.attrs:
-        raise InputError(f"{path}: {GROUP} has no attribute Types, the elements: take an intact file")
+        raise DataError(f"{path}: {GROUP} has no attribute Types, the elements: take an intact file")
     types = [_text(value) for value in np.atleast_1d(group.attrs["Types"]).tolist()]
     try:
         return element_order(types, types, "Types")
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error}") from error
 
 
 def _symbols(path: Path, group: h5py.Group, types: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -507,21 +509,21 @@ def _symbols(path: Path, group: h5py.Group, types: tuple[str, ...]) -> list[tupl
     elif values.ndim == 1:
         symbols = [_from_list(path, _text(value)) for value in values.tolist()]
     else:
-        raise InputError(f"{path}: symbols has the shape {list(values.shape)}, expected [ndat, n]: take an intact file")
+        raise DataError(f"{path}: symbols has the shape {list(values.shape)}, expected [ndat, n]: take an intact file")
     expected = group.attrs.get("ndat", len(symbols))
     if not symbols or len(symbols) != expected:
-        raise InputError(
+        raise DataError(
             f"{path}: has symbols of {len(symbols)} structures, and ndat is {expected}: take an intact file"
         )
     for i, row in enumerate(symbols):
         unknown = [symbol for symbol in row if symbol not in types]
         if unknown:
-            raise InputError(
+            raise DataError(
                 f"{path}: structure {i + 1} contains {unknown[0]!r}, which is not among its Types {' '.join(types)}: "
                 "correct it or leave the structure out"
             )
         if not row:
-            raise InputError(f"{path}: structure {i + 1} has no atoms: leave it out")
+            raise DataError(f"{path}: structure {i + 1} has no atoms: leave it out")
     return symbols
 
 
@@ -529,7 +531,7 @@ def _from_list(path: Path, text: str) -> tuple[str, ...]:
     try:
         return tuple(map(str, ast.literal_eval(text)))
     except (ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: symbols has {text[:40]!r}, expected a list of elements: correct it") from error
+        raise DataError(f"{path}: symbols has {text[:40]!r}, expected a list of elements: correct it") from error
 
 
 def _labels(path: Path, group: h5py.Group, count: int) -> tuple[str, ...]:
@@ -552,14 +554,14 @@ def _text(value: object) -> str:
 
 def _dataset(path: Path, group: h5py.Group, name: str) -> h5py.Dataset:
     if not isinstance(group.get(name), h5py.Dataset):
-        raise InputError(f"{path}: {GROUP} has no data set {name}: take an intact file")
+        raise DataError(f"{path}: {GROUP} has no data set {name}: take an intact file")
     return group[name]
 
 
 def _features(path: Path, group: h5py.Group, n_atoms: int) -> h5py.Dataset:
     xx = _dataset(path, group, "xx")
     if xx.ndim != 2 or len(xx) != n_atoms or xx.dtype.kind != "f":
-        raise InputError(
+        raise DataError(
             f"{path}: xx has the shape {list(xx.shape)} and type {xx.dtype}, expected [{n_atoms}, D] of numbers: take "
             "an intact file"
         )
@@ -571,7 +573,7 @@ def _array(path: Path, group: h5py.Group, name: str, shape: tuple[int, ...], dty
     if values.shape == shape[:1] and shape[1:] == (1,):
         values = values[:, None]
     if values.shape != shape or values.dtype.kind not in "iuf" or (dtype is np.int64 and values.dtype.kind == "f"):
-        raise InputError(
+        raise DataError(
             f"{path}: {name} has the shape {list(values.shape)} and type {values.dtype}, expected {list(shape)} of "
             f"{'whole numbers' if dtype is np.int64 else 'numbers'}: take an intact file"
         )
@@ -584,7 +586,7 @@ def _ragged_rows(path: Path, group: h5py.Group, name: str, count: int) -> list[n
         return [np.asarray(row, dtype=np.float64).ravel() for row in values.ravel()]
     if len(values) == count and values.dtype.kind == "f":
         return list(values.reshape(count, -1))
-    raise InputError(f"{path}: {name} has the shape {list(values.shape)}, expected {count} rows: take an intact file")
+    raise DataError(f"{path}: {name} has the shape {list(values.shape)}, expected {count} rows: take an intact file")
 
 
 def _write_rows(

@@ -10,7 +10,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from scipy.optimize import lsq_linear
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 
 GUESSES = {
     "C": -1035.30436565,
@@ -71,7 +71,7 @@ def fit(
     counts = np.asarray(counts, dtype=np.float64)
     energies = np.asarray(energies, dtype=np.float64)
     if len(counts) == 0:
-        raise InputError("no structures to fit single-atom energies to: enlarge the training part")
+        raise DataError("no structures to fit single-atom energies to: enlarge the training part")
     # Structures with the same counts only enter through their mean: as many equations as formulas.
     rows, inverse, multiplicity = np.unique(counts, axis=0, return_inverse=True, return_counts=True)
     inverse = inverse.ravel()
@@ -144,15 +144,15 @@ def resolve(
     if setting == "none":
         return np.zeros(len(elements))
     if not isinstance(setting, Mapping):
-        raise InputError(f"single-atom energies are {setting!r}: expected fit, none or an energy for each element")
+        raise ConfigError(f"single-atom energies are {setting!r}: expected fit, none or an energy for each element")
     for element, value in setting.items():
         if element not in chemical_symbols[1:]:
-            raise InputError(f"single-atom energies name {element!r}, which is no element: correct it")
+            raise ConfigError(f"single-atom energies name {element!r}, which is no element: correct it")
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise InputError(f"the single-atom energy of {element} is {value!r}, not a number in eV: correct it")
+            raise ConfigError(f"the single-atom energy of {element} is {value!r}, not a number in eV: correct it")
     missing = [element for element in elements if element not in setting]
     if missing:
-        raise InputError(f"single-atom energies lack {', '.join(missing)}: add them or write fit")
+        raise ConfigError(f"single-atom energies lack {', '.join(missing)}: add them or write fit")
     return np.array([float(setting[element]) for element in elements])
 
 
@@ -188,15 +188,16 @@ def resolve_levels(
     InputError
         A list of another length, and as `resolve`.
     """
-    levels = energies[None] if energies.ndim == 1 else energies
-    several = list(settings) if isinstance(settings, Sequence) and not isinstance(settings, str) else None
-    if several is not None and len(several) != len(levels):
-        raise InputError(
-            f"{len(several)} settings of single-atom energies are given for {len(levels)} levels of theory: give one "
+    by_level = energies[None] if energies.ndim == 1 else energies
+    levels = len(by_level)
+    several = [settings] * levels if isinstance(settings, str | Mapping) else list(settings)
+    if len(several) != levels:
+        raise ConfigError(
+            f"{len(several)} settings of single-atom energies are given for {levels} levels of theory: give one "
             "for each, lowest first, or one for all"
         )
     found = [] if start is None else [start]
-    for setting, own in zip(several or [settings] * len(levels), levels, strict=True):
-        known = ~np.isnan(own)
-        found.append(resolve(setting, counts[known], own[known], elements, found[-1] if found else None))
-    return found[-1] if energies.ndim == 1 else np.stack(found[-len(levels) :])
+    for setting, at_level in zip(several, by_level, strict=True):
+        known = ~np.isnan(at_level)
+        found.append(resolve(setting, counts[known], at_level[known], elements, found[-1] if found else None))
+    return found[-1] if energies.ndim == 1 else np.stack(found[-levels:])

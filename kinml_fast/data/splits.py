@@ -1,4 +1,4 @@
-"""Which structures train, validate and test: by counts, fractions or a file; never overlapping.
+"""Dividing structures into parts: by counts, fractions or a file; never overlapping.
 
 A split file has one line per structure, words separated by white space:
 
@@ -22,32 +22,11 @@ import numpy as np
 
 from kinml_fast.data import pykinml_hdf5
 from kinml_fast.data.files import first_few, is_hdf5, replacing
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 
-PARTS = ("train", "validation", "test")
 _MASKS = {"train": 2, "validation": 2, "test": -1}
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Indices of structures, int64, each at most once. The order of `train` is that of an epoch without shuffling."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-    def __post_init__(self) -> None:
-        for part in PARTS:
-            object.__setattr__(self, part, np.ascontiguousarray(getattr(self, part), dtype=np.int64))
-        everything = self.used
-        if len(np.unique(everything)) < len(everything):
-            raise InputError("the parts of a split overlap: each structure may be in one part only, and once")
-
-    @property
-    def used(self) -> np.ndarray:
-        """All indices: training, validation, test."""
-        return np.concatenate([self.train, self.validation, self.test])
 
 
 @dataclass(frozen=True)
@@ -125,10 +104,10 @@ def make_split(
     rest = np.sort(indices[file.masks == 2])
     if _are_counts(amounts):
         if amounts[2] not in (0, len(test)):
-            raise InputError(
+            raise ConfigError(
                 f"{file.path}: has {len(test)} test structures, but the split asks for {amounts[2]}: write 0 there"
             )
-        wanted = (amounts[0], amounts[1], 0)
+        wanted: tuple[float, float, float] = (amounts[0], amounts[1], 0)
     else:
         share = amounts[0] + amounts[1]
         wanted = (amounts[0] / share, amounts[1] / share, 0.0) if share > 0 else (0.0, 0.0, 0.0)
@@ -156,7 +135,7 @@ def read_tvtmsk(path: str | os.PathLike) -> SplitFile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise InputError(f"{path}: cannot be read as a split file ({reason}): correct the path") from error
+        raise DataError(f"{path}: cannot be read as a split file ({reason}): correct the path") from error
     seen: dict[str, int] = {}
     masks: list[int] = []
     parts: list[str | None] = []
@@ -166,17 +145,17 @@ def read_tvtmsk(path: str | os.PathLike) -> SplitFile:
             continue
         _check_line(f"{path}:{number}", words)
         if words[0] in seen:
-            raise InputError(f"{path}:{number}: {words[0]} is already in line {seen[words[0]]}: keep one of the two")
+            raise DataError(f"{path}:{number}: {words[0]} is already in line {seen[words[0]]}: keep one of the two")
         seen[words[0]] = number
         masks.append(int(words[1]))
         parts.append(words[3] if len(words) == 4 else None)
         if (parts[-1] is None) != (parts[0] is None):
-            raise InputError(
+            raise DataError(
                 f"{path}:{number}: some lines say train, validation or test and some do not: write it in all or none"
             )
     if not seen:
-        raise InputError(f"{path}: names no structures: it needs lines like 'C5H5/17 2'")
-    return SplitFile(path, tuple(seen), np.array(masks), None if parts[0] is None else tuple(parts))
+        raise DataError(f"{path}: names no structures: it needs lines like 'C5H5/17 2'")
+    return SplitFile(path, tuple(seen), np.array(masks), tuple(filter(None, parts)) or None)
 
 
 def write_tvtmsk(path: str | os.PathLike, structures: Structures, split: Split) -> None:
@@ -227,9 +206,9 @@ def level_table(structures: Structures, split: Split, fidelities: Sequence[int],
     if len(rows) > 1:
         rows.append(("all of them", energies.all(axis=0), forces.all(axis=0)))
     cells = [["level", *PARTS, "with forces"]]
-    for name, own, own_forces in rows:
-        numbers = [int(own[getattr(split, part)].sum()) for part in PARTS]
-        cells.append([name, *map(str, numbers), str(int(own_forces[split.used].sum()))])
+    for name, with_energy, with_forces in rows:
+        numbers = [int(with_energy[getattr(split, part)].sum()) for part in PARTS]
+        cells.append([name, *map(str, numbers), str(int(with_forces[split.used].sum()))])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join([f"{line[0]:<{widths[0]}}"] + [f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True)])
@@ -238,16 +217,16 @@ def level_table(structures: Structures, split: Split, fidelities: Sequence[int],
 
 
 def _checked_amounts(amounts: Sequence[float]) -> tuple[float, float, float]:
-    amounts = tuple(amounts)
     if len(amounts) != 3 or any(not math.isfinite(a) or a < 0 for a in amounts):
-        raise InputError(f"the split is {list(amounts)}: give three numbers for training, validation and test")
-    if not _are_counts(amounts):
-        return amounts
+        raise ConfigError(f"the split is {list(amounts)}: give three numbers for training, validation and test")
+    train, validation, test = amounts
+    if not _are_counts((train, validation, test)):
+        return train, validation, test
     if any(a != int(a) for a in amounts):
-        raise InputError(
+        raise ConfigError(
             f"the split {list(amounts)} is neither three counts nor three fractions with a sum of at most 1: correct it"
         )
-    return tuple(int(a) for a in amounts)
+    return int(train), int(validation), int(test)
 
 
 def _are_counts(amounts: tuple[float, float, float]) -> bool:
@@ -259,13 +238,15 @@ def _totals(amounts: tuple[float, float, float], available: int, source: str) ->
     total = sum(amounts)
     if _are_counts(amounts):
         if total > available:
-            raise InputError(
+            raise ConfigError(
                 f"the split {list(amounts)} asks for {total} structures, but there are only {available} in {source}: "
                 "ask for fewer"
             )
-        return amounts
-    quotas = np.array([*amounts, max(0.0, 1 - total)]) * available
-    return tuple(_largest_remainder(quotas, available, np.arange(4)).tolist()[:3])
+        train, validation, test = map(int, amounts)
+    else:
+        quotas = np.array([*amounts, max(0.0, 1 - total)]) * available
+        train, validation, test, _ = _largest_remainder(quotas, available, np.arange(4)).tolist()
+    return train, validation, test
 
 
 def _stratified(
@@ -316,7 +297,7 @@ def _largest_remainder(quotas: np.ndarray, total: int, order: np.ndarray) -> np.
 def _without_empty(split: Split, source: str, test_wanted: bool) -> Split:
     for part in PARTS:
         if len(getattr(split, part)) == 0 and (part != "test" or test_wanted):
-            raise InputError(f"{source} leaves no {part} structures: enlarge its {part} part or take more data")
+            raise DataError(f"{source} leaves no {part} structures: enlarge its {part} part or take more data")
     return split
 
 
@@ -325,8 +306,9 @@ def _highest_energies(structures: Structures) -> np.ndarray:
     if structures.energies is None:
         return np.full(len(structures), np.nan)
     energies = np.full(len(structures), np.nan)
-    for own, known in zip(structures.energies.reshape(structures.levels, -1), structures.known_energies, strict=True):
-        energies[known] = own[known]
+    by_level = structures.energies.reshape(structures.levels, -1)
+    for at_level, known in zip(by_level, structures.known_energies, strict=True):
+        energies[known] = at_level[known]
     return energies
 
 
@@ -334,7 +316,7 @@ def _index_of_labels(structures: Structures) -> dict[str, int]:
     index = {label: i for i, label in enumerate(structures.labels)}
     if len(index) < len(structures):
         twice = next(label for i, label in enumerate(structures.labels) if index[label] != i)
-        raise InputError(f"two structures have the label {twice}: a split file needs different ones, rename a file")
+        raise DataError(f"two structures have the label {twice}: a split file needs different ones, rename a file")
     return index
 
 
@@ -342,7 +324,7 @@ def _indices(structures: Structures, file: SplitFile) -> np.ndarray:
     index = _index_of_labels(structures)
     unknown = [label for label in file.labels if label not in index]
     if unknown:
-        raise InputError(
+        raise DataError(
             f"{file.path}: names structures that are not in the data: {first_few(unknown)}: "
             "add their files or remove the lines"
         )
@@ -360,7 +342,7 @@ def _check_line(where: str, words: list[str]) -> None:
     if good and len(words) == 4:
         good = words[3] in PARTS and str(_MASKS[words[3]]) == words[1]
     if not good:
-        raise InputError(
+        raise DataError(
             f"{where}: '{' '.join(words)[:60]}' is not a line of a split file: expected a label, 2 or -1, and at most "
             "an energy and train, validation (with 2) or test (with -1)"
         )

@@ -15,18 +15,19 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from ase.data import chemical_symbols
 from ase.symbols import string2symbols
 
+from kinml_fast.data.fidelities import merge
 from kinml_fast.data.files import check_distinct, expand, first_few, is_sqlite, replacing
-from kinml_fast.data.levels import level_tuple, merge
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, concatenate, element_order, formula_in_order
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ CREATE TABLE energy (
 """
 
 
-class MissingIdsError(InputError):
+class MissingIdsError(DataError):
     """Structures are asked for by id that are not there."""
 
 
@@ -81,45 +82,27 @@ def formula_symbols(name: str, where: str) -> tuple[str, ...]:
     except (ValueError, KeyError):
         symbols = ()
     if not symbols or any(symbol not in chemical_symbols[1:] for symbol in symbols):
-        raise InputError(f"{where}: the file name must begin with a formula like C5H5 or CH3OH: rename the file")
+        raise DataError(f"{where}: the file name must begin with a formula like C5H5 or CH3OH: rename the file")
     return symbols
 
 
-def read(
-    files: str | os.PathLike | Sequence[str | os.PathLike],
-    fidelity: int | Sequence[int] = 1,
-    temperature: float | None = None,
-    names: Sequence[str] | None = None,
-    ids: Mapping[str, Collection[int]] | None = None,
-    elements: Sequence[str] | None = None,
-    every_level: bool = True,
-) -> Structures:
+def read(files: str | os.PathLike | Sequence[str | os.PathLike], selection: Selection = Selection()) -> Structures:
     """Structures of databases at one or several fidelities, in the order of the files and then of the ids.
 
     Parameters
     ----------
     files
         Paths, glob patterns or `shipped:NAME`, see `files.expand`.
-    fidelity
-        Which energies and forces. Of a list of several, the levels of the result in this order (lowest first), a
-        structure is taken if it has one of them. Files of one name in different folders may then have one level each:
-        their structures are matched by id.
-    temperature
-        Only geometries sampled at exactly this temperature (K); without it those above 0.
-    names
-        SQL LIKE patterns (`%` any text, `_` any character); a geometry is taken if its name fits any of them.
-    ids
-        For each database, by its file name without `.db`, the only ids to take. Databases not named are left out.
-    elements
-        Order of `species`; default: alphabetical.
-    every_level
-        Whether it is an error that a file has nothing at all of one of several fidelities, or is only logged.
+    selection
+        What to take. Of several fidelities a structure is taken if it has one. Files of one name in different folders
+        may then have one each: their structures are matched by id. Where incomplete structures are kept, it is only
+        logged that a file has nothing at all of one fidelity.
 
     Returns
     -------
     Structures
-        Labels are "C5H5/17"; the forces of a structure without any are NaN. With several fidelities energies and forces
-        have a leading dimension and are NaN where a structure lacks a level.
+        With the levels `selection.fidelities_read`. Labels are "C5H5/17"; the forces of a structure without any are
+        NaN. With several levels energies and forces have a leading dimension and are NaN where a structure lacks one.
 
     Raises
     ------
@@ -129,30 +112,29 @@ def read(
         numbers that `Structures` refuses; nothing selected.
     """
     paths = expand(files)
-    selection = _Selection(level_tuple(fidelity), temperature, None if names is None else tuple(names))
-    if len(selection.fidelities) == 1:
+    if len(selection.fidelities_read) == 1:
         check_distinct(paths, lambda path: path.stem)
     groups: dict[str, list[Path]] = {}
     for path in paths:
         groups.setdefault(path.stem, []).append(path)
-    _check_stems(list(groups), ids)
-    parts = []
+    _check_stems(list(groups), selection.ids)
+    parts: list[Structures] = []
     for stem, same_stem in groups.items():
-        if ids is not None and not ids.get(stem):
+        if selection.ids is not None and not selection.ids.get(stem):
             continue
-        wanted = None if ids is None else frozenset(ids[stem])
-        read = [_read_one(path, selection, wanted, elements) for path in same_stem]
-        _check_fidelities(same_stem, selection.fidelities, [there for _, there in read], every_level)
-        own = [part for part, _ in read if part is not None]
-        if wanted is not None:
-            _check_ids(same_stem, selection, wanted, own)
-        parts += own if len(own) < 2 else [_by_id(merge(concatenate(own, elements)))]
+        ids = None if selection.ids is None else frozenset(selection.ids[stem])
+        of_files, present = zip(*(_read_one(path, selection, ids) for path in same_stem), strict=True)
+        _check_fidelities(same_stem, selection, present)
+        found = [part for part in of_files if part is not None]
+        if ids is not None:
+            _check_ids(same_stem, selection, ids, found)
+        parts += found if len(found) < 2 else [_by_id(merge(concatenate(found, selection.elements)))]
     if not parts:
-        raise InputError(
+        raise DataError(
             f"{', '.join(map(str, paths[:3]))}{' …' if len(paths) > 3 else ''}: no structure fits the selection "
-            f"({selection}): widen it"
+            f"({_described(selection)}): widen it"
         )
-    return concatenate(parts, elements)
+    return concatenate(parts, selection.elements)
 
 
 def fidelities(path: Path) -> list[int]:
@@ -163,7 +145,7 @@ def fidelities(path: Path) -> list[int]:
 
 def write(
     path: str | os.PathLike,
-    levels: Mapping[int, Structures],
+    by_fidelity: Mapping[int, Structures],
     *,
     temperatures: float | Sequence[float] | np.ndarray,
     names: str | Sequence[str] = "",
@@ -179,7 +161,7 @@ def write(
     ----------
     path
         Its stem is the formula in atom order, which must fit every structure.
-    levels
+    by_fidelity
         For each fidelity the structures with their energies and, where known, forces; the geometries are the same in
         all of them. They get the ids 1, 2, … in their order.
     temperatures
@@ -201,20 +183,22 @@ def write(
     Raises
     ------
     InputError
-        The levels do not fit together or not the formula, or the file cannot be written (nothing is changed then).
+        The structures do not fit together or not the formula, or the file cannot be written (nothing is changed then).
     """
     path = Path(path)
-    if not levels:
-        raise InputError(f"{path}: no fidelity to write: give at least one")
-    geometries = levels[max(levels)]
-    count = len(geometries)
+    if not by_fidelity:
+        raise ConfigError(f"{path}: no fidelity to write: give at least one")
+    geometries = by_fidelity[max(by_fidelity)]
+    count, coordinates = len(geometries), geometries.coordinates
+    if coordinates is None:
+        raise DataError(f"{path}: the structures have no coordinates: take structures that have them")
     symbols = formula_symbols(path.stem, str(path))
-    _check_levels(path, levels, symbols)
-    calcs = {fidelity: calc if isinstance(calc, str) else calc[fidelity] for fidelity in levels}
-    temperatures = np.broadcast_to(np.asarray(temperatures, dtype=np.float64), (count,)).tolist()
+    energies = _energies_that_fit(path, by_fidelity, coordinates, symbols)
+    calcs = {fidelity: calc if isinstance(calc, str) else calc[fidelity] for fidelity in by_fidelity}
+    of_each = np.broadcast_to(np.asarray(temperatures, dtype=np.float64), (count,)).tolist()
     names = [names] * count if isinstance(names, str) else list(names)
     if len(names) != count:
-        raise InputError(f"{path}: {len(names)} names given for {count} structures: give one for each")
+        raise ConfigError(f"{path}: {len(names)} names given for {count} structures: give one for each")
     stamp = [] if created_at is None else [created_at]
     columns = ", created_at" if stamp else ""
     more = ",?" if stamp else ""
@@ -236,27 +220,27 @@ def write(
                 database.executescript(_SCHEMA)
                 database.execute("BEGIN")
                 database.execute(f"INSERT INTO meta (config{columns}) VALUES (?{more})", [path.stem, *stamp])
-                origin = geometry_calc or calcs[max(levels)]
+                origin = geometry_calc or calcs[max(by_fidelity)]
                 database.executemany(
                     f"INSERT INTO xyz (id, calc, calc_params, temp, name, geom{columns}) VALUES (?,?,?,?,?,?{more})",
                     [
-                        (i + 1, origin, plain[i], temperatures[i], names[i], geometry, *stamp)
-                        for i, geometry in enumerate(blobs(geometries.coordinates))
+                        (i + 1, origin, plain[i], of_each[i], names[i], geometry, *stamp)
+                        for i, geometry in enumerate(blobs(coordinates))
                     ],
                 )
-                for fidelity in sorted(levels, reverse=True):
-                    level = levels[fidelity]
+                for fidelity in sorted(by_fidelity, reverse=True):
+                    structures = by_fidelity[fidelity]
                     settings = parameters((calc_params or {}).get(fidelity, {}))
-                    forces = [None] * count
-                    if level.forces is not None:
-                        absent = np.isnan(level.forces).reshape(count, -1).all(axis=1)
-                        forces = [None if a else b for a, b in zip(absent, blobs(level.forces), strict=True)]
+                    forces: list[bytes | None] = [None] * count
+                    if structures.forces is not None:
+                        absent = np.isnan(structures.forces).reshape(count, -1).all(axis=1)
+                        forces = [None if a else b for a, b in zip(absent, blobs(structures.forces), strict=True)]
                     database.executemany(
                         "INSERT INTO energy (fidelity, sample_set_id, calc, calc_params, E, force, xyz_id"
                         f"{columns}) VALUES (?,?,?,?,?,?,?{more})",
                         [
                             (fidelity, sample_set, calcs[fidelity], settings[i], energy, forces[i], i + 1, *stamp)
-                            for i, energy in enumerate(level.energies.tolist())
+                            for i, energy in enumerate(energies[fidelity].tolist())
                         ],
                     )
                 database.execute("COMMIT")
@@ -273,133 +257,123 @@ def _check_stems(stems: Sequence[str], ids: Mapping[str, Collection[int]] | None
         )
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """What is read of a database."""
+def _described(selection: Selection) -> str:
+    fidelities, temperature = selection.fidelities_read, selection.temperature
+    parts = [f"fidelit{'y' if len(fidelities) == 1 else 'ies'} {', '.join(map(str, fidelities))}"]
+    parts.append("temperature above 0" if temperature is None else f"temperature {temperature:g} K")
+    if selection.names is not None:
+        parts.append(f"name like {' or '.join(selection.names)}")
+    return ", ".join(parts)
 
-    fidelities: tuple[int, ...]
-    temperature: float | None
-    names: tuple[str, ...] | None
 
-    def __str__(self) -> str:
-        levels = f"fidelit{'y' if len(self.fidelities) == 1 else 'ies'} {', '.join(map(str, self.fidelities))}"
-        parts = [levels, "temperature above 0" if self.temperature is None else f"temperature {self.temperature:g} K"]
-        if self.names is not None:
-            parts.append(f"name like {' or '.join(self.names)}")
-        return ", ".join(parts)
-
-    def of_geometries(self) -> tuple[str, list[object]]:
-        """A condition on rows of the table xyz, and its values."""
-        conditions, values = ["xyz.temp > 0" if self.temperature is None else "xyz.temp = ?"], []
-        values += [] if self.temperature is None else [self.temperature]
-        if self.names is not None:
-            conditions.append("(" + " OR ".join(["xyz.name LIKE ?"] * len(self.names) or ["0"]) + ")")
-            values += self.names
-        return " AND ".join(conditions), values
+def _of_geometries(selection: Selection) -> tuple[str, list[object]]:
+    """A condition on rows of the table xyz, and its values."""
+    conditions = ["xyz.temp > 0" if selection.temperature is None else "xyz.temp = ?"]
+    values: list[object] = [] if selection.temperature is None else [selection.temperature]
+    if selection.names is not None:
+        conditions.append("(" + " OR ".join(["xyz.name LIKE ?"] * len(selection.names) or ["0"]) + ")")
+        values += selection.names
+    return " AND ".join(conditions), values
 
 
 def _by_id(structures: Structures) -> Structures:
     return structures.select(np.argsort([int(label.rsplit("/", 1)[1]) for label in structures.labels], kind="stable"))
 
 
-def _check_ids(
-    paths: Sequence[Path], selection: _Selection, wanted: frozenset[int], parts: Sequence[Structures]
-) -> None:
+def _check_ids(paths: Sequence[Path], selection: Selection, ids: frozenset[int], parts: Sequence[Structures]) -> None:
     stem = paths[0].stem
     found = {label for part in parts for label in part.labels}
-    missing = [label for label in (f"{stem}/{i}" for i in sorted(wanted)) if label not in found]
+    missing = [label for label in (f"{stem}/{i}" for i in sorted(ids)) if label not in found]
     if missing:
         raise MissingIdsError(
-            f"{first_few(paths)}: has no structure {first_few(missing)} ({selection}): correct the ids or the selection"
+            f"{first_few(paths)}: has no structure {first_few(missing)} ({_described(selection)}): correct the ids or "
+            "the selection"
         )
 
 
-def _read_one(
-    path: Path, selection: _Selection, ids: frozenset[int] | None, elements: Sequence[str] | None
-) -> tuple[Structures | None, list[int]]:
+def _read_one(path: Path, selection: Selection, ids: frozenset[int] | None) -> tuple[Structures | None, list[int]]:
     """The structures that are selected, if any are, and fidelities of the file: at least those of the selection."""
+    wanted = selection.fidelities_read
     symbols = formula_symbols(path.stem, str(path))
-    order = element_order(symbols, elements, str(path))
-    geometries, energies, there = _query(path, symbols, selection)
+    order = element_order(symbols, selection.elements, str(path))
+    geometries, energies, present = _query(path, symbols, selection)
     if ids is not None:
         geometries = [row for row in geometries if row[0] in ids]
         energies = [row for row in energies if row[0] in ids]
     if not geometries:
-        return None, there
+        return None, present
     numbers, blobs = zip(*geometries, strict=True)
     stem = path.stem
     labels = tuple(f"{stem}/{number}" for number in numbers)
     where = {number: i for i, number in enumerate(numbers)}
 
-    def arrays(blobs: Sequence[object], rows: Sequence[int], what: str) -> np.ndarray:
+    def arrays(blobs: Sequence[Any], rows: Sequence[int], what: str) -> np.ndarray:
         return _float_arrays(blobs, symbols, lambda row: f"{path}: the {what} of {labels[rows[row]]}")
 
     coordinates = arrays(blobs, range(len(labels)), "geometry")
-    values = np.full((len(selection.fidelities), len(labels)), np.nan)
+    values = np.full((len(wanted), len(labels)), np.nan)
     forces = np.full((*values.shape, len(symbols), 3), np.nan)
-    for k, fidelity in enumerate(selection.fidelities):
-        own = [row for row in energies if row[1] == fidelity]
-        rows = [where[row[0]] for row in own]
-        _check_energies(path, fidelity, own)
-        values[k, rows] = [row[2] for row in own]
-        given = [row for row, (*_, force) in zip(rows, own, strict=True) if force is not None]
+    for k, fidelity in enumerate(wanted):
+        of_fidelity = [row for row in energies if row[1] == fidelity]
+        places = [where[row[0]] for row in of_fidelity]
+        _check_energies(path, fidelity, of_fidelity)
+        values[k, places] = [row[2] for row in of_fidelity]
+        given = [place for place, (*_, force) in zip(places, of_fidelity, strict=True) if force is not None]
         if not given:
             continue
-        found = arrays([force for *_, force in own if force is not None], given, "force")
+        found = arrays([force for *_, force in of_fidelity if force is not None], given, "force")
         absent = np.isnan(found).any(axis=(1, 2))
         if absent.any():
-            raise InputError(f"{path}: the force of {labels[given[int(np.argmax(absent))]]} has a NaN: correct it")
+            raise DataError(f"{path}: the force of {labels[given[int(np.argmax(absent))]]} has a NaN: correct it")
         forces[k, given] = found
-    if np.isnan(forces).all():
-        forces = None
-    if len(selection.fidelities) == 1:
-        values, forces = values[0], None if forces is None else forces[0]
+    of_levels = None if np.isnan(forces).all() else forces
+    if len(wanted) == 1:
+        values, of_levels = values[0], None if of_levels is None else of_levels[0]
     try:
-        return Structures.of_one_formula(symbols, coordinates, values, forces, labels, order), there
+        return Structures.of_one_formula(symbols, coordinates, values, of_levels, labels, order), present
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
+        raise DataError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
 
 
 def _check_energies(path: Path, fidelity: int, rows: Sequence[tuple]) -> None:
     counts = Counter(row[0] for row in rows)
     if len(counts) < len(rows):
         twice = [f"{path.stem}/{number}" for number, count in counts.items() if count > 1]
-        raise InputError(
-            f"{path}: {first_few(twice)} has more than one energy of fidelity {fidelity}: keep one of them"
-        )
+        raise DataError(f"{path}: {first_few(twice)} has more than one energy of fidelity {fidelity}: keep one of them")
     for number, _, energy, _ in rows:
         # NaN is NULL in a database.
         if type(energy) not in (float, int):
-            raise InputError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
+            raise DataError(f"{path}: the energy of {path.stem}/{number} is {energy!r}, not a number: correct it")
 
 
-def _query(path: Path, symbols: tuple[str, ...], selection: _Selection) -> tuple[list[tuple], list[tuple], list[int]]:
+def _query(path: Path, symbols: tuple[str, ...], selection: Selection) -> tuple[list[tuple], list[tuple], list[int]]:
     """Rows (id, geometry), rows (id, fidelity, E, force) of these ids, both in the order of the ids, and fidelities."""
-    condition, values = selection.of_geometries()
-    wanted = f"energy.fidelity IN ({', '.join('?' * len(selection.fidelities))})"
+    condition, values = _of_geometries(selection)
+    fidelities = selection.fidelities_read
+    wanted = f"energy.fidelity IN ({', '.join('?' * len(fidelities))})"
     with _opened(path) as database:
         _check_tables(path, database, symbols)
         energies = database.execute(
             "SELECT xyz.id, energy.fidelity, energy.E, energy.force FROM energy JOIN xyz ON xyz.id = energy.xyz_id "
             f"WHERE {wanted} AND {condition} ORDER BY xyz.id",
-            [*selection.fidelities, *values],
+            [*fidelities, *values],
         ).fetchall()
         geometries = database.execute(
             f"SELECT xyz.id, xyz.geom FROM xyz WHERE {condition} AND xyz.id IN "
             f"(SELECT xyz_id FROM energy WHERE {wanted}) ORDER BY xyz.id",
-            [*values, *selection.fidelities],
+            [*values, *fidelities],
         ).fetchall()
-        there = {row[1] for row in energies}
-        if len(there) < len(selection.fidelities):
-            there = _fidelities(database)  # more of them need not be looked for
-    return geometries, energies, sorted(there)
+        present = {row[1] for row in energies}
+        if len(present) < len(fidelities):  # more of them need not be looked for
+            present = set(_fidelities(database))
+    return geometries, energies, sorted(present)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     """A database for reading, one state of it for all queries; whatever SQLite stumbles over becomes an InputError."""
     if not is_sqlite(path):
-        raise InputError(f"{path}: is not an SQLite database: give one, or name an XYZ file .xyz")
+        raise DataError(f"{path}: is not an SQLite database: give one, or name an XYZ file .xyz")
     try:
         # mode=ro: never create a file or a journal beside somebody's data.
         address = f"file:{quote(str(path.absolute()))}?mode=ro"
@@ -407,29 +381,27 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
             database.execute("BEGIN")
             yield database
     except sqlite3.Error as error:
-        raise InputError(f"{path}: cannot be read as an SQLite database ({error}): get a sound copy") from error
+        raise DataError(f"{path}: cannot be read as an SQLite database ({error}): get a sound copy") from error
 
 
 def _fidelities(database: sqlite3.Connection) -> list[int]:
     return sorted(row[0] for row in database.execute("SELECT DISTINCT fidelity FROM energy"))
 
 
-def _check_fidelities(
-    paths: Sequence[Path], wanted: Sequence[int], there: Sequence[Sequence[int]], every_level: bool
-) -> None:
+def _check_fidelities(paths: Sequence[Path], selection: Selection, of_files: Sequence[Sequence[int]]) -> None:
     """Files of one name must have the fidelities that are wanted between them."""
-    for path, own in zip(paths, there, strict=True):
-        if not own:
-            raise InputError(f"{path}: contains no energies: take a file with data")
-    present = sorted({fidelity for own in there for fidelity in own})
+    for path, of_file in zip(paths, of_files, strict=True):
+        if not of_file:
+            raise DataError(f"{path}: contains no energies: take a file with data")
+    wanted, present = selection.fidelities_read, sorted({fidelity for of_file in of_files for fidelity in of_file})
     lacking = " and ".join(str(fidelity) for fidelity in wanted if fidelity not in present)
     if not lacking:
         return
     where, has = first_few(paths), " ".join(map(str, present))
     if not set(wanted) & set(present):
-        raise InputError(f"{where}: has no energies of fidelity {lacking}, only of {has}: ask for one of these")
-    if every_level:
-        raise InputError(
+        raise DataError(f"{where}: has no energies of fidelity {lacking}, only of {has}: ask for one of these")
+    if selection.if_incomplete != "keep":
+        raise DataError(
             f"{where}: has no energies of fidelity {lacking}, only of {has}: leave the file or the fidelity out"
         )
     log.warning("%s: has no energies of fidelity %s, only of %s", where, lacking, has)
@@ -440,9 +412,9 @@ def _check_tables(path: Path, database: sqlite3.Connection, symbols: tuple[str, 
         columns = {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
         missing = [column for column in needed if column not in columns]
         if not columns:
-            raise InputError(f"{path}: has no table {table}: a database with the tables xyz and energy is needed")
+            raise DataError(f"{path}: has no table {table}: a database with the tables xyz and energy is needed")
         if missing:
-            raise InputError(f"{path}: table {table} has no column {', '.join(missing)}: take a complete database")
+            raise DataError(f"{path}: table {table} has no column {', '.join(missing)}: take a complete database")
     if not database.execute("PRAGMA table_info(meta)").fetchall():
         return
     # The file may have been renamed: its own record of the formula has to fit the name, atom order included.
@@ -452,13 +424,13 @@ def _check_tables(path: Path, database: sqlite3.Connection, symbols: tuple[str, 
         except InputError:
             continue
         if recorded != symbols:
-            raise InputError(
+            raise DataError(
                 f"{path}: the file name stands for {formula_in_order(symbols)}, but its table meta says {config}: "
                 "give the file its right name"
             )
 
 
-def _float_arrays(blobs: Sequence[object], symbols: Sequence[str], where: Callable[[int], str]) -> np.ndarray:
+def _float_arrays(blobs: Sequence[Any], symbols: Sequence[str], where: Callable[[int], str]) -> np.ndarray:
     # numpy.load costs 50 µs a blob. The headers of one database are nearly all the same, so each different one is
     # parsed once and the numbers behind it are taken in one piece. `where(row)` names a blob in messages.
     shape = (len(symbols), 3)
@@ -468,25 +440,25 @@ def _float_arrays(blobs: Sequence[object], symbols: Sequence[str], where: Callab
         if header is None or not isinstance(blob, bytes) or not blob.startswith(header):
             header = _npy_header(blob) if isinstance(blob, bytes) else None
             if header is None:
-                raise InputError(f"{where(row)} is not a numpy array: write it with numpy.save")
+                raise DataError(f"{where(row)} is not a numpy array: write it with numpy.save")
         groups.setdefault(header, []).append(row)
     result = np.empty((len(blobs), *shape))
     for header, rows in groups.items():
         found, fortran_order, dtype = _parse_npy_header(header)
         if dtype is None or dtype.kind != "f":
-            raise InputError(
+            raise DataError(
                 f"{where(rows[0])} is not a plain float array but {'unreadable' if dtype is None else dtype}: "
                 "write it with numpy.save as float64"
             )
         if found != shape:
-            raise InputError(
+            raise DataError(
                 f"{where(rows[0])} has the shape {list(found)}, but the file name's {formula_in_order(symbols)} needs "
                 f"{list(shape)}: correct the file name or the row"
             )
         length = len(header) + dtype.itemsize * shape[0] * shape[1]
         for row in rows:
             if len(blobs[row]) != length:
-                raise InputError(f"{where(row)} is cut short or too long: replace it")
+                raise DataError(f"{where(row)} is cut short or too long: replace it")
         numbers = np.frombuffer(b"".join(blobs[row][len(header) :] for row in rows), dtype=dtype)
         if fortran_order:
             result[rows] = numbers.reshape(len(rows), *shape[::-1]).transpose(0, 2, 1)
@@ -516,26 +488,33 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype | 
         return (), False, None
 
 
-def _check_levels(path: Path, levels: Mapping[int, Structures], symbols: tuple[str, ...]) -> None:
-    reference = levels[max(levels)]
-    for fidelity, level in levels.items():
-        if level.energies is None:
-            raise InputError(f"{path}: fidelity {fidelity} has no energies: a database needs one for each structure")
-        if level.levels > 1:
-            raise InputError(
-                f"{path}: the structures of fidelity {fidelity} have {level.levels} levels: give one, Structures.level"
+def _energies_that_fit(
+    path: Path, by_fidelity: Mapping[int, Structures], coordinates: np.ndarray, symbols: tuple[str, ...]
+) -> dict[int, np.ndarray]:
+    """The energies of each fidelity, once it is clear that all are of the same structures of one formula."""
+    found = {}
+    for fidelity, structures in by_fidelity.items():
+        if structures.energies is None:
+            raise DataError(f"{path}: fidelity {fidelity} has no energies: a database needs one for each structure")
+        if structures.levels > 1:
+            raise DataError(
+                f"{path}: the structures of fidelity {fidelity} have {structures.levels} levels: give one, "
+                "Structures.level"
             )
-        if len(level) != len(reference) or not np.array_equal(level.coordinates, reference.coordinates):
-            raise InputError(
-                f"{path}: fidelities {fidelity} and {max(levels)} have different geometries: give the same ones"
+        if structures.coordinates is None or not np.array_equal(structures.coordinates, coordinates):
+            raise DataError(
+                f"{path}: fidelities {fidelity} and {max(by_fidelity)} have different geometries: give the same ones"
             )
-        expected = [level.elements.index(symbol) if symbol in level.elements else -1 for symbol in symbols]
-        for i in range(len(level)):
-            if not np.array_equal(level.species[level.offsets[i] : level.offsets[i + 1]], expected):
-                raise InputError(
-                    f"{path}: {level.labels[i]} has the atoms {formula_in_order(level.symbols(i))}, which is not "
-                    "the formula of the file name: write one file per formula and atom order"
+        elements = structures.elements
+        expected = [elements.index(symbol) if symbol in elements else -1 for symbol in symbols]
+        for i in range(len(structures)):
+            if not np.array_equal(structures.species[structures.offsets[i] : structures.offsets[i + 1]], expected):
+                raise DataError(
+                    f"{path}: {structures.labels[i]} has the atoms {formula_in_order(structures.symbols(i))}, which is "
+                    "not the formula of the file name: write one file per formula and atom order"
                 )
+        found[fidelity] = structures.energies
+    return found
 
 
 def _npy(array: np.ndarray) -> bytes:

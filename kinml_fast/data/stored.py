@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kinml_fast import ops
 from kinml_fast.data.structures import Structures
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, DeviceError
 from kinml_fast.nn import AEVParameters
 
 log = logging.getLogger(__name__)
@@ -82,16 +82,16 @@ def compute(
         The Jacobians do not fit into memory; aevmod is not installed or does not have this form of descriptor.
     """
     if structures.coordinates is None:
-        raise InputError("the structures have no coordinates, so that descriptors cannot be computed: take other files")
+        raise DataError("the structures have no coordinates, so that descriptors cannot be computed: take other files")
     if structures.elements != parameters.elements:
-        raise InputError(
+        raise DataError(
             f"the structures count elements as {' '.join(structures.elements)} and the descriptor as "
             f"{' '.join(parameters.elements)}: give both the same order"
         )
     if backend not in BACKENDS:
-        raise InputError(f"there is no backend {backend} for descriptors: take {' or '.join(BACKENDS)}")
+        raise ConfigError(f"there is no backend {backend} for descriptors: take {' or '.join(BACKENDS)}")
     if backend == "aevmod":
-        return _from_aevmod(structures, parameters, dtype, jacobian)
+        return _from_aevmod(structures, structures.coordinates, parameters, dtype, jacobian)
     system = ops.System(
         torch.from_numpy(structures.coordinates).to(device, dtype),
         torch.from_numpy(structures.species).to(device),
@@ -142,8 +142,8 @@ def available_memory() -> int | None:
             cache = "total_inactive_file"
         else:
             continue
-        own = Path(root) / name.lstrip("/")
-        for folder in (own, *own.parents):
+        group = Path(root) / name.lstrip("/")
+        for folder in (group, *group.parents):
             most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
             if most.isdecimal() and used.isdecimal():
                 # Cached files count as used, and go when memory is needed.
@@ -168,7 +168,7 @@ def _check_memory(structures: Structures, length: int, dtype: torch.dtype) -> No
     )
     if available is not None and needed > _MEMORY_KEPT * available:
         narrower = " or training.dtype: float32" if dtype == torch.float64 else ""
-        raise InputError(
+        raise DeviceError(
             f"{what} need {needed / 1e9:.2f} GB and {available / 1e9:.2f} GB of memory are available: "
             f"take training.jacobian: recompute, which stores none{narrower}, or fewer structures"
         )
@@ -176,19 +176,19 @@ def _check_memory(structures: Structures, length: int, dtype: torch.dtype) -> No
 
 
 def _from_aevmod(
-    structures: Structures, parameters: AEVParameters, dtype: torch.dtype, jacobian: bool
+    structures: Structures, coordinates: np.ndarray, parameters: AEVParameters, dtype: torch.dtype, jacobian: bool
 ) -> StoredDescriptors:
     try:
         import aevmod
     except ImportError as error:
-        raise InputError(
+        raise ConfigError(
             f"descriptor.backend: aevmod needs the package aevmod, which cannot be imported ({error}): "
             "pip install aevmod, or take descriptor.backend: native"
         ) from error
     settings = (len(parameters.radial_shifts), len(parameters.angular_shifts), len(parameters.sections))
     cutoffs = [parameters.radial_cutoff, parameters.angular_cutoff]
     if AEVParameters.aevmod(parameters.elements, *settings, cutoffs, parameters.beta) != parameters:
-        raise InputError(
+        raise ConfigError(
             "aevmod does not have this form of descriptor: take evenly spread shifts (AEVParameters.aevmod), or "
             "descriptor.backend: native"
         )
@@ -207,11 +207,11 @@ def _from_aevmod(
     for chunk in chunks:
         config = aevmod.config(list(structures.symbols(chunk[0])))
         rows = [slice(structures.offsets[i], structures.offsets[i + 1]) for i in chunk]
-        config.add_structures(np.stack([structures.coordinates[row].ravel() for row in rows]))
+        config.add_structures(np.stack([coordinates[row].ravel() for row in rows]))
         computer.build_index_sets(config)
         for row, vectors in zip(rows, computer.eval(config), strict=True):
             stored.features[row] = torch.tensor(np.array(vectors), dtype=dtype)
-        if jacobian:
+        if stored.jacobian is not None:
             for row, slopes in zip(rows, derivative(config), strict=True):
                 stored.jacobian[row, :, : 3 * (row.stop - row.start)] = torch.tensor(np.array(slopes), dtype=dtype)
         done += len(chunk)

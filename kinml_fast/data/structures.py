@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from ase.data import chemical_symbols
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 
 CLOSEST_ALLOWED = 0.1
 """Two atoms nearer to each other than this (Å) are a mistake in the data, not chemistry."""
@@ -58,7 +58,7 @@ class Structures:
     def __post_init__(self) -> None:
         self._conform()
         if self.coordinates is not None:
-            self._check_distances()
+            self._check_distances(self.coordinates)
 
     def _conform(self) -> None:
         def array(name: str, dtype: type) -> None:
@@ -106,14 +106,14 @@ class Structures:
         """
         coordinates = np.asarray(coordinates, dtype=np.float64)
         if coordinates.ndim != 3 or coordinates.shape[1:] != (len(symbols), 3):
-            raise InputError(f"coordinates of shape {coordinates.shape} given, expected [n, {len(symbols)}, 3]")
+            raise DataError(f"coordinates of shape {coordinates.shape} given, expected [n, {len(symbols)}, 3]")
         count, n_atoms = coordinates.shape[:2]
         elements = element_order(symbols, elements, "these structures")
         species = np.array([elements.index(symbol) for symbol in symbols], dtype=np.int64)
         if forces is not None:
             forces = np.asarray(forces, dtype=np.float64)
             if forces.ndim not in (3, 4) or forces.shape[-3:] != coordinates.shape:
-                raise InputError(f"forces of shape {forces.shape} given for coordinates of {coordinates.shape}")
+                raise DataError(f"forces of shape {forces.shape} given for coordinates of {coordinates.shape}")
             forces = forces.reshape(*forces.shape[:-3], -1, 3)
         if labels is None:
             stem = formula_in_order(symbols)
@@ -202,6 +202,7 @@ class Structures:
         forces = None
         if self.forces is not None and self.known_forces[level].any():
             forces = self.forces[level]
+        assert self.energies is not None
         known = self.known_energies[level]
         if known.all():
             return self.changed(energies=self.energies[level], forces=forces)
@@ -224,7 +225,7 @@ class Structures:
         if species.size and species.min() < 0:
             atom = int(np.argmax(species < 0))
             label = self.labels[np.searchsorted(self.offsets, atom, side="right") - 1]
-            raise InputError(
+            raise DataError(
                 f"{label} contains {self.elements[self.species[atom]]}, which is not among the elements "
                 f"{' '.join(elements)}: add it to the list or leave the structure out"
             )
@@ -252,26 +253,26 @@ class Structures:
                 n_levels[name] = len(value)
                 shape = (max(2, len(value)), *shape)
             if value.shape != shape:
-                raise InputError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+                raise DataError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
             if name in ("energies", "forces") and not of_levels:
                 n_levels[name] = 1
         if len(set(n_levels.values())) > 1:
-            raise InputError(
+            raise DataError(
                 f"there are energies of {n_levels['energies']} levels of theory and forces of {n_levels['forces']}: "
                 "give both of the same levels"
             )
         if self.offsets[0] != 0 or self.offsets[-1] != n_atoms or np.any(self.sizes < 0):
-            raise InputError(f"offsets must rise from 0 to the number of atoms, {n_atoms}")
+            raise DataError(f"offsets must rise from 0 to the number of atoms, {n_atoms}")
         if n_structures and self.sizes.min() == 0:
-            raise InputError(f"{self.labels[int(np.argmin(self.sizes))]} has no atoms: leave it out")
+            raise DataError(f"{self.labels[int(np.argmin(self.sizes))]} has no atoms: leave it out")
         if n_atoms and (self.species.min() < 0 or self.species.max() >= len(self.elements)):
-            raise InputError(f"species must lie between 0 and {len(self.elements) - 1}, the indices of `elements`")
+            raise DataError(f"species must lie between 0 and {len(self.elements) - 1}, the indices of `elements`")
 
     def _check_numbers(self) -> None:
         if self.coordinates is not None:
             self._require_finite(np.isfinite(self.coordinates).all(axis=1), "coordinate")
         if self.energies is not None:
-            self._check_energies()
+            self._check_energies(self.energies.reshape(-1, len(self)) if len(self) else np.empty((1, 0)))
         if self.forces is None or not len(self):
             return
         levels = self.levels
@@ -284,25 +285,25 @@ class Structures:
             self._require_finite(finite | np.repeat(absent, self.sizes), what)
             if np.any(~absent & ~has_energy[k]):
                 bad = int(np.argmax(~absent & ~has_energy[k]))
-                raise InputError(
+                raise DataError(
                     f"{self.labels[bad]} has forces but no energy at level {k} (counted from 0): give both or neither"
                 )
 
-    def _check_energies(self) -> None:
-        levels = self.energies.reshape(-1, len(self)) if len(self) else np.empty((1, 0))
-        several = len(levels) > 1
-        bad = np.isinf(levels) if several else ~np.isfinite(levels)
+    def _check_energies(self, energies: np.ndarray) -> None:
+        """Check energies [K, n_structures]."""
+        several = len(energies) > 1
+        bad = np.isinf(energies) if several else ~np.isfinite(energies)
         if bad.any():
             level, structure = (int(i) for i in np.argwhere(bad)[0])
             where = f" at level {level} (counted from 0)" if several else ""
-            raise InputError(
-                f"{self.labels[structure]} has the energy {levels[level, structure]}{where}: correct it or leave the "
+            raise DataError(
+                f"{self.labels[structure]} has the energy {energies[level, structure]}{where}: correct it or leave the "
                 "structure out"
             )
-        if several and np.isnan(levels).all(axis=0).any():
-            structure = int(np.argmax(np.isnan(levels).all(axis=0)))
-            raise InputError(
-                f"{self.labels[structure]} has no energy at any of the {len(levels)} levels: leave the structure out"
+        if several and np.isnan(energies).all(axis=0).any():
+            structure = int(np.argmax(np.isnan(energies).all(axis=0)))
+            raise DataError(
+                f"{self.labels[structure]} has no energy at any of the {len(energies)} levels: leave the structure out"
             )
 
     def _require_finite(self, good: np.ndarray, what: str) -> None:
@@ -310,15 +311,15 @@ class Structures:
             return
         atom = int(np.argmin(good))
         structure = int(np.searchsorted(self.offsets, atom, side="right")) - 1
-        raise InputError(
+        raise DataError(
             f"{self.labels[structure]} has a NaN or infinite {what} at atom {atom - self.offsets[structure] + 1}: "
             "correct it or leave the structure out"
         )
 
-    def _check_distances(self) -> None:
+    def _check_distances(self, coordinates: np.ndarray) -> None:
         # A sweep: in the order of a projection onto one direction, close atoms are close in the order too. The
         # direction is a general one, so that planar and symmetric molecules do not pile up on one value.
-        projection = self.coordinates @ np.array([0.4743, 0.6021, 0.6423])
+        projection = coordinates @ np.array([0.4743, 0.6021, 0.6423])
         owners = self.owners
         order = np.lexsort((projection, owners))
         projection, owners = projection[order], owners[order]
@@ -331,12 +332,12 @@ class Structures:
             if first.size == 0:
                 return
             a, b = order[first], order[first + step]
-            squared = np.square(self.coordinates[a] - self.coordinates[b]).sum(axis=1)
+            squared = np.square(coordinates[a] - coordinates[b]).sum(axis=1)
             if squared.min() < CLOSEST_ALLOWED**2:
                 pair = int(np.argmin(squared))
                 structure = int(owners[first[pair]])
                 atoms = sorted(int(i[pair] - self.offsets[structure] + 1) for i in (a, b))
-                raise InputError(
+                raise DataError(
                     f"{self.labels[structure]} has atoms {atoms[0]} and {atoms[1]} only {squared[pair] ** 0.5:.3g} Å "
                     f"apart (less than {CLOSEST_ALLOWED} Å): correct it or leave the structure out"
                 )
@@ -353,18 +354,18 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
         Element order of the result; default: all that occur in `parts`, alphabetically.
     """
     if not parts:
-        raise InputError("no structures to join")
+        raise DataError("no structures to join")
     present = [part.elements[s] for part in parts for s in np.unique(part.species)]
     order = element_order(present, elements, "the structures") if present else tuple(elements or parts[0].elements)
     parts = [part.with_elements(order) for part in parts]
     if len(parts) == 1:
         return parts[0]
     if len({part.energies is None for part in parts}) > 1:
-        raise InputError("structures with and without energies cannot be joined: take them from separate files")
+        raise DataError("structures with and without energies cannot be joined: take them from separate files")
     if len({part.coordinates is None for part in parts}) > 1:
-        raise InputError("structures with and without coordinates cannot be joined: take them from separate files")
+        raise DataError("structures with and without coordinates cannot be joined: take them from separate files")
     if len({part.levels for part in parts}) > 1:
-        raise InputError(
+        raise DataError(
             f"structures of {' and '.join(map(str, sorted({part.levels for part in parts})))} levels of theory cannot "
             "be joined: give all the same levels"
         )
@@ -389,8 +390,8 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
 def atoms_of(offsets: np.ndarray, structures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The atoms of some structures one after another, int64 [n_atoms], and offsets of their own, int64 [n + 1]."""
     sizes = np.diff(offsets)[structures]
-    own = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return np.arange(own[-1]) + np.repeat(offsets[structures] - own[:-1], sizes), own
+    chosen = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return np.arange(chosen[-1]) + np.repeat(offsets[structures] - chosen[:-1], sizes), chosen
 
 
 def element_order(symbols: Iterable[str], elements: Sequence[str] | None, where: str) -> tuple[str, ...]:
@@ -405,7 +406,7 @@ def element_order(symbols: Iterable[str], elements: Sequence[str] | None, where:
     order = _checked_elements(present if elements is None else elements)
     missing = [symbol for symbol in present if symbol not in order]
     if missing:
-        raise InputError(
+        raise DataError(
             f"{where}: contains {' '.join(missing)}, not among the elements {' '.join(order)}: "
             "add to the list of elements or leave the file out"
         )
@@ -427,9 +428,9 @@ def _checked_elements(elements: Sequence[str]) -> tuple[str, ...]:
     elements = tuple(elements)
     unknown = [element for element in elements if element not in _SYMBOLS]
     if unknown:
-        raise InputError(f"{', '.join(map(repr, unknown))}: no such chemical element, expected symbols like C, H, Cl")
+        raise DataError(f"{', '.join(map(repr, unknown))}: no such chemical element, expected symbols like C, H, Cl")
     if len(set(elements)) < len(elements):
-        raise InputError(f"the list of elements {' '.join(elements)} names one twice: name each once")
+        raise DataError(f"the list of elements {' '.join(elements)} names one twice: name each once")
     return elements
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kinml_fast.data.files import first_few
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 
 
 def resolve(weights: str | os.PathLike | Mapping[str, float], labels: Sequence[str]) -> np.ndarray:
@@ -47,7 +47,7 @@ def resolve(weights: str | os.PathLike | Mapping[str, float], labels: Sequence[s
     unknown = []
     for entry, weight in entries:
         if not (math.isfinite(weight) and weight >= 0):
-            raise InputError(f"{source}: {entry} has the weight {weight}: give a number that is not negative")
+            raise DataError(f"{source}: {entry} has the weight {weight}: give a number that is not negative")
         if entry in places:
             found[places[entry]] = weight
             continue
@@ -56,7 +56,7 @@ def resolve(weights: str | os.PathLike | Mapping[str, float], labels: Sequence[s
         if not len(members):
             unknown.append(entry)
     if unknown:
-        raise InputError(
+        raise DataError(
             f"{source}: no structure of the data is called {first_few(unknown)} (the first is {labels[0]}): "
             "correct the label or pattern, or leave it out"
         )
@@ -83,7 +83,7 @@ def _read(path: Path) -> list[tuple[str, float]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise InputError(f"{path}: cannot be read as a file of weights ({reason}): correct the path") from error
+        raise DataError(f"{path}: cannot be read as a file of weights ({reason}): correct the path") from error
     entries = []
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
@@ -93,7 +93,7 @@ def _read(path: Path) -> list[tuple[str, float]]:
             label, weight = words
             entries.append((label, float(weight)))
         except ValueError:
-            raise InputError(
+            raise DataError(
                 f"{path}:{number}: expected a label and a weight like 'C5H5/17 2.5', found {line.strip()!r}"
             ) from None
     return entries

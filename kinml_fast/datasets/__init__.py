@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -28,5 +28,5 @@ def path(name: str) -> Path:
         There is no such file; the message lists those that there are.
     """
     if name not in names():
-        raise InputError(f"kinml_fast ships no file {name}: use one of {', '.join(names())}")
+        raise DataError(f"kinml_fast ships no file {name}: use one of {', '.join(names())}")
     return _FOLDER / name

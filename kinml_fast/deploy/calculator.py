@@ -13,16 +13,15 @@ from ase.outputs import Properties, all_outputs
 from scipy.spatial import cKDTree
 
 from kinml_fast.data.structures import CLOSEST_ALLOWED
-from kinml_fast.deploy import base as base_calculators
-from kinml_fast.deploy import members, model_file
-from kinml_fast.errors import InputError
+from kinml_fast.deploy import low_level, members, model_file
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.nn import EnergyModel, Ensemble
 
 _FEW_ATOMS = 50
 """Molecules of fewer atoms are computed on one thread: starting a second one takes longer than what it would save."""
 
 
-class CalculatorInputError(InputError, CalculatorSetupError):
+class CalculatorInputError(DataError, CalculatorSetupError):
     """Atoms or arguments that `KinMLCalculator` cannot use: one sentence. Programs for ASE catch it as ASE's error."""
 
 
@@ -35,7 +34,7 @@ class KinMLCalculator(Calculator):
         A trained model or ensemble; a model file or a run folder; or a list of these, which becomes an ensemble.
     base
         The calculator of the low level for a delta model, whose energies and forces are added: any ASE calculator, or
-        what `base.make` takes, such as "tblite:GFN1-xTB".
+        what `low_level.make` takes, such as "tblite:GFN1-xTB".
     threads
         CPU threads of a calculation; None: one for molecules of fewer than 50 atoms, else PyTorch's number. The results
         do not depend on it.
@@ -61,11 +60,11 @@ class KinMLCalculator(Calculator):
         A model that cannot be read; models that do not fit together; a delta model without a base, or another with one.
     CalculatorInputError
         When calculating: periodic atoms, an element that the model does not know, positions that are NaN or infinite,
-        two atoms closer than 0.1 Å, or an energy that is NaN or infinite. It is both an `InputError` and ASE's
+        two atoms closer than 0.1 Å, or an energy that is NaN or infinite. It is both a `DataError` and ASE's
         `CalculatorSetupError`.
     """
 
-    implemented_properties = ("energy", "free_energy", "forces")
+    implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012 (as ASE declares it)
 
     def __init__(
         self,
@@ -77,9 +76,9 @@ class KinMLCalculator(Calculator):
     ) -> None:
         super().__init__()
         if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}: give a number of at least 1")
+            raise ConfigError(f"threads is {threads}: give a number of at least 1")
         self.model = model_file.resolve(model, device)
-        self.base = base_calculators.checked(self.model, base)
+        self.base = low_level.checked(self.model, base, KinMLCalculator)
         self.threads = threads
         self.n_members = members.count(self.model)
         properties = list(type(self).implemented_properties)
@@ -127,7 +126,7 @@ class KinMLCalculator(Calculator):
         if self.base is not None:
             energies = energies + self.base.get_property("energy", self.atoms)
             forces = forces + self.base.get_property("forces", self.atoms)
-        results = {}
+        results: dict[str, float | np.ndarray] = {}
         if self.n_members > 1:
             results["all_energies"], results["all_forces"] = energies[:, -1], forces[:, -1]
             results["energy_std"] = float(members.deviation(energies[:, -1]))

@@ -7,17 +7,19 @@ import io
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from kinml_fast import report
 from kinml_fast.data import sources
 from kinml_fast.data.files import expand, replacing
+from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, atoms_of
 from kinml_fast.deploy import members, model_file
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel, Ensemble
 from kinml_fast.units import KCAL_PER_MOL
@@ -92,6 +94,24 @@ class Part:
     file: str
     fidelity: int | None = None
 
+    @property
+    def reference(self) -> np.ndarray:
+        """Energies of the structures, float64 [n_structures], eV."""
+        assert self.structures.energies is not None
+        return self.structures.energies
+
+    @property
+    def energy_residuals(self) -> np.ndarray:
+        """Predicted minus reference energies, float64 [n_structures], eV."""
+        return self.predictions.energies - self.reference
+
+    @property
+    def force_residuals(self) -> np.ndarray | None:
+        """Predicted minus reference forces, [n_atoms, 3] in eV/Å, NaN for structures without forces."""
+        if self.structures.forces is None or self.predictions.forces is None:
+            return None
+        return self.predictions.forces - self.structures.forces
+
 
 def evaluate(
     model: EnergyModel | Ensemble, structures: Structures, batch_size: int = BATCH_SIZE, forces: bool | None = None
@@ -116,14 +136,14 @@ def evaluate(
     """
     structures = structures.with_elements(model.elements)
     if structures.coordinates is None:
-        raise InputError(f"{structures.labels[0]} has no coordinates, only stored descriptors: take files with both")
+        raise DataError(f"{structures.labels[0]} has no coordinates, only stored descriptors: take files with both")
     with_forces = structures.forces is not None if forces is None else forces
     device = model.sae.device
     species = torch.from_numpy(structures.species).to(device)
     coordinates = torch.from_numpy(structures.coordinates).to(device, model.dtype)
-    several = members.count(model), model.levels
-    energies: list[np.ndarray] = [np.empty((*several, 0))]
-    computed: list[np.ndarray] = [np.empty((*several, 0, 3))]
+    leading = members.count(model), model.levels
+    energies: list[np.ndarray] = [np.empty((*leading, 0))]
+    computed: list[np.ndarray] = [np.empty((*leading, 0, 3))]
     for first in range(0, len(structures), batch_size):
         offsets = structures.offsets[first : first + batch_size + 1]
         atoms = slice(int(offsets[0]), int(offsets[-1]))
@@ -135,13 +155,18 @@ def evaluate(
             energy = members.energies(model, *batch)
         known = np.isfinite(energy).all(axis=(0, 1))
         if not known.all():
-            raise InputError(f"{structures.labels[first + int(np.argmin(known))]} {members.NOT_FINITE}")
+            raise DataError(f"{structures.labels[first + int(np.argmin(known))]} {members.NOT_FINITE}")
         energies.append(energy)
-    found = [np.concatenate(energies, axis=2), np.concatenate(computed, axis=2) if with_forces else None]
-    means = [None if x is None else members.mean(x) for x in found]
-    spreads = [None if x is None or several[0] == 1 else members.deviation(x) for x in found]
-    # The dimension of the levels is there if there is more than one.
-    return Predictions(*(x[0] if x is not None and several[1] == 1 else x for x in (*means, *spreads)))
+    all_energies, all_forces = np.concatenate(energies, axis=2), np.concatenate(computed, axis=2)
+    if model.levels == 1:  # then there is no dimension of the levels
+        all_energies, all_forces = all_energies[:, 0], all_forces[:, 0]
+    spread = members.count(model) > 1
+    return Predictions(
+        members.mean(all_energies),
+        members.mean(all_forces) if with_forces else None,
+        members.deviation(all_energies) if spread else None,
+        members.deviation(all_forces) if spread and with_forces else None,
+    )
 
 
 def parts(
@@ -170,14 +195,15 @@ def parts(
         return [Part(structures, predictions, file)]
     found = []
     for level, fidelity in enumerate(fidelities):
-        own = np.flatnonzero(structures.known_energies[level])
-        atoms, _ = atoms_of(structures.offsets, own)
+        known = np.flatnonzero(structures.known_energies[level])
+        atoms, _ = atoms_of(structures.offsets, known)
         k = list(predicted).index(fidelity)
-        energies, energy_std = (
-            None if x is None else x[k][own] for x in (predictions.energies, predictions.energy_std)
+        of_level = Predictions(
+            predictions.energies[k][known],
+            None if predictions.forces is None else predictions.forces[k][atoms],
+            None if predictions.energy_std is None else predictions.energy_std[k][known],
+            None if predictions.forces_std is None else predictions.forces_std[k][atoms],
         )
-        forces, forces_std = (None if x is None else x[k][atoms] for x in (predictions.forces, predictions.forces_std))
-        of_level = Predictions(energies, forces, energy_std, forces_std)
         found.append(Part(structures.level(level), of_level, file, fidelity))
     return [part for part in found if len(part.structures)]
 
@@ -191,13 +217,9 @@ def groups(part: Part) -> list[Group]:
 def run_evaluate(
     model_path: str | os.PathLike | Sequence[str | os.PathLike],
     files: str | os.PathLike | Sequence[str | os.PathLike],
+    selection: Selection = Selection(),
     *,
     fidelity: int | Sequence[int] | None = None,
-    incomplete: str | None = None,
-    temperature: float | None = None,
-    names: Sequence[str] | None = None,
-    energy_key: str | Sequence[str] | None = None,
-    forces_key: str | Sequence[str] | None = None,
     batch_size: int = BATCH_SIZE,
     csv_path: str | os.PathLike | None = None,
     plots: str | os.PathLike | None = None,
@@ -213,10 +235,10 @@ def run_evaluate(
         What `model_file.resolve` takes: a model file, a run folder, a pattern, or several, which make an ensemble.
     files
         Databases and files that ASE reads: paths, patterns, `shipped:NAME`.
+    selection
+        What to take of them; but the fidelity is that of the next argument, and the baseline is the model's.
     fidelity
         Level to compare with, of a model of several levels one or more of these; None: the model's.
-    incomplete, temperature, names, energy_key, forces_key
-        Selections, see `kinml_fast.data.read`; the keys are lists for several levels, or for baseline and fidelity.
     batch_size
         Structures at a time.
     csv_path
@@ -243,30 +265,22 @@ def run_evaluate(
     fidelities = _fidelities(model, fidelity, model_path)
     if model.baseline is not None:
         log.info("energies and forces are differences of fidelity %d to fidelity %d", fidelities[0], model.baseline)
+    selection = replace(selection, fidelity=fidelities, baseline=model.baseline)
     rows: list[Group] = []
     found: list[Part] = []
     for path in expand(files):
-        structures = sources.read(
-            [path],
-            fidelity=fidelities,
-            baseline=model.baseline,
-            incomplete=incomplete,
-            temperature=temperature,
-            names=names,
-            energy_key=energy_key,
-            forces_key=forces_key,
-        )
+        structures = sources.read(path, selection)
         try:
             predictions = evaluate(model, structures, batch_size)
-        except InputError as error:
-            raise InputError(f"{model_file.name(model_path)} cannot evaluate {path}: {error}") from error
+        except DataError as error:
+            raise DataError(f"{model_file.name(model_path)} cannot evaluate {path}: {error}") from error
         of_file = parts(structures, predictions, str(path), fidelities, model.fidelities)
         for part in of_file:
             rows += groups(part)
         found += of_file
-    levels = list(dict.fromkeys(part.fidelity for part in found))
-    if len(rows) > len(levels):
-        rows += [total([part for part in found if part.fidelity == level]) for level in levels]
+    compared = list(dict.fromkeys(part.fidelity for part in found))
+    if len(rows) > len(compared):
+        rows += [total([part for part in found if part.fidelity == fidelity]) for fidelity in compared]
     log.info("%s", table(rows))
     if csv_path is not None:
         _write_csv(Path(csv_path), found)
@@ -315,91 +329,81 @@ def _fidelities(
     """The levels to compare."""
     if wanted is None:
         return model.fidelities
-    levels = (wanted,) if isinstance(wanted, int) else tuple(wanted)
-    if model.levels == 1 and len(levels) == 1:
-        return levels  # whatever it is called: another level's data are a comparison too
-    unknown = [level for level in levels if level not in model.fidelities]
-    if unknown or not levels or len(levels) > model.levels:
-        raise InputError(
+    fidelities = (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    if model.levels == 1 and len(fidelities) == 1:
+        return fidelities  # whatever it is called: another level's data are a comparison too
+    unknown = [fidelity for fidelity in fidelities if fidelity not in model.fidelities]
+    if unknown or not fidelities or len(fidelities) > model.levels:
+        raise ConfigError(
             f"{model_file.name(path)}: has the fidelity {' and '.join(map(str, model.fidelities))}, but "
-            f"{' and '.join(map(str, levels)) or 'none'} is asked for: name levels that the model has"
+            f"{' and '.join(map(str, fidelities)) or 'none'} is asked for: name levels that the model has"
         )
-    return levels
+    return fidelities
 
 
 def _group(part: Part, chosen: np.ndarray, formula: str) -> Group:
     atoms, _ = atoms_of(part.structures.offsets, chosen)
-    residuals = part.predictions.energies[chosen] - part.structures.energies[chosen]
-    forces = _force_residuals(part)
+    residuals = part.energy_residuals[chosen]
+    forces = np.empty((0, 3)) if part.force_residuals is None else part.force_residuals[atoms]
+    known = ~np.isnan(forces)
     spread = None
     if part.predictions.energy_std is not None:
-        of_forces = None if forces is None else part.predictions.forces_std[atoms][~np.isnan(forces[atoms])]
+        forces_std = part.predictions.forces_std
+        of_forces = None if forces_std is None or not known.any() else forces_std[atoms][known]
         spread = _spread(residuals, part.predictions.energy_std[chosen], of_forces)
-    of_forces = None if forces is None else forces[atoms][~np.isnan(forces[atoms])]
-    errors = Errors.of(of_forces) if of_forces is not None and of_forces.size else None
+    errors = Errors.of(forces[known]) if known.any() else None
     return Group(part.file, formula, len(chosen), Errors.of(residuals), errors, part.fidelity, spread)
 
 
 def total(found: Sequence[Part]) -> Group:
     """The errors of all structures of parts that are of one level."""
-    residuals = np.concatenate([part.predictions.energies - part.structures.energies for part in found])
-    pairs = [(part, forces[~np.isnan(forces)], ~np.isnan(forces)) for part, forces in _with_forces(found)]
-    of_forces = np.concatenate([np.empty(0), *(forces for _, forces, _ in pairs)])
-    spread = None
-    if found[0].predictions.energy_std is not None:
-        deviations = [part.predictions.forces_std[known] for part, _, known in pairs]
-        spread = _spread(
-            residuals,
-            np.concatenate([part.predictions.energy_std for part in found]),
-            np.concatenate([np.empty(0), *deviations]),
-        )
+    residuals = np.concatenate([part.energy_residuals for part in found])
+    of_forces, deviations, forces_std = np.empty(0), [], np.empty(0)
+    for part in found:
+        predictions = part.predictions
+        if predictions.energy_std is not None:
+            deviations.append(predictions.energy_std)
+        if part.force_residuals is not None:
+            known = ~np.isnan(part.force_residuals)
+            of_forces = np.append(of_forces, part.force_residuals[known])
+            if predictions.forces_std is not None:
+                forces_std = np.append(forces_std, predictions.forces_std[known])
+    spread = _spread(residuals, np.concatenate(deviations), forces_std) if deviations else None
     errors = Errors.of(of_forces) if of_forces.size else None
     return Group("all", "all", len(residuals), Errors.of(residuals), errors, found[0].fidelity, spread)
 
 
-def _with_forces(found: Sequence[Part]) -> list[tuple[Part, np.ndarray]]:
-    pairs = [(part, _force_residuals(part)) for part in found]
-    return [(part, forces) for part, forces in pairs if forces is not None]
-
-
-def _force_residuals(part: Part) -> np.ndarray | None:
-    """[n_atoms, 3] in eV/Å, NaN for structures without forces."""
-    if part.structures.forces is None or part.predictions.forces is None:
-        return None
-    return part.predictions.forces - part.structures.forces
-
-
 def _spread(residuals: np.ndarray, energy_std: np.ndarray, forces_std: np.ndarray | None) -> Spread:
     ranks = [np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (energy_std, np.abs(residuals))]
-    correlation = float(np.corrcoef(*ranks)[0, 1]) if len(residuals) > 2 else float("nan")
+    correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(residuals) > 2 else float("nan")
     forces = None if forces_std is None or not forces_std.size else float(forces_std.mean()) * KCAL_PER_MOL
     return Spread(float(energy_std.mean()) * KCAL_PER_MOL, forces, correlation)
 
 
 def draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part], split: str = "evaluated") -> None:
     """Write a parity plot for each level, parity_SPLIT.png or parity_SPLIT_fidelity0.png, and errors.csv."""
-    from kinml_fast.train import report  # matplotlib takes a second to import
-
     energies: dict[str, tuple] = {}
     forces: dict[str, tuple] = {}
     for fidelity in dict.fromkeys(part.fidelity for part in found):
-        own = [part for part in found if part.fidelity == fidelity]
+        of_fidelity = [part for part in found if part.fidelity == fidelity]
         level = -1 if fidelity is None else model.fidelities.index(fidelity)
         name = split if fidelity is None else f"{split}_fidelity{fidelity}"
         sae = dict(zip(model.elements, members.sae(model)[level].tolist(), strict=True))
         labels: list[str] = []
         shifted = [np.empty((2, 0))]
-        for part in own:
+        for part in of_fidelity:
             labels += part.structures.labels
-            both = np.stack([part.structures.energies, part.predictions.energies])
+            both = np.stack([part.reference, part.predictions.energies])
             shifted.append(both - part.structures.counts() @ [sae[element] for element in part.structures.elements])
         energies[name] = (labels, *np.concatenate(shifted, axis=1))
         of_forces: list[str] = []
         both_forces = [np.empty((2, 0))]
-        for part, residuals in _with_forces(own):
-            known = ~np.isnan(residuals[:, 0])
-            structures = part.structures
-            both_forces.append(np.stack([x[known].ravel() for x in (structures.forces, part.predictions.forces)]))
+        for part in of_fidelity:
+            structures, predicted = part.structures, part.predictions.forces
+            if structures.forces is None or predicted is None:
+                continue
+            known = ~np.isnan(structures.forces[:, 0])
+            both_forces.append(np.stack([structures.forces[known].ravel(), predicted[known].ravel()]))
             of_forces += [structures.labels[i] for i in np.repeat(structures.owners[known], 3)]
         forces[name] = (of_forces, *np.concatenate(both_forces, axis=1))
     report.write_parity(folder, energies, forces)
@@ -416,9 +420,9 @@ def _write_csv(path: Path, found: Sequence[Part]) -> None:
         + (["energy_std", "forces_std"] if with_spread else [])
     )
     for part in found:
-        structures, predictions, residuals = part.structures, part.predictions, _force_residuals(part)
+        structures, predictions, residuals = part.structures, part.predictions, part.force_residuals
         for i, (label, formula) in enumerate(zip(structures.labels, structures.formulas(), strict=True)):
-            reference, predicted = float(structures.energies[i]), float(predictions.energies[i])
+            reference, predicted = float(part.reference[i]), float(predictions.energies[i])
             atoms = slice(structures.offsets[i], structures.offsets[i + 1])
             row: list[object] = [label, formula, *([part.fidelity] if with_levels else [])]
             row += [repr(reference), repr(predicted), repr((predicted - reference) * KCAL_PER_MOL)]
@@ -427,10 +431,10 @@ def _write_csv(path: Path, found: Sequence[Part]) -> None:
             else:
                 errors = Errors.of(residuals[atoms])
                 row += [repr(errors.rmse), repr(errors.max)]
-            if with_spread:
+            if predictions.energy_std is not None:
+                forces_std = predictions.forces_std
                 row.append(repr(float(predictions.energy_std[i]) * KCAL_PER_MOL))
-                of_forces = predictions.forces_std
-                row.append("" if of_forces is None else repr(Errors.of(of_forces[atoms]).rmse))
+                row.append("" if forces_std is None else repr(Errors.of(forces_std[atoms]).rmse))
             writer.writerow(row)
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")

@@ -21,7 +21,7 @@ import torch
 
 from kinml_fast import devices
 from kinml_fast.data.files import replacing
-from kinml_fast.errors import InputError, first_line
+from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
 
 FORMAT = "kinml_fast.model"
@@ -63,7 +63,7 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
     try:
         torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
     except Exception as error:  # whatever the reader would say later is said now
-        raise InputError(
+        raise ConfigError(
             f"{path}: the notes on the training hold something that is no plain value ({first_line(error)}): "
             "give numbers, strings, lists, dictionaries and tensors only"
         ) from error
@@ -91,7 +91,7 @@ def load(path: str | os.PathLike) -> EnergyModel | Ensemble:
         model = kind.from_dict(contents["model"])
         model.load_state_dict(contents["state_dict"])
     except Exception as error:  # contents that do not fit together raise whatever they run into
-        raise InputError(
+        raise ModelError(
             f"{path}: its parts do not fit together ({first_line(error)}): write the model file again"
         ) from error
     return model.eval()
@@ -144,7 +144,7 @@ def _found(model: Source | Sequence[Source]) -> EnergyModel | Ensemble:
         found = _matches(model)
         return load(found[0]) if len(found) == 1 else load_many(found)
     if not isinstance(model, Sequence):
-        raise InputError(
+        raise ModelError(
             f"{type(model).__name__} is no model: give a model, its file or run folder, or a list of these"
         )
     if len(model) == 1:
@@ -175,9 +175,9 @@ def _joined(models: Sequence[EnergyModel | Ensemble], names: Sequence[str]) -> E
     members: list[EnergyModel] = []
     of_members: list[str] = []
     for model, of_model in zip(models, names, strict=True):
-        own = [model.member(i) for i in range(model.n_members)] if isinstance(model, Ensemble) else [model]
-        members += own
-        of_members += [of_model] * len(own)
+        found = [model.member(i) for i in range(model.n_members)] if isinstance(model, Ensemble) else [model]
+        members += found
+        of_members += [of_model] * len(found)
     return Ensemble(members, of_members).eval()
 
 
@@ -192,7 +192,7 @@ def _matches(entry: str | os.PathLike) -> list[Path]:
         return [_file(entry)]
     matches = sorted(glob.glob(os.fspath(entry), recursive=True))
     if not matches:
-        raise InputError(f"{entry}: the pattern matches no file: correct it")
+        raise ModelError(f"{entry}: the pattern matches no file: correct it")
     return [_file(match) for match in matches]
 
 
@@ -200,9 +200,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): name a model file such as model.pt") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}): name a model file such as model.pt") from error
     if not raw.startswith(b"PK"):
-        raise InputError(f"{path}: is no model file: name one that was written by training, such as model.pt")
+        raise ModelError(f"{path}: is no model file: name one that was written by training, such as model.pt")
     try:
         # torch.load does not look at the checksums of the archive.
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -210,18 +210,18 @@ def _read(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
     except Exception as error:  # damaged archives raise many kinds
-        raise InputError(f"{path}: is damaged ({first_line(error)}): copy the model file again") from error
+        raise ModelError(f"{path}: is damaged ({first_line(error)}): copy the model file again") from error
     try:
         contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception:  # an archive of something else, perhaps with code in it
         contents = None
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise InputError(
+        raise ModelError(
             f"{path}: is no model file: name one that was written by training, such as model.pt "
             "(checkpoints of PyKinML are converted first)"
         )
     if contents.get("format_version") != FORMAT_VERSION:
-        raise InputError(
+        raise ModelError(
             f"{path}: is a model file of version {contents.get('format_version')}, this program reads version "
             f"{FORMAT_VERSION}: use the program that wrote it"
         )

@@ -16,10 +16,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from kinml_fast.data import xyz
 from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.structures import Structures
-from kinml_fast.deploy import base as base_calculators
-from kinml_fast.deploy import model_file
+from kinml_fast.deploy import low_level, model_file
+from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.deploy.evaluate import BATCH_SIZE, Predictions, evaluate
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def predict(
     batch_size
         Structures at a time.
     base
-        The low level of a model of differences, whose energies and forces are added: a calculator, or what `base.make`
-        takes.
+        The low level of a model of differences, whose energies and forces are added: a calculator, or what
+        `low_level.make` takes.
     device
         Where to compute, see `model_file.resolve`; the base computes where it is.
 
@@ -67,10 +67,10 @@ def predict(
         cannot be used.
     """
     model = model_file.resolve(model_path, device)
-    calculator = base_calculators.checked(model, base)
+    calculator = low_level.checked(model, base, KinMLCalculator)
     path, *others = expand(in_path)
     if others:
-        raise InputError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
+        raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
     structures = xyz.read(path, labelled=False)
     _check_elements(path, structures, model.elements, model_file.name(model_path))
     predictions = evaluate(model, structures, batch_size, forces=True)
@@ -89,22 +89,22 @@ def _frames(
     base: BaseCalculator | None,
 ) -> Iterator[Atoms]:
     levels = len(fidelities)
-    energies = predictions.energies.reshape(levels, -1)
-    forces = predictions.forces.reshape(levels, -1, 3)
+    assert predictions.forces is not None
+    energies, forces = predictions.energies.reshape(levels, -1), predictions.forces.reshape(levels, -1, 3)
     frames = ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
     for i, frame in enumerate(frames):
         atoms = slice(structures.offsets[i], structures.offsets[i + 1])
-        energy, own = float(energies[-1, i]), forces[-1, atoms]
+        energy, of_frame = float(energies[-1, i]), forces[-1, atoms]
         if base is not None:
             low_energy, low_forces = _low_level(f"{path}: frame {i + 1}", frame, base)
-            energy, own = energy + low_energy, own + low_forces
-        if predictions.energy_std is not None:
+            energy, of_frame = energy + low_energy, of_frame + low_forces
+        if predictions.energy_std is not None and predictions.forces_std is not None:
             frame.info["energy_std"] = float(predictions.energy_std.reshape(levels, -1)[-1, i])
             frame.arrays["forces_std"] = predictions.forces_std.reshape(levels, -1, 3)[-1, atoms]
         for level, fidelity in enumerate(fidelities[:-1]):
             frame.info[f"energy_fidelity{fidelity}"] = float(energies[level, i])
             frame.arrays[f"forces_fidelity{fidelity}"] = forces[level, atoms]
-        frame.calc = SinglePointCalculator(frame, energy=energy, forces=own)
+        frame.calc = SinglePointCalculator(frame, energy=energy, forces=of_frame)
         yield frame
 
 
@@ -112,14 +112,14 @@ def _low_level(where: str, frame: Atoms, base: BaseCalculator) -> tuple[float, n
     try:
         return base.get_property("energy", frame), base.get_property("forces", frame)
     except (InputError, CalculatorError) as error:
-        raise InputError(f"{where}: the base cannot compute it ({error}): leave the frame out") from error
+        raise DataError(f"{where}: the base cannot compute it ({error}): leave the frame out") from error
 
 
 def _check_elements(path: Path, structures: Structures, elements: tuple[str, ...], model: str) -> None:
     unknown = [number for number, element in enumerate(structures.elements) if element not in elements]
     atoms = np.flatnonzero(np.isin(structures.species, unknown))
     if atoms.size:
-        raise InputError(
+        raise DataError(
             f"{path}: frame {structures.owners[atoms[0]] + 1} contains "
             f"{structures.elements[structures.species[atoms[0]]]}, but {model} knows only {' '.join(elements)}: "
             "leave the frame out or train a model with this element"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kinml_fast.deploy import model_file
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, InputError, ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,11 @@ def load(
         settings that do not fit the networks.
     """
     checkpoint = read(path)
-    own = checkpoint.elements
-    if own and elements and list(elements) != list(own):
-        raise InputError(
-            f"{path}: was trained with the elements {' '.join(own)}, but {' '.join(elements)} are given: leave them out"
+    trained = checkpoint.elements
+    if trained and elements and list(elements) != list(trained):
+        raise ConfigError(
+            f"{path}: was trained with the elements {' '.join(trained)}, but {' '.join(elements)} are given: leave "
+            "them out"
         )
     descriptor = AEVParameters.aevmod(tuple(elements or ("C", "H")), n_radial, n_angular, n_sections, cutoffs, beta)
     return build(checkpoint, descriptor, path, fidelities, baseline), {
@@ -151,9 +152,9 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, **settings: Any)
     """
     model, notes = load(path, **settings)
     model_file.save(output, model, notes)
-    levels = f"fidelit{'y' if len(model.fidelities) == 1 else 'ies'} {' '.join(map(str, model.fidelities))}"
-    levels += "" if model.baseline is None else f" minus {model.baseline}"
-    log.info("%s: %s of %s, epoch %s", output, levels, " ".join(model.elements), notes["epoch"])
+    fidelities = f"fidelit{'y' if len(model.fidelities) == 1 else 'ies'} {' '.join(map(str, model.fidelities))}"
+    fidelities += "" if model.baseline is None else f" minus {model.baseline}"
+    log.info("%s: %s of %s, epoch %s", output, fidelities, " ".join(model.elements), notes["epoch"])
 
 
 def build(
@@ -165,22 +166,22 @@ def build(
 ) -> EnergyModel:
     """The model of what `read` gave; the other arguments are those of `load`, `path` is for messages."""
     if checkpoint.architecture is not None:
-        return _own(path, checkpoint).eval()
+        return _described(path, checkpoint, checkpoint.architecture).eval()
     n_levels = 1 if checkpoint.higher is None else 2
     fidelities = tuple(fidelities or ((1,) if n_levels == 1 else (0, 1)))
     if len(fidelities) != n_levels:
-        raise InputError(
+        raise ConfigError(
             f"{path}: holds a model for {n_levels} level{'s' * (n_levels > 1)} of theory, but the fidelities "
             f"{' '.join(map(str, fidelities))} are given: name {n_levels}"
         )
     if len(checkpoint.weights) != len(descriptor.elements):
-        raise InputError(
+        raise ConfigError(
             f"{path}: has networks for {len(checkpoint.weights)} elements, but {' '.join(descriptor.elements)} are "
             "given: name the elements that it was trained with, in its order"
         )
     if checkpoint.n_input != descriptor.length:
         sizes = [len(part) for part in (descriptor.radial_shifts, descriptor.angular_shifts, descriptor.sections)]
-        raise InputError(
+        raise ConfigError(
             f"{path}: its networks take {checkpoint.n_input} numbers for an atom, but "
             f"{' '.join(map(str, sizes))} for {' '.join(descriptor.elements)} give {descriptor.length}: give the "
             "descriptor's settings that it was trained with"
@@ -203,14 +204,14 @@ def build(
     return model.eval()
 
 
-def _own(path: str | os.PathLike, checkpoint: Checkpoint) -> EnergyModel:
+def _described(path: str | os.PathLike, checkpoint: Checkpoint, architecture: dict[str, Any]) -> EnergyModel:
     """A model as a checkpoint of `kinml_fast.pykinml` describes it."""
     try:
-        model = EnergyModel.from_dict(checkpoint.architecture)
+        model = EnergyModel.from_dict(architecture)
         _fill(model, checkpoint)
     except (InputError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise InputError(
-            f"{path}: its description of the model does not fit its tensors ({_first_line(error)}): take another "
+        raise ModelError(
+            f"{path}: its description of the model does not fit its tensors ({first_line(error)}): take another "
             "checkpoint of the same training"
         ) from error
     return model
@@ -234,9 +235,9 @@ def _fill(model: EnergyModel, checkpoint: Checkpoint) -> None:
     """Give a model the weights and the single-atom energies of a checkpoint."""
     model.sae.copy_(checkpoint.sae)
     for level, species, place, *tensors in layers_of(checkpoint):
-        for own, tensor in zip(model.networks.layer(species, place, level), tensors, strict=True):
-            if own is not None:
-                own.copy_(tensor)
+        for parameter, tensor in zip(model.networks.layer(species, place, level), tensors, strict=True):
+            if parameter is not None and tensor is not None:
+                parameter.copy_(tensor)
 
 
 def read(path: str | os.PathLike) -> Checkpoint:
@@ -249,16 +250,20 @@ def read(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     contents = _unpickle(path)
-    kinds = {"model_state_dict": dict, "params": dict, "sae_energies": (np.ndarray, Tensor, list, tuple)}
+    kinds: dict[str, Any] = {
+        "model_state_dict": dict,
+        "params": dict,
+        "sae_energies": (np.ndarray, Tensor, list, tuple),
+    }
     for key, kind in kinds.items():
         if not isinstance(contents.get(key), kind):
-            raise InputError(f"{path}: is no checkpoint of PyKinML (it has no {key}): name one that PyKinML wrote")
+            raise ModelError(f"{path}: is no checkpoint of PyKinML (it has no {key}): name one that PyKinML wrote")
     try:
         return _checked(path, contents)
+    except InputError:
+        raise
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
+        raise ModelError(
             f"{path}: its settings and tensors do not fit together ({type(error).__name__}: {error}): "
             "take another checkpoint of the same training"
         ) from error
@@ -270,14 +275,14 @@ def _checked(path: Path, contents: dict[str, Any]) -> Checkpoint:
     params, extra = contents["params"], contents.get(EXTRA)
     for key in ("n_input", "activations"):
         if any(value != params[key][0] for value in params[key]):
-            raise InputError(f"{path}: {key} differs from element to element: only equal ones can be converted")
+            raise ModelError(f"{path}: {key} differs from element to element: only equal ones can be converted")
     n_input = int(params["n_input"][0])
     layers = tuple(tuple(int(width) for width in widths) for widths in params["neurons"])
     activations = tuple(params["activations"][0])
     known = _ACTIVATIONS if extra is None else (*_ACTIVATIONS, "celu", "gelu")
     unknown = [name for name in activations if name not in known]
     if unknown:
-        raise InputError(
+        raise ModelError(
             f"{path}: has the activation function {unknown[0]!r}, expected one of {', '.join(_ACTIVATIONS)}"
         )
     biases = bool(params.get("biases", True))
@@ -337,7 +342,7 @@ def _networks(
                 if tuple(state[name].shape) != expected:
                     raise ValueError(f"{name} has the shape {list(state[name].shape)}, expected {list(expected)}")
                 if not torch.isfinite(state[name]).all():
-                    raise InputError(f"{path}: {name} has NaN or infinite numbers: take an earlier checkpoint")
+                    raise ModelError(f"{path}: {name} has NaN or infinite numbers: take an earlier checkpoint")
                 tensors.append(state[name].detach())
                 used.add(name)
             network.append((tensors[0], tensors[1] if biases else None))
@@ -353,13 +358,13 @@ def _check_second(path: Path, params: dict[str, Any], layers: tuple[tuple[int, .
         for names in params["activations_hf"]
         for function, name in zip(names, params["activations"][0], strict=True)
     ):
-        raise InputError(
+        raise ModelError(
             f"{path}: its networks for the two levels have different layers or activation functions: only equal ones "
             "can be converted"
         )
     for key in ("pass_eng", "pass_aev", "dscr"):
         if not params.get(key, True):
-            raise InputError(
+            raise ModelError(
                 f"{path}: was trained with {key}=False: only a second network that takes descriptor and energy and "
                 "gives a difference can be converted"
             )
@@ -378,7 +383,8 @@ class _Tanh(_Inert):
     def __eq__(self, other: object) -> bool:
         return other == "tanh"
 
-    __hash__ = None
+    def __hash__(self) -> int:
+        return hash("tanh")
 
 
 def _plain_dict(*_: object) -> dict:
@@ -407,30 +413,25 @@ def _unpickle(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): name a checkpoint that PyKinML wrote") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}): name a checkpoint that PyKinML wrote") from error
     with torch.serialization.safe_globals(_allowed_globals()):
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(raw))
         except Exception as error:  # no archive of torch.save, or a damaged one
-            raise InputError(
-                f"{path}: is no checkpoint of PyKinML, or damaged ({_first_line(error)}): name one that PyKinML wrote"
+            raise ModelError(
+                f"{path}: is no checkpoint of PyKinML, or damaged ({first_line(error)}): name one that PyKinML wrote"
             ) from error
         if foreign:
-            raise InputError(
+            raise ModelError(
                 f"{path}: names {', '.join(sorted(foreign))}, which no checkpoint of PyKinML needs; nothing of it was "
                 "run: take a file from a source that you trust"
             )
         try:
             contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         except Exception as error:  # what it refuses or cannot read has no common type
-            raise InputError(
-                f"{path}: cannot be read as a checkpoint of PyKinML ({_first_line(error)}): name one that PyKinML wrote"
+            raise ModelError(
+                f"{path}: cannot be read as a checkpoint of PyKinML ({first_line(error)}): name one that PyKinML wrote"
             ) from error
     if not isinstance(contents, dict):
-        raise InputError(f"{path}: is no checkpoint of PyKinML: name one that PyKinML wrote")
+        raise ModelError(f"{path}: is no checkpoint of PyKinML: name one that PyKinML wrote")
     return contents
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

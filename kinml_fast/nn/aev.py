@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kinml_fast import ops
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class AEVParameters:
         for field in ("elements", "radial_shifts", "angular_shifts", "sections"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
             if not getattr(self, field):
-                raise InputError(f"The descriptor's '{field}' is empty: it needs at least one entry.")
+                raise ConfigError(f"The descriptor's '{field}' is empty: it needs at least one entry.")
         if len(set(self.elements)) != len(self.elements):
-            raise InputError(f"The descriptor's elements {list(self.elements)} name one element twice.")
+            raise ConfigError(f"The descriptor's elements {list(self.elements)} name one element twice.")
         if not (self.radial_cutoff > 0 and self.angular_cutoff > 0):
-            raise InputError(
+            raise ConfigError(
                 f"Both cutoffs of the descriptor must be positive lengths in Å, not {self.radial_cutoff} and "
                 f"{self.angular_cutoff}."
             )
         if not self.zeta >= 1:
-            raise InputError(f"The descriptor's zeta must be at least 1, not {self.zeta}.")
+            raise ConfigError(f"The descriptor's zeta must be at least 1, not {self.zeta}.")
         if not 0 <= self.beta <= 1:
-            raise InputError(f"The descriptor's beta must lie between 0 and 1, not {self.beta}.")
+            raise ConfigError(f"The descriptor's beta must lie between 0 and 1, not {self.beta}.")
 
     @classmethod
     def aevmod(
@@ -64,7 +64,7 @@ class AEVParameters:
     ) -> AEVParameters:
         """The vectors of aevmod and PyKinML: shifts spread evenly, widths from their distance, zeta 8."""
         if min(n_radial, n_angular, n_sections) < 1:
-            raise InputError(
+            raise ConfigError(
                 f"The numbers of shifts and sections must be at least 1, not {n_radial}, {n_angular}, {n_sections}."
             )
         radial, angular = (float(c) for c in cutoffs)
@@ -154,11 +154,11 @@ class AEVParameters:
     def from_dict(cls, values: dict[str, Any]) -> AEVParameters:
         names = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - names):
-            raise InputError(f"The descriptor has unknown entries {unknown}; it knows {sorted(names)}.")
+            raise ConfigError(f"The descriptor has unknown entries {unknown}; it knows {sorted(names)}.")
         try:
             return cls(**values)
         except TypeError as error:
-            raise InputError(f"The descriptor is incomplete: {error}.") from error
+            raise ConfigError(f"The descriptor is incomplete: {error}.") from error
 
 
 class AEV(torch.nn.Module):

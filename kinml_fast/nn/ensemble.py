@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kinml_fast import ops
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ModelError
 from kinml_fast.nn.aev import AEV
-from kinml_fast.nn.potential import DoubleSingleAtomEnergies, EnergyModel
+from kinml_fast.nn.potential import EnergyModel, Potential
 
 _WORDS = {
     "elements": "knows the elements",
@@ -27,7 +27,7 @@ _WORDS = {
 """What members share, and how a message says that one differs."""
 
 
-class Ensemble(DoubleSingleAtomEnergies):
+class Ensemble(Potential):
     """M models that differ in their weights and single-atom energies only; one fused op evaluates all of them.
 
     Parameters
@@ -55,7 +55,7 @@ class Ensemble(DoubleSingleAtomEnergies):
     Means are sums in the order of the members, divided by M: the same bits for any number of threads.
     """
 
-    __jit_unused_properties__ = ("dtype", "elements", "fidelities", "n_members")
+    __jit_unused_properties__ = (*Potential.__jit_unused_properties__, "n_members")
 
     def __init__(self, members: Sequence[EnergyModel], names: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -72,21 +72,6 @@ class Ensemble(DoubleSingleAtomEnergies):
         weights = torch.stack([member.networks.weights.detach().to(device) for member in members])
         self.networks.weights = torch.nn.Parameter(weights)
         self.register_buffer("sae", torch.stack([member.sae.to(device) for member in members]))
-
-    @property
-    def elements(self) -> tuple[str, ...]:
-        """The elements that the members know; their place in this list is the species code."""
-        return self.descriptor.elements
-
-    @property
-    def fidelities(self) -> tuple[int, ...]:
-        """The levels of theory, lowest first, as the data call them."""
-        return self._fidelities
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights, coordinates and features."""
-        return self.networks.weights.dtype
 
     @property
     def n_members(self) -> int:
@@ -198,14 +183,14 @@ class Ensemble(DoubleSingleAtomEnergies):
 
 def _check_alike(members: Sequence[EnergyModel], names: Sequence[str]) -> None:
     if not members:
-        raise InputError("an ensemble needs at least one model, none are given")
+        raise ModelError("an ensemble needs at least one model, none are given")
     first = _shared(members[0])
     for name, member in zip(names, members, strict=True):
-        own = _shared(member)
+        this = _shared(member)
         for key, words in _WORDS.items():
-            if own.get(key) != first.get(key):
-                raise InputError(
-                    f"{name} {words} {_shown(key, own, first)}, but {names[0]} {_shown(key, first, own)}: models of "
+            if this.get(key) != first.get(key):
+                raise ModelError(
+                    f"{name} {words} {_shown(key, this, first)}, but {names[0]} {_shown(key, first, this)}: models of "
                     f"one ensemble need the same {key}"
                 )
 
@@ -214,9 +199,9 @@ def _shared(model: EnergyModel) -> dict[str, Any]:
     return {"elements": list(model.elements), **model.to_dict()}
 
 
-def _shown(key: str, own: dict[str, Any], other: dict[str, Any]) -> str:
+def _shown(key: str, this: dict[str, Any], other: dict[str, Any]) -> str:
     if key == "elements":
-        return " ".join(own[key])
+        return " ".join(this[key])
     if key == "descriptor":  # only what differs
-        return ", ".join(f"{name} = {value}" for name, value in own[key].items() if value != other[key].get(name))
-    return str(own.get(key))
+        return ", ".join(f"{name} = {value}" for name, value in this[key].items() if value != other[key].get(name))
+    return str(this.get(key))

@@ -71,13 +71,15 @@ def parameter_places(old: EnergyModel, new: EnergyModel) -> Tensor:
             for layer in range(len(old.networks.activations)):
                 before = old.networks.layer(species, layer, level)
                 after = new.networks.layer(new.elements.index(element), layer, level)
-                for own, other in zip(before, after, strict=True):
-                    if own is None:
+                for part, extended_part in zip(before, after, strict=True):
+                    if part is None or extended_part is None:
                         continue
-                    there = other.storage_offset() + torch.arange(other.numel()).view(other.shape)
-                    if layer == 0 and own.dim() == 2:
-                        there = there[:, above if level > 0 else features]
-                    places[own.storage_offset() : own.storage_offset() + own.numel()] = there.reshape(-1)
+                    start = part.storage_offset()
+                    target = torch.arange(extended_part.numel()).view(extended_part.shape)
+                    target = target + int(extended_part.storage_offset())
+                    if layer == 0 and part.dim() == 2:
+                        target = target[:, above if level > 0 else features]
+                    places[start : start + part.numel()] = target.reshape(-1)
     return places.to(new.networks.weights.device)
 
 
@@ -89,7 +91,7 @@ def _feature_places(old: AEVParameters, new: AEVParameters) -> Tensor:
     radial = [place * n_radial + i for place in places for i in range(n_radial)]
     first = len(new.elements) * n_radial
     angular = [
-        first + pairs[tuple(sorted((places[a], places[b])))] * n_angular + i
+        first + pairs[min(places[a], places[b]), max(places[a], places[b])] * n_angular + i
         for a, b in _pairs(len(old.elements))
         for i in range(n_angular)
     ]

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from kinml_fast import ops
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 
 ACTIVATIONS = ("identity", "gaussian", "tanh", "relu", "silu", "celu", "gelu")
 """Activation functions; the place in the list is the code that the ops take.
 
 gaussian is exp(-x²), celu has alpha 0.1 (the ANI models'), gelu is the exact one (erf).
 """
+
+
+def _of_each(layers: Sequence[int] | Sequence[Sequence[int]], n_elements: int) -> list[list[int]]:
+    """The layers of each element, of one list for all or one for each."""
+    widths = [width for width in layers if isinstance(width, int)]
+    return [list(x) for x in layers if not isinstance(x, int)] or [list(widths) for _ in range(n_elements)]
 
 
 class SpeciesNetworks(torch.nn.Module):
@@ -60,8 +66,7 @@ class SpeciesNetworks(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.levels = levels
-        per_element = [list(x) for x in layers] if layers and not isinstance(layers[0], int) else None
-        self.layers = per_element or [list(layers) for _ in elements]
+        self.layers = _of_each(layers, len(elements))
         self.elements = tuple(elements)
         self.activations = tuple(activations)
         self._check(n_inputs, dtype)
@@ -92,25 +97,25 @@ class SpeciesNetworks(torch.nn.Module):
 
     def _check(self, n_inputs: int, dtype: torch.dtype) -> None:
         if dtype not in (torch.float64, torch.float32):
-            raise InputError(f"Networks are float64 or float32, not {dtype}.")
+            raise ConfigError(f"Networks are float64 or float32, not {dtype}.")
         if self.levels < 1:
-            raise InputError(f"Networks are for at least one level of theory, not {self.levels}.")
+            raise ConfigError(f"Networks are for at least one level of theory, not {self.levels}.")
         if n_inputs < 1:
-            raise InputError(f"Networks need at least one input, not {n_inputs}.")
+            raise ConfigError(f"Networks need at least one input, not {n_inputs}.")
         if len(self.layers) != len(self.elements):
-            raise InputError(f"There are {len(self.elements)} elements but layers for {len(self.layers)} of them.")
+            raise ConfigError(f"There are {len(self.elements)} elements but layers for {len(self.layers)} of them.")
         for widths in self.layers:
             if len(widths) != len(self.activations):
-                raise InputError(
+                raise ConfigError(
                     f"Layers {widths} need {len(widths)} activations, one for each layer, got {list(self.activations)}."
                 )
             if not widths or min(widths) < 1:
-                raise InputError(f"Every layer needs at least one output, got layers {widths}.")
+                raise ConfigError(f"Every layer needs at least one output, got layers {widths}.")
             if widths[-1] != 1:
-                raise InputError(f"The last layer gives the energy and must have 1 output, got layers {widths}.")
+                raise ConfigError(f"The last layer gives the energy and must have 1 output, got layers {widths}.")
         for name in self.activations:
             if name not in ACTIVATIONS:
-                raise InputError(f"Unknown activation '{name}': choose among {', '.join(ACTIVATIONS)}.")
+                raise ConfigError(f"Unknown activation '{name}': choose among {', '.join(ACTIVATIONS)}.")
 
     @torch.jit.unused
     def reset_parameters(self) -> None:

@@ -3,19 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kinml_fast import ops
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 from kinml_fast.nn.aev import AEV, AEVParameters
 from kinml_fast.nn.networks import SpeciesNetworks
 
 
-class DoubleSingleAtomEnergies(torch.nn.Module):
-    """A module whose single-atom energies `sae`, which are large, stay float64 when its type is changed."""
+class Potential(torch.nn.Module):
+    """What a model and an ensemble have in common.
+
+    Attributes
+    ----------
+    descriptor : AEVParameters
+        Parameters of the AEV.
+    aev : AEV
+        The module that computes it.
+    networks : SpeciesNetworks
+        The networks of all levels.
+    sae : Tensor
+        Single-atom energies in eV, float64. They are large, and stay float64 when the type of the module is changed.
+    baseline : int or None
+        The level that the energies are differences from (delta learning).
+    levels : int
+        K, the number of levels of theory.
+    """
+
+    __jit_unused_properties__: tuple[str, ...] = ("dtype", "elements", "fidelities")
+
+    if TYPE_CHECKING:  # TorchScript would read these and does not know all of them
+        descriptor: AEVParameters
+        aev: AEV
+        networks: SpeciesNetworks
+        sae: Tensor
+        baseline: int | None
+        levels: int
+        _fidelities: tuple[int, ...]
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        """The elements that the model knows; their place in this list is the species code."""
+        return self.descriptor.elements
+
+    @property
+    def fidelities(self) -> tuple[int, ...]:
+        """The levels of theory, lowest first, as the data call them."""
+        return self._fidelities
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights, coordinates and features."""
+        return self.networks.weights.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
         """What `float()`, `to(torch.float32)` and the like call."""
@@ -26,7 +68,7 @@ class DoubleSingleAtomEnergies(torch.nn.Module):
         return self
 
 
-class EnergyModel(DoubleSingleAtomEnergies):
+class EnergyModel(Potential):
     """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy).
 
     At several levels of theory the energies of a level are those of the level below plus what a network of its own
@@ -48,8 +90,6 @@ class EnergyModel(DoubleSingleAtomEnergies):
     sae : Tensor
         Single-atom energies [n_elements], of several levels [K, n_elements], in eV, float64, zero at first.
     """
-
-    __jit_unused_properties__ = ("dtype", "elements", "fidelities")
 
     def __init__(
         self,
@@ -76,27 +116,12 @@ class EnergyModel(DoubleSingleAtomEnergies):
 
     def _check_levels(self) -> None:
         if not self._fidelities or len(set(self._fidelities)) < len(self._fidelities):
-            raise InputError(f"A model has one or more different fidelities, not {list(self._fidelities)}.")
+            raise ConfigError(f"A model has one or more different fidelities, not {list(self._fidelities)}.")
         if self.baseline is not None and (len(self._fidelities) > 1 or self.baseline in self._fidelities):
-            raise InputError(
+            raise ConfigError(
                 f"A model of differences has one fidelity and another one as its baseline, not "
                 f"{list(self._fidelities)} and {self.baseline}."
             )
-
-    @property
-    def elements(self) -> tuple[str, ...]:
-        """The elements that the model knows; their place in this list is the species code."""
-        return self.descriptor.elements
-
-    @property
-    def fidelities(self) -> tuple[int, ...]:
-        """The levels of theory, lowest first, as the data call them."""
-        return self._fidelities
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights, coordinates and features."""
-        return self.networks.weights.dtype
 
     def forward(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
         """Energies of a ragged batch of molecules, at the highest level of theory.
@@ -188,4 +213,4 @@ class EnergyModel(DoubleSingleAtomEnergies):
                 values["baseline"],
             )
         except KeyError as error:
-            raise InputError(f"The model's architecture lacks or does not know {error}.") from error
+            raise ConfigError(f"The model's architecture lacks or does not know {error}.") from error

@@ -16,7 +16,7 @@ import torch
 from ase.data import chemical_symbols
 
 from kinml_fast import devices
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.train import config as configurations
 from kinml_fast.train.config import Config
 
@@ -131,17 +131,17 @@ def check(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         check_one(ALIASES.get(name, name), value)
     if len(args.my_neurons) != len(args.my_actfn):
-        raise InputError(
+        raise ConfigError(
             f"args.my_neurons has {len(args.my_neurons)} layers and args.my_actfn {len(args.my_actfn)} activation "
             "functions: give one function for each layer"
         )
     if args.load_model and args.load_model_name is None:
-        raise InputError("args.load_model is True and args.load_model_name is None: give the path of a checkpoint")
+        raise ConfigError("args.load_model is True and args.load_model_name is None: give the path of a checkpoint")
     if args.delta and args.multi_fid:
-        raise InputError("args.delta and args.multi_fid are both True: choose one of the two")
+        raise ConfigError("args.delta and args.multi_fid are both True: choose one of the two")
     if (args.delta or args.multi_fid) and args.fidlevel_lf in (None, args.fidlevel):
         mode = "delta" if args.delta else "multi_fid"
-        raise InputError(
+        raise ConfigError(
             f"args.{mode} is True and args.fidlevel_lf is {args.fidlevel_lf}: give the number of the lower level, "
             f"another one than args.fidlevel, which is {args.fidlevel}"
         )
@@ -152,7 +152,7 @@ def check_one(name: str, value: Any) -> None:
     if name in _RULES:
         allowed, text = _RULES[name]
         if not allowed(value):
-            raise InputError(f"args.{name} = {value!r} is not allowed: {text}")
+            raise ConfigError(f"args.{name} = {value!r} is not allowed: {text}")
 
 
 def configuration(args: argparse.Namespace) -> Config:
@@ -290,7 +290,7 @@ def device_of(rank: int | str | torch.device) -> torch.device:
 def refuse_distributed(args: argparse.Namespace) -> None:
     """Several processes are a later part: say so before anything is computed."""
     if getattr(args, "ddp", False) or getattr(args, "distributed", False):
-        raise InputError(NOT_DISTRIBUTED)
+        raise ConfigError(NOT_DISTRIBUTED)
 
 
 NOT_DISTRIBUTED = (
@@ -311,7 +311,7 @@ LEVELS = (
 THRESHOLD = "args.LR_threshold is in kcal/mol, as the manual says (PyKinML takes it as a fraction)"
 
 
-def _numbers(value: Any, kind: type, count: int | None = None) -> bool:
+def _numbers(value: Any, kind: Any, count: int | None = None) -> bool:
     return (
         isinstance(value, list | tuple)
         and (count is None or len(value) == count)
@@ -342,7 +342,7 @@ def _words(words: Sequence[str] = ()) -> Callable[[Any], bool]:
 
 def _names(value: Any) -> bool:
     return isinstance(value, str) or (
-        isinstance(value, list | tuple) and value and all(isinstance(x, str) for x in value)
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(x, str) for x in value)
     )
 
 

@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from kinml_fast.data.files import expand, is_hdf5, replacing
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.sae import resolve_levels
 from kinml_fast.data.sources import DescriptorSource, file_digest
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures, concatenate
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 from kinml_fast.nn import AEVParameters
 from kinml_fast.pykinml.arguments import configuration, device_of, note
 from kinml_fast.train import config as configurations
@@ -93,17 +94,17 @@ class PesDataset(torch.utils.data.Dataset):
         for i, (begin, end) in enumerate(zip(structures.offsets[:-1], structures.offsets[1:], strict=True)):
             species = torch.from_numpy(structures.species[begin:end])
             values: dict[str, Any] = {"fdims": 3 * len(species)}
-            if "engs" in self.keys:
+            if "engs" in self.keys and structures.energies is not None:
                 values["engs"] = torch.tensor([structures.energies[i]], dtype=dtype)
-            if "forces" in self.keys:
+            if "forces" in self.keys and structures.forces is not None:
                 values["forces"] = torch.zeros(1, self._width, dtype=dtype)
                 values["forces"][0, : values["fdims"]] = torch.from_numpy(structures.forces[begin:end].ravel())
             for key, rows in (("aevs", "features"), ("daevs", "jacobian")):
                 if key in self.keys:
-                    own = getattr(found, rows)[begin:end]
+                    of_atoms = getattr(found, rows)[begin:end]
                     if key == "daevs":
-                        own = torch.nn.functional.pad(own, (0, self._width - own.shape[2]))
-                    values[key] = [own[species == s].clone() for s in range(len(self.descriptor.elements))]
+                        of_atoms = torch.nn.functional.pad(of_atoms, (0, self._width - of_atoms.shape[2]))
+                    values[key] = [of_atoms[species == s].clone() for s in range(len(self.descriptor.elements))]
             yield [values[key] for key in self.keys]
 
 
@@ -162,15 +163,8 @@ class Data_pes:
         paths = expand(data.files)
         # What a temperature or names leave out may stand in a list of structures; what is in no file may not.
         selected = data.temperature is not None or data.names is not None
-        self.structures = sources.read(
-            paths,
-            fidelity=fidelity,
-            baseline=data.baseline,
-            temperature=data.temperature,
-            names=data.names,
-            ids=None if xid is None or selected else _ids(xid, paths),
-            elements=data.elements,
-        )
+        ids = None if xid is None or selected else _ids(xid, paths)
+        self.structures = sources.read(paths, replace(data.selection, fidelity=fidelity, ids=ids))
         if xid is not None and selected:
             labels = {f"{stem}/{number}" for stem, numbers in _ids(xid, paths).items() for number in numbers}
             chosen = [i for i, label in enumerate(self.structures.labels) if label in labels]
@@ -183,7 +177,7 @@ class Data_pes:
         self.config = config
         self.descriptor = descriptor(config)
         self.dimdat = self.descriptor.length
-        self.initialize(config.data.elements)
+        self.initialize(self.descriptor.elements)
         self._describe()
         difference = "" if self.baseline is None else f" minus fidelity {self.baseline}"
         names = ", ".join(str(path) for path in paths)
@@ -205,7 +199,8 @@ class Data_pes:
         """
         self.pool = self._numbers(train_ind)
         if not self.pool.size:
-            raise InputError(f"none of the {self.ndat} structures is for training: mark some of them with 2")
+            raise DataError(f"none of the {self.ndat} structures is for training: mark some of them with 2")
+        assert self.structures.energies is not None
         counts, energies = self.structures.counts()[self.pool], self.structures.energies[self.pool]
         start = None if self.baseline is None else np.zeros(self.num_nn)
         self.sae_energies = resolve_levels(self.config.data.sae, counts, energies, self.structures.elements, start)
@@ -236,8 +231,8 @@ class Data_pes:
             self.structures.select(used),
             Split(first, last[:0], last),
             self.sae_energies,
-            self.config.descriptor.model_dump(),
             source=self.source,
+            descriptor=self.config.descriptor.model_dump(),
             fidelities=self.fidelities,
             baseline=self.baseline,
         )
@@ -319,7 +314,7 @@ def get_data(
 def descriptor(config: Config) -> AEVParameters:
     """The descriptor of a configuration."""
     settings = config.descriptor.model_dump(exclude={"backend"})
-    return AEVParameters.aevmod(tuple(config.data.elements), **settings)
+    return AEVParameters.aevmod(tuple(config.data.elements or ()), **settings)
 
 
 def _ids(xid: Sequence[str], paths: Sequence[Path]) -> dict[str, set[int]]:
@@ -328,7 +323,7 @@ def _ids(xid: Sequence[str], paths: Sequence[Path]) -> dict[str, set[int]]:
     for name in map(str, xid):
         stem, _, number = name.rpartition("/")
         if not number.isdecimal() or (not stem and len(paths) > 1):
-            raise InputError(f"{name!r} names no structure: expected the name of its file and a number, like C5H5/17")
+            raise DataError(f"{name!r} names no structure: expected the name of its file and a number, like C5H5/17")
         ids.setdefault(stem or paths[0].stem, set()).add(int(number))
     return ids
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from kinml_fast.data import prepared, splits
 from kinml_fast.data.prepared import Prepared
-from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures, concatenate
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.metrics import Errors
 from kinml_fast.pykinml import nnpes, state
 from kinml_fast.pykinml.arguments import FORCES, KEPT_ORDER, NOT_DISTRIBUTED, device_of, note, show_log
@@ -65,6 +65,8 @@ class Loop:
     closing = "device Number  {device} is DONE!!!"
     notes: tuple[str, ...] = ()
     """What is different from PyKinML and said once."""
+    sae_energies: Any
+    """Single-atom energies, [n_elements], eV."""
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class Loop:
         force_train: bool,
     ) -> None:
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            raise InputError(NOT_DISTRIBUTED)
+            raise ConfigError(NOT_DISTRIBUTED)
         model.to(device_of(device))
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, scheduler
         self.loaders = dict(zip(PARTS, loaders, strict=True))
@@ -122,16 +124,15 @@ class Loop:
             file.write(f"Training time: {time.time() - started}")
         log.info("%s", self.closing.format(device=self.device))
 
-    def errors(self, row: Row, fidelities: Sequence[int]) -> list[tuple[Errors, Errors | None]]:
+    def errors(self, row: Row, fidelities: Sequence[int]) -> list[tuple[Errors | None, Errors | None]]:
         """The errors of energies and forces of each level, lowest first."""
-        found = []
-        for fidelity in fidelities[:-1]:
-            pairs = []
-            for kind in ("energy", "forces"):
-                names = [f"{kind}_{name}_fidelity{fidelity}" for name in ("mae", "rmse", "max")]
-                pairs.append(Errors(*(row.more[name] for name in names)) if names[0] in row.more else None)
-            found.append(tuple(pairs))
-        return [*found, (row.energy, row.forces)]
+
+        def of_level(kind: str, fidelity: int) -> Errors | None:
+            names = [f"{kind}_{name}_fidelity{fidelity}" for name in ("mae", "rmse", "max")]
+            return Errors(*(row.more[name] for name in names)) if names[0] in row.more else None
+
+        lower = [(of_level("energy", fidelity), of_level("forces", fidelity)) for fidelity in fidelities[:-1]]
+        return [*lower, (row.energy, row.forces)]
 
     def _structures(self, part: str) -> Structures:
         return dataset(self.loaders[part]).structures
@@ -141,19 +142,16 @@ class Loop:
         elements = parts[0].elements
         ends = np.cumsum([len(part) for part in parts])
         structures = concatenate([part for part in parts if len(part)], elements)
-        train = dataset(self.loaders["train"])
+        train, config = dataset(self.loaders["train"]), config_of(self.loaders["train"])
         return Prepared(
             structures,
             Split(*np.split(np.arange(ends[-1]), ends[:-1])),
             self._sae(structures, int(ends[1])),
-            train.config.descriptor.model_dump(),
             source=train.source,
-            fidelities=self._fidelities(train.config),
-            baseline=train.config.data.baseline,
+            descriptor=config.descriptor.model_dump(),
+            fidelities=config.data.selection.fidelities,
+            baseline=config.data.baseline,
         )
-
-    def _fidelities(self, config: Config) -> tuple[int, ...]:
-        return (config.data.fidelity,)
 
     def _sae(self, structures: Structures, n_fitted: int) -> np.ndarray:
         """Single-atom energies; the first `n_fitted` structures are those for training and validation."""
@@ -161,8 +159,7 @@ class Loop:
 
     def _config(self, epochs: int) -> Config:
         """The native configuration of this run: how to train is what model, optimizer and schedule say."""
-        base = dataset(self.loaders["train"]).config
-        values = base.model_dump()
+        values = config_of(self.loaders["train"]).model_dump()
         values["run"] = str(self.svpath)
         values["data"] |= {"split_file": str(RunFolder(self.svpath).split), "prepared": None}
         layers = [block for level, species, _, block in self.model.blocks() if (level, species) == (0, 0)]
@@ -211,7 +208,7 @@ class _Report(Progress):
         """An epoch is done."""
         loop, number = self._loop, train.epoch
         state.take(self._trainer.optimizer, loop.optimizer, loop.model)
-        if loop.lr_scheduler is not None:
+        if loop.lr_scheduler is not None and self._trainer.scheduler is not None:
             loop.lr_scheduler.load_state_dict(self._trainer.scheduler.state_dict())
         lines = [loop.opening.format(device=loop.device, epoch=number)]
         self._file.write(f"\nepoch: {number}\n")
@@ -229,10 +226,10 @@ class _Report(Progress):
 
     def _say(self, part: str, row: Row) -> list[str]:
         lines = []
-        levels = self._loop.errors(row, self._model.fidelities)
+        by_level = self._loop.errors(row, self._model.fidelities)
         for kind in (0, 1):
-            for suffix, level in zip(self._loop.suffixes, levels, strict=True):
-                errors = level[kind]
+            for suffix, at_level in zip(self._loop.suffixes, by_level, strict=True):
+                errors = at_level[kind]
                 if errors is None:
                     continue
                 short, long = (("", ""), ("F", "f"))[kind]
@@ -269,7 +266,7 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     if isinstance(optimizer, torch.optim.SGD):
         numbers = {"momentum": float(group["momentum"]), "dampening": float(group["dampening"])}
         return values | {"name": "sgd", **numbers, "nesterov": group["nesterov"]}
-    raise InputError(f"the optimizer is {type(optimizer).__name__}: take Adam, AdamW or SGD")
+    raise ConfigError(f"the optimizer is {type(optimizer).__name__}: take Adam, AdamW or SGD")
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:
@@ -283,7 +280,7 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
         return {"name": "exp", "gamma": scheduler.gamma}
     if isinstance(scheduler, schedules.StepLR):
         return {"name": "step", "gamma": scheduler.gamma, "step_size": scheduler.step_size}
-    raise InputError(f"the schedule is {type(scheduler).__name__}: take ReduceLROnPlateau, ExponentialLR or StepLR")
+    raise ConfigError(f"the schedule is {type(scheduler).__name__}: take ReduceLROnPlateau, ExponentialLR or StepLR")
 
 
 def dataset(loader: DataLoader) -> PesDataset:
@@ -296,5 +293,16 @@ def dataset(loader: DataLoader) -> PesDataset:
     """
     found = getattr(loader, "dataset", None)
     if not isinstance(found, PesDataset):
-        raise InputError("the data sets are none that load_train_objs or load_train_data has made: take those")
+        raise DataError(_FOREIGN)
     return found
+
+
+def config_of(loader: DataLoader) -> Config:
+    """The native configuration that the data set of a loader was made by; errors as of `dataset`."""
+    config = dataset(loader).config
+    if config is None:
+        raise DataError(_FOREIGN)
+    return config
+
+
+_FOREIGN = "the data sets are none that load_train_objs or load_train_data has made: take those"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,4 +103,4 @@ def _model(name: str | os.PathLike, settings: tuple) -> EnergyModel | Ensemble:
     kind = state.kind(name)
     if kind is None:
         return pykinml_checkpoint.load(name, *settings)[0]
-    return model_file.load(name) if kind == model_file.FORMAT else continued.load(name).model
+    return model_file.load(name) if kind == model_file.FORMAT else continued.load(Path(name)).model

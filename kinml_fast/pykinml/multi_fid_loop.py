@@ -9,18 +9,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from kinml_fast.data.fidelities import join
 from kinml_fast.data.files import first_few
-from kinml_fast.data.levels import join
 from kinml_fast.data.sae import resolve_levels
 from kinml_fast.data.structures import Structures
-from kinml_fast.errors import InputError
+from kinml_fast.errors import DataError
 from kinml_fast.pykinml import nnpes
 from kinml_fast.pykinml import prepper as prep
 from kinml_fast.pykinml import trainer as single
 from kinml_fast.pykinml.arguments import LEVELS, one, refuse_distributed
-from kinml_fast.pykinml.loop import Loop, dataset
+from kinml_fast.pykinml.loop import Loop, config_of, dataset
 from kinml_fast.pykinml.trainer import ddp_setup
-from kinml_fast.train.config import Config
 
 __all__ = ["Trainer_mf", "ddp_setup", "main", "spawned_trainer"]
 
@@ -74,32 +73,30 @@ class Trainer_mf(Loop):
         self.keys, self.keys_lf, self.sae_energies = keys, keys_lf, sae_energies
 
     def _structures(self, part: str) -> Structures:
-        levels = [dataset(loader).structures for loader in (self.lower[part], self.loaders[part])]
-        both = join(levels)
+        sets = [dataset(loader).structures for loader in (self.lower[part], self.loaders[part])]
+        both = join(sets)
         lacking = np.flatnonzero(~both.known_energies.all(axis=0))
         if lacking.size:
-            raise InputError(
+            raise DataError(
                 f"{len(lacking)} {part} structures have energies of one level only: "
                 f"{first_few([both.labels[i] for i in lacking], _SHOWN)}: take structures that have both (the native "
                 "data.fidelity takes any)"
             )
-        return both.with_elements(levels[1].elements)
-
-    def _fidelities(self, config: Config) -> tuple[int, ...]:
-        return tuple(config.data.fidelity)
+        return both.with_elements(sets[1].elements)
 
     def _sae(self, structures: Structures, n_fitted: int) -> np.ndarray:
-        setting = dataset(self.loaders["train"]).config.data.sae
+        assert structures.energies is not None
+        setting = config_of(self.loaders["train"]).data.sae
         counts, energies = structures.counts()[:n_fitted], structures.energies[:, :n_fitted]
         return resolve_levels(setting, counts, energies, structures.elements)
 
 
 def spawned_trainer(rank: Any, args: argparse.Namespace, world_size: int) -> None:
     """Load prepared data of both levels and train as `args` says; the arguments are those of `trainer`'s."""
-    model, *upper, keys, optimizer, schedule, sae, save_every, fname, svpath = single.training_objects(rank, args)
+    objects = single.training_objects(rank, args)
+    names = ("train_data_lf", "valid_data_lf", "test_data_lf", "keys_lf")
     lower = prep.load_train_data(args, fid=args.fidlevel_lf, get_aevs=False)
-    rest = (optimizer, schedule, sae, save_every, fname, svpath, rank)
-    Trainer_mf(model, *upper, keys, *lower, *rest, force_train=args.floss).train(args.epochs)
+    Trainer_mf(**objects, **dict(zip(names, lower, strict=True))).train(args.epochs)
 
 
 def main(args: argparse.Namespace) -> None:

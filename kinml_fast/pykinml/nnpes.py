@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kinml_fast.deploy.pykinml_checkpoint import Checkpoint, layers_of
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, ModelError
 from kinml_fast.nn import AEVParameters, EnergyModel
 
 
@@ -76,7 +76,7 @@ class LinearBlock(nn.Module):
         self.linear = nn.Linear(in_nums, out_nums, bias=biases)
         self.activation = FUNCTIONS[activation] if isinstance(activation, str) else activation
 
-    def tensors(self) -> list[nn.Parameter]:
+    def tensors(self) -> list[Tensor]:
         """The weight [out, in], and the bias [out] if there is one."""
         return [self.linear.weight, *([] if self.linear.bias is None else [self.linear.bias])]
 
@@ -93,7 +93,16 @@ class _Networks(nn.Module):
         PyKinML's description of the networks, in plain values, as a checkpoint keeps it.
     log_sigma : torch.nn.Parameter
         What weighs the terms of the loss; `prepper.set_up_task_weights` makes it.
+    mtl : prepper.task_weights
+        How; made together with it.
+    kept_log_sigma : tuple or None
+        A learned one of the checkpoint that the model was loaded from, with what the optimizer remembers of it.
     """
+
+    netparams: dict[str, Any]
+    log_sigma: nn.Parameter
+    mtl: Any
+    kept_log_sigma: tuple[Tensor, dict[str, Any]] | None
 
     def __init__(self, sae_energies: Sequence[float] | np.ndarray | Tensor, add_sae: bool, biases: bool) -> None:
         super().__init__()
@@ -111,13 +120,13 @@ class _Networks(nn.Module):
             networks.append(nn.ModuleList(LinearBlock(i, o, f, self.biases) for i, o, f in layers))
         return networks
 
-    def levels(self) -> list[nn.ModuleList]:
-        """The networks of each level of theory, lowest first."""
+    def by_level(self) -> list[Any]:
+        """The networks of each level of theory, lowest first: for each species a list of its `LinearBlock`."""
         raise NotImplementedError
 
     def blocks(self) -> Iterator[tuple[int, int, int, LinearBlock]]:
         """Level, species, place and module of each layer, in the order of the parameters."""
-        for level, networks in enumerate(self.levels()):
+        for level, networks in enumerate(self.by_level()):
             for species, layers in enumerate(networks):
                 for place, block in enumerate(layers):
                     yield level, species, place, block
@@ -129,13 +138,13 @@ class _Networks(nn.Module):
 
     def _level_energies(self, Xs: Sequence[Tensor], inds: Sequence[Tensor], nmols: int) -> list[Tensor]:
         """Energies [nmols, 1] of each level; an atomic energy goes into the next level without single-atom energy."""
-        levels = self.levels()
-        totals: list[Any] = [0.0] * len(levels)
+        by_level = self.by_level()
+        totals: list[Any] = [0.0] * len(by_level)
         for species, (x, molecules) in enumerate(zip(Xs, inds, strict=True)):
             if len(molecules) == 0:
                 continue
             atomic = None
-            for level, networks in enumerate(levels):
+            for level, networks in enumerate(by_level):
                 y = x if atomic is None else torch.cat([x, atomic], dim=1)
                 for block in networks[species]:
                     y = block(y)
@@ -182,7 +191,7 @@ class CompositeNetworks(_Networks):
         super().__init__(sae_energies, add_sae, biases)
         self.NNs = self._stack(n_input, neurons, activations)
 
-    def levels(self) -> list[nn.ModuleList]:
+    def by_level(self) -> list[Any]:
         """See the class of both kinds of models."""
         return [self.NNs]
 
@@ -245,7 +254,7 @@ class CompositeNetworks_MF(_Networks):
     ) -> None:
         super().__init__(sae_energies, add_sae, biases)
         if not (dscr and pass_eng and pass_aev):
-            raise InputError(
+            raise ConfigError(
                 "the second network takes the descriptor and the energy of the first and gives a difference: leave "
                 "dscr, pass_eng and pass_aev True"
             )
@@ -253,7 +262,7 @@ class CompositeNetworks_MF(_Networks):
         self.NNs = self._stack(n_input, neurons, activations)
         self.NNs_hf = self._stack([length + 1 for length in n_input], neurons_hf, activations_hf)
 
-    def levels(self) -> list[nn.ModuleList]:
+    def by_level(self) -> list[Any]:
         """See the class of both kinds of models."""
         return [self.NNs, self.NNs_hf]
 
@@ -285,18 +294,18 @@ def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> 
     """
     layers = [
         [[(block.linear.out_features, name_of(block.activation)) for block in network] for network in level]
-        for level in net.levels()
+        for level in net.by_level()
     ]
     widths = [[width for width, _ in network] for network in layers[0]]
     activations = [name for _, name in layers[0][0]]
     if any(level != layers[0] for level in layers) or any([n for _, n in x] != activations for x in layers[0]):
-        raise InputError(
+        raise ConfigError(
             "the networks of all elements need the same activation functions, and those of all levels of theory the "
             "same layers: make them equal"
         )
-    first = net.NNs[0][0].linear
+    first = net.by_level()[0][0][0].linear
     if first.in_features != descriptor.length or len(widths) != len(descriptor.elements):
-        raise InputError(
+        raise ModelError(
             f"the model has networks for {len(widths)} elements that take {first.in_features} numbers for an atom, and "
             f"the data have {len(descriptor.elements)} elements and {descriptor.length} numbers: take the model and "
             "the data of one kind of descriptor (present_elements, aev_params)"
@@ -304,9 +313,10 @@ def energy_model(net: Composite, descriptor: AEVParameters, **settings: Any) -> 
     model = EnergyModel(descriptor, widths, activations, net.biases, first.weight.dtype, **settings)
     model.to(first.weight.device)
     for level, species, place, block in net.blocks():
-        for own, parameter in zip(model.networks.layer(species, place, level), block.tensors(), strict=False):
-            own.copy_(parameter.detach())
-            parameter.data = own
+        for view, parameter in zip(model.networks.layer(species, place, level), block.tensors(), strict=False):
+            assert view is not None  # the model has biases if the module has
+            view.copy_(parameter.detach())
+            parameter.data = view
     return model
 
 
@@ -348,9 +358,9 @@ def _filled(
         params |= {"neurons_hf": neurons, "activations_hf": functions, "pass_eng": True, "pass_aev": True}
     params |= {"sae_energies": sae.cpu().numpy(), "add_sae": True, "biases": biases}
     net = (CompositeNetworks_MF if "neurons_hf" in params else CompositeNetworks)(**params).to(dtype)
-    levels = net.levels()
+    by_level = net.by_level()
     for level, species, place, *values in tensors:
-        for parameter, value in zip(levels[level][species][place].tensors(), values, strict=False):
+        for parameter, value in zip(by_level[level][species][place].tensors(), values, strict=False):
             parameter.data.copy_(value)
     net.netparams = params
     return net
@@ -360,7 +370,7 @@ def name_of(function: Callable) -> str:
     """The name of an activation function."""
     if isinstance(function, nn.Tanh):
         return "tanh"
-    for name, own in FUNCTIONS.items():
-        if function is own:
+    for name, known in FUNCTIONS.items():
+        if function is known:
             return name
-    raise InputError(f"{function!r} is no activation function of the model: take one of {', '.join(FUNCTIONS)}")
+    raise ConfigError(f"{function!r} is no activation function of the model: take one of {', '.join(FUNCTIONS)}")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from kinml_fast.data import prepared, splits
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.sae import resolve_levels
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.pykinml import data, nnpes, state
 from kinml_fast.pykinml.arguments import (
     NO_BIASES,
@@ -227,8 +227,8 @@ def load_data(args: argparse.Namespace, get_aevs: bool = True, fid: int | str = 
     args.savepth, args.trpath, args.tspath = f"{folder}/", f"{folder}/training{fid}/", f"{folder}/testing{fid}/"
     found, kept = _prepared(Path(args.trpath))
     # What the data are was decided when they were prepared.
-    own = {"split": config.data.split, "split_seed": config.data.split_seed}
-    config = config.model_copy(update={"data": kept.data.model_copy(update=own), "descriptor": kept.descriptor})
+    division = {"split": config.data.split, "split_seed": config.data.split_seed}
+    config = config.model_copy(update={"data": kept.data.model_copy(update=division), "descriptor": kept.descriptor})
     pool, test = found.split.train, found.split.test
     n_train, n_valid = _amounts(args.tvt, len(pool), len(test))
     _seed(args.randomseed[0])
@@ -238,6 +238,7 @@ def load_data(args: argparse.Namespace, get_aevs: bool = True, fid: int | str = 
     sae = found.sae
     if n_train + n_valid < len(pool):
         used = np.concatenate([train, valid])
+        assert found.structures.energies is not None
         counts, energies = found.structures.counts()[used], found.structures.energies[used]
         start = None if found.baseline is None else np.zeros(len(sae))
         sae = resolve_levels(config.data.sae, counts, energies, found.structures.elements, start)
@@ -398,15 +399,15 @@ def _optimization(args: argparse.Namespace, net: nnpes.Composite) -> tuple[torch
 
 
 def _check_model(args: argparse.Namespace, path: Path, net: nnpes.Composite, elements: tuple[str, ...] | None) -> None:
-    several = len(net.levels()) > 1
+    several = len(net.by_level()) > 1
     if several != args.multi_fid:
-        raise InputError(
+        raise ConfigError(
             f"{path}: holds a model for {'two levels' if several else 'one level'} of theory, and args.multi_fid is "
             f"{args.multi_fid}: set it to {several}"
         )
     if elements not in (None, tuple(args.present_elements)) or len(net.NNs) != len(args.present_elements):
         known = "" if elements is None else f" ({' '.join(elements)})"
-        raise InputError(
+        raise ConfigError(
             f"{path}: has networks for {len(net.NNs)} elements{known}, and args.present_elements is "
             f"{' '.join(args.present_elements)}: name the elements that it was trained with, in their order"
         )
@@ -416,11 +417,11 @@ def _prepared(folder: Path) -> tuple[Prepared, Config]:
     """Prepared data and the configuration that they were prepared with."""
     if not (folder / data.PREPARED).exists():
         if (folder / "train_engs").exists():
-            raise InputError(
+            raise DataError(
                 f"{folder}: was prepared by PyKinML: set args.pre_saved = False and prepare the data again, which "
                 "takes seconds"
             )
-        raise InputError(
+        raise DataError(
             f"{folder}: holds no prepared data: call prep_data before, or set args.data_path to the args.savenm of a "
             "script that did"
         )
@@ -435,12 +436,12 @@ def _amounts(tvt: Sequence[float], n_pool: int, n_test: int) -> tuple[int, int]:
         n_train = round(n_train / (n_train + n_valid) * n_pool)
         return n_train, n_pool - n_train
     if n_train + n_valid > n_pool:
-        raise InputError(
+        raise ConfigError(
             f"args.tvt asks for {int(n_train)} training and {int(n_valid)} validation structures, and there are "
             f"{n_pool} for both: ask for fewer"
         )
     if n_last not in (0, n_test):
-        raise InputError(f"args.tvt asks for {int(n_last)} test structures, and there are {n_test}: write 0 there")
+        raise ConfigError(f"args.tvt asks for {int(n_last)} test structures, and there are {n_test}: write 0 there")
     return int(n_train), int(n_valid)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Saved:
         net.kept_log_sigma = self.log_sigma
 
 
-def load(path: str | Path) -> tuple[nnpes.Composite, Saved | None, tuple[str, ...] | None]:
+def load(path: str | os.PathLike) -> tuple[nnpes.Composite, Saved | None, tuple[str, ...] | None]:
     """The model of a checkpoint of PyKinML, of this package's adapter, or of a native run.
 
     Returns
@@ -77,7 +78,7 @@ def load(path: str | Path) -> tuple[nnpes.Composite, Saved | None, tuple[str, ..
     return net, _of_pykinml(net, found), found.elements
 
 
-def kind(path: str | Path) -> str | None:
+def kind(path: str | os.PathLike) -> str | None:
     """The format of a native file, that of model files or that of checkpoints; None for others and damaged ones."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True).get("format")
@@ -141,22 +142,23 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
     return "Adam" if isinstance(optimizer, torch.optim.Adam) else type(optimizer).__name__
 
 
-def _parameters(net: nnpes.Composite) -> list[torch.nn.Parameter]:
+def _parameters(net: nnpes.Composite) -> list[Tensor]:
     return [parameter for _, _, _, block in net.blocks() for parameter in block.tensors()]
 
 
 def _of_pykinml(net: nnpes.Composite, found: pykinml_checkpoint.Checkpoint) -> Saved | None:
-    if not (found.optimizer or {}).get("param_groups"):
+    if found.optimizer is None or not found.optimizer.get("param_groups"):
         return None
     state, settings = found.optimizer["state"], dict(found.optimizer["param_groups"][0])
     # Biases that stand for single-atom energies are not in the file.
-    own = [] if found.sae_is_input and found.weights[0][0][1] is None else ["bias"]
+    stored = ("weight",) if found.sae_is_input and found.weights[0][0][1] is None else ("weight", "bias")
     names = [name for _, _, _, block in net.blocks() for name in ("weight", *("bias" for _ in block.tensors()[1:]))]
     places = itertools.count()
-    tensors = [state.get(next(places), {}) if name in ("weight", *own) else {} for name in names]
+    tensors = [state.get(next(places), {}) if name in stored else {} for name in names]
     last = next(places)
-    learned = found.log_sigma is not None and found.log_sigma.numel() == 2
-    return Saved(tensors, settings, (found.log_sigma, state.get(last, {})) if learned else None)
+    log_sigma = found.log_sigma
+    learned = None if log_sigma is None or log_sigma.numel() != 2 else (log_sigma, state.get(last, {}))
+    return Saved(tensors, settings, learned)
 
 
 def _of_native(net: nnpes.Composite, state: dict[str, Any] | None) -> Saved | None:
@@ -171,7 +173,7 @@ def _of_native(net: nnpes.Composite, state: dict[str, Any] | None) -> Saved | No
     )
 
 
-def _joined(states: list[dict[str, Any]], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
+def _joined(states: list[dict[str, Any]], parameters: list[Tensor]) -> dict[str, Any]:
     """What is remembered of flat parameters, from what is remembered of their parts; zeros where that is nothing."""
     joined = {}
     for name in dict.fromkeys(name for state in states for name, value in state.items() if value is not None):
@@ -186,14 +188,14 @@ def _joined(states: list[dict[str, Any]], parameters: list[torch.nn.Parameter]) 
     return joined
 
 
-def _divided(state: dict[str, Any], parameters: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+def _divided(state: dict[str, Any], parameters: list[Tensor]) -> list[dict[str, Any]]:
     """The opposite of `_joined`."""
     divided: list[dict[str, Any]] = [{} for _ in parameters]
     for name, value in state.items():
         flat = isinstance(value, Tensor) and value.ndim > 0
         parts = value.split([p.numel() for p in parameters]) if flat else [value] * len(parameters)
-        for own, part, parameter in zip(divided, parts, parameters, strict=True):
-            own[name] = _copied(part.reshape(parameter.shape) if flat else part, parameter)
+        for of_parameter, part, parameter in zip(divided, parts, parameters, strict=True):
+            of_parameter[name] = _copied(part.reshape(parameter.shape) if flat else part, parameter)
     return divided
 
 

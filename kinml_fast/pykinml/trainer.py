@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 from kinml_fast.pykinml import daev as daev_calc
 from kinml_fast.pykinml import nnpes
 from kinml_fast.pykinml import prepper as prep
@@ -28,7 +28,7 @@ def ddp_setup(rank: int, world_size: int) -> None:
     InputError
         Always.
     """
-    raise InputError(NOT_DISTRIBUTED)
+    raise ConfigError(NOT_DISTRIBUTED)
 
 
 class Runner:
@@ -59,7 +59,7 @@ class Runner:
             torch.cat([torch.full((len(molecule[s]),), i) for i, molecule in enumerate(aevs)])
             for s in range(self.num_spec)
         ]
-        return [[own.to(self.device) for own in ids]]
+        return [[of_species.to(self.device) for of_species in ids]]
 
     def eval(self, aevs: Any, daevs: Any = ()) -> Tensor:
         """Energies [n_molecules, 1], eV, from the descriptors of each molecule and species."""
@@ -75,8 +75,8 @@ class Runner:
     def eval_force(self, daevs: Any) -> list[list[Tensor]]:
         """Forces [3 n] of each molecule, eV/Å, from Jacobians; `eval` must have had descriptors that need gradients."""
         self.pred_forces = [
-            daev_calc.cal_dEdxyz_ddp(aevs, -energy, own, self.get_ids([aevs])[0])
-            for aevs, energy, own in zip(self.aevs, self.pred_engs, daevs, strict=True)
+            daev_calc.cal_dEdxyz_ddp(aevs, -energy, jacobian, self.get_ids([aevs])[0])
+            for aevs, energy, jacobian in zip(self.aevs, self.pred_engs, daevs, strict=True)
         ]
         return self.pred_forces
 
@@ -128,8 +128,7 @@ def spawned_trainer(rank: Any, args: argparse.Namespace, world_size: int) -> Non
     world_size
         0.
     """
-    trainer = Trainer(*training_objects(rank, args), device=rank, force_train=args.floss)
-    trainer.train(args.epochs)
+    Trainer(**training_objects(rank, args)).train(args.epochs)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -142,8 +141,8 @@ def main(args: argparse.Namespace) -> None:
     spawned_trainer("cpu", args, 0)
 
 
-def training_objects(rank: Any, args: argparse.Namespace) -> tuple[Any, ...]:
-    """What `Trainer` takes, up to `svpath`."""
+def training_objects(rank: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What `Trainer` takes, by name."""
     show_log()
     refuse_distributed(args)
     torch.manual_seed(seeds(args.randomseed[1])[0])
@@ -152,8 +151,21 @@ def training_objects(rank: Any, args: argparse.Namespace) -> tuple[Any, ...]:
     train, valid, test, model, optimizer, schedule, sae, keys = prep.load_train_objs(args, fid=args.fidlevel)
     prep.set_up_task_weights(model, args, optimizer)
     name = one(args.savenm)
-    log_name = f"{name.rstrip('/')}_device_{rank}.log"
-    return model, train, valid, test, keys, optimizer, schedule, sae, args.save_every, log_name, name
+    return {
+        "model": model,
+        "train_data": train,
+        "valid_data": valid,
+        "test_data": test,
+        "keys": keys,
+        "optimizer": optimizer,
+        "lr_scheduler": schedule,
+        "sae_energies": sae,
+        "save_every": args.save_every,
+        "fname": f"{name.rstrip('/')}_device_{rank}.log",
+        "svpath": name,
+        "device": rank,
+        "force_train": args.floss,
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training: configuration, trainer, run folder."""
 
+from kinml_fast.data.training_data import TrainingData
 from kinml_fast.train.config import Config, TrainingConfig, load
-from kinml_fast.train.dataset import TrainingData
 from kinml_fast.train.loss import LossBatch
 from kinml_fast.train.runs import make_model, prepare, resume, start
 from kinml_fast.train.trainer import Summary, Trainer

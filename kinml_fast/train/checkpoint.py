@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kinml_fast.data.files import replacing
-from kinml_fast.errors import InputError, first_line
+from kinml_fast.errors import ModelError, first_line
 
 FORMAT = "kinml_fast checkpoint"
 VERSION = 2
@@ -50,7 +50,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read as a checkpoint ({error.strerror})") from error
+        raise ModelError(f"{path}: cannot be read as a checkpoint ({error.strerror})") from error
     try:
         # torch.load does not look at the checksums of the archive.
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -59,14 +59,14 @@ def load(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
         contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a damaged file has no common type
-        raise InputError(
+        raise ModelError(
             f"{path}: is no readable checkpoint ({first_line(error)}): put an intact one in its place, "
             "for instance one of the epoch-*.pt files beside it, or start a new run"
         ) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise InputError(f"{path}: was not written by this program as a checkpoint: give one that was")
+        raise ModelError(f"{path}: was not written by this program as a checkpoint: give one that was")
     if contents.get("version") != VERSION:
-        raise InputError(
+        raise ModelError(
             f"{path}: is a checkpoint of version {contents.get('version')}, this program reads version {VERSION}: "
             "use the program that wrote it"
         )

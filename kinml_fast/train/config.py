@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
@@ -14,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kinml_fast import datasets, devices
 from kinml_fast.data.files import replacing
-from kinml_fast.data.levels import Levels
-from kinml_fast.errors import InputError
+from kinml_fast.data.selection import Selection
+from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.nn import ACTIVATIONS
 
 log = logging.getLogger(__name__)
@@ -119,15 +120,15 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_levels(self) -> DataConfig:
-        levels = self.fidelity if isinstance(self.fidelity, list) else [self.fidelity]
         try:
-            number = len(Levels.of(levels, self.baseline, self.incomplete).read)
+            selection = self.selection
         except InputError as error:
             raise ValueError(str(error)) from None
-        if isinstance(self.sae, list) and len(self.sae) != len(levels):
+        fidelities, number = selection.fidelities, len(selection.fidelities_read)
+        if isinstance(self.sae, list) and len(self.sae) != len(fidelities):
             raise ValueError(
-                f"sae has {len(self.sae)} entries and there are {len(levels)} fidelities: give one for each, or one "
-                "for all"
+                f"sae has {len(self.sae)} entries and there are {len(fidelities)} fidelities: give one for each, or "
+                "one for all"
             )
         for name in ("energy_key", "forces_key"):
             keys = getattr(self, name)
@@ -137,6 +138,11 @@ class DataConfig(Section):
                     + (" (the baseline's, then that of the fidelity)" if self.baseline is not None else "")
                 )
         return self
+
+    @property
+    def selection(self) -> Selection:
+        """What is taken of the files."""
+        return Selection(**self.model_dump(include={field.name for field in fields(Selection)}))
 
 
 class DescriptorConfig(Section):
@@ -561,7 +567,7 @@ def from_dict(values: Mapping[str, Any], source: str = "configuration", overridd
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(_sentence(error.errors()[0], source, overridden)) from None
+        raise ConfigError(_sentence(error.errors()[0], source, overridden)) from None
 
 
 def save(config: Config, path: Path) -> None:
@@ -581,14 +587,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(
+        raise ConfigError(
             f"{path}: no such file; give a configuration file, or {_either(SHIPPED)} for those of the package"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a configuration ({error}): give a YAML file") from None
+        raise ConfigError(f"{path}: cannot be read as a configuration ({error}): give a YAML file") from None
     values = _parse(text, str(path))
     if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold sections with keys, like `data:` and `training:`")
+        raise ConfigError(f"{path}: must hold sections with keys, like `data:` and `training:`")
     return values
 
 
@@ -598,7 +604,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise InputError(f"{override!r} on the command line: expected key=value, like training.epochs=50")
+            raise ConfigError(f"{override!r} on the command line: expected key=value, like training.epochs=50")
         changes[key] = _parse(text, f"{key} on the command line")
     return changes
 
@@ -652,7 +658,7 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
-        raise InputError(f"{source}{where}: cannot be understood as YAML ({problem}): correct it") from None
+        raise ConfigError(f"{source}{where}: cannot be understood as YAML ({problem}): correct it") from None
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

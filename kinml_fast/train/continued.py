@@ -16,7 +16,7 @@ from torch import Tensor
 from kinml_fast.data import sae
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.deploy import model_file
-from kinml_fast.errors import InputError, first_line
+from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
@@ -70,24 +70,24 @@ def load(path: str | Path, *, averaged: bool = True) -> Origin:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(
+        raise ModelError(
             f"{path}: cannot be read ({error.strerror}): name model.pt or a checkpoint of a run"
         ) from error
     try:
         contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         kind = contents.get("format")
     except Exception as error:  # what torch.load raises for a damaged file has no common type
-        raise InputError(
+        raise ModelError(
             f"{path}: is no readable model and no checkpoint ({first_line(error)}): name model.pt of a run or one of "
             "its checkpoints (those of PyKinML are converted first)"
         ) from error
     if kind == model_file.FORMAT:
         model = model_file.load(path)
         if isinstance(model, Ensemble):
-            raise InputError(f"{path}: is an ensemble: name model.pt of one of its members")
+            raise ModelError(f"{path}: is an ensemble: name model.pt of one of its members")
         return Origin(path, model)
     if kind != checkpoint.FORMAT:
-        raise InputError(
+        raise ModelError(
             f"{path}: is no model file and no checkpoint of this program: name model.pt of a run or one of its "
             "checkpoints (those of PyKinML are converted first)"
         )
@@ -95,7 +95,7 @@ def load(path: str | Path, *, averaged: bool = True) -> Origin:
     try:
         return Origin(path, _model_of(state, averaged), state)
     except Exception as error:  # contents that do not fit together raise whatever they run into
-        raise InputError(
+        raise ModelError(
             f"{path}: does not hold a whole model ({first_line(error)}): name an intact checkpoint"
         ) from error
 
@@ -141,7 +141,7 @@ def resolved(config: Config, origin: Origin) -> Config:
         for key, value in values.items():
             wanted = getattr(given, key)
             if key in given.model_fields_set and wanted is not None and wanted != value:
-                raise InputError(
+                raise ConfigError(
                     f"{section}.{key} is {wanted} in the configuration and {value} in the start model {origin.path}: "
                     f"leave the key out, which takes the model's, or set {section}.{key}={value}"
                 )
@@ -160,7 +160,7 @@ def _with_levels(config: Config, origin: Origin) -> Config:
     if "baseline" in data.model_fields_set or "fidelity" in data.model_fields_set:
         if (data.baseline is None) != (model.baseline is None):
             kinds = ["whole energies" if x.baseline is None else "differences of energies" for x in (model, data)]
-            raise InputError(
+            raise ConfigError(
                 f"{origin.path}: is a model of {kinds[0]}, and the configuration trains one of {kinds[1]}: start from "
                 f"one of {kinds[1]}, or set data.baseline={'null' if model.baseline is None else model.baseline}"
             )
@@ -169,7 +169,7 @@ def _with_levels(config: Config, origin: Origin) -> Config:
     if "fidelity" in data.model_fields_set:
         given, there = [data.fidelity] if isinstance(data.fidelity, int) else data.fidelity, list(model.fidelities)
         if len(given) < len(there) or (len(given) > len(there) and given[: len(there)] != there):
-            raise InputError(
+            raise ConfigError(
                 f"{origin.path}: is a model of the fidelities {there}, and data.fidelity is {data.fidelity}: name as "
                 "many, or further ones above its own"
             )
@@ -298,14 +298,14 @@ def keep_state(
     """
     path, state = origin.path, origin.state
     if state is None or "optimizer" not in state:
-        raise InputError(
+        raise ModelError(
             f"{path}: holds no state of an optimizer: start from checkpoints/last.pt or epoch-*.pt of that run, or set "
             "start.optimizer=reset"
         )
     before, now = state["training"]["optimizer"], config.optimizer.model_dump()
     for key in ("name", "amsgrad"):
         if _family(before[key]) != _family(now[key]):
-            raise InputError(
+            raise ModelError(
                 f"{path}: holds the state of an optimizer with {key} {before[key]}, not {now[key]}: set "
                 f"training.optimizer.{key}={before[key]}, or start.optimizer=reset"
             )
@@ -337,7 +337,7 @@ def keep_state(
                 {"averages": [moved(averaged, weights.detach())], "steps": state["average"]["steps"]}
             )
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise InputError(
+        raise ModelError(
             f"{path}: does not hold a whole training ({first_line(error)}): name an intact checkpoint"
         ) from error
     rates = state["optimizer"]["param_groups"][0]["lr"], optimizer.param_groups[0]["lr"]

@@ -1,11 +1,9 @@
-"""The structures of a run, divided and as tensors."""
+"""The structures of a run as tensors: the last stage of data, behind `data.TrainingData`."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,49 +11,12 @@ from torch import Tensor
 
 from kinml_fast.data import stored
 from kinml_fast.data.files import first_few
-from kinml_fast.data.sources import DescriptorSource
-from kinml_fast.data.splits import PARTS, Split
+from kinml_fast.data.split import PARTS
 from kinml_fast.data.stored import StoredDescriptors
-from kinml_fast.data.structures import Structures
-from kinml_fast.errors import InputError
+from kinml_fast.data.training_data import TrainingData
+from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train.config import TrainingConfig
-
-
-class Data(Protocol):
-    """What a trainer needs of a data set: `TrainingData`, or a prepared data set."""
-
-    structures: Structures
-    split: Split
-    sae: np.ndarray | None
-    weights: np.ndarray | None
-    source: DescriptorSource
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Structures and their division.
-
-    Parameters
-    ----------
-    structures
-        With energies, and with forces if they are trained on; of one level of theory or of several, like the model.
-    split
-        Indices of the structures for training, validation and test. Training without reshuffling keeps their order.
-    sae
-        Single-atom energies, float64 [n_elements] in the order of `structures.elements`, eV, which the model is given;
-        of K > 1 levels [K, n_elements]. None: those that the model has.
-    weights
-        Weights of the structures in the loss, float64 [n_structures]; None: all 1.
-    source
-        Where stored descriptors come from (training.jacobian: stored).
-    """
-
-    structures: Structures
-    split: Split
-    sae: np.ndarray | None = None
-    weights: np.ndarray | None = None
-    source: DescriptorSource = field(default_factory=DescriptorSource)
 
 
 class Dataset:
@@ -96,18 +57,18 @@ class Dataset:
         where they are asked for, weights that are none, no coordinates where nothing is stored.
     """
 
-    def __init__(self, model: EnergyModel, data: Data, config: TrainingConfig) -> None:
+    def __init__(self, model: EnergyModel, data: TrainingData, config: TrainingConfig) -> None:
         split = {name: np.asarray(getattr(data.split, name), dtype=np.int64) for name in PARTS}
         for name in ("train", "validation"):
             if split[name].size == 0:
-                raise InputError(f"the {name} set is empty: give it at least one structure")
+                raise DataError(f"the {name} set is empty: give it at least one structure")
         self.sizes = {name: len(indices) for name, indices in split.items()}
         origin = np.concatenate(list(split.values()))
         structures = data.structures.with_elements(model.elements).select(origin)
         if structures.energies is None:
-            raise InputError("the structures have no energies: training needs them")
+            raise DataError("the structures have no energies: training needs them")
         if structures.coordinates is None and config.jacobian == "recompute":
-            raise InputError(
+            raise DataError(
                 f"{structures.labels[0]} has no coordinates, only stored descriptors: set training.jacobian=stored"
             )
         self.labels = structures.labels
@@ -117,7 +78,7 @@ class Dataset:
 
         self.levels, self._fidelities = structures.levels, model.fidelities
         if self.levels != len(model.fidelities):
-            raise InputError(
+            raise DataError(
                 f"the data have {_counted(self.levels)} of theory and the model is for "
                 f"{_counted(len(model.fidelities))}: make a model with as many fidelities"
             )
@@ -202,21 +163,21 @@ class Dataset:
         atoms, known = self.atoms(part)
         return labels, self.forces.view(self.levels, -1, 3)[level, atoms].cpu().numpy()[known[level]].ravel()
 
-    def _weights(self, data: Data) -> np.ndarray:
+    def _weights(self, data: TrainingData) -> np.ndarray:
         count = len(data.structures)
         if data.weights is None:
             return np.ones(count)
         weights = np.asarray(data.weights, dtype=np.float64)
         if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
-            raise InputError(f"the weights must be {count} numbers that are not negative, one for each structure")
+            raise DataError(f"the weights must be {count} numbers that are not negative, one for each structure")
         if not weights[np.asarray(data.split.train, dtype=np.int64)].any():
-            raise InputError("the weights of all training structures are 0: give some of them a weight")
+            raise DataError("the weights of all training structures are 0: give some of them a weight")
         return weights
 
     def _check_levels(self, config: TrainingConfig) -> None:
         for name, factors in (("loss", config.loss.level_weights), ("score", config.score.level_weights)):
             if factors is not None and len(factors) != self.levels:
-                raise InputError(
+                raise ConfigError(
                     f"training.{name}.level_weights has {len(factors)} entries, but there are {_counted(self.levels)} "
                     "of theory: give a factor for each, lowest first"
                 )
@@ -224,7 +185,7 @@ class Dataset:
             needed = {"train": config.loss.level_weights, "validation": config.score.level_factors(self.levels)}
             for part, factors in needed.items():
                 if (factors is None or factors[level]) and not self.known_energies[level, self.range(part)].any():
-                    raise InputError(
+                    raise DataError(
                         f"no {part} structure has energies of fidelity {fidelity}: put some into that part, or set "
                         f"the level's factor to 0 (training.{'loss' if part == 'train' else 'score'}.level_weights)"
                     )
@@ -234,7 +195,7 @@ class Dataset:
             return
         files = first_few(list(dict.fromkeys(label.rsplit("/", 1)[0] for label in self.labels)))
         if not self.known_forces[:, self.range("train")].any():
-            raise InputError(
+            raise DataError(
                 f"training.loss.forces is true, but no training structure has forces (data: {files}): take data with "
                 "forces, name their key in XYZ files by data.forces_key, or set training.loss.forces=false"
             )
@@ -243,7 +204,7 @@ class Dataset:
         if config.score.forces and (judged & ~known).any():
             level = int(np.argmax(judged & ~known))
             of_level = f" of fidelity {self._fidelities[level]}" if self.levels > 1 else ""
-            raise InputError(
+            raise DataError(
                 f"training.score.forces is {config.score.forces:g}, but no validation structure has forces{of_level} "
                 f"(data: {files}): put some into the validation set, or set training.score.forces=0"
             )

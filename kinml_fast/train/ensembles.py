@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinml_fast import devices
+from kinml_fast import devices, report
 from kinml_fast.data import splits
 from kinml_fast.data.files import replacing
 from kinml_fast.data.prepared import Prepared
-from kinml_fast.data.splits import Split
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import evaluate, model_file
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import config as configuration
@@ -173,7 +173,7 @@ def fold(structures: Structures, split: Split, n_folds: int, index: int, seed: i
     """
     pool = np.concatenate([split.train, split.validation])
     if len(pool) < n_folds:
-        raise InputError(
+        raise ConfigError(
             f"there are {len(pool)} training and validation structures for {n_folds} folds: set ensemble.members to at "
             "most their number or take more data"
         )
@@ -333,7 +333,7 @@ def _parts(config: Config, data: Prepared, ensemble: Ensemble) -> dict[str, eval
 
 def table(result: EnsembleSummary) -> str:
     """Errors of the members and of their means as a text table: RMSE, energies in kcal/mol, forces in kcal/mol/Å."""
-    parts = [part for part in splits.PARTS if any(part in member.errors for member in result.members)]
+    parts = [part for part in PARTS if any(part in member.errors for member in result.members)]
     with_forces = [part for part in parts if any(part in member.forces for member in result.members)]
     cells = [
         ["member", "best epoch", *(f"{part} energies" for part in parts), *(f"{part} forces" for part in with_forces)]
@@ -360,8 +360,6 @@ def table(result: EnsembleSummary) -> str:
 def _write_report(
     folder: RunFolder, ensemble: Ensemble, result: EnsembleSummary, found: Mapping[str, evaluate.Part]
 ) -> None:
-    from kinml_fast.train import report  # matplotlib takes a second to import
-
     metrics = {f"member {i}": folder.member(i).metrics for i in range(1, len(result.members) + 1)}
     best = {f"member {i}": member.best_epoch for i, member in enumerate(result.members, start=1)}
     report.write_member_curves(folder.report, metrics, best)
@@ -386,17 +384,17 @@ def _check_changes(before: Config, config: Config) -> None:
     for key in sorted(old.keys() | new.keys()):
         allowed = any(key == name or key.startswith(f"{name}.") for name in _CHANGEABLE)
         if old.get(key) != new.get(key) and not allowed:
-            raise InputError(
+            raise ConfigError(
                 f"{config.run}: was started with {key} = {old.get(key)} and cannot go on with {new.get(key)}: keep it, "
                 "or start a new run"
             )
     was, now = before.ensemble.members, config.ensemble.members
     if was == 1:
-        raise InputError(
+        raise ConfigError(
             f"{config.run}: is a run of one model and cannot become an ensemble: start a new run with ensemble.members"
         )
     if now < was or (now > was and config.ensemble.vary == "folds"):
-        raise InputError(
+        raise ConfigError(
             f"{config.run}: was started with ensemble.members = {was} and cannot go on with {now}: members can be "
             "added where seeds vary, otherwise start a new run"
         )

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 from kinml_fast.nn import EnergyModel
 
 
@@ -52,13 +52,13 @@ class FrozenLayers:
         whole = {pattern: pattern if ":" in pattern else f"*:{pattern}" for pattern in patterns}
         for pattern in patterns:
             if not any(fnmatchcase(name, whole[pattern]) for name in layers):
-                raise InputError(
+                raise ConfigError(
                     f"start.freeze: no layer is called {pattern}: the layers are {', '.join(shown.values())}"
                 )
         chosen = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in whole.values())]
         self.names = tuple(shown[name] for name in chosen)
         if len(self.names) == len(layers):
-            raise InputError("start.freeze: all layers are frozen, so that nothing can be trained: leave one out")
+            raise ConfigError("start.freeze: all layers are frozen, so that nothing can be trained: leave one out")
         self._ranges: list[tuple[int, int]] = []
         for first, end in sorted(layers[name] for name in chosen):
             if self._ranges and self._ranges[-1][1] == first:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train.config import LossConfig
 
@@ -67,9 +67,9 @@ class TaskWeights:
     def __init__(self, config: LossConfig, extra: Sequence[str], device: torch.device) -> None:
         self.names = (ENERGY, FORCES, *extra)
         if len(set(self.names)) < len(self.names):
-            raise InputError(f"the terms of the loss are called {', '.join(self.names)}: give each its own name")
+            raise ConfigError(f"the terms of the loss are called {', '.join(self.names)}: give each its own name")
         if unknown := sorted(set(config.extra_weights) - set(extra)):
-            raise InputError(
+            raise ConfigError(
                 f"training.loss.extra_weights names {', '.join(unknown)}, but the loss has no such term: give it to "
                 "the Trainer as one of its extra_losses, or leave it out"
             )
@@ -185,7 +185,7 @@ class ExtraLosses:
             with torch.enable_grad():
                 loss = term(self._model, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                raise InputError(
+                raise ConfigError(
                     f"the term {name} of the loss must return one number as a tensor that depends on the model's "
                     f"parameters, not {type(loss).__name__}{list(loss.shape) if isinstance(loss, Tensor) else ''}"
                 )

@@ -15,13 +15,13 @@ import torch
 from kinml_fast import devices
 from kinml_fast.data import prepared, splits, weights
 from kinml_fast.data.prepared import Prepared
-from kinml_fast.errors import InputError
+from kinml_fast.data.training_data import TrainingData
+from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
 from kinml_fast.train import config as configuration
 from kinml_fast.train import continued
 from kinml_fast.train.config import Config
 from kinml_fast.train.continued import Origin
-from kinml_fast.train.dataset import TrainingData
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.trainer import Summary, Trainer
@@ -94,7 +94,7 @@ def resume(
     before = configuration.from_dict(values, str(folder.config))
     config = configuration.with_overrides(values, overrides, str(folder.config))
     if config.start != before.start:
-        raise InputError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
+        raise ConfigError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
     devices.resolve(config.training.device)
     here = config.model_copy(update={"run": str(folder)})  # it may have moved
     folder.sweep()
@@ -156,7 +156,7 @@ def begin(config: Config) -> tuple[Config, Origin | None]:
         return config, None
     origin = continued.load(start.model, averaged=start.optimizer == "reset")
     if origin.path.resolve().is_relative_to(Path(config.run).resolve()):
-        raise InputError(
+        raise ConfigError(
             f"start.model {origin.path} is in the run folder {config.run} itself: choose another with run="
         )
     return continued.resolved(config, origin), origin
@@ -201,14 +201,18 @@ def prepare(config: Config) -> Prepared:
     The division is also written to split.txt in the run folder, which `data.split_file` of another run can name.
     """
     folder = RunFolder(config.run)
-    settings = config.data.model_dump()
     path = _prepared_path(config, folder)
-    settings.pop("prepared")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be made ({error.strerror}): choose another folder") from error
-    data = prepared.prepare(**settings, descriptor=config.descriptor.model_dump(), path=path)
+    data = prepared.prepare(
+        config.data.files,
+        config.data.selection,
+        **config.data.model_dump(include={"split", "split_file", "split_seed", "sae", "weights"}),
+        descriptor=config.descriptor.model_dump(),
+        path=path,
+    )
     log.info("%s", splits.table(data.structures, data.split))
     folder.path.mkdir(parents=True, exist_ok=True)
     splits.write_tvtmsk(folder.split, data.structures, data.split)

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from kinml_fast.data.splits import PARTS
+from kinml_fast import report
+from kinml_fast.data.split import PARTS
+from kinml_fast.data.training_data import TrainingData
 from kinml_fast.deploy import model_file
-from kinml_fast.errors import InputError, first_line
+from kinml_fast.errors import ConfigError, DataError, DeviceError, InputError, ModelError, first_line
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train import checkpoint, continued
 from kinml_fast.train.captured import MOST_STEPS, CapturedEpoch
 from kinml_fast.train.config import TrainingConfig, save_yaml
-from kinml_fast.train.dataset import Data, Dataset
+from kinml_fast.train.dataset import Dataset
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.freezing import FrozenLayers
 from kinml_fast.train.loss import ExtraLoss, ExtraLosses, LossBatch, TaskWeights
@@ -122,7 +124,7 @@ class Trainer:
     def __init__(
         self,
         model: EnergyModel,
-        data: Data,
+        data: TrainingData,
         config: TrainingConfig | None = None,
         folder: str | Path | None = None,
         *,
@@ -528,7 +530,7 @@ class Trainer:
         if not resume:
             folder.create(overwrite)
         elif any(folder.checkpoints.glob("*.pt")):
-            raise InputError(f"{folder.last}: is missing: put another checkpoint of this run there, or start a new run")
+            raise ModelError(f"{folder.last}: is missing: put another checkpoint of this run there, or start a new run")
         folder.make()
         if not folder.config.exists():
             save_yaml(folder.config, {"training": self.config.model_dump()})
@@ -598,7 +600,7 @@ class Trainer:
                     self._best["weights"] = self._weights()
             length = state["metrics_length"]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise InputError(
+            raise ModelError(
                 f"{path}: does not hold a whole run ({first_line(error)}): put an intact checkpoint there"
             ) from error
         self._table = MetricsTable(self.folder.path, length, self._epoch, self._further_columns())
@@ -611,7 +613,7 @@ class Trainer:
         for key, value in self.model.to_dict().items():
             there = state["model"].get(key)
             if there != value:
-                raise InputError(
+                raise ModelError(
                     f"{path}: is a checkpoint of another architecture ({key} is {there} there and {value} "
                     "here): resume with the configuration of that run"
                 )
@@ -619,19 +621,19 @@ class Trainer:
         for key, value in _flat(self.config.model_dump()).items():
             changeable = any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
             if not changeable and before.get(key) != value:
-                raise InputError(
+                raise ConfigError(
                     f"{path}: was written with training.{key} = {before.get(key)} and cannot go on with {value}: keep "
                     f"it, or start a new run; what can be changed is {', '.join(sorted(CHANGEABLE))}"
                 )
         frozen = set() if self._frozen is None else set(self._frozen.names)
         if set(state["frozen"]) != frozen:
             names = [", ".join(sorted(names)) or "none" for names in (state["frozen"], frozen)]
-            raise InputError(
+            raise ConfigError(
                 f"{path}: was written with other frozen layers ({names[0]}) and cannot go on with {names[1]}: keep "
                 "start.freeze, or start a new run from it"
             )
         if state["data"] != self._data.fingerprint:
-            raise InputError(
+            raise DataError(
                 f"{path}: belongs to other data (structures, energies, forces, weights, split or single-atom energies "
                 "have changed): resume with the data of that run, or start a new run"
             )
@@ -661,8 +663,6 @@ class Trainer:
         return Summary(self._epoch, self._best["epoch"], energies, time.monotonic() - started, forces, lower)
 
     def _report(self, residuals: Mapping[str, Sequence[Residuals]]) -> None:
-        from kinml_fast.train import report  # matplotlib takes a second to import
-
         data, of_levels = self._data, []
         for level in range(data.levels):
             energies, forces = {}, {}
@@ -700,7 +700,7 @@ def _memory_explained(config: TrainingConfig) -> Iterator[None]:
         names = ("batch_size", "validation_batch_size", "test_batch_size")
         sizes = " ".join(f"training.{name}={max(getattr(config, name) // 2, 1)}" for name in names)
         stored = "training.jacobian=recompute, " if config.jacobian == "stored" else ""
-        raise InputError(
+        raise DeviceError(
             f"the GPU is out of memory ({first_line(error)}): try {stored}batches half as large ({sizes}), or "
             "training.device=cpu"
         ) from error

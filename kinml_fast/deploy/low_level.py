@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ase.calculators.calculator import BaseCalculator
 
-from kinml_fast.errors import InputError
+from kinml_fast.errors import ConfigError
 from kinml_fast.nn import EnergyModel, Ensemble
 
 _TBLITE = "tblite:"
 _WAYS = "an ASE calculator, tblite:METHOD (such as tblite:GFN1-xTB), or the model file of the low level"
 
 
-def make(name: str | os.PathLike) -> BaseCalculator:
+def make(name: str | os.PathLike, of_file: Callable[[str], BaseCalculator]) -> BaseCalculator:
     """The calculator that a text stands for.
 
     Parameters
     ----------
     name
         "tblite:METHOD" for an xTB method of the package tblite, or a model file or run folder of kinml_fast.
+    of_file
+        Makes a calculator of a model file or run folder: `KinMLCalculator`, which stands above this module.
 
     Raises
     ------
@@ -29,24 +32,26 @@ def make(name: str | os.PathLike) -> BaseCalculator:
     """
     text = os.fspath(name)
     if not text.startswith(_TBLITE):
-        from kinml_fast.deploy.calculator import KinMLCalculator
-
         if not Path(text).exists():
-            raise InputError(f"{text}: is neither a file nor of the form tblite:METHOD: give {_WAYS}")
-        return KinMLCalculator(text)
+            raise ConfigError(f"{text}: is neither a file nor of the form tblite:METHOD: give {_WAYS}")
+        return of_file(text)
     method = text.removeprefix(_TBLITE)
     try:
         from tblite.ase import TBLite
     except ImportError as error:
-        raise InputError(f"{text}: needs the package tblite ({error}): pip install tblite") from error
+        raise ConfigError(f"{text}: needs the package tblite ({error}): pip install tblite") from error
     known = ("GFN1-xTB", "GFN2-xTB", "IPEA1-xTB")
     if method not in known:
-        raise InputError(f"{text}: tblite knows {', '.join(known)}: name one of them")
+        raise ConfigError(f"{text}: tblite knows {', '.join(known)}: name one of them")
     return TBLite(method=method, verbosity=0)
 
 
-def checked(model: EnergyModel | Ensemble, base: BaseCalculator | str | os.PathLike | None) -> BaseCalculator | None:
-    """The base of a model as a calculator.
+def checked(
+    model: EnergyModel | Ensemble,
+    base: BaseCalculator | str | os.PathLike | None,
+    of_file: Callable[[str], BaseCalculator],
+) -> BaseCalculator | None:
+    """The base of a model as a calculator; `of_file` is that of `make`.
 
     Raises
     ------
@@ -55,18 +60,18 @@ def checked(model: EnergyModel | Ensemble, base: BaseCalculator | str | os.PathL
     """
     if model.baseline is None:
         if base is not None:
-            raise InputError(
+            raise ConfigError(
                 "the model gives whole energies, no differences to a low level: leave out base, which is for models "
                 "that were trained with data.baseline"
             )
         return None
     if base is None:
-        raise InputError(
+        raise ConfigError(
             f"the model gives differences of fidelity {model.fidelities[-1]} to fidelity {model.baseline}: give base, "
             f"which computes fidelity {model.baseline}: {_WAYS}"
         )
     if isinstance(base, str | os.PathLike):
-        return make(base)
+        return make(base, of_file)
     if not hasattr(base, "get_property"):
-        raise InputError(f"base is {type(base).__name__}, not a calculator: give {_WAYS}")
+        raise ConfigError(f"base is {type(base).__name__}, not a calculator: give {_WAYS}")
     return base

@@ -12,19 +12,24 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy import ndimage
 
 from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors, r_squared
 from kinml_fast.units import KCAL_PER_MOL
+
+# matplotlib takes half a second to import, and most of what imports this module draws only at its end.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 Comparison = tuple[Sequence[str], np.ndarray, np.ndarray]
 """Labels, reference and predicted values (eV or eV/Å) of one split, all of one length."""
@@ -35,7 +40,7 @@ Lower = Mapping[int, tuple[Mapping[str, Comparison], Mapping[str, Comparison]]]
 COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
 _OTHER_COLOUR = "#555555"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # keys are literals for type checkers
     "font.size": 11,
     "axes.labelsize": 12,
     "axes.titlesize": 12,
@@ -138,7 +143,7 @@ def write_report(
     """
     curves = read_metrics(metrics_csv)
     rows = write_parity(folder, energies, forces, lower)
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         _save(draw_learning_curves(curves, best), Path(folder) / "learning_curves.png")
     return rows
 
@@ -162,22 +167,24 @@ def write_member_curves(
     InputError
         As `write_report`.
     """
+    import matplotlib
+
     folder = _made(folder)
     curves = {name: read_metrics(path)["validation"] for name, path in metrics_csv.items()}
     with_forces = any(_positive(columns, f"{FORCES.name}_rmse").any() for columns in curves.values())
     quantities = [ENERGY, FORCES] if with_forces else [ENERGY]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.0, 0.6 + 3.4 * len(quantities)), layout="constrained")
+    with _style():
+        figure = _figure(8.0, 0.6 + 3.4 * len(quantities))
         axes = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
         shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(curves)))
         for ax, quantity in zip(axes, quantities, strict=True):
             for (name, columns), shade in zip(curves.items(), shades, strict=True):
-                y = columns.get(f"{quantity.name}_rmse")
-                there = _positive(columns, f"{quantity.name}_rmse")
-                if not there.any():
+                shown = _positive(columns, f"{quantity.name}_rmse")
+                if not shown.any():
                     continue
-                ax.plot(columns["epoch"][there], y[there], color=shade, lw=1.2, label=name)
-                at = there & (columns["epoch"] == best[name])
+                y = columns[f"{quantity.name}_rmse"]
+                ax.plot(columns["epoch"][shown], y[shown], color=shade, lw=1.2, label=name)
+                at = shown & (columns["epoch"] == best[name])
                 ax.plot(columns["epoch"][at], y[at], "o", ms=6, mfc="none", mec=shade, mew=1.4)
             ax.set_ylabel(f"validation RMSE, {quantity.unit}")
             if ax.lines:
@@ -197,7 +204,8 @@ def write_parity(
     """Write parity plots and errors.csv: what `write_report` does without learning curves."""
     folder = _made(folder)
     rows = []
-    for fidelity, (of_energies, of_forces) in {None: (energies, forces or {}), **(lower or {})}.items():
+    highest = (None, (energies, forces or {}))
+    for fidelity, (of_energies, of_forces) in [highest, *(lower or {}).items()]:
         quantities = {
             quantity if fidelity is None else replace(quantity, fidelity=fidelity): comparisons
             for quantity, comparisons in ((ENERGY, of_energies), (FORCES, of_forces))
@@ -218,12 +226,12 @@ def _write_parity_of_level(folder: Path, quantities: Mapping[Quantity, Mapping[s
         for quantity, comparisons in quantities.items()
         if split in comparisons and len(comparisons[split][1])
     ]
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         limits = {quantity: _limits(quantity, comparisons) for quantity, comparisons in quantities.items()}
         for split in splits:
-            own = [row for row in rows if row.split == split]
-            panels = [(row, *quantities[row.quantity][split][1:], limits[row.quantity]) for row in own]
-            _save(draw_parity(split, panels), folder / f"parity_{split}{own[0].quantity.suffix}.png")
+            of_split = [row for row in rows if row.split == split]
+            panels = [(row, *quantities[row.quantity][split][1:], limits[row.quantity]) for row in of_split]
+            _save(draw_parity(split, panels), folder / f"parity_{split}{of_split[0].quantity.suffix}.png")
     return rows
 
 
@@ -275,26 +283,26 @@ def read_metrics(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
 
 def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: int | None = None) -> Figure:
     """RMSE and MAE of every split against the epoch, the best one marked, and the learning rate below."""
-    levels = _levels(metrics)
+    fidelities = _fidelities(metrics)
     with_forces = any(
-        _positive(columns, f"{FORCES.name}_rmse{replace(FORCES, fidelity=level).suffix}").any()
+        _positive(columns, f"{FORCES.name}_rmse{replace(FORCES, fidelity=fidelity).suffix}").any()
         for columns in metrics.values()
-        for level in levels
+        for fidelity in fidelities
     )
     kinds = [ENERGY, FORCES] if with_forces else [ENERGY]
-    figure = Figure(figsize=(8.0 * len(levels), 1.8 + 3.4 * len(kinds)), layout="constrained")
+    figure = _figure(8.0 * len(fidelities), 1.8 + 3.4 * len(kinds))
     heights = [3.4] * len(kinds) + [1.1]
     # All rows share the epochs; a column for each level, the highest first.
-    all_axes = figure.subplots(len(heights), len(levels), sharex=True, squeeze=False, height_ratios=heights)
-    for axes, level in zip(all_axes.T, levels, strict=True):
-        quantities = [replace(quantity, fidelity=level) for quantity in kinds]
+    all_axes = figure.subplots(len(heights), len(fidelities), sharex=True, squeeze=False, height_ratios=heights)
+    for axes, fidelity in zip(all_axes.T, fidelities, strict=True):
+        quantities = [replace(quantity, fidelity=fidelity) for quantity in kinds]
         for ax, quantity in zip(axes, quantities, strict=False):
             _draw_curves(ax, quantity, metrics)
         _mark_best(axes, quantities, metrics, best)
         rates = metrics.get("train", next(iter(metrics.values())))
-        there = _positive(rates, "lr")
-        if there.any():
-            axes[-1].step(rates["epoch"][there], rates["lr"][there], where="post", color=_OTHER_COLOUR, lw=1.4)
+        shown = _positive(rates, "lr")
+        if shown.any():
+            axes[-1].step(rates["epoch"][shown], rates["lr"][shown], where="post", color=_OTHER_COLOUR, lw=1.4)
             _make_logarithmic(axes[-1])
         axes[-1].set_ylabel("learning rate")
         axes[-1].set_xlabel("epoch")
@@ -302,21 +310,22 @@ def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: 
     return figure
 
 
-def _levels(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> list[int | None]:
+def _fidelities(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> list[int | None]:
     """The levels of theory that a table of metrics has: None for the highest, then the lower ones by fidelity."""
     names = [name.partition("_fidelity")[2] for columns in metrics.values() for name in columns if "_fidelity" in name]
     return [None, *(int(name) for name in reversed(dict.fromkeys(names)))]
 
 
 def _draw_curves(ax: Axes, quantity: Quantity, metrics: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    for kind, style in (("rmse", {"lw": 1.8, "zorder": 3}), ("mae", {"lw": 1.0, "alpha": 0.5})):
+    styles: dict[str, dict[str, Any]] = {"rmse": {"lw": 1.8, "zorder": 3}, "mae": {"lw": 1.0, "alpha": 0.5}}
+    for kind, style in styles.items():
         for split, columns in metrics.items():
             name = f"{quantity.name}_{kind}{quantity.suffix}"
-            there = _positive(columns, name)
-            if there.any():
-                few = {"marker": "o", "ms": 3.5} if there.sum() <= 25 else {}
+            shown = _positive(columns, name)
+            if shown.any():
+                few: dict[str, Any] = {"marker": "o", "ms": 3.5} if shown.sum() <= 25 else {}
                 label = f"{split} {kind.upper()}"
-                x, y = columns["epoch"][there], columns[name][there]
+                x, y = columns["epoch"][shown], columns[name][shown]
                 ax.plot(x, y, color=_colour(split), label=label, **style, **few)
     ax.set_ylabel(f"{quantity.error}, {quantity.unit}")
     if ax.lines:
@@ -337,7 +346,7 @@ def draw_parity(
         For each quantity its errors, reference and predicted values in eV or eV/Å, and the axis in kcal/mol or
         kcal/mol/Å: which reference value is its zero, first and last value.
     """
-    figure = Figure(figsize=(6.2 * len(panels), 7.6), layout="constrained")
+    figure = _figure(6.2 * len(panels), 7.6)
     axes = figure.subplots(2, len(panels), sharex="col", squeeze=False, height_ratios=[3, 1.1])
     fidelity = panels[0][0].quantity.fidelity
     figure.suptitle(f"{split} set" + ("" if fidelity is None else f", fidelity {fidelity}"), fontsize=13)
@@ -405,8 +414,8 @@ def _density(x: np.ndarray, residual: np.ndarray, bins: int = 64) -> np.ndarray:
         low, high = np.quantile(values, [0.005, 0.995])
         return np.clip((values - low) / max(high - low, 1e-300), 0, 1) * (bins - 1)
 
-    places = np.stack([place(x), place(residual)])
-    counts = np.histogram2d(*places, bins=bins, range=[(-0.5, bins - 0.5)] * 2)[0]
+    places = place(x), place(residual)
+    counts = np.histogram2d(places[0], places[1], bins=bins, range=[(-0.5, bins - 0.5)] * 2)[0]
     smooth = ndimage.gaussian_filter(counts, sigma=1.5, mode="constant")
     density = ndimage.map_coordinates(smooth, places, order=1, mode="nearest")
     return np.sqrt(density / density.max())
@@ -469,14 +478,16 @@ def _mark_best(
 
 def _make_logarithmic(ax: Axes) -> None:
     """A logarithmic axis labelled with plain numbers, enough of them when it spans less than a decade or two."""
+    from matplotlib import ticker
+
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     decades = math.log10(high / low)
     if decades < 2.5:
         subs = (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
-        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-        ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
+        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _three_digits(value: float) -> str:
@@ -487,10 +498,12 @@ def _colour(split: str) -> str:
     return COLOURS.get(split, _OTHER_COLOUR)
 
 
-def _colour_map(split: str) -> matplotlib.colors.Colormap:
+def _colour_map(split: str) -> Colormap:
     """From the split's colour, lightened, where points are rare, to a dark shade of it where they are many."""
-    rgb = np.array(matplotlib.colors.to_rgb(_colour(split)))
-    return matplotlib.colors.LinearSegmentedColormap.from_list(split, [0.45 * rgb + 0.55, rgb, 0.35 * rgb])
+    from matplotlib import colors
+
+    rgb = np.array(colors.to_rgb(_colour(split)))
+    return colors.LinearSegmentedColormap.from_list(split, [0.45 * rgb + 0.55, rgb, 0.35 * rgb])
 
 
 def _positive(columns: Mapping[str, np.ndarray], name: str) -> np.ndarray:
@@ -506,6 +519,20 @@ def _made(folder: str | os.PathLike) -> Path:
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
     return folder
+
+
+def _style() -> AbstractContextManager[None]:
+    """What figures look like that are made and drawn within this."""
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of so many inches; none of matplotlib's global state is touched, so that programs keep theirs."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Figure, path: Path) -> None:
