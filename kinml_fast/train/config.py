@@ -259,14 +259,14 @@ class SchedulerConfig(Section):
 
     def ignored(self) -> list[str]:
         """Keys that were changed but that this schedule does not have."""
-        own = {
+        keys_of = {
             "rop": {"factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr"},
             "exp": {"gamma"},
             "step": {"gamma", "step_size"},
             "cosine": {"min_lr", "length"},
             "none": set(),
         }
-        return _changed(self, set(type(self).model_fields) - {"name"} - own[self.name])
+        return _changed(self, set(type(self).model_fields) - {"name"} - keys_of[self.name])
 
 
 class LossConfig(Section):
@@ -421,6 +421,28 @@ class TrainingConfig(Section):
             keys = _changed(self.loss, {"force_weight", "extra_weights"})
             sentences += [f"training.loss.{key} has no effect with training.loss.weighting = learned" for key in keys]
         return sentences
+
+
+CHANGEABLE = {
+    "epochs",
+    "validation_batch_size",
+    "test_batch_size",
+    "device",
+    "threads",
+    "early_stopping",
+    "save_every",
+    "test_every",
+    "checkpoint_seconds",
+    "loss.forces",
+    "loss.forces_from",
+    "loss.forces_until",
+    "loss.force_weight",
+    "loss.level_weights",
+    "score",
+}
+"""Keys and sections of the training configuration that may change when a run is resumed; others make it another run.
+
+Forces can thus be taken up by a run on energies, and given up."""
 
 
 class StartConfig(Section):
@@ -613,6 +635,18 @@ def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
             found |= keys(kind, f"{prefix}{name}.")
         else:
             found[prefix + name] = field.description or ""
+    return found
+
+
+def flat(values: Mapping[str, Any], depth: int | None = None) -> dict[str, Any]:
+    """Values of nested sections by dotted keys; with a depth, sections that lie deeper stay as they are."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and depth != 0:
+            inner = flat(value, None if depth is None else depth - 1)
+            found |= {f"{key}.{name}": item for name, item in inner.items()}
+        else:
+            found[key] = value
     return found
 
 

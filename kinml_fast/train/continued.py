@@ -21,9 +21,8 @@ from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import Config, TrainingConfig
-from kinml_fast.train.loss import TaskWeights
 from kinml_fast.train.metrics import Residuals
-from kinml_fast.train.optimizers import WeightAverage
+from kinml_fast.train.update import Update
 
 log = logging.getLogger(__name__)
 
@@ -271,9 +270,7 @@ def keep_state(
     origin: Origin,
     model: EnergyModel,
     config: TrainingConfig,
-    optimizer: torch.optim.Optimizer,
-    tasks: TaskWeights,
-    average: WeightAverage | None,
+    update: Update,
 ) -> None:
     """Let a new training have the state of the one that wrote a checkpoint.
 
@@ -288,8 +285,8 @@ def keep_state(
         `origin.model`, or one extended from it; new weights begin with means of 0.
     config
         The new training.
-    optimizer, tasks, average
-        Of the new training; they are changed.
+    update
+        Of the new training; it is changed.
 
     Raises
     ------
@@ -297,6 +294,7 @@ def keep_state(
         The file has no state of an optimizer, or one of another kind.
     """
     path, state = origin.path, origin.state
+    optimizer, tasks, average = update.optimizer, update.tasks, update.average
     if state is None or "optimizer" not in state:
         raise InputError(
             f"{path}: holds no state of an optimizer: start from checkpoints/last.pt or epoch-*.pt of that run, or set "

@@ -33,10 +33,10 @@ from kinml_fast.metrics import Errors
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import config as configuration
 from kinml_fast.train import runs
-from kinml_fast.train.config import Config
+from kinml_fast.train.config import CHANGEABLE, Config
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
-from kinml_fast.train.trainer import CHANGEABLE, Summary
+from kinml_fast.train.results import Summary
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from kinml_fast.train.continued import Origin
 from kinml_fast.train.dataset import TrainingData
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
-from kinml_fast.train.trainer import Summary, Trainer
+from kinml_fast.train.results import Summary
+from kinml_fast.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from kinml_fast.train import ensembles

@@ -1,14 +1,17 @@
-"""Where energies and forces come from in training: each kind takes a batch forward and backward, and predicts.
+"""What trains on a batch and predicts: forward and backward pass in one call, without autograd.
 
-`EnergyStep` keeps the descriptors of all atoms and computes energies only; `LevelEnergyStep` does so for any number of
-levels of theory, and on GPUs. `ForceStep` computes energies and forces from coordinates, `StoredForceStep` from
-descriptors and Jacobians that it keeps; both give the same numbers, and take any number of levels. A trainer calls
-`batches` once an epoch and `run` with each of its entries: what need not be done in each step is done there.
+`FusedStep` is one op for a batch: for any number of levels of theory, on CPUs and GPUs, for energies and forces or for
+energies alone, from any `Source`. `PlannedStep` is for energies of one level on a CPU: there a plan of the batches,
+made once an epoch, pays. `make_step` chooses. A trainer calls `batches` once an epoch and `run` with the arguments of
+each batch: what need not be done in each step is done there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,61 +19,37 @@ from torch import Tensor
 
 from kinml_fast import ops
 from kinml_fast.nn import EnergyModel
+from kinml_fast.train.config import TrainingConfig
 from kinml_fast.train.dataset import Dataset
+from kinml_fast.train.epoch_errors import EpochErrors
 from kinml_fast.train.loss import TaskWeights
 
+log = logging.getLogger(__name__)
 
-class EpochErrors:
-    """What the steps of an epoch say about the structures that they train on, batch by batch.
 
-    Parameters
-    ----------
-    levels
-        K, levels of theory.
-    count
-        Structures in an epoch.
-    size
-        Structures in a batch.
-    device
-        Of the model.
+@dataclass(frozen=True)
+class Batches:
+    """The batches of an epoch.
 
-    Attributes
-    ----------
-    energies, forces : list of Tensor
-        For each batch of n structures [n] and [n, 3] or, of several levels, [K, n] and [K, n, 3], float64: the
-        `energy_residuals` and `force_errors` of `ops.force_step`.
+    `arguments` are those of `Step.run` for each; `counts` [n_batches, 2, K] float64 says how many of its structures
+    have a weight in L_E and in L_F.
     """
 
-    def __init__(self, levels: int, count: int, size: int, device: torch.device) -> None:
-        leading = () if levels == 1 else (levels,)
-        sizes = [min(size, count - first) for first in range(0, count, size)]
-        like = {"dtype": torch.float64, "device": device}
-        self.energies = [torch.zeros(*leading, own, **like) for own in sizes]
-        self.forces = [torch.zeros(*leading, own, 3, **like) for own in sizes]
+    arguments: Sequence[tuple]
+    counts: Tensor
 
-    def joined(self, batches: int | None = None) -> tuple[Tensor, Tensor]:
-        """Those of the first batches, of all by default, in one tensor each: [n] or [K, n], and [n, 3] or [K, n, 3]."""
-        if batches == 0:
-            return self.energies[0][..., :0].clone(), self.forces[0][..., :0, :].clone()
-        return torch.cat(self.energies[:batches], dim=-1), torch.cat(self.forces[:batches], dim=-2)
-
-    def restore(self, energies: Tensor, forces: Tensor) -> None:
-        """Take over what `joined` gave, of the first batches."""
-        first = 0
-        for own, own_forces in zip(self.energies, self.forces, strict=True):
-            end = first + own.shape[-1]
-            if end > energies.shape[-1]:
-                break
-            own.copy_(energies[..., first:end])
-            own_forces.copy_(forces[..., first:end, :])
-            first = end
+    def __len__(self) -> int:
+        return len(self.arguments)
 
 
 class Step(Protocol):
-    """What the trainer needs of a source of energies, or of energies and forces."""
+    """What the trainer needs to train on batches and to predict."""
 
-    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Sequence[tuple]:
-        """The arguments of `run` for each batch of an epoch.
+    run: Callable[..., None]
+    """Forward and backward pass of a batch: the gradient and the losses of the task weights are written."""
+
+    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
+        """Everything of an epoch that does not depend on the weights.
 
         Parameters
         ----------
@@ -82,19 +61,36 @@ class Step(Protocol):
             Receives the energy residuals and force errors.
         """
 
-    def run(self, *arguments: Any) -> None:
-        """Forward and backward pass of a batch: the gradient and the losses of the task weights are written."""
-
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
-        """Energies [last − first] without single-atom energies, and forces [n_atoms, 3], of consecutive structures.
+        """Energies [K, last − first] without single-atom energies, and forces [K, n_atoms, 3], of some structures.
 
-        With several levels they are [K, last − first] and [K, n_atoms, 3]. Computed `size` structures at a time, under
-        `torch.inference_mode`. Forces are None if there are none.
+        They are consecutive, from `first` on. Computed `size` structures at a time, under `torch.inference_mode`.
+        Forces are None if there are none.
         """
 
 
-class EnergyStep:
-    """Energies from descriptors that are computed once and kept."""
+def make_step(model: EnergyModel, data: Dataset, tasks: TaskWeights, config: TrainingConfig, with_forces: bool) -> Step:
+    """What trains and evaluates a model on energies, or on energies and forces.
+
+    Descriptors that it keeps are computed or read here.
+    """
+    started = time.monotonic()
+    if with_forces and not (config.loss.forces and config.jacobian == "stored"):
+        return FusedStep(Source.coordinates(model, data), model, data, tasks)
+    # A plan of batches makes a GPU wait.
+    planned = not with_forces and data.levels == 1 and data.origin.device.type == "cpu"
+    step = (
+        PlannedStep(model, data, tasks)
+        if planned
+        else FusedStep(Source.descriptors(model, data, with_forces), model, data, tasks)
+    )
+    kept = "descriptors and Jacobians" if with_forces else "descriptors"
+    log.info("%s of %d atoms in %.2f s", kept, data.n_atoms, time.monotonic() - started)
+    return step
+
+
+class PlannedStep:
+    """Energies of one level of theory from descriptors that are kept, the atoms of each batch sorted by species."""
 
     def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         self._networks, self._data, self._tasks = model.networks, data, tasks
@@ -102,14 +98,21 @@ class EnergyStep:
         self._features = data.descriptors(model, jacobian=False).features
         self._plans: dict[tuple[int, int, int], list[ops.Batch]] = {}
 
-    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> list[tuple]:
+    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
         data = self._data
-        planned = ops.plan_batches(data.species, data.offsets, order, size, self._n_species)
-        parts = (data.energies[order].split(size), data.energy_weights[order].split(size), errors.energies)
-        return list(zip(planned, *parts, strict=True))
+        counts = data.counts(order, size)
+        arguments = zip(
+            ops.plan_batches(data.species, data.offsets, order, size, self._n_species),
+            data.energies[0, order].split(size),
+            data.energy_weights[0, order].split(size),
+            _for_ops(*errors.energies),
+            counts[:, 0, 0].clamp(min=1).unbind(0),
+            strict=True,
+        )
+        return Batches(list(arguments), counts)
 
-    def run(self, batch: ops.Batch, targets: Tensor, weights: Tensor, residuals: Tensor) -> None:
+    def run(self, batch: ops.Batch, targets: Tensor, weights: Tensor, residuals: Tensor, count: Tensor) -> None:
         """See `Step`."""
         tasks = self._tasks
         self._networks.energy_step(
@@ -123,8 +126,7 @@ class EnergyStep:
             float(tasks.scales[0]),
         )
         if tasks.learning:
-            number = torch.count_nonzero(weights).clamp_(min=1)
-            tasks.losses[0] = (weights * residuals.square()).sum() / number
+            tasks.losses[0] = (weights * residuals.square()).sum() / count
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, None]:
         """See `Step`."""
@@ -132,79 +134,89 @@ class EnergyStep:
         if key not in self._plans:
             structures = torch.arange(first, last, device=data.offsets.device)
             self._plans[key] = ops.plan_batches(data.species, data.offsets, structures, size, self._n_species)
+        energies = [data.energies[0, :0]]
         with torch.inference_mode():
-            energies = [
-                self._networks.energies(self._features, batch.rows, batch.owners, batch.starts, len(batch.structures))
-                for batch in self._plans[key]
-            ]
-            return torch.cat(energies) if energies else data.energies[:0], None
+            for batch in self._plans[key]:
+                sorted_atoms = batch.rows, batch.owners, batch.starts
+                energies.append(self._networks.energies(self._features, *sorted_atoms, len(batch.structures)))
+            return torch.cat(energies)[None], None
 
 
-class ForceStep:
-    """Energies and forces from coordinates, descriptors and their derivatives computed anew in every step."""
+@dataclass(frozen=True)
+class Source:
+    """What energies and forces are computed from, and the ops that do it.
 
-    def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
+    Parameters
+    ----------
+    step, evaluate
+        The ops for a batch and for predictions; both begin with `of_atoms`, species and offsets.
+    of_atoms
+        Tensors of all N atoms, [N, ...].
+    descriptor
+        What the ops take between the other arguments and the networks' sizes.
+    with_forces
+        Whether there are forces.
+    """
+
+    step: Callable[..., None]
+    evaluate: Callable[..., tuple[Tensor, Tensor]]
+    of_atoms: tuple[Tensor | None, ...]
+    descriptor: tuple[Any, ...]
+    with_forces: bool
+
+    @classmethod
+    def coordinates(cls, model: EnergyModel, data: Dataset) -> Source:
+        """Descriptors and their derivatives are computed anew in every step."""
+        return cls(ops.force_step, ops.energy_forces, (data.coordinates,), (model.aev.packed,), True)
+
+    @classmethod
+    def descriptors(cls, model: EnergyModel, data: Dataset, jacobian: bool) -> Source:
+        """Descriptors are computed or read once and kept, and their Jacobians if there shall be forces."""
+        found = data.descriptors(model, jacobian)
+        of_atoms = found.features, found.jacobian
+        return cls(ops.force_step_stored, ops.energy_forces_stored, of_atoms, (), jacobian)
+
+
+class FusedStep:
+    """Energies, and forces if the source gives them, of any number of levels of theory, with one op for a batch."""
+
+    def __init__(self, source: Source, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         networks = model.networks
-        self._networks, self._data, self._tasks = networks, data, tasks
-        self._sources = self._sources_of(model)
-        self._settings: tuple = (model.aev.packed, networks.sizes, networks.activation_codes, networks.biases)
-        self.run, self._predict = ops.force_step, ops.energy_forces
+        self._source, self._weights, self._data, self._tasks = source, networks.weights, data, tasks
+        self._settings = (*source.descriptor, networks.sizes, networks.activation_codes, networks.biases)
+        self.run = source.step
 
-    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
-        return (self._data.coordinates,)
-
-    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> list[tuple]:
+    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
-        data, tasks, weights = self._data, self._tasks, self._networks.weights
+        data, tasks, weights = self._data, self._tasks, self._weights
         if weights.grad is None:
             weights.grad = torch.empty_like(weights)
-        before = (*self._sources, data.species, data.offsets)
-        middle = (
-            weights.detach(),
-            data.energies,
-            data.forces,
-            data.energy_weights,
-            data.force_weights,
-            tasks.scales[:2],
-        )
+        before = (*self._source.of_atoms, data.species, data.offsets)
+        targets = _for_ops(data.energies, data.forces, data.energy_weights, data.force_weights)
+        middle = (weights.detach(), *targets, tasks.scales[:2])
         after = (tasks.losses[:2], weights.grad, *self._settings)
-        parts = zip(order.split(size), errors.energies, errors.forces, strict=True)
-        return [(*before, structures, *middle, *outputs, *after) for structures, *outputs in parts]
+        parts = zip(order.split(size), _for_ops(*errors.energies), _for_ops(*errors.forces), strict=True)
+        arguments = [(*before, structures, *middle, *outputs, *after) for structures, *outputs in parts]
+        return Batches(arguments, data.counts(order, size))
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
         """See `Step`."""
-        data, weights = self._data, self._networks.weights
-        offsets = data.offsets[first : last + 1].tolist()
-        energies, forces = [data.energies[..., :0]], [data.forces[..., :0, :].to(weights.dtype)]
+        data, weights, source = self._data, self._weights, self._source
+        starts = data.offsets[first : last + 1].tolist()
+        energies, forces = [data.energies[:, :0]], [data.forces[:, :0].to(weights.dtype)]
         with torch.inference_mode():
             for low in range(0, last - first, size):
                 high = min(low + size, last - first)
-                atoms = slice(offsets[low], offsets[high])
-                own = data.offsets[first + low : first + high + 1] - offsets[low]
-                sources = [source if source is None else source[atoms] for source in self._sources]
-                inputs = (*sources, data.species[atoms], own, weights, None, *self._settings)
-                energy, force = self._predict(*inputs, data.levels > 1)
-                energies.append(energy)
-                forces.append(force)
-            with_forces = self._sources[-1] is not None
-            return torch.cat(energies, dim=-1), torch.cat(forces, dim=-2) if with_forces else None
+                atoms = slice(starts[low], starts[high])
+                offsets = data.offsets[first + low : first + high + 1] - starts[low]
+                of_atoms = [tensor if tensor is None else tensor[atoms] for tensor in source.of_atoms]
+                inputs = (*of_atoms, data.species[atoms], offsets, weights, None, *self._settings)
+                energy, force = source.evaluate(*inputs, data.levels > 1)
+                energies.append(energy.view(data.levels, -1))
+                forces.append(force.view(data.levels, -1, 3))
+            return torch.cat(energies, dim=1), torch.cat(forces, dim=1) if source.with_forces else None
 
 
-class StoredForceStep(ForceStep):
-    """Energies and forces from descriptors and Jacobians that are computed or read once and kept."""
-
-    def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
-        super().__init__(model, data, tasks)
-        self._settings = self._settings[1:]  # without the descriptor
-        self.run, self._predict = ops.force_step_stored, ops.energy_forces_stored
-
-    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
-        found = self._data.descriptors(model, jacobian=True)
-        return found.features, found.jacobian
-
-
-class LevelEnergyStep(StoredForceStep):
-    """Energies of any number of levels from descriptors that are computed once and kept, with one op for a step."""
-
-    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
-        return self._data.descriptors(model, jacobian=False).features, None
+def _for_ops(*tensors: Tensor) -> list[Tensor]:
+    """Tensors [K, ...] as the ops take them: without the dimension of levels where there is one level."""
+    return [tensor.squeeze(0) if len(tensor) == 1 else tensor for tensor in tensors]
