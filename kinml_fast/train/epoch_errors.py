@@ -32,12 +32,15 @@ class EpochErrors:
     energies, forces : list of Tensor
         For each batch of n structures [K, n] and [K, n, 3], float64: the `energy_residuals` and `force_errors` of
         `ops.force_step`. Steps write into them.
+    lowest_energies : list of Tensor
+        [n], the part of `energies` that is of the lowest level, for a step that has no other.
     """
 
     def __init__(self, levels: int, count: int, size: int, device: torch.device) -> None:
         self._levels = levels
         sizes = [min(size, count - first) for first in range(0, count, size)]
         self.energies = [torch.zeros(levels, n, dtype=torch.float64, device=device) for n in sizes]
+        self.lowest_energies = [residuals[0] for residuals in self.energies]
         self.forces = [torch.zeros(levels, n, 3, dtype=torch.float64, device=device) for n in sizes]
 
     def clear_forces(self) -> None:

@@ -101,18 +101,12 @@ class PlannedStep:
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
         data = self._data
-        counts = data.counts(order, size)
-        arguments = zip(
-            ops.plan_batches(data.species, data.offsets, order, size, self._n_species),
-            data.energies[0, order].split(size),
-            data.energy_weights[0, order].split(size),
-            _for_ops(*errors.energies),
-            counts[:, 0, 0].clamp(min=1).unbind(0),
-            strict=True,
-        )
-        return Batches(list(arguments), counts)
+        planned = ops.plan_batches(data.species, data.offsets, order, size, self._n_species)
+        targets, weights = data.energies[0][order].split(size), data.energy_weights[0][order].split(size)
+        arguments = list(zip(planned, targets, weights, errors.lowest_energies, strict=True))
+        return Batches(arguments, data.counts(order, size))
 
-    def run(self, batch: ops.Batch, targets: Tensor, weights: Tensor, residuals: Tensor, count: Tensor) -> None:
+    def run(self, batch: ops.Batch, targets: Tensor, weights: Tensor, residuals: Tensor) -> None:
         """See `Step`."""
         tasks = self._tasks
         self._networks.energy_step(
@@ -126,6 +120,7 @@ class PlannedStep:
             float(tasks.scales[0]),
         )
         if tasks.learning:
+            count = torch.count_nonzero(weights).clamp_(min=1)
             tasks.losses[0] = (weights * residuals.square()).sum() / count
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, None]:
