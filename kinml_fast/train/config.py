@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -407,7 +407,10 @@ class TrainingConfig(Section):
 
     def ignored(self) -> list[str]:
         """Sentences about keys that were changed but have no effect."""
-        sections = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        sections: dict[str, OptimizerConfig | SchedulerConfig] = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+        }
         sentences = [
             f"training.{name}.{key} has no effect with training.{name}.name = {section.name}"
             for name, section in sections.items()
@@ -627,7 +630,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
     """Every dotted key of the configuration and its description."""
-    found = {}
+    found: dict[str, str] = {}
     for name, field in section.model_fields.items():
         kind = field.annotation
         # list[int] passes for a type in Python 3.10, but not as an argument of issubclass.
@@ -653,8 +656,6 @@ def flat(values: Mapping[str, Any], depth: int | None = None) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars (1e-3 is a number, `No` is nobelium and no truth value), and no key twice."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
@@ -664,6 +665,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {}  # not those of the base class
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -700,7 +702,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _sentence(error: Mapping[str, Any], source: str, overridden: Iterable[str]) -> str:
     # Parts of `loc` behind the key are indices of lists or the members of a union.
-    known, parts = keys(), []
+    known = keys()
+    parts: list[str] = []
     for part in error["loc"]:
         if ".".join(parts) in known:
             break

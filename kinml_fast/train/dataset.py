@@ -154,7 +154,8 @@ class Dataset:
             digest.update(b"" if array is None else array.tobytes())
         digest.update(repr(self.sizes).encode())
         if self._source is not None:
-            digest.update(repr((self._source.backend, [own for _, own in self._source.files])).encode())
+            of_files = [file_digest for _, file_digest in self._source.files]
+            digest.update(repr((self._source.backend, of_files)).encode())
         self.fingerprint = digest.hexdigest()
 
     def range(self, part: str) -> slice:
@@ -170,9 +171,9 @@ class Dataset:
 
     def order(self, epoch: int) -> Tensor:
         """The training structures in the order of an epoch, int64, which depends on the seed and the epoch only."""
-        count = self.sizes["train"]
-        shuffled = self._order_seed is not None
-        order = np.random.default_rng([self._order_seed, epoch]).permutation(count) if shuffled else np.arange(count)
+        order = np.arange(self.sizes["train"])
+        if self._order_seed is not None:
+            order = np.random.default_rng([self._order_seed, epoch]).permutation(self.sizes["train"])
         return torch.from_numpy(order).to(self.origin.device)
 
     def counts(self, order: Tensor, size: int) -> Tensor:
@@ -219,8 +220,8 @@ class Dataset:
             found = stored.compute(self._structures, model.descriptor, model.dtype, jacobian=jacobian, device=device)
         else:
             found = self._source.load(self._structures, model.descriptor, model.dtype, jacobian=jacobian)
-        tensors = (found.features, found.jacobian)
-        return StoredDescriptors(*(None if x is None else x.to(model.sae.device) for x in tensors))
+        device, jacobians = model.sae.device, found.jacobian
+        return StoredDescriptors(found.features.to(device), None if jacobians is None else jacobians.to(device))
 
     def gather(self, structures: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Coordinates, species and offsets of some structures as a ragged batch of their own."""

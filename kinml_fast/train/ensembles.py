@@ -159,7 +159,7 @@ def _in_processes(config: Config) -> list[Summary]:
         jobs = [pool.submit(run, number) for number in range(1, config.ensemble.members + 1)]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
-            return [job.result() for job in jobs if job.done()]
+            return [summary for job in jobs if job.done() and (summary := job.result()) is not None]
         except BaseException:
             interrupted = True
             for process in list(running.values()):
@@ -185,7 +185,7 @@ def _finish(config: Config, data: Prepared, summaries: Sequence[Summary], starte
         tuple(summaries),
         {name: group.energy for name, group in of_parts.items()},
         {name: group.forces for name, group in of_parts.items() if group.forces is not None},
-        {name: group.spread for name, group in of_parts.items()},
+        {name: group.spread for name, group in of_parts.items() if group.spread is not None},
         time.monotonic() - started,
     )
     _write_report(folder, ensemble, result, found)
@@ -223,8 +223,8 @@ def table(result: EnsembleSummary) -> str:
     ]
     rows.append(("ensemble", "", result.errors, result.forces))
     for name, epoch, errors, forces in rows:
-        own = [errors.get(part) for part in parts] + [forces.get(part) for part in with_forces]
-        cells.append([name, epoch, *("-" if error is None else f"{error.rmse:.3f}" for error in own)])
+        numbers = [errors.get(part) for part in parts] + [forces.get(part) for part in with_forces]
+        cells.append([name, epoch, *("-" if error is None else f"{error.rmse:.3f}" for error in numbers)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
     lines = ["RMSE (energies in kcal/mol, forces in kcal/mol/Å)" if with_forces else "RMSE (kcal/mol)", *lines]
@@ -253,8 +253,8 @@ def _write_report(
     rows = [(str(i), member.best_epoch, member.errors, member.forces) for i, member in enumerate(result.members, 1)]
     for name, epoch, energies, forces in [*rows, ("ensemble", "", result.errors, result.forces)]:
         for quantity, errors in ((report.ENERGY, energies), (report.FORCES, forces)):
-            for split, own in errors.items():
-                numbers = map(repr, (own.mae, own.rmse, own.max))
+            for split, of_split in errors.items():
+                numbers = map(repr, (of_split.mae, of_split.rmse, of_split.max))
                 writer.writerow([name, epoch, split, quantity.name, quantity.unit, *numbers])
     with replacing(Path(folder.report) / "members.csv") as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")

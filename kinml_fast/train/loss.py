@@ -74,8 +74,8 @@ class TaskWeights:
                 "the Trainer as one of its extra_losses, or leave it out"
             )
         self._config = config
-        like = {"dtype": torch.float64, "device": device}
-        self.scales, self.losses = torch.ones(len(self.names), **like), torch.zeros(len(self.names), **like)
+        self.scales = torch.ones(len(self.names), dtype=torch.float64, device=device)
+        self.losses = torch.zeros_like(self.scales)
         self._gradient = torch.zeros_like(self.losses)
         self.log_sigma = None
         if config.weighting == "learned":

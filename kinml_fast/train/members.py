@@ -26,7 +26,7 @@ def of_member(config: Config, data: Prepared, number: int) -> tuple[Config, Prep
     InputError
         There are fewer training and validation structures than folds.
     """
-    own = config.model_copy(
+    changed = config.model_copy(
         update={
             "run": str(RunFolder(config.run).member(number)),
             "network": config.network.model_copy(update={"seed": config.network.seed + number - 1}),
@@ -37,7 +37,7 @@ def of_member(config: Config, data: Prepared, number: int) -> tuple[Config, Prep
     if config.ensemble.vary == "folds":
         split = fold(data.structures, data.split, config.ensemble.members, number - 1, config.data.split_seed)
         data = replace(data, split=split)
-    return own, data
+    return changed, data
 
 
 def fold(structures: Structures, split: Split, n_folds: int, index: int, seed: int = 0) -> Split:
@@ -67,8 +67,8 @@ def fold(structures: Structures, split: Split, n_folds: int, index: int, seed: i
         )
     order = np.random.default_rng([seed, n_folds]).permutation(pool)
     # Dealt out like cards, kind after kind.
-    known = structures.known_energies[:, order].T
-    kinds = [f"{formula} {own}" for formula, own in zip(np.array(structures.formulas())[order], known, strict=True)]
+    formulas, known = np.array(structures.formulas())[order], structures.known_energies[:, order].T
+    kinds = [f"{formula} {of_structure}" for formula, of_structure in zip(formulas, known, strict=True)]
     dealt = order[np.argsort(kinds, kind="stable")]
     chosen = dealt[index::n_folds]
     return Split(order[~np.isin(order, chosen)], np.sort(chosen), split.test)
@@ -84,11 +84,11 @@ def train_member(config: Config, data: Prepared, number: int, progress: Progress
     number
         The member, counted from 1.
     """
-    own, data = of_member(config, data, number)
-    folder = RunFolder(own.run)
+    config, data = of_member(config, data, number)
+    folder = RunFolder(config.run)
     if folder.last.exists():
-        return single.go_on(own, data, progress)
-    own, origin = single.begin(own)
+        return single.go_on(config, data, progress)
+    config, origin = single.begin(config)
     folder.make()
     splits.write_tvtmsk(folder.split, data.structures, data.split)
-    return single.fit(own, data, origin, progress, resume=True)
+    return single.fit(config, data, origin, progress, resume=True)

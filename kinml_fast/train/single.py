@@ -40,7 +40,7 @@ def go_on(
 
     `accepted` is called when the checkpoint has turned out to fit data and configuration.
     """
-    folder = RunFolder(config.run)
+    folder, given = RunFolder(config.run), _given(config, data)
     with folder.logged():
         if config.start.model is None:
             model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
@@ -48,11 +48,10 @@ def go_on(
             # The start model may be gone; elements that were added to it are in the checkpoint, too.
             origin = continued.load(folder.last)
             config, model = continued.resolved(config, origin), origin.model
-            data = _without_sae(data) if config.start.sae == "keep" else data
         _move(model, config)
     _seed_others(config)
     trainer = Trainer(
-        model, data, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
+        model, given, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
     )
     if accepted is not None:
         accepted()
@@ -91,13 +90,12 @@ def fit(
             model = continued.model_for(origin, data, elements, dtype, config.network.seed)
             if config.start.sae == "keep":
                 continued.keep_sae(model, origin, config.data.sae, data)
-                data = _without_sae(data)
         log.info("%s", model)
         _move(model, config)
         _seed_others(config)
         trainer = Trainer(
             model,
-            data,
+            _given(config, data),
             config.training,
             folder.path,
             resume=resume,
@@ -164,8 +162,10 @@ def make_model(
     )
 
 
-def _without_sae(data: Prepared) -> TrainingData:
-    """The data for a model that keeps its own single-atom energies."""
+def _given(config: Config, data: Prepared) -> TrainingData | Prepared:
+    """The data for a trainer, without single-atom energies where the model keeps those of the one it starts from."""
+    if config.start.model is None or config.start.sae != "keep":
+        return data
     return TrainingData(data.structures, data.split, None, data.weights, data.source)
 
 

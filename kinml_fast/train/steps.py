@@ -45,8 +45,9 @@ class Batches:
 class Step(Protocol):
     """What the trainer needs to train on batches and to predict."""
 
-    run: Callable[..., None]
-    """Forward and backward pass of a batch: the gradient and the losses of the task weights are written."""
+    @property
+    def run(self) -> Callable[..., None]:
+        """Forward and backward pass of a batch: the gradient and the losses of the task weights are written."""
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """Everything of an epoch that does not depend on the weights.
