@@ -38,9 +38,6 @@ class Batches:
     arguments: Sequence[tuple]
     counts: Tensor
 
-    def __len__(self) -> int:
-        return len(self.arguments)
-
 
 class Step(Protocol):
     """What the trainer needs to train on batches and to predict."""
@@ -104,8 +101,8 @@ class PlannedStep:
         data = self._data
         planned = ops.plan_batches(data.species, data.offsets, order, size, self._n_species)
         targets, weights = data.energies[0][order].split(size), data.energy_weights[0][order].split(size)
-        arguments = list(zip(planned, targets, weights, errors.lowest_energies, strict=True))
-        return Batches(arguments, data.counts(order, size))
+        arguments = zip(planned, targets, weights, errors.lowest_energies, strict=True)
+        return Batches(list(arguments), data.counts(order, size))
 
     def run(self, batch: ops.Batch, targets: Tensor, weights: Tensor, residuals: Tensor) -> None:
         """See `Step`."""

@@ -212,16 +212,17 @@ class Trainer:
                     self._tick(state.batch, started)
                 return
         batches = step.batches(order, size, state.errors)
-        terms = update.tasks.terms(batches.counts) if learning else None
-        for number in range(state.batch, len(batches)):
+        n_batches = len(batches.arguments)
+        terms = update.tasks.terms(batches.counts) if learning else [None] * n_batches
+        for number in range(state.batch, n_batches):
             step.run(*batches.arguments[number])
             if extra is not None:
                 structures = order[number * size : (number + 1) * size]
                 extra.add(LossBatch(self.data.origin[structures], *self.data.gather(structures)))
-            update.step(None if terms is None else terms[number])
+            update.step(terms[number])
             state.batch += 1
             if rhythm.due():
-                self._tick(len(batches), started)
+                self._tick(n_batches, started)
 
     def _tick(self, n_batches: int, started: float) -> None:
         """Do what is due between two batches of an epoch that was begun at `started`."""
