@@ -39,8 +39,8 @@ def resolve(name: str) -> torch.device:
         raise InputError(f"the device is {name}, but {reason}, or take the device cpu")
     count, index = torch.cuda.device_count(), torch.device("cuda" if name == "auto" else name).index
     if index is not None and index >= count:
-        names = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        raise InputError(f"the device is {name}, but there is {names}: name a GPU that is there")
+        there = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise InputError(f"the device is {name}, but there is {there}: name a GPU that is there")
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
