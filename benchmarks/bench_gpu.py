@@ -21,6 +21,7 @@ from kinml_fast import devices, ops
 from kinml_fast.data.structures import Structures
 from kinml_fast.train import Trainer, TrainingConfig, TrainingData
 from kinml_fast.train.captured import CapturedEpoch
+from kinml_fast.train.epoch_errors import EpochErrors
 
 pytestmark = pytest.mark.skipif(devices.why_no_gpu() is not None, reason=str(devices.why_no_gpu()))
 
@@ -70,8 +71,8 @@ def test_step(benchmark, terms, batch, dtype):
     settings = TrainingConfig(batch_size=batch, dtype=dtype, loss=loss, jacobian=jacobian)
     trainer = Trainer(model(kind).to(GPU), data(count), settings)
     trainer.train_epoch()
-    order = trainer._order(1)
-    epoch = CapturedEpoch(trainer._step(with_forces), trainer.optimizer, trainer._errors, count, batch, order.device)
+    order, errors = trainer.data.order(1), EpochErrors(1, count, batch, torch.device(GPU))
+    epoch = CapturedEpoch(trainer.step(with_forces), trainer.optimizer, errors, count, batch, order.device)
     row = f"training step, {terms}, {batch:,} C5H5"
     timed(benchmark, row, dtype, lambda: epoch.run(order), 5, steps=count // batch, atoms=10 * batch, **info)
 

@@ -170,10 +170,10 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from kinml_fast.train import config, runs
+    from kinml_fast.train import config, single
 
     _show_log()
-    runs.prepare(config.load(options.config, options.arguments))
+    single.prepare(config.load(options.config, options.arguments))
 
 
 def _train(options: argparse.Namespace) -> None:

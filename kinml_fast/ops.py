@@ -69,6 +69,20 @@ class System:
         """What the ops take."""
         return system_tensors(self.coordinates, self.species, self.offsets, self.features, self.jacobian)
 
+    @property
+    def has_forces(self) -> bool:
+        """Whether there is what forces come from."""
+        return self.features is None or self.jacobian is not None
+
+    def between(self, first: int, last: int) -> System:
+        """Structures ``first`` to ``last`` alone, as views of this system's atoms."""
+        offsets = self.offsets[first : last + 1]
+        atoms = slice(int(offsets[0]), int(offsets[-1]))
+        of_atoms = self.coordinates, self.species, self.features, self.jacobian
+        coordinates, species, *stored = [None if tensor is None else tensor[atoms] for tensor in of_atoms]
+        assert species is not None
+        return System(coordinates, species, offsets - offsets[0], *stored)
+
 
 def pack_networks(
     n_species: int, sizes: Sequence[int], activations: Sequence[int], biases: bool, levels: int = 1
@@ -159,7 +173,7 @@ class Loss:
     scales
         [2], factors of both terms.
     counts
-        [2, K], n_E,k and n_F,k: structures of the batch whose weight at level k is not 0, at least 1 (`count_weights`).
+        [2, K], n_E,k and n_F,k: structures of the batch whose weight at level k is not 0, at least 1.
     """
 
     energies: Tensor
@@ -173,23 +187,6 @@ class Loss:
     def tensors(self) -> list[Tensor | None]:
         """What the ops take."""
         return [self.energies, self.energy_weights, self.forces, self.force_weights, self.scales, self.counts]
-
-
-def count_weights(energy_weights: Tensor, force_weights: Tensor, order: Tensor, size: int) -> Tensor:
-    """The ``counts`` [2, K] of `Loss` for each batch of an epoch: [n_batches, 2, K] float64.
-
-    Parameters
-    ----------
-    energy_weights, force_weights
-        [K, M] of a data set.
-    order
-        [n] int64, its structures in the order of the epoch.
-    size
-        Structures in a batch.
-    """
-    counted = torch.stack([energy_weights, force_weights])[..., order] != 0
-    room = torch.nn.functional.pad(counted, (0, -len(order) % size))
-    return room.unflatten(-1, (-1, size)).sum(-1).clamp_(min=1).double().permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -282,9 +279,7 @@ def plan_batches(species: Tensor, offsets: Tensor, structures: Tensor, batch_siz
     lengths = firsts.diff().tolist()
     if not lengths:
         return []
-    parts = zip(
-        structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True
-    )
+    parts = zip(structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True)
     return [Batch(chosen, Order(*order)) for chosen, *order in parts]
 
 

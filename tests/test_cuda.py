@@ -266,7 +266,7 @@ def test_epochs_that_are_replayed_have_the_bits_of_their_steps(kind, device, mon
     run = CapturedEpoch.run
     monkeypatch.setattr(CapturedEpoch, "run", lambda own, order: replayed.append(own) or run(own, order))
     for most in (MOST_STEPS, 0):
-        monkeypatch.setattr("kinml_fast.train.trainer.MOST_STEPS", most)
+        monkeypatch.setattr("kinml_fast.train.captured.MOST_STEPS", most)
         trained = model().to(device)
         Trainer(trained, data, settings).fit()
         found.append(trained.networks.weights.detach())

@@ -20,7 +20,7 @@ from kinml_fast.deploy import evaluate, model_file
 from kinml_fast.errors import InputError
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import config as configuration
-from kinml_fast.train import ensembles, runs
+from kinml_fast.train import ensembles, members, runs
 from kinml_fast.train.config import Config
 from kinml_fast.train.folder import RunFolder
 
@@ -142,18 +142,18 @@ def test_every_fold_has_its_share_of_each_formula(tmp_path):
     formulas = np.array(data.structures.formulas())
     counts = []
     for index in range(5):
-        split = ensembles.fold(data.structures, data.split, 5, index, seed=3)
+        split = members.fold(data.structures, data.split, 5, index, seed=3)
         counts.append([(formulas[split.validation] == formula).sum() for formula in ("C2H2", "CH3")])
         assert np.array_equal(split.test, data.split.test)
         assert not np.array_equal(split.train, np.sort(split.train))
     assert np.ptp(counts, axis=0).max() <= 1
     assert np.ptp(np.sum(counts, axis=1)) <= 1
-    again = ensembles.fold(data.structures, data.split, 5, 2, seed=3)
-    other = ensembles.fold(data.structures, data.split, 5, 2, seed=4)
-    assert np.array_equal(again.validation, ensembles.fold(data.structures, data.split, 5, 2, 3).validation)
+    again = members.fold(data.structures, data.split, 5, 2, seed=3)
+    other = members.fold(data.structures, data.split, 5, 2, seed=4)
+    assert np.array_equal(again.validation, members.fold(data.structures, data.split, 5, 2, 3).validation)
     assert not np.array_equal(again.validation, other.validation)
     with pytest.raises(InputError, match="there are 3 training and validation structures for 4 folds"):
-        ensembles.fold(data.structures, Split([0, 1], [2], [3]), 4, 0)
+        members.fold(data.structures, Split([0, 1], [2], [3]), 4, 0)
 
 
 @pytest.mark.parametrize("data", ["fidelity: [0, 1]", "fidelity: 1, baseline: 0"])

@@ -15,11 +15,11 @@ import pytest
 import torch
 from training_helpers import (
     SAE,
+    HastyClock,
     Interrupter,
     Killed,
     assert_same_bits,
     assert_same_run,
-    every_batch,
     interrupted_run,
     model,
     rows,
@@ -255,8 +255,7 @@ def test_without_sae_the_models_own_are_kept():
 def test_orders_depend_on_seed_and_epoch_only():
     def order(seed, epoch, shuffle=True):
         trainer = Trainer(model(), training_data(), settings(seed=seed, shuffle=shuffle))
-        trainer.prepare()
-        return trainer._order(epoch).tolist()
+        return trainer.data.order(epoch).tolist()
 
     assert order(0, 3) == order(0, 3)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
@@ -476,9 +475,9 @@ def test_a_run_can_be_interrupted_again_and_again(tmp_path):
     fitted(config, tmp_path / "whole")
     interrupted_run(tmp_path / "cut", config, 3)
     for _ in range(3):
-        trainer = Trainer(model(), training_data(), config, tmp_path / "cut", resume=True)
-        trainer.progress = Interrupter(6, lambda: (_ for _ in ()).throw(Killed))
-        every_batch(trainer)
+        progress = Interrupter(6, lambda: (_ for _ in ()).throw(Killed))
+        keys = {"resume": True, "progress": progress, "clock": HastyClock()}
+        trainer = Trainer(model(), training_data(), config, tmp_path / "cut", **keys)
         with pytest.raises(Killed):
             trainer.fit()
     fitted(config, tmp_path / "cut", resume=True)
@@ -524,8 +523,7 @@ def test_random_generators_are_restored(tmp_path):
         return random.random(), float(np.random.normal()), float(torch.rand(1))  # noqa: NPY002
 
     np.random.normal()  # noqa: NPY002 - leaves a second number waiting in the generator
-    trainer = interrupted_run(tmp_path / "run", settings(), 3)
-    checkpoint.save(trainer.folder.last, trainer._state())
+    interrupted_run(tmp_path / "run", settings(), 3)  # training itself draws nothing: these are the states of last.pt
     expected = draw()
     draw()
     Trainer(model(), training_data(), settings(), tmp_path / "run", resume=True)
@@ -541,8 +539,8 @@ def test_ctrl_c_writes_a_checkpoint_between_two_batches(tmp_path):
         settings(checkpoint_seconds=1e6),
         tmp_path / "cut",
         progress=Interrupter(2, lambda: signal.raise_signal(signal.SIGINT)),
+        clock=HastyClock(1.0),  # draws after every batch, and has no time to save
     )
-    every_batch(trainer, saving=False)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert signal.getsignal(signal.SIGINT) is handler
@@ -617,7 +615,7 @@ def test_a_metrics_file_that_was_cut_is_noticed(tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     import os
 
-    trainer = Trainer(model(), training_data(), settings(), tmp_path / "run")
+    trainer = Trainer(model(), training_data(), settings(), tmp_path / "run", clock=HastyClock())
     fsync, calls = os.fsync, []
 
     def full(descriptor):
@@ -626,7 +624,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    every_batch(trainer)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises((InputError, OSError), match="No space left on device"):
         trainer.fit()
@@ -662,9 +659,7 @@ def test_live_progress_draws_a_line():
     from rich.console import Console
 
     console = Console(file=io.StringIO(), force_terminal=True, width=150)
-    trainer = Trainer(model(), training_data(), settings(), progress=LiveProgress(console))
-    every_batch(trainer)
-    trainer.fit()
+    Trainer(model(), training_data(), settings(), progress=LiveProgress(console), clock=HastyClock()).fit()
     drawn = console.file.getvalue()
     assert "epoch 3/3" in drawn
     assert "validation RMSE" in drawn

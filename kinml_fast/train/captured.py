@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
-from kinml_fast.train.steps import EpochErrors, Step
+from kinml_fast.errors import first_line
+from kinml_fast.train.epoch_errors import EpochErrors
+from kinml_fast.train.steps import Step
+from kinml_fast.train.update import Update
+
+log = logging.getLogger(__name__)
 
 MOST_STEPS = 4096
 """Of a graph; a longer epoch, whose batches are large or whose data are, is run step by step."""
@@ -43,15 +50,64 @@ class CapturedEpoch:
         device: torch.device,
     ) -> None:
         self._order = torch.zeros(count, dtype=torch.int64, device=device)
-        # The graph holds addresses: what the batches consist of must live as long.
-        self._batches = step.batches(self._order, size, errors)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.graph(self._graph):
-            for batch in self._batches:
-                step.run(*batch)
+            # Recorded too: what the batches consist of may be computed from the order. The graph holds addresses, so
+            # that it must live as long.
+            self._batches = step.batches(self._order, size, errors)
+            for arguments in self._batches.arguments:
+                step.run(*arguments)
                 optimizer.step()
 
     def run(self, order: Tensor) -> None:
         """Train on the structures in this order ([count] int64)."""
         self._order.copy_(order)
         self._graph.replay()
+
+
+class EpochRecorder:
+    """Records an epoch on a GPU when it comes a second time with the same step and learning rate.
+
+    Parameters
+    ----------
+    update
+        Moves the weights; see `possible`.
+    errors
+        Receives the residuals.
+    count
+        Structures in an epoch.
+    size
+        Structures in a batch.
+    device
+        Of the model.
+    """
+
+    def __init__(self, update: Update, errors: EpochErrors, count: int, size: int, device: torch.device) -> None:
+        self._update, self._errors = update, errors
+        self._count, self._size, self._device = count, size, device
+        self._last: tuple | None = None
+        self._epoch: CapturedEpoch | None = None
+        self._failed = False
+
+    @property
+    def possible(self) -> bool:
+        """Whether epochs can be recorded at all."""
+        return self._device.type == "cuda" and self._update.is_one_op and self._count <= MOST_STEPS * self._size
+
+    def recorded(self, step: Step) -> CapturedEpoch | None:
+        """An epoch of this step, if it is as the last one was; None if it has to be run step by step."""
+        if not self.possible:
+            return None
+        now = (step, self._update.learning_rate, self._update.gradients())
+        if now != self._last:
+            self._last, self._epoch, self._failed = now, None, False
+            return None
+        if self._epoch is None and not self._failed:
+            try:
+                self._epoch = CapturedEpoch(
+                    step, self._update.optimizer, self._errors, self._count, self._size, self._device
+                )
+            except RuntimeError as error:
+                log.warning("the steps of an epoch cannot be recorded and are run one by one: %s", first_line(error))
+                self._failed = True
+        return self._epoch

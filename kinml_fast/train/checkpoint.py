@@ -90,7 +90,7 @@ def random_states() -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "numpy": {
             "name": str(name),
-            "words": torch.from_numpy(words.astype(np.int64)),
+            "words": torch.from_numpy(np.asarray(words).astype(np.int64)),
             "position": int(position),
             "has_gauss": int(has_gauss),
             "gauss": float(gauss),

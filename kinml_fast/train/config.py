@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -265,14 +265,14 @@ class SchedulerConfig(Section):
 
     def ignored(self) -> list[str]:
         """Keys that were changed but that this schedule does not have."""
-        own = {
+        keys_of = {
             "rop": {"factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr"},
             "exp": {"gamma"},
             "step": {"gamma", "step_size"},
             "cosine": {"min_lr", "length"},
             "none": set(),
         }
-        return _changed(self, set(type(self).model_fields) - {"name"} - own[self.name])
+        return _changed(self, set(type(self).model_fields) - {"name"} - keys_of[self.name])
 
 
 class LossConfig(Section):
@@ -413,7 +413,10 @@ class TrainingConfig(Section):
 
     def ignored(self) -> list[str]:
         """Sentences about keys that were changed but have no effect."""
-        sections = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        sections: dict[str, OptimizerConfig | SchedulerConfig] = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+        }
         sentences = [
             f"training.{name}.{key} has no effect with training.{name}.name = {section.name}"
             for name, section in sections.items()
@@ -427,6 +430,28 @@ class TrainingConfig(Section):
             keys = _changed(self.loss, {"force_weight", "extra_weights"})
             sentences += [f"training.loss.{key} has no effect with training.loss.weighting = learned" for key in keys]
         return sentences
+
+
+CHANGEABLE = {
+    "epochs",
+    "validation_batch_size",
+    "test_batch_size",
+    "device",
+    "threads",
+    "early_stopping",
+    "save_every",
+    "test_every",
+    "checkpoint_seconds",
+    "loss.forces",
+    "loss.forces_from",
+    "loss.forces_until",
+    "loss.force_weight",
+    "loss.level_weights",
+    "score",
+}
+"""Keys and sections of the training configuration that may change when a run is resumed; others make it another run.
+
+Forces can thus be taken up by a run on energies, and given up."""
 
 
 class StartConfig(Section):
@@ -611,7 +636,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
     """Every dotted key of the configuration and its description."""
-    found = {}
+    found: dict[str, str] = {}
     for name, field in section.model_fields.items():
         kind = field.annotation
         # list[int] passes for a type in Python 3.10, but not as an argument of issubclass.
@@ -622,10 +647,20 @@ def keys(section: type[Section] = Config, prefix: str = "") -> dict[str, str]:
     return found
 
 
+def flat(values: Mapping[str, Any], depth: int | None = None) -> dict[str, Any]:
+    """Values of nested sections by dotted keys; with a depth, sections that lie deeper stay as they are."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and depth != 0:
+            inner = flat(value, None if depth is None else depth - 1)
+            found |= {f"{key}.{name}": item for name, item in inner.items()}
+        else:
+            found[key] = value
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars (1e-3 is a number, `No` is nobelium and no truth value), and no key twice."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -636,6 +671,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {}  # not those of the base class
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -672,7 +708,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _sentence(error: Mapping[str, Any], source: str, overridden: Iterable[str]) -> str:
     # Parts of `loc` behind the key are indices of lists or the members of a union.
-    known, parts = keys(), []
+    known = keys()
+    parts: list[str] = []
     for part in error["loc"]:
         if ".".join(parts) in known:
             break

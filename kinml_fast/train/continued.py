@@ -21,9 +21,8 @@ from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import Config, TrainingConfig
-from kinml_fast.train.loss import TaskWeights
 from kinml_fast.train.metrics import Residuals
-from kinml_fast.train.optimizers import WeightAverage
+from kinml_fast.train.update import Update
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ def resolved(config: Config, origin: Origin) -> Config:
     model = origin.model
     networks, descriptor = model.networks, model.descriptor
     layers = networks.layers
-    own = {
+    architecture: dict[str, dict[str, Any]] = {
         "network": {
             "layers": layers[0] if all(widths == layers[0] for widths in layers) else layers,
             "activations": list(networks.activations),
@@ -136,7 +135,7 @@ def resolved(config: Config, origin: Origin) -> Config:
             "beta": descriptor.beta,
         },
     }
-    for section, values in own.items():
+    for section, values in architecture.items():
         given = getattr(config, section)
         for key, value in values.items():
             wanted = getattr(given, key)
@@ -147,7 +146,7 @@ def resolved(config: Config, origin: Origin) -> Config:
                 )
     if not _is_of_aevmod(descriptor):
         log.info("%s: has a descriptor that no configuration can name, which is kept", origin.path)
-    update = {name: getattr(config, name).model_copy(update=values) for name, values in own.items()}
+    update = {name: getattr(config, name).model_copy(update=values) for name, values in architecture.items()}
     if "dtype" not in config.training.model_fields_set:
         dtype = str(model.dtype).removeprefix("torch.")
         update["training"] = config.training.model_copy(update={"dtype": dtype})
@@ -156,7 +155,8 @@ def resolved(config: Config, origin: Origin) -> Config:
 
 def _with_levels(config: Config, origin: Origin) -> Config:
     model, data = origin.model, config.data
-    own = {"fidelity": model.fidelities[0] if len(model.fidelities) == 1 else list(model.fidelities)}
+    fidelities = list(model.fidelities)
+    update: dict[str, Any] = {"fidelity": fidelities[0] if len(fidelities) == 1 else fidelities}
     if "baseline" in data.model_fields_set or "fidelity" in data.model_fields_set:
         if (data.baseline is None) != (model.baseline is None):
             kinds = ["whole energies" if x.baseline is None else "differences of energies" for x in (model, data)]
@@ -165,16 +165,17 @@ def _with_levels(config: Config, origin: Origin) -> Config:
                 f"one of {kinds[1]}, or set data.baseline={'null' if model.baseline is None else model.baseline}"
             )
     else:
-        own["baseline"] = model.baseline
+        update["baseline"] = model.baseline
     if "fidelity" in data.model_fields_set:
-        given, there = [data.fidelity] if isinstance(data.fidelity, int) else data.fidelity, list(model.fidelities)
-        if len(given) < len(there) or (len(given) > len(there) and given[: len(there)] != there):
+        given = [data.fidelity] if isinstance(data.fidelity, int) else data.fidelity
+        known = len(fidelities)
+        if len(given) < known or (len(given) > known and given[:known] != fidelities):
             raise ConfigError(
-                f"{origin.path}: is a model of the fidelities {there}, and data.fidelity is {data.fidelity}: name as "
-                "many, or further ones above its own"
+                f"{origin.path}: is a model of the fidelities {fidelities}, and data.fidelity is {data.fidelity}: name "
+                "as many, or further ones above its own"
             )
-        del own["fidelity"]
-    return config.model_copy(update={"data": data.model_copy(update=own)}) if own else config
+        del update["fidelity"]
+    return config.model_copy(update={"data": data.model_copy(update=update)}) if update else config
 
 
 def _is_of_aevmod(p: AEVParameters) -> bool:
@@ -231,19 +232,20 @@ def keep_sae(
     n_old, n_levels = len(origin.model.elements), len(origin.model.fidelities)
     energies = model.sae.view(len(model.fidelities), -1)
     new = model.elements[n_old:]
-    if new:
-        fitted = np.concatenate([data.split.train, data.split.validation])
-        chosen = data.structures.with_elements(model.elements).select(fitted)
+    fitted = np.concatenate([data.split.train, data.split.validation])
+    chosen = data.structures.with_elements(model.elements).select(fitted)
+    if new and chosen.energies is not None:
         counts = chosen.counts()
-        levels = chosen.energies.reshape(len(model.fidelities), -1)
-        left = levels - energies[:, :n_old].cpu().numpy() @ counts[:, :n_old].T
+        left = (
+            chosen.energies.reshape(len(model.fidelities), -1) - energies[:, :n_old].cpu().numpy() @ counts[:, :n_old].T
+        )
         energies[:, n_old:] = torch.from_numpy(sae.resolve_levels(setting, counts[:, n_old:], left, new))
     for level in range(n_levels, len(model.fidelities)):
-        own = dict(zip(data.structures.elements, data.sae[level].tolist(), strict=True))
-        energies[level] = torch.tensor([own.get(element, 0.0) for element in model.elements], dtype=torch.float64)
+        given = dict(zip(data.structures.elements, data.sae[level].tolist(), strict=True))
+        energies[level] = torch.tensor([given.get(element, 0.0) for element in model.elements], dtype=torch.float64)
     others = " and others added" if energies.numel() > origin.model.sae.numel() else ""
-    for fidelity, own in zip(model.fidelities, energies.tolist(), strict=True):
-        values = ", ".join(f"{element} {value:.6f}" for element, value in zip(model.elements, own, strict=True))
+    for fidelity, shifts in zip(model.fidelities, energies.tolist(), strict=True):
+        values = ", ".join(f"{element} {value:.6f}" for element, value in zip(model.elements, shifts, strict=True))
         of_level = f", fidelity {fidelity}" if len(model.fidelities) > 1 else ""
         log.info("single-atom energies of the start model are kept%s, eV%s: %s", others, of_level, values)
 
@@ -251,19 +253,19 @@ def keep_sae(
 def say_first_errors(model: EnergyModel, residuals: Sequence[Residuals], sae_kept: bool) -> None:
     """Log how good the model is on the validation set before any training, by its residuals at each level."""
     several = len(model.fidelities) > 1
-    for fidelity, own in zip(model.fidelities, residuals, strict=True):
-        of_level = f" of fidelity {fidelity}" if several else ""
-        energy, forces = own.errors()
+    for fidelity, of_level in zip(model.fidelities, residuals, strict=True):
+        name = f" of fidelity {fidelity}" if several else ""
+        energy, forces = of_level.errors()
         if energy is None:
             continue
         text = f"{energy.rmse:.4f} kcal/mol" + ("" if forces is None else f" and {forces.rmse:.4f} kcal/mol/Å")
-        log.info("before training: validation RMSE%s %s", of_level, text)
-        if sae_kept and abs(own.energies.mean()) > _FAR_OFF:
+        log.info("before training: validation RMSE%s %s", name, text)
+        if sae_kept and abs(of_level.energies.mean()) > _FAR_OFF:
             log.warning(
                 "the energies%s of the validation set are %.3f eV away from the start model's on average, as those of "
                 "another level of theory are: start.sae=data takes single-atom energies from the data",
-                of_level,
-                -own.energies.mean(),
+                name,
+                -of_level.energies.mean(),
             )
 
 
@@ -271,9 +273,7 @@ def keep_state(
     origin: Origin,
     model: EnergyModel,
     config: TrainingConfig,
-    optimizer: torch.optim.Optimizer,
-    tasks: TaskWeights,
-    average: WeightAverage | None,
+    update: Update,
 ) -> None:
     """Let a new training have the state of the one that wrote a checkpoint.
 
@@ -288,8 +288,8 @@ def keep_state(
         `origin.model`, or one extended from it; new weights begin with means of 0.
     config
         The new training.
-    optimizer, tasks, average
-        Of the new training; they are changed.
+    update
+        Of the new training; it is changed.
 
     Raises
     ------
@@ -297,6 +297,7 @@ def keep_state(
         The file has no state of an optimizer, or one of another kind.
     """
     path, state = origin.path, origin.state
+    optimizer, tasks, average = update.optimizer, update.tasks, update.average
     if state is None or "optimizer" not in state:
         raise ModelError(
             f"{path}: holds no state of an optimizer: start from checkpoints/last.pt or epoch-*.pt of that run, or set "

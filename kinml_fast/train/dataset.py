@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,9 +21,10 @@ from kinml_fast.train.config import TrainingConfig
 
 
 class Dataset:
-    """The M structures of a run with N atoms, part after part, as tensors on the model's device.
+    """The M structures of a run with N atoms, part after part, as tensors on the model's device: what steps read.
 
-    Only what is used is kept, in the order of the split: a pass in that order goes through memory in order.
+    Only what is used is kept, in the order of the split: a pass in that order goes through memory in order. What
+    depends on the level of theory has a leading dimension of K levels, also for K = 1.
 
     Parameters
     ----------
@@ -31,7 +33,8 @@ class Dataset:
     data
         Structures, split, single-atom energies, weights, source of descriptors.
     config
-        Says whether forces are needed, whether descriptors are stored ones, and what the energies of a structure weigh.
+        Says whether forces are needed, whether descriptors are stored ones, what the energies of a structure weigh, and
+        the order of epochs.
 
     Attributes
     ----------
@@ -39,10 +42,10 @@ class Dataset:
     species : [N] int64
     offsets : [M + 1] int64
     levels : int, K
-    energies : [M] or, of K > 1 levels, [K, M] float64, eV, without single-atom energies; NaN where a level is unknown
-    forces : [N, 3] or [K, N, 3] float64, eV/Å; NaN for structures without forces
+    energies : [K, M] float64, eV, without single-atom energies; NaN where a level is unknown
+    forces : [K, N, 3] float64, eV/Å; NaN for structures without forces
     n_atoms : int, N
-    energy_weights, force_weights : [M] or [K, M] float64, weights in L_E and L_F; 0 where nothing is known
+    energy_weights, force_weights : [K, M] float64, weights in L_E and L_F; 0 where nothing is known
     origin : [M] int64, where each structure is in the data that were given
     known_energies, known_forces : numpy bool [K, M], which structures have energies and forces at each level
     sizes : dict, number of structures of each part
@@ -85,17 +88,18 @@ class Dataset:
         self.known_energies, self.known_forces = structures.known_energies, structures.known_forces
         if data.sae is not None:
             model.sae.copy_(_of_elements(data.sae, data.structures.elements, model.elements))
-        sae = model.sae.cpu().numpy()[..., None, :]
-        targets = structures.energies - (structures.counts() * sae).sum(axis=-1)
-        leading = () if self.levels == 1 else (self.levels,)
-        forces = structures.forces
-        if forces is None:
-            forces = np.full((*leading, self.n_atoms, 3), np.nan)
+        sae = model.sae.view(self.levels, 1, -1).cpu().numpy()
+        targets = structures.energies.reshape(self.levels, -1) - (structures.counts() * sae).sum(axis=-1)
+        if structures.forces is None:
+            forces = np.full((self.levels, self.n_atoms, 3), np.nan)
+        else:
+            forces = structures.forces.reshape(self.levels, -1, 3)
         self._check_levels(config)
         self._check_forces(config)
-        weights = self._weights(data)[origin]
+        weights = _weights(data)[origin]
         factors = np.array(config.loss.level_weights or [1.0] * self.levels)[:, None]
         energy_weights = (weights / atoms**2 if config.loss.energy_per_atom else weights) * factors
+        energy_weights = energy_weights * self.known_energies
         force_weights = weights * factors * self.known_forces
 
         def tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
@@ -104,19 +108,21 @@ class Dataset:
         self.coordinates = None if structures.coordinates is None else tensor(structures.coordinates, model.dtype)
         self.species, self.offsets = tensor(structures.species), tensor(structures.offsets)
         self.energies, self.forces, self.origin = tensor(targets), tensor(forces), tensor(origin)
-        self.energy_weights = tensor((energy_weights * self.known_energies).reshape(*leading, -1))
-        self.force_weights = tensor(force_weights.reshape(*leading, -1))
+        self.energy_weights, self.force_weights = tensor(energy_weights), tensor(force_weights)
+        self._weighted = tensor(np.stack([energy_weights, force_weights]) != 0, torch.float64)  # [2, K, M]
+        self._order_seed = config.seed if config.shuffle else None
         self._atoms_known = np.repeat(self.known_forces, atoms, axis=1)
         self._first_atoms = structures.offsets
-        where = self.range("train")
-        self.trained_components = [3 * int(atoms[where][own[where] != 0].sum()) for own in force_weights]
+        train = self.range("train")
+        self.trained_components = [3 * int(atoms[train][row != 0].sum()) for row in force_weights[:, train]]
 
         digest = hashlib.sha256(" ".join(structures.elements).encode())
         for array in (structures.species, structures.coordinates, structures.offsets, targets, forces, weights):
             digest.update(b"" if array is None else array.tobytes())
         digest.update(repr(self.sizes).encode())
         if self._source is not None:
-            digest.update(repr((self._source.backend, [own for _, own in self._source.files])).encode())
+            of_files = [file_digest for _, file_digest in self._source.files]
+            digest.update(repr((self._source.backend, of_files)).encode())
         self.fingerprint = digest.hexdigest()
 
     def range(self, part: str) -> slice:
@@ -130,6 +136,50 @@ class Dataset:
         atoms = slice(int(self._first_atoms[where.start]), int(self._first_atoms[where.stop]))
         return atoms, self._atoms_known[:, atoms]
 
+    def order(self, epoch: int) -> Tensor:
+        """The training structures in the order of an epoch, int64, which depends on the seed and the epoch only."""
+        order = np.arange(self.sizes["train"])
+        if self._order_seed is not None:
+            order = np.random.default_rng([self._order_seed, epoch]).permutation(self.sizes["train"])
+        return torch.from_numpy(order).to(self.origin.device)
+
+    def counts(self, order: Tensor, size: int) -> Tensor:
+        """How many structures of each batch have a weight.
+
+        Parameters
+        ----------
+        order
+            [n] int64, the structures of an epoch.
+        size
+            Structures in a batch.
+
+        Returns
+        -------
+        Tensor
+            float64 [n_batches, 2, K], of the weights in L_E and in L_F.
+        """
+        n_batches = -(-len(order) // size)
+        weighted = torch.nn.functional.pad(self._weighted[:, :, order], (0, n_batches * size - len(order)))
+        return weighted.view(2, self.levels, n_batches, size).sum(dim=-1).permute(2, 0, 1)
+
+    def numbers(self, with_forces: bool) -> list[str]:
+        """How many structures each part has, and how many of them have energies of several levels, or forces."""
+        sentences = [f"structures: {', '.join(f'{size} {part}' for part, size in self.sizes.items())}"]
+        several = self.levels > 1
+        for fidelity, energies, forces in zip(self._fidelities, self.known_energies, self.known_forces, strict=True):
+            if several:
+                sentences.append(f"energies of fidelity {fidelity}: {self._shares(energies)}")
+            if with_forces:
+                sentences.append(f"forces{f' of fidelity {fidelity}' if several else ''}: {self._shares(forces)}")
+        if not with_forces and self.known_forces.any():
+            sentences.append("the data have forces, which training.loss.forces=true would train on")
+        return sentences
+
+    def _shares(self, known: np.ndarray) -> str:
+        """How many of the structures of each part are among those that are known, in words."""
+        found = {part: int(known[self.range(part)].sum()) for part in PARTS}
+        return ", ".join(f"{found[part]} of {self.sizes[part]} {part}" for part in PARTS)
+
     def descriptors(self, model: EnergyModel, jacobian: bool) -> StoredDescriptors:
         """Descriptors of all atoms, and their Jacobians, from where the configuration says, on the model's device."""
         if self._source is None:
@@ -137,8 +187,8 @@ class Dataset:
             found = stored.compute(self._structures, model.descriptor, model.dtype, jacobian=jacobian, device=device)
         else:
             found = self._source.load(self._structures, model.descriptor, model.dtype, jacobian=jacobian)
-        tensors = (found.features, found.jacobian)
-        return StoredDescriptors(*(None if x is None else x.to(model.sae.device) for x in tensors))
+        device, jacobians = model.sae.device, found.jacobian
+        return StoredDescriptors(found.features.to(device), None if jacobians is None else jacobians.to(device))
 
     def gather(self, structures: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Coordinates, species and offsets of some structures as a ragged batch of their own."""
@@ -152,8 +202,8 @@ class Dataset:
         """Labels and energies, eV without single-atom energies, of the structures of a part that have the level."""
         where = self.range(part)
         known = self.known_energies[level, where]
-        labels = [label for label, there in zip(self.labels[where], known, strict=True) if there]
-        return labels, self.energies.view(self.levels, -1)[level, where].cpu().numpy()[known]
+        labels = list(itertools.compress(self.labels[where], known))
+        return labels, self.energies[level, where].cpu().numpy()[known]
 
     def known_force_reference(self, part: str, level: int) -> tuple[list[str], np.ndarray]:
         """The structure's label and the value, eV/Å, of each force component of a part that is known at the level."""
@@ -161,18 +211,7 @@ class Dataset:
         counts = 3 * np.diff(self._first_atoms)[where] * self.known_forces[level, where]
         labels = [label for label, count in zip(self.labels[where], counts.tolist(), strict=True) for _ in range(count)]
         atoms, known = self.atoms(part)
-        return labels, self.forces.view(self.levels, -1, 3)[level, atoms].cpu().numpy()[known[level]].ravel()
-
-    def _weights(self, data: TrainingData) -> np.ndarray:
-        count = len(data.structures)
-        if data.weights is None:
-            return np.ones(count)
-        weights = np.asarray(data.weights, dtype=np.float64)
-        if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
-            raise DataError(f"the weights must be {count} numbers that are not negative, one for each structure")
-        if not weights[np.asarray(data.split.train, dtype=np.int64)].any():
-            raise DataError("the weights of all training structures are 0: give some of them a weight")
-        return weights
+        return labels, self.forces[level, atoms].cpu().numpy()[known[level]].ravel()
 
     def _check_levels(self, config: TrainingConfig) -> None:
         for name, factors in (("loss", config.loss.level_weights), ("score", config.score.level_weights)):
@@ -208,6 +247,19 @@ class Dataset:
                 f"training.score.forces is {config.score.forces:g}, but no validation structure has forces{of_level} "
                 f"(data: {files}): put some into the validation set, or set training.score.forces=0"
             )
+
+
+def _weights(data: TrainingData) -> np.ndarray:
+    """What each structure counts in the loss, [n_structures]."""
+    count = len(data.structures)
+    if data.weights is None:
+        return np.ones(count)
+    weights = np.asarray(data.weights, dtype=np.float64)
+    if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise DataError(f"the weights must be {count} numbers that are not negative, one for each structure")
+    if not weights[np.asarray(data.split.train, dtype=np.int64)].any():
+        raise DataError("the weights of all training structures are 0: give some of them a weight")
+    return weights
 
 
 def _of_elements(sae: np.ndarray, given: Sequence[str], elements: Sequence[str]) -> Tensor:

@@ -7,40 +7,34 @@ import csv
 import io
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from kinml_fast import devices, report
 from kinml_fast.data import splits
 from kinml_fast.data.files import replacing
 from kinml_fast.data.prepared import Prepared
-from kinml_fast.data.split import PARTS, Split
-from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import evaluate, model_file
 from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import Ensemble
-from kinml_fast.train import config as configuration
-from kinml_fast.train import runs
-from kinml_fast.train.config import Config
+from kinml_fast.train import single
+from kinml_fast.train.config import CHANGEABLE, Config, flat
 from kinml_fast.train.folder import RunFolder
+from kinml_fast.train.members import of_member, train_member
 from kinml_fast.train.progress import Progress
-from kinml_fast.train.trainer import CHANGEABLE, Summary
+from kinml_fast.train.results import Summary
 
 log = logging.getLogger(__name__)
 
 _CHANGEABLE = {*(f"training.{key}" for key in CHANGEABLE), "ensemble.members", "ensemble.processes", "run"}
+_MEMBER_PROGRAM = "kinml_fast.train.member_program"
 
 
 @dataclass(frozen=True)
@@ -125,85 +119,9 @@ def resume(
         member.sweep()
     with folder.logged():
         begun = any(member.last.exists() for member in folder.members())
-        data = runs.prepared_before(config) if begun else runs.prepare(config)
+        data = single.prepared_before(config) if begun else single.prepare(config)
     accepted()
     return train(config, data, progress)
-
-
-def of_member(config: Config, data: Prepared, number: int) -> tuple[Config, Prepared]:
-    """Configuration and data of a member, counted from 1.
-
-    Raises
-    ------
-    InputError
-        There are fewer training and validation structures than folds.
-    """
-    own = config.model_copy(
-        update={
-            "run": str(RunFolder(config.run).member(number)),
-            "network": config.network.model_copy(update={"seed": config.network.seed + number - 1}),
-            "training": config.training.model_copy(update={"seed": config.training.seed + number - 1}),
-            "ensemble": configuration.EnsembleConfig(),
-        }
-    )
-    if config.ensemble.vary == "folds":
-        split = fold(data.structures, data.split, config.ensemble.members, number - 1, config.data.split_seed)
-        data = replace(data, split=split)
-    return own, data
-
-
-def fold(structures: Structures, split: Split, n_folds: int, index: int, seed: int = 0) -> Split:
-    """One of the divisions of a cross-validation.
-
-    Parameters
-    ----------
-    structures, split
-        Training and validation structures together are divided; the test set stays.
-    n_folds
-        Number of parts; each has its share of every formula (and of the structures that lack a level of theory).
-    index
-        Which part is for validation, from 0.
-    seed
-        Of the division and of the order of the training structures.
-
-    Raises
-    ------
-    InputError
-        There are fewer structures than parts.
-    """
-    pool = np.concatenate([split.train, split.validation])
-    if len(pool) < n_folds:
-        raise ConfigError(
-            f"there are {len(pool)} training and validation structures for {n_folds} folds: set ensemble.members to at "
-            "most their number or take more data"
-        )
-    order = np.random.default_rng([seed, n_folds]).permutation(pool)
-    # Dealt out like cards, kind after kind.
-    known = structures.known_energies[:, order].T
-    kinds = [f"{formula} {own}" for formula, own in zip(np.array(structures.formulas())[order], known, strict=True)]
-    dealt = order[np.argsort(kinds, kind="stable")]
-    chosen = dealt[index::n_folds]
-    return Split(order[~np.isin(order, chosen)], np.sort(chosen), split.test)
-
-
-def train_member(config: Config, data: Prepared, number: int, progress: Progress | None = None) -> Summary:
-    """Train a member, or what is left of it, in its folder.
-
-    Parameters
-    ----------
-    config, data
-        Those of the ensemble.
-    number
-        The member, counted from 1.
-    """
-    own, data = of_member(config, data, number)
-    folder = RunFolder(own.run)
-    if folder.last.exists():
-        return runs.go_on(own, data, progress)
-    own, origin = runs.begin(own)
-    folder.make()
-    splits.write_tvtmsk(folder.split, data.structures, data.split)
-    return runs.fit(own, data, origin, progress, resume=True)
 
 
 # Members in processes of their own
@@ -218,7 +136,7 @@ def _in_processes(config: Config) -> list[Summary]:
     def run(number: int) -> Summary | None:
         if interrupted:
             return None
-        command = [sys.executable, "-m", __name__, config.run, str(number)]
+        command = [sys.executable, "-m", _MEMBER_PROGRAM, config.run, str(number)]
         # A session of its own: Ctrl-C comes from here only.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -232,7 +150,7 @@ def _in_processes(config: Config) -> list[Summary]:
             raise RuntimeError(f"member {number} ended with code {process.returncode}:\n{err}")
         if process.returncode != 0:
             return None
-        summary = _summary(json.loads(out.splitlines()[-1]))
+        summary = Summary.from_dict(json.loads(out.splitlines()[-1]))
         rmse = summary.errors["validation"].rmse
         log.info("member %d: best epoch %d, validation RMSE %.4f kcal/mol", number, summary.best_epoch, rmse)
         return summary
@@ -241,51 +159,12 @@ def _in_processes(config: Config) -> list[Summary]:
         jobs = [pool.submit(run, number) for number in range(1, config.ensemble.members + 1)]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
-            return [job.result() for job in jobs if job.done()]
+            return [summary for job in jobs if job.done() and (summary := job.result()) is not None]
         except BaseException:
             interrupted = True
             for process in list(running.values()):
                 process.send_signal(signal.SIGINT)
             raise
-
-
-class _WhileParentLives(Progress):
-    """Ends the training when the process that started it is gone."""
-
-    def __init__(self) -> None:
-        self.parent = os.getppid()
-
-    def batch(self, epoch: int, fraction: float) -> None:
-        if os.getppid() != self.parent:
-            raise KeyboardInterrupt("the process that started this one is gone")
-
-
-def _main(arguments: Sequence[str]) -> int:
-    """Train one member of the ensemble in a run folder; the last line of the output is its summary."""
-    run, number = arguments
-    progress = _WhileParentLives()
-    try:
-        config = configuration.from_dict(configuration.read_yaml(RunFolder(run).config), run)
-        config = config.model_copy(update={"run": run})
-        if config.training.threads is None:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.ensemble.processes))
-        summary = train_member(config, runs.prepared_before(config), int(number), progress)
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    sys.stdout.write(f"{json.dumps(asdict(summary))}\n")
-    return 0
-
-
-def _summary(values: Mapping[str, Any]) -> Summary:
-    def of_parts(own: Mapping[str, Mapping[str, float]]) -> dict[str, Errors]:
-        return {part: Errors(**errors) for part, errors in own.items()}
-
-    found = {name: of_parts(values[name]) for name in ("errors", "forces")}
-    lower = {int(fidelity): tuple(map(of_parts, own)) for fidelity, own in values["lower"].items()}
-    return Summary(**{**values, **found, "lower": lower})
 
 
 # The end
@@ -306,7 +185,7 @@ def _finish(config: Config, data: Prepared, summaries: Sequence[Summary], starte
         tuple(summaries),
         {name: group.energy for name, group in of_parts.items()},
         {name: group.forces for name, group in of_parts.items() if group.forces is not None},
-        {name: group.spread for name, group in of_parts.items()},
+        {name: group.spread for name, group in of_parts.items() if group.spread is not None},
         time.monotonic() - started,
     )
     _write_report(folder, ensemble, result, found)
@@ -333,7 +212,7 @@ def _parts(config: Config, data: Prepared, ensemble: Ensemble) -> dict[str, eval
 
 def table(result: EnsembleSummary) -> str:
     """Errors of the members and of their means as a text table: RMSE, energies in kcal/mol, forces in kcal/mol/Å."""
-    parts = [part for part in PARTS if any(part in member.errors for member in result.members)]
+    parts = [part for part in splits.PARTS if any(part in member.errors for member in result.members)]
     with_forces = [part for part in parts if any(part in member.forces for member in result.members)]
     cells = [
         ["member", "best epoch", *(f"{part} energies" for part in parts), *(f"{part} forces" for part in with_forces)]
@@ -344,8 +223,8 @@ def table(result: EnsembleSummary) -> str:
     ]
     rows.append(("ensemble", "", result.errors, result.forces))
     for name, epoch, errors, forces in rows:
-        own = [errors.get(part) for part in parts] + [forces.get(part) for part in with_forces]
-        cells.append([name, epoch, *("-" if error is None else f"{error.rmse:.3f}" for error in own)])
+        numbers = [errors.get(part) for part in parts] + [forces.get(part) for part in with_forces]
+        cells.append([name, epoch, *("-" if error is None else f"{error.rmse:.3f}" for error in numbers)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
     lines = ["RMSE (energies in kcal/mol, forces in kcal/mol/Å)" if with_forces else "RMSE (kcal/mol)", *lines]
@@ -360,6 +239,7 @@ def table(result: EnsembleSummary) -> str:
 def _write_report(
     folder: RunFolder, ensemble: Ensemble, result: EnsembleSummary, found: Mapping[str, evaluate.Part]
 ) -> None:
+
     metrics = {f"member {i}": folder.member(i).metrics for i in range(1, len(result.members) + 1)}
     best = {f"member {i}": member.best_epoch for i, member in enumerate(result.members, start=1)}
     report.write_member_curves(folder.report, metrics, best)
@@ -372,15 +252,15 @@ def _write_report(
     rows = [(str(i), member.best_epoch, member.errors, member.forces) for i, member in enumerate(result.members, 1)]
     for name, epoch, energies, forces in [*rows, ("ensemble", "", result.errors, result.forces)]:
         for quantity, errors in ((report.ENERGY, energies), (report.FORCES, forces)):
-            for split, own in errors.items():
-                numbers = map(repr, (own.mae, own.rmse, own.max))
+            for split, of_split in errors.items():
+                numbers = map(repr, (of_split.mae, of_split.rmse, of_split.max))
                 writer.writerow([name, epoch, split, quantity.name, quantity.unit, *numbers])
     with replacing(Path(folder.report) / "members.csv") as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _check_changes(before: Config, config: Config) -> None:
-    old, new = _flat(before.model_dump()), _flat(config.model_dump())
+    old, new = flat(before.model_dump()), flat(config.model_dump())
     for key in sorted(old.keys() | new.keys()):
         allowed = any(key == name or key.startswith(f"{name}.") for name in _CHANGEABLE)
         if old.get(key) != new.get(key) and not allowed:
@@ -398,14 +278,3 @@ def _check_changes(before: Config, config: Config) -> None:
             f"{config.run}: was started with ensemble.members = {was} and cannot go on with {now}: members can be "
             "added where seeds vary, otherwise start a new run"
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))

@@ -79,7 +79,7 @@ class FrozenLayers:
 
     def clear_gradient(self) -> None:
         """Set the gradient of the layers to zero, so that it counts neither for a longest gradient nor for momentum."""
-        if self._views:
+        if self._views and self._weights.grad is not None:
             torch._foreach_zero_(self.parts(self._weights.grad))
 
     def restore(self) -> None:
@@ -91,5 +91,5 @@ class FrozenLayers:
 def _range(model: EnergyModel, species: int, layer: int, level: int) -> tuple[int, int]:
     """Where the weights of a layer begin and end in the flat parameter."""
     weight, bias = model.networks.layer(species, layer, level)
-    first = weight.storage_offset() - model.networks.weights.storage_offset()
+    first = int(weight.storage_offset() - model.networks.weights.storage_offset())
     return first, first + weight.numel() + (0 if bias is None else bias.numel())

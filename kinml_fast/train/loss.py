@@ -74,8 +74,8 @@ class TaskWeights:
                 "the Trainer as one of its extra_losses, or leave it out"
             )
         self._config = config
-        like = {"dtype": torch.float64, "device": device}
-        self.scales, self.losses = torch.ones(len(self.names), **like), torch.zeros(len(self.names), **like)
+        self.scales = torch.ones(len(self.names), dtype=torch.float64, device=device)
+        self.losses = torch.zeros_like(self.scales)
         self._gradient = torch.zeros_like(self.losses)
         self.log_sigma = None
         if config.weighting == "learned":
@@ -101,24 +101,21 @@ class TaskWeights:
             extra = [self._config.extra_weights.get(name, 1.0) for name in self.names[2:]]
             self.scales.copy_(torch.tensor([1 - share, share, *extra], dtype=torch.float64))
 
-    def counted(self, order: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    def terms(self, counts: Tensor) -> list[Tensor]:
         """Which terms each batch has, 1 or 0 [T], when the factors are learned.
 
         Parameters
         ----------
-        order
-            Energy and force weights, [n_structures] or [K, n_structures], in the order of the epoch: a term without any
-            weight is no term.
-        batch_size
-            Structures in a batch.
+        counts
+            [n_batches, 2, K], from `Dataset.counts`: a term without any weight is no term.
         """
-        batches = [torch.stack([w.any() for w in weights.split(batch_size, dim=-1)]).double() for weights in order]
-        rows = torch.stack([*batches, *[torch.ones_like(batches[0])] * (len(self.names) - 2)], dim=1)
+        rows = torch.ones(len(counts), len(self.names), dtype=torch.float64, device=counts.device)
+        rows[:, :2] = counts.any(dim=-1)
         return list((rows * self._active).unbind(0))
 
-    def differentiate(self, counted: Tensor) -> None:
-        """Set the gradient of the σ from the losses of a step; see `counted`."""
-        torch.addcmul(counted, self.scales, self.losses, value=-1, out=self._gradient)
+    def differentiate(self, terms: Tensor) -> None:
+        """Set the gradient of the σ from the losses of a step, and from its `terms`."""
+        torch.addcmul(terms, self.scales, self.losses, value=-1, out=self._gradient)
 
     def refresh(self) -> None:
         """Take the factors from the σ that the optimizer has moved."""

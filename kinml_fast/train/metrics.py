@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +62,11 @@ def level_columns(fidelities: Sequence[int]) -> list[str]:
 def level_values(fidelities: Sequence[int], errors: Sequence[LevelErrors]) -> dict[str, float]:
     """What stands in these columns."""
     lower = zip(fidelities[:-1], errors[:-1], strict=True)
-    return {column + _suffix(fidelity): value for fidelity, own in lower for column, value in _values(*own).items()}
+    return {
+        column + _suffix(fidelity): value
+        for fidelity, of_level in lower
+        for column, value in _values(*of_level).items()
+    }
 
 
 def _suffix(fidelity: int) -> str:
@@ -70,7 +74,7 @@ def _suffix(fidelity: int) -> str:
 
 
 def _values(energy: Errors | None, forces: Errors | None) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for kind, errors in (("energy", energy), ("forces", forces)):
         if errors is not None:
             found |= {f"{kind}_mae": errors.mae, f"{kind}_rmse": errors.rmse, f"{kind}_max": errors.max}
@@ -111,8 +115,8 @@ class Row:
         text = _pair(*(None if errors is None else errors.rmse for errors in (self.energy, self.forces)))
         of_lower = []
         for level in dict.fromkeys(name.partition("_fidelity")[2] for name in self.more if "_fidelity" in name):
-            own = (self.more.get(f"{kind}_rmse_fidelity{level}") for kind in ("energy", "forces"))
-            of_lower.append(f"fidelity {level}: {_pair(*own)}")
+            pair = (self.more.get(f"{kind}_rmse_fidelity{level}") for kind in ("energy", "forces"))
+            of_lower.append(f"fidelity {level}: {_pair(*pair)}")
         return f"{text} ({', '.join(of_lower)})" if of_lower else text
 
 
@@ -189,7 +193,8 @@ class _EventFile:
     """
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
-        self._folder, self._first_epoch, self._writer = folder, first_epoch, None
+        self._folder, self._first_epoch = folder, first_epoch
+        self._writer: Any = None  # of a library without type hints
 
     def add(self, moment: float, row: Row) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -201,7 +206,7 @@ class _EventFile:
         ]
         self._write(wall_time=moment, step=row.epoch, summary=Summary(value=values))
 
-    def _write(self, **fields) -> None:
+    def _write(self, **fields: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 

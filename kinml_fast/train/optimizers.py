@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class FusedAdam(torch.optim.Adam):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure is refused
         """Update the parameters from their gradients."""
         if closure is not None:
             raise ValueError("FusedAdam takes no closure: compute the gradients before step()")
@@ -50,19 +51,19 @@ class FusedAdam(torch.optim.Adam):
                 )
 
     # torch wraps `step` in a profiler hook (10 µs a call) unless it finds this mark.
-    step.hooked = True
+    step.hooked = True  # type: ignore[attr-defined]
 
 
 def make_optimizer(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer that the configuration names."""
-    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters, momentum=config.momentum, dampening=config.dampening, nesterov=config.nesterov, **common
         )
     return FusedAdam(
         parameters,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         amsgrad=config.amsgrad,
         decoupled_weight_decay=config.name == "adamw",

@@ -1,0 +1,115 @@
+"""What happens by the clock while a run goes, between two of its batches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+Clock = Callable[[], float]
+"""Seconds since any moment, never fewer than before."""
+
+SYSTEM_CLOCK: Clock = time.perf_counter
+
+_SECONDS_BETWEEN_DRAWINGS = 0.25
+_SECONDS_BETWEEN_FLUSHES = 1.0
+
+
+class Deadline:
+    """A moment that comes again and again; it never comes before `restart`."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock, self._seconds = clock, seconds
+        self.moment = math.inf
+
+    def restart(self, seconds: float | None = None) -> None:
+        """Come in so many seconds from now, by default in those that always lie between two."""
+        self.moment = self._clock() + (self._seconds if seconds is None else seconds)
+
+    def passed(self) -> bool:
+        """Whether the moment has come."""
+        return self._clock() >= self.moment
+
+
+class Rhythm:
+    """Says when progress is drawn, when the run is saved and when its table is written out, and ends it on Ctrl-C.
+
+    Parameters
+    ----------
+    clock
+        Tells the time.
+    checkpoint_seconds
+        Between two savings.
+
+    Attributes
+    ----------
+    flushing : Deadline
+        When the rows of the table are to be written out.
+    interrupted : bool
+        Whether the user has pressed Ctrl-C.
+    """
+
+    def __init__(self, clock: Clock, checkpoint_seconds: float) -> None:
+        self._clock = clock
+        self._drawing = Deadline(clock, _SECONDS_BETWEEN_DRAWINGS)
+        self._saving = Deadline(clock, checkpoint_seconds)
+        self.flushing = Deadline(clock, _SECONDS_BETWEEN_FLUSHES)
+        self._next = math.inf  # of drawing and saving: all that is looked at after each batch
+        self.interrupted = False
+
+    def begin(self) -> None:
+        """The run starts: it is drawn at once."""
+        self._drawing.restart(0.0)
+        self._saving.restart()
+        self.flushing.restart()
+        self._next = min(self._drawing.moment, self._saving.moment)
+
+    def due(self) -> bool:
+        """Whether there is something to do between two batches, for `tick`."""
+        return self._clock() >= self._next
+
+    def tick(self, draw: Callable[[], None], save: Callable[[], None] | None) -> None:
+        """Do what is due.
+
+        Parameters
+        ----------
+        draw
+            Shows the progress.
+        save
+            Writes a checkpoint; None where nothing is kept on disk.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            The user has pressed Ctrl-C; the run was saved.
+        """
+        if self._drawing.passed():
+            draw()
+            self._drawing.restart()
+        if save is not None and (self.interrupted or self._saving.passed()):
+            save()
+            self._saving.restart()
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self._next = min(self._drawing.moment, self._saving.moment)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C takes effect between two batches; pressed twice, at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def interrupt(number: int, frame: object) -> None:
+            signal.signal(signal.SIGINT, before)
+            self.interrupted, self._next = True, -math.inf
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

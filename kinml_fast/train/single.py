@@ -1,0 +1,187 @@
+"""One model from a configuration: its data, its first weights, its training; a member of an ensemble is one, too."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kinml_fast import devices
+from kinml_fast.data import prepared, splits, weights
+from kinml_fast.data.prepared import Prepared
+from kinml_fast.data.training_data import TrainingData
+from kinml_fast.errors import ConfigError, InputError
+from kinml_fast.nn import AEVParameters, EnergyModel
+from kinml_fast.train import continued
+from kinml_fast.train.config import Config
+from kinml_fast.train.continued import Origin
+from kinml_fast.train.folder import RunFolder
+from kinml_fast.train.progress import Progress
+from kinml_fast.train.results import Summary
+from kinml_fast.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def prepared_before(config: Config) -> Prepared:
+    """The data of a run that has begun: its own copy, so that it goes on from any working folder."""
+    copy = _prepared_path(config, RunFolder(config.run))
+    return prepared.load(copy) if copy.exists() else prepare(config)
+
+
+def go_on(
+    config: Config, data: Prepared, progress: Progress | None = None, accepted: Callable[[], None] | None = None
+) -> Summary:
+    """Train on from the last checkpoint in the configuration's folder.
+
+    `accepted` is called when the checkpoint has turned out to fit data and configuration.
+    """
+    folder, given = RunFolder(config.run), _given(config, data)
+    with folder.logged():
+        if config.start.model is None:
+            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
+        else:
+            # The start model may be gone; elements that were added to it are in the checkpoint, too.
+            origin = continued.load(folder.last)
+            config, model = continued.resolved(config, origin), origin.model
+        _move(model, config)
+    _seed_others(config)
+    trainer = Trainer(
+        model, given, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
+    )
+    if accepted is not None:
+        accepted()
+    return trainer.fit()
+
+
+def begin(config: Config) -> tuple[Config, Origin | None]:
+    """What start.model names, if anything, and the configuration with that model's architecture.
+
+    Raises
+    ------
+    InputError
+        The file is no model and no checkpoint, is in the run folder, or contradicts the configuration.
+    """
+    start = config.start
+    if start.model is None:
+        return config, None
+    origin = continued.load(start.model, averaged=start.optimizer == "reset")
+    if origin.path.resolve().is_relative_to(Path(config.run).resolve()):
+        raise ConfigError(
+            f"start.model {origin.path} is in the run folder {config.run} itself: choose another with run="
+        )
+    return continued.resolved(config, origin), origin
+
+
+def fit(
+    config: Config, data: Prepared, origin: Origin | None, progress: Progress | None = None, resume: bool = False
+) -> Summary:
+    """Train from the beginning, in a folder that is there."""
+    folder = RunFolder(config.run)
+    with folder.logged():
+        if origin is None:
+            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
+        else:
+            elements, dtype = config.data.elements or data.structures.elements, getattr(torch, config.training.dtype)
+            model = continued.model_for(origin, data, elements, dtype, config.network.seed)
+            if config.start.sae == "keep":
+                continued.keep_sae(model, origin, config.data.sae, data)
+        log.info("%s", model)
+        _move(model, config)
+        _seed_others(config)
+        trainer = Trainer(
+            model,
+            _given(config, data),
+            config.training,
+            folder.path,
+            resume=resume,
+            progress=progress,
+            freeze=config.start.freeze,
+            origin=origin if config.start.optimizer == "keep" else None,
+        )
+        if origin is not None:
+            residuals = trainer.evaluate("validation", config.training.loss.forces)
+            continued.say_first_errors(model, residuals, config.start.sae == "keep")
+    return trainer.fit()
+
+
+def prepare(config: Config) -> Prepared:
+    """The prepared data of a configuration: read, checked, divided and saved, or taken from the last time.
+
+    The division is also written to split.txt in the run folder, which `data.split_file` of another run can name.
+    """
+    folder = RunFolder(config.run)
+    settings = config.data.model_dump()
+    path = _prepared_path(config, folder)
+    settings.pop("prepared")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be made ({error.strerror}): choose another folder") from error
+    data = prepared.prepare(**settings, descriptor=config.descriptor.model_dump(), path=path)
+    log.info("%s", splits.table(data.structures, data.split))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    splits.write_tvtmsk(folder.split, data.structures, data.split)
+    several = len(data.fidelities) > 1
+    if several or data.baseline is not None:
+        log.info("%s", splits.level_table(data.structures, data.split, data.fidelities, data.baseline))
+    for fidelity, sae in zip(data.fidelities, data.sae.reshape(len(data.fidelities), -1), strict=True):
+        energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, sae, strict=True))
+        log.info("single-atom energies%s, eV: %s", f" of fidelity {fidelity}" if several else "", energies)
+    if data.weights is not None:
+        log.info("weights in the loss: %s", weights.table(data.weights))
+    return data
+
+
+def make_model(
+    config: Config, elements: Sequence[str], fidelities: Sequence[int] = (1,), baseline: int | None = None
+) -> EnergyModel:
+    """The model of a configuration with its initial weights, which the seed decides.
+
+    Parameters
+    ----------
+    config
+        Descriptor, layers and precision.
+    elements, fidelities, baseline
+        Those of the prepared data.
+    """
+    network = config.network
+    torch.manual_seed(network.seed)
+    return EnergyModel(
+        AEVParameters.aevmod(tuple(elements), **config.descriptor.model_dump(exclude={"backend"})),
+        layers=network.layers,
+        activations=network.layer_activations,
+        biases=network.biases,
+        dtype=getattr(torch, config.training.dtype),
+        fidelities=fidelities,
+        baseline=baseline,
+    )
+
+
+def _given(config: Config, data: Prepared) -> TrainingData:
+    """The data for a trainer, without single-atom energies where the model keeps those of the one it starts from."""
+    if config.start.model is None or config.start.sae != "keep":
+        return data
+    return TrainingData(data.structures, data.split, None, data.weights, data.source)
+
+
+def _move(model: EnergyModel, config: Config) -> None:
+    """Bring a model to where it is trained."""
+    device = devices.resolve(config.training.device)
+    if device.type == "cuda":
+        log.info("trains on %s, %s", device, torch.cuda.get_device_name(device))
+    model.to(device)
+
+
+def _seed_others(config: Config) -> None:
+    """Seed the generators that training does not use but whose states it keeps, so that equal runs are wholly equal."""
+    random.seed(config.training.seed)
+    np.random.seed(config.training.seed % 2**32)  # noqa: NPY002
+
+
+def _prepared_path(config: Config, folder: RunFolder) -> Path:
+    return folder.prepared if config.data.prepared is None else Path(config.data.prepared)
