@@ -154,12 +154,25 @@ def test_each_installed_header_compiles_alone(tmp_path):
         ("-DKINML_CUDA=ON -DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON", "there is no nvcc of CUDA 12.1 or newer"),
         ("-DKINML_CUDA=perhaps", "KINML_CUDA must be auto, OFF or ON, not 'perhaps'"),
         ("-DKINML_SANITIZE=memory", "must be address,undefined or thread, not 'memory'"),
+        ("-DKINML_WITH_TORCH=ON -DCMAKE_PREFIX_PATH=/nowhere", "there is no torch in CMAKE_PREFIX_PATH or Torch_DIR"),
     ],
 )
 def test_bad_options(tmp_path, option, message):
     done = subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, *option.split()], capture_output=True, text=True)
     assert done.returncode != 0
     assert message in " ".join(done.stderr.split())
+
+
+def test_torch_with_cuda_beside_no_toolkit(tmp_path):
+    """Only the files of torch count: its own find_package(Torch) would fail without the toolkit."""
+    for name in ("share/cmake/Torch/TorchConfig.cmake", "lib/libtorch_cuda.so"):
+        (tmp_path / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "torch" / name).touch()
+    options = ["-DKINML_WITH_TORCH=ON", f"-DCMAKE_PREFIX_PATH={tmp_path / 'torch' / 'share' / 'cmake'}"]
+    no_toolkit = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
+    printed = run("cmake", "-S", ROOT, "-B", tmp_path / "build", *options, no_toolkit)
+    assert f"torch: {tmp_path / 'torch'}" in printed
+    assert "there is no nvcc of CUDA 12.1 or newer: kinml_fast is built for the CPU only" in " ".join(printed.split())
 
 
 @pytest.mark.slow
