@@ -81,6 +81,12 @@ def test_ctest(build):
     assert re.search(r"aev\.\w+ \.+ +Passed", report)
 
 
+def test_one_of_the_programs_of_ctest():
+    """In the default selection for all of them: the installation has left most of what it is made from."""
+    folder = cmake_build.build(["test_jacobian"], KINML_BUILD_TESTS="ON")
+    assert re.fullmatch(r"\d+ passed, 0 failed\n", run(folder / "tests" / "cpp" / "test_jacobian"))
+
+
 @pytest.mark.slow
 def test_program_without_torch(package, tmp_path):
     program = build_program(tmp_path / "water", "water", 1, f"-DCMAKE_PREFIX_PATH={package}")
