@@ -7,6 +7,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Threads that wait give their core away. Tests run in several processes, and those of one would else keep the others'
+# from working: on two cores they take a third of the time. Read when torch is loaded, here and in programs of tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # torch's CPU functions come from MKL, which picks the kernel of each on its first call. When that call runs on several
