@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -95,8 +96,10 @@ def build(targets: list[str], folder: Path | None = None, **options: str) -> Pat
     with locked(folder):
         cache = folder / "CMakeCache.txt"
         text = cache.read_text() if cache.is_file() else ""
-        if f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in text:
-            cache.unlink(missing_ok=True)  # of another source tree
+        # With another source tree or compiler CMake would refuse, or forget the options half-way.
+        same = re.search(rf"^CMAKE_CXX_COMPILER:\w+={re.escape(cxx)}$", text, re.MULTILINE)
+        if not same or f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in text:
+            cache.unlink(missing_ok=True)
             text = ""
         configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DCMAKE_CXX_COMPILER={cxx}"]
         if ninja is not None and (not text or "CMAKE_GENERATOR:INTERNAL=Ninja\n" in text):

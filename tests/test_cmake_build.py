@@ -70,6 +70,16 @@ def test_a_folder_of_another_tree_is_begun_anew(project, monkeypatch):
     assert b"other" in library.read_bytes()
 
 
+def test_a_folder_of_another_compiler_is_begun_anew(project, monkeypatch):
+    cmake_build.build(["a"], KIND="good")
+    other = project.parent / "other-g++"
+    other.write_text('#!/bin/sh\nexec g++ "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("CXX", str(other))
+    folder = cmake_build.build(["a"], KIND="good")
+    assert f"={other}\n" in (folder / "CMakeCache.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
