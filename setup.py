@@ -1,19 +1,15 @@
-"""Compiles the two libraries of the package, with ninja where there is one.
+"""Compiles the two libraries of the package: targets of CMakeLists.txt, in the folder that KINML_BUILD_DIR names.
 
-- ``kinml_fast/libkinml_ops.so``: the ops, linked to libtorch, without Python. Files ``csrc/cpu/*_kernels.cpp`` are
-  compiled once per instruction set.
+- ``kinml_fast/libkinml_ops.so``: the ops, linked to libtorch, without Python.
 - ``kinml_fast/_C*.so``: build information for Python (pybind11).
 
 torch must be installed already, and stay the same afterwards: ``pip install --no-build-isolation .``
-Environment: ``CXX`` the compiler, ``MAX_JOBS`` compilations at a time; ``KINML_CUDA=auto|0|1`` whether to compile
-csrc/cuda (auto: where torch has CUDA and there is an nvcc), ``KINML_CUDA_ARCHS`` what for: scripts/cuda_toolkit.py.
-CMakeLists.txt builds the same ops library for C++ projects.
+Environment: ``KINML_CUDA=auto|0|1`` whether to compile csrc/cuda (auto: where torch has CUDA and there is an nvcc),
+``KINML_CUDA_ARCHS`` what for: scripts/cuda_toolkit.py; ``CXX``, ``MAX_JOBS``: scripts/cmake_build.py.
 """
 
-import os
-import re
+import importlib.metadata
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,42 +20,53 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import cmake_build  # noqa: E402
 import cuda_toolkit  # noqa: E402
-from compiling import CXX_FLAGS, ISA_FLAGS, Build, torch_flags  # noqa: E402
 
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "kinml_fast" / "_version.py").read_text())[1]
+
+def torch_requirement() -> str:
+    """What is compiled against one torch runs with no other, and says so; sources fit any that is new enough."""
+    if "sdist" not in sys.argv:
+        try:
+            return f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return "torch>=2.8"
 
 
 def import_torch():
     try:
         import torch
-        from torch.utils import cpp_extension
     except ImportError:
         sys.exit(
             "kinml_fast is compiled against the installed torch, and there is none in this environment: install torch "
             "first (for example 'pip install torch==2.13.0'), then 'pip install --no-build-isolation .'."
         )
-    return torch, cpp_extension
+    return torch
 
 
-def pybind11_include(cpp_extension) -> str:
+def pybind11_include(torch) -> str:
     """Folder of pybind11's headers; torch brings them too."""
     try:
         import pybind11
     except ImportError:
-        return cpp_extension.include_paths()[0]
+        return str(Path(torch.__file__).parent / "include")
     return pybind11.get_include()
 
 
-def cuda_build(torch) -> cuda_toolkit.CudaBuild | None:
-    """How to build csrc/cuda, if at all."""
-    try:
-        decision = cuda_toolkit.decide(torch.version.cuda)
-    except cuda_toolkit.CudaError as error:
-        sys.exit(str(error))
+def cuda_options(torch) -> dict[str, str]:
+    """How to build csrc/cuda, if at all, as CMake's options."""
+    decision = cuda_toolkit.decide(torch.version.cuda)
     for note in decision.notes:
         sys.stdout.write(f"Note: {note}\n")
-    return decision.build
+    if decision.build is None:
+        return {"KINML_CUDA": "OFF", "KINML_CUDA_TEXT": "none"}
+    return {
+        "KINML_CUDA": "ON",
+        "KINML_CUDA_ARCHS": ";".join(decision.build.architectures),
+        "KINML_CUDA_TEXT": decision.build.text(),
+        "CUDAToolkit_ROOT": str(decision.build.toolkit.folder),
+    }
 
 
 class LibraryBuild(build_ext):
@@ -71,61 +78,37 @@ class LibraryBuild(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
-        torch, cpp_extension = import_torch()
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            sys.exit(f"No C++ compiler '{compiler}' found: install g++ 11 or newer, or set CXX.")
-        cuda = cuda_build(torch)
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        info = {
-            "KINML_VERSION": VERSION,
-            "KINML_TORCH_VERSION": torch.__version__,
-            "KINML_COMPILER": version.splitlines()[0],
-            "KINML_ISAS": " ".join(ISA_FLAGS),
-            "KINML_CUDA": cuda.text() if cuda else "none",
-        }
-        cxx = [compiler, *CXX_FLAGS]
-        torch_compile, torch_link = torch_flags(torch, cpp_extension)
-        python_flags = [
-            *("-isystem", sysconfig.get_paths()["include"]),
-            *("-isystem", pybind11_include(cpp_extension)),
-            *(f'-D{name}="{value}"' for name, value in info.items()),
-        ]
-
-        build = Build(Path(self.build_temp))
-        objects = []
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            if source.stem.endswith("_kernels"):
-                for isa, flags in ISA_FLAGS.items():
-                    name = f"{source.stem}_{isa}.o"
-                    objects.append(build.compile([*cxx, *flags, f"-DKINML_ISA={isa}"], source, name))
-            else:
-                objects.append(build.compile(cxx, source, f"{source.stem}.o"))
-        for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
-            if (source.stem.endswith("_cuda") and cuda is None) or (source.stem == "cpu_only" and cuda is not None):
-                continue
-            objects.append(build.compile([*cxx, *torch_compile], source, f"torch_{source.stem}.o"))
-        # -fopenmp is not given at link time: the OpenMP runtime is the one that libtorch brings, so that there is
-        # one pool of threads and torch.set_num_threads governs it.
-        link = torch_link
-        if cuda is not None:
-            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-                objects.append(build.compile([cuda.toolkit.nvcc, *cuda.flags()], source, f"cuda_{source.stem}.o"))
-            link = [*torch_link, *cuda.toolkit.link_flags()]
-        build.link(compiler, objects, "libkinml_ops.so", link)
-        module = build.compile(
-            [*cxx, *torch_compile[:1], *python_flags], ROOT / "csrc" / "python" / "module.cpp", "module.o"
-        )
-        build.link(compiler, [module, "dispatch.o"], "_C.so", [])
-        if not build.run():
-            sys.exit("kinml_fast could not be compiled: see the compiler's message above.")
+        torch = import_torch()
+        try:
+            folder = cmake_build.build(
+                ["kinml_ops", "kinml_python"],
+                KINML_WITH_TORCH="ON",
+                KINML_TORCH_VERSION=torch.__version__,
+                KINML_PYTHON_INCLUDE=f"{sysconfig.get_paths()['include']};{pybind11_include(torch)}",
+                CMAKE_PREFIX_PATH=torch.utils.cmake_prefix_path,
+                **cuda_options(torch),
+            )
+        except (cmake_build.BuildError, cuda_toolkit.CudaError) as error:
+            sys.exit(str(error))
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(build.folder / f"{extension.name.split('.')[-1]}.so", target)
+            shutil.copy2(folder / f"{extension.name.split('.')[-1]}.so", target)
 
 
 setup(
     ext_modules=[Extension("kinml_fast.libkinml_ops", []), Extension("kinml_fast._C", [])],
     cmdclass={"build_ext": LibraryBuild},
+    install_requires=[
+        torch_requirement(),
+        "numpy>=1.26",
+        "scipy>=1.10",
+        "ase>=3.23",
+        "h5py>=3.10",
+        "matplotlib>=3.8",
+        "pydantic>=2.7",
+        "PyYAML>=6.0",
+        "rich>=13",
+        "tensorboard>=2.15",
+    ],
 )

@@ -1,30 +1,31 @@
-"""What the kernels of csrc/cuda take on a GPU: compiles them as CI does, and compares with the bounds below.
+"""What the kernels of csrc/cuda take on a GPU, as nvcc says, and whether that is within the bounds below.
 
-    python scripts/cuda_resources.py                         a table; exit status 1 where a bound is broken
-    python scripts/cuda_resources.py --output FOLDER         also FOLDER/resources.json and resources.md
-    python scripts/cuda_resources.py csrc/cuda/adam_cuda.cu  only this file
+    python scripts/cuda_resources.py                      compiles them, prints a table, writes cuda_resources.json
+    python scripts/cuda_resources.py --architectures 90   only for one compute capability, and writes nothing
+    python scripts/cuda_resources.py --current            whether cuda_resources.json is of these sources and this nvcc
 
-Every warning is an error. The objects are also linked to one shared library, with the CUDA runtime and nothing else.
+Exit status 1 where a bound is broken, or the file is not current. Every warning is an error, and the objects are linked
+to one shared library, with the CUDA runtime and nothing else. Compiles in KINML_BUILD_DIR, or in build/cuda.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cmake_build
 import cuda_toolkit
+from cmake_build import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("80", "90", "100")
+TABLE = ROOT / "scripts" / "cuda_resources.json"
 
 
 @dataclass(frozen=True)
@@ -123,27 +124,6 @@ def parse(file: str, report: str) -> list[Kernel]:
     return kernels
 
 
-def compile_file(build: cuda_toolkit.CudaBuild, source: Path, output: Path) -> list[Kernel]:
-    """Compile one file for all architectures; an error or a warning ends the program."""
-    flags = [*build.flags(), *cuda_toolkit.WARNING_FLAGS, "-Xptxas", "-v"]
-    command = [build.toolkit.nvcc, *flags, "-c", str(source), "-o", str(output)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        lines = [line for line in done.stdout.splitlines() if not line.startswith(("ptxas info", "    "))]
-        raise SystemExit(f"{source}: nvcc fails:\n" + "\n".join(lines))
-    return parse(source.name, done.stdout)
-
-
-def link(build: cuda_toolkit.CudaBuild, objects: list[Path], folder: Path) -> None:
-    """Link everything to one library without an undefined symbol."""
-    compiler = os.environ.get("CXX", "g++")
-    flags = ["-shared", "-Wl,--no-undefined", *build.toolkit.link_flags()]
-    command = [compiler, *map(str, objects), "-o", str(folder / "libkinml_cuda.so"), *flags]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"The objects of csrc/cuda do not link:\n{done.stdout}")
-
-
 def table(kernels: list[Kernel]) -> str:
     """The kernels as Markdown."""
     lines = [
@@ -157,39 +137,73 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report(sources: list[Path], folder: Path) -> list[Kernel]:
-    """Compile the sources for the architectures that this nvcc knows, link them, and return what they take."""
+def toolkit() -> cuda_toolkit.Toolkit:
+    """The toolkit of this machine; there is none: the program ends."""
     nvcc = cuda_toolkit.find_nvcc()
     if nvcc is None:
         raise SystemExit("There is no nvcc (looked for in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda).")
-    toolkit = cuda_toolkit.inspect(nvcc)
-    build = cuda_toolkit.CudaBuild(toolkit, tuple(name for name in ARCHITECTURES if name in toolkit.known))
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-    with ThreadPoolExecutor(jobs) as pool:
-        lists = list(pool.map(lambda pair: compile_file(build, *pair), zip(sources, objects, strict=True)))
-    link(build, objects, folder)
-    return sorted((k for found in lists for k in found), key=lambda k: (k.file, k.name, int(k.architecture)))
+    return cuda_toolkit.inspect(nvcc)
+
+
+def origin(nvcc: str) -> dict[str, str]:
+    """What a table depends on: the version of nvcc, and a hash of all sources and flags that kernels are made from."""
+    folders = (ROOT / "csrc" / "core", ROOT / "csrc" / "cuda")
+    digest = hashlib.sha256()
+    for path in [ROOT / "cmake" / "cuda.cmake", *(path for folder in folders for path in sorted(folder.iterdir()))]:
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return {"nvcc": nvcc, "sources": digest.hexdigest()}
+
+
+def kept() -> tuple[dict[str, str], list[Kernel]]:
+    """The origin and the kernels of cuda_resources.json."""
+    content = json.loads(TABLE.read_text())
+    return content["origin"], [Kernel(**row) for row in content["kernels"]]
+
+
+def keep(source: dict[str, str], kernels: list[Kernel]) -> None:
+    """Write cuda_resources.json, a line for each kernel."""
+    rows = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)
+    TABLE.write_text(f'{{"origin": {json.dumps(source)},\n"kernels": [\n{rows}\n]}}\n')
+
+
+def report(tools: cuda_toolkit.Toolkit, architectures: list[str], folder: Path) -> list[Kernel]:
+    """Compile csrc/cuda for the architectures, link it, and return what its kernels take."""
+    cmake_build.build(
+        ["kinml_cuda_closed"],
+        folder,
+        KINML_CUDA="ON",
+        KINML_CUDA_ARCHS=";".join(architectures),
+        KINML_CUDA_REPORT="ON",
+        CUDAToolkit_ROOT=str(tools.folder),
+    )
+    kernels = []
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        kernels += parse(source.name, (folder / "cuda" / f"{source.stem}.txt").read_text())
+    return sorted(kernels, key=lambda k: (k.file, k.name, int(k.architecture)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="csrc/cuda/*.cu")
-    parser.add_argument("--output", type=Path, help="folder for resources.json and resources.md")
+    parser.add_argument("--architectures", help="compute capabilities, such as 80;90")
+    parser.add_argument("--current", action="store_true", help="say whether cuda_resources.json is current")
     options = parser.parse_args()
-    whole = not options.files
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if whole else options.files
-    if not whole and ROOT / "csrc" / "cuda" / "launch.cu" not in [path.resolve() for path in sources]:
-        sources = [*sources, ROOT / "csrc" / "cuda" / "launch.cu"]  # what all others call
-    with tempfile.TemporaryDirectory() as folder:
-        kernels = report(sources, Path(folder))
-    text = table(kernels)
-    sys.stdout.write(text)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(kernel) for kernel in kernels]
-        (options.output / "resources.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (options.output / "resources.md").write_text(text)
+    tools = toolkit()
+    source = origin(tools.version_text)
+    if options.current:
+        current = TABLE.is_file() and kept()[0] == source
+        state = "is of these sources" if current else "is of other sources: make it anew with scripts/cuda_resources.py"
+        sys.stdout.write(f"{TABLE.name} {state}\n")
+        return 0 if current else 1
+    everything = [name for name in cuda_toolkit.DEFAULT_ARCHITECTURES if name in tools.known]
+    architectures = options.architectures.split(";") if options.architectures else everything
+    folder = cmake_build.build_folder() if os.environ.get("KINML_BUILD_DIR") else ROOT / "build" / "cuda"
+    try:
+        kernels = report(tools, architectures, folder)
+    except cmake_build.BuildError as error:
+        raise SystemExit(str(error)) from None
+    sys.stdout.write(table(kernels))
+    if architectures == everything:
+        keep(source, kernels)
     faults = [fault for kernel in kernels for fault in kernel.faults()]
     sys.stdout.write("".join(f"{fault}.\n" for fault in faults))
     sys.stdout.write(f"{len(kernels)} kernels, {len(faults)} beyond the bounds of {Path(__file__).name}\n")

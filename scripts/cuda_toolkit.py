@@ -1,7 +1,9 @@
 """Where the CUDA toolkit is and what csrc/cuda is compiled for: for setup.py and scripts/cuda_resources.py.
 
+Flags are in cmake/cuda.cmake.
+
 Environment: ``KINML_CUDA=auto|0|1`` (auto: where the installed torch has CUDA and there is an nvcc),
-``KINML_CUDA_ARCHS`` such as ``80;90``, ``CUDA_HOME`` or ``CUDA_PATH`` the toolkit, ``CXX`` the host compiler.
+``KINML_CUDA_ARCHS`` such as ``80;90``, ``CUDA_HOME`` or ``CUDA_PATH`` the toolkit.
 """
 
 from __future__ import annotations
@@ -17,11 +19,6 @@ from pathlib import Path
 OLDEST = (12, 1)  # arguments of a kernel beyond 4 KiB
 DEFAULT_ARCHITECTURES = ("80", "90", "100")
 
-# Never -use_fast_math: results must not depend on how the compiler rounds.
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-math-errno"]
-# For developers and .ci/run: a user's compiler may warn about what ours does not.
-WARNING_FLAGS = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
-
 
 class CudaError(Exception):
     """One sentence: what is missing, and what to do."""
@@ -29,24 +26,16 @@ class CudaError(Exception):
 
 @dataclass(frozen=True)
 class Toolkit:
-    """An nvcc, its version, the architectures that it knows, and where its libraries are."""
+    """An nvcc, its version, the architectures that it knows, and the folder of the toolkit."""
 
     nvcc: str
     version: tuple[int, int]
     known: tuple[str, ...]
-    libraries: Path | None
+    folder: Path
 
     @property
     def version_text(self) -> str:
         return ".".join(map(str, self.version))
-
-    def link_flags(self) -> list[str]:
-        """The CUDA runtime, whole and out of sight: torch has one of its own, maybe another version."""
-        flags = [f"-L{self.libraries}"] if self.libraries else []
-        flags += ["-Wl,--exclude-libs,libcudart_static.a:libculibos.a", "-lcudart_static"]
-        if self.libraries and (self.libraries / "libculibos.a").exists():
-            flags.append("-lculibos")
-        return [*flags, "-ldl", "-lrt", "-lpthread"]
 
 
 @dataclass(frozen=True)
@@ -55,20 +44,6 @@ class CudaBuild:
 
     toolkit: Toolkit
     architectures: tuple[str, ...]
-
-    def gencode(self) -> list[str]:
-        """Machine code for each architecture, and what the driver compiles for newer ones (PTX of the newest)."""
-        flags = []
-        for architecture in self.architectures:
-            code = f"sm_{architecture}"
-            if architecture == self.architectures[-1] and architecture.isdigit():
-                code = f"[sm_{architecture},compute_{architecture}]"
-            flags += ["-gencode", f"arch=compute_{architecture},code={code}"]
-        return flags
-
-    def flags(self) -> list[str]:
-        host = ["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else []
-        return [*NVCC_FLAGS, *host, *self.gencode()]
 
     def text(self) -> str:
         """For `kinml-fast info`."""
@@ -109,14 +84,9 @@ def inspect(nvcc: str) -> Toolkit:
         raise CudaError(f"'{nvcc} --version' does not say which version it is.")
     number = (int(version[1]), int(version[2]))
     known = tuple(re.findall(r"^sm_(\w+)$", _output(nvcc, "--list-gpu-code"), re.MULTILINE)) if number >= OLDEST else ()
+    # What is in PATH may be a link or a script that calls the real one.
     top = re.search(r"^#\$ TOP=(.+)$", _output(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull), re.MULTILINE)
-    libraries = None
-    for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-        folder = Path(top[1], name) if top else None
-        if folder and (folder / "libcudart_static.a").is_file():
-            libraries = folder.resolve()
-            break
-    return Toolkit(nvcc, number, known, libraries)
+    return Toolkit(nvcc, number, known, Path(top[1] if top else Path(nvcc).parents[1]).resolve())
 
 
 def _wanted_architectures(text: str) -> list[str]:

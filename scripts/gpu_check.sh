@@ -7,6 +7,7 @@
 # PYTHON (python3) the interpreter with torch; KINML_CUDA_ARCHS otherwise the architecture of the first GPU alone; MAX_JOBS.
 # Each part has a time limit, and the next one runs whatever came of it; exit status 1 if any failed. The last lines are a
 # summary. It needs nvcc, g++, cmake and setuptools; ninja and pybind11 may be missing, and so may what only some tests import.
+# Package and C++ programs share their objects, in build/gpu_check_cmake.
 set -uo pipefail
 exec </dev/null
 
@@ -19,6 +20,7 @@ jobs=${MAX_JOBS:-$(nproc)}
 deadline=570 # seconds for everything
 export MAX_JOBS=$jobs PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 KINML_CUDA=1
 export KINML_NEED_GPU=1 # a test that finds no GPU fails
+export KINML_BUILD_DIR=$root/build/gpu_check_cmake
 log=$out/log.txt
 : >"$log"
 summary=()
@@ -111,17 +113,13 @@ run "build of the package for sm_${KINML_CUDA_ARCHS//[;,]/, sm_}" 240 "$python" 
 show=20 run "kinml-fast info" 60 "$python" -m kinml_fast.cli info
 
 programs=()
+targets=() # only what runs on the GPU, and what that needs
+for file in tests/cpp/test_cuda_*.cpp; do targets+=("$(basename "$file" .cpp)_gpu"); done
 if command -v cmake >/dev/null; then
-  build=$root/build/gpu_check_cmake
-  options=(-DKINML_CUDA=ON "-DKINML_CUDA_ARCHS=${KINML_CUDA_ARCHS//,/;}" -DKINML_BUILD_TESTS=ON)
-  if command -v ninja >/dev/null; then options+=(-G Ninja); fi
-  targets=() # only what runs on the GPU, and what that needs
-  for file in tests/cpp/test_cuda_*.cpp; do targets+=("$(basename "$file" .cpp)_gpu"); done
-  run "C++ programs: cmake" 60 cmake -S "$root" -B "$build" "${options[@]}" &&
-    run "C++ programs: build" 240 cmake --build "$build" --parallel "$jobs" --target "${targets[@]}" &&
-    for target in "${targets[@]}"; do programs+=("$build/tests/cpp/$target"); done
+  run "C++ programs: build" 240 cmake --build "$KINML_BUILD_DIR" --parallel "$jobs" --target "${targets[@]}" &&
+    for target in "${targets[@]}"; do programs+=("$KINML_BUILD_DIR/tests/cpp/$target"); done
 else
-  skip "C++ programs" "there is no cmake"
+  skip "C++ programs" "there is no cmake in PATH"
 fi
 
 # ---- tests --------------------------------------------------------------------------------------

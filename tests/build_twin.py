@@ -6,36 +6,21 @@ csrc/cuda/group.h says how far that goes. `python tests/build_twin.py` builds it
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from compiling import CXX_FLAGS, ROOT, Build, torch_flags
-
-# The kernels' steps are loops here: without optimisation they take minutes.
-FLAGS = [*(flag for flag in CXX_FLAGS if flag not in ("-O3", "-fopenmp")), "-O2", "-DKINML_TWIN"]
+import cmake_build
 
 
-def build(folder: Path = ROOT / "build" / "twin") -> Path:
+def build() -> Path:
     """Compile what has changed since the last time; return the library."""
     import torch
-    from torch.utils import cpp_extension
 
-    compiler = os.environ.get("CXX", "g++")
-    torch_compile, torch_link = torch_flags(torch, cpp_extension)
-    commands = Build(folder)
-    objects = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        objects.append(commands.compile([compiler, *FLAGS, "-x", "c++"], source, f"cuda_{source.stem}.o"))
-    for source in sorted((ROOT / "csrc" / "torch").glob("*_cuda.cpp")):
-        objects.append(commands.compile([compiler, *FLAGS, *torch_compile], source, f"torch_{source.stem}.o"))
-    commands.link(compiler, objects, "libkinml_twin.so", torch_link)
-    if not commands.run():
-        raise RuntimeError("The twin of the CUDA ops could not be compiled: see the compiler's message above.")
-    return commands.folder / "libkinml_twin.so"
+    options = {"KINML_WITH_TORCH": "ON", "CMAKE_PREFIX_PATH": torch.utils.cmake_prefix_path}
+    return cmake_build.build(["kinml_twin"], **options) / "libkinml_twin.so"
 
 
 def load() -> Path:

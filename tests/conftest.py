@@ -7,6 +7,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Threads that wait give their core away. Tests run in several processes, and those of one would else keep the others'
+# from working: on two cores they take a third of the time. Read when torch is loaded, here and in programs of tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # torch's CPU functions come from MKL, which picks the kernel of each on its first call. When that call runs on several
@@ -17,16 +22,29 @@ for _dtype in (torch.float64, torch.float32):
 
 
 # KINML_TWIN=1: the ops are those for GPUs, compiled for the host.
-if os.environ.get("KINML_TWIN", "0") not in ("", "0"):
+TWIN = os.environ.get("KINML_TWIN", "0") not in ("", "0")
+if TWIN:
     import build_twin
 
     build_twin.load()
 
-    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-        """Skip what is about the CPU's own ops: tests that name their device (op_helpers.ON_CPU)."""
-        for item in items:
-            if any(mark.args[0] == "device" for mark in item.iter_markers("parametrize")):
-                item.add_marker(pytest.mark.skip(reason="about the ops for CPUs"))
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what a sample leaves out as slow; skip beside the twin what is about the CPU's own ops."""
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("cuda"):
+            families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        # Tests that name their device: op_helpers.ON_CPU.
+        if TWIN and any(mark.args[0] == "device" for mark in item.iter_markers("parametrize")):
+            item.add_marker(pytest.mark.skip(reason="about the ops for CPUs"))
+    for family in families.values():
+        (number,) = family[0].get_closest_marker("sample").args
+        kept = {round(i * (len(family) - 1) / max(number - 1, 1)) for i in range(number)}
+        for place, item in enumerate(family):
+            if place not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cmake_build
+import cuda_toolkit
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-JOBS = os.environ.get("MAX_JOBS", str(os.cpu_count()))
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
@@ -33,27 +35,39 @@ def page_block(language: str, number: int) -> str:
     return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[number]
 
 
-def build_program(folder: Path, name: str, number: int, *options: str) -> Path:
-    """Build the number-th program of docs/cpp.md with the CMakeLists.txt beside it; return it."""
+def build_project(folder: Path, name: str, cpp: str, cmake: str, *options: str) -> Path:
+    """Build a project of one program; return the program."""
     folder.mkdir()
-    (folder / f"{name}.cpp").write_text(page_block("cpp", number))
-    (folder / "CMakeLists.txt").write_text(page_block("cmake", number))
+    (folder / f"{name}.cpp").write_text(cpp)
+    (folder / "CMakeLists.txt").write_text(cmake)
     run("cmake", "-S", folder, "-B", folder / "build", *options)
     run("cmake", "--build", folder / "build")
     return folder / "build" / name
 
 
+def build_program(folder: Path, name: str, number: int, *options: str) -> Path:
+    """Build the number-th program of docs/cpp.md with the CMakeLists.txt beside it; return it."""
+    return build_project(folder, name, page_block("cpp", number), page_block("cmake", number), *options)
+
+
 @pytest.fixture(scope="module")
-def build(tmp_path_factory) -> Path:
-    """Everything that needs no torch, built: what .ci/run has (KINML_CPP_BUILD), or anew, which takes minutes."""
-    if there := os.environ.get("KINML_CPP_BUILD"):
-        return Path(there)
-    folder = tmp_path_factory.mktemp("cmake")
-    run("cmake", "-S", ROOT, "-B", folder, "-DKINML_WITH_TORCH=OFF", "-DKINML_BUILD_TESTS=ON")
-    run("cmake", "--build", folder, "--parallel", JOBS)
+def build() -> Path:
+    """The build folder, with all that is built by default: what is there from the installation is used."""
+    import torch
+
+    options = {"KINML_WITH_TORCH": "ON", "CMAKE_PREFIX_PATH": torch.utils.cmake_prefix_path}
+    return cmake_build.build([], KINML_BUILD_TESTS="ON", **options)
+
+
+@pytest.fixture(scope="module")
+def package(build, tmp_path_factory) -> Path:
+    """The CMake package, installed."""
+    folder = tmp_path_factory.mktemp("package")
+    run("cmake", "--install", build, "--prefix", folder)
     return folder
 
 
+@pytest.mark.slow
 def test_ctest(build):
     listed = run("ctest", "--test-dir", build, "--show-only")
     for name in ("aev", "force_step", "jacobian", "networks", "simd"):
@@ -67,9 +81,15 @@ def test_ctest(build):
     assert re.search(r"aev\.\w+ \.+ +Passed", report)
 
 
-def test_program_without_torch(build, tmp_path):
-    run("cmake", "--install", build, "--prefix", tmp_path / "install")
-    program = build_program(tmp_path / "water", "water", 1, f"-DCMAKE_PREFIX_PATH={tmp_path / 'install'}")
+def test_one_of_the_programs_of_ctest():
+    """In the default selection for all of them: the installation has left most of what it is made from."""
+    folder = cmake_build.build(["test_jacobian"], KINML_BUILD_TESTS="ON")
+    assert re.fullmatch(r"\d+ passed, 0 failed\n", run(folder / "tests" / "cpp" / "test_jacobian"))
+
+
+@pytest.mark.slow
+def test_program_without_torch(package, tmp_path):
+    program = build_program(tmp_path / "water", "water", 1, f"-DCMAKE_PREFIX_PATH={package}")
     printed = run(program)
     # The oxygen's first number by hand: two hydrogen atoms at the same distance.
     r = math.hypot(0.76, 0.59)
@@ -78,16 +98,60 @@ def test_program_without_torch(build, tmp_path):
     assert math.isfinite(float(printed.split()[-1]))
 
 
-def test_missing_component(build, tmp_path):
-    run("cmake", "--install", build, "--prefix", tmp_path / "install")
+PROGRAMS = {
+    "kinml_core_cuda": "#include <cuda/launch.h>\nint main() { kinml::cuda::pretend_device(nullptr); }\n",
+    # Linked, and so loaded: docs/cpp.md, "Linked instead of opened".
+    "kinml_ops": '#include <dlfcn.h>\nint main() { return !dlopen("libkinml_ops.so", RTLD_NOLOAD | RTLD_NOW); }\n',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("component", PROGRAMS)
+def test_program_against_the_package(package, tmp_path, component):
+    if not list(package.glob(f"lib*/**/lib{component}.*")):
+        pytest.skip(f"built without {component}")
+    cmake = (
+        "cmake_minimum_required(VERSION 3.21)\nproject(p LANGUAGES CXX)\n"
+        f"find_package(kinml_fast REQUIRED COMPONENTS {component})\n"
+        f"add_executable(p p.cpp)\ntarget_link_libraries(p PRIVATE kinml_fast::{component})\n"
+    )
+    run(build_project(tmp_path / "p", "p", PROGRAMS[component], cmake, f"-DCMAKE_PREFIX_PATH={package}"))
+
+
+@pytest.mark.slow
+def test_missing_component(package, tmp_path):
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.21)\nproject(p LANGUAGES CXX)\n"
-        "find_package(kinml_fast REQUIRED COMPONENTS kinml_ops)\n"
+        "find_package(kinml_fast REQUIRED COMPONENTS kinml_core_tpu)\n"
     )
-    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={tmp_path / 'install'}"]
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={package}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "this installation has no kinml_ops" in " ".join(done.stderr.split())
+    assert "this installation has no kinml_core_tpu" in " ".join(done.stderr.split())
+
+
+def test_each_installed_header_compiles_alone(tmp_path):
+    """With all that it includes, in a program that has only the package; nothing need be built for that."""
+    cuda = "ON" if cuda_toolkit.find_nvcc() else "OFF"
+    run("cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DKINML_CUDA={cuda}", "-DKINML_BUILD_TESTS=OFF")
+    run("cmake", "--install", tmp_path / "build", "--component", "headers", "--prefix", tmp_path)
+    include = tmp_path / "include" / "kinml_fast"
+    headers = sorted(str(path.relative_to(include)) for path in include.rglob("*.h"))
+    public = list((ROOT / "csrc" / "cpu").glob("*_cpu.h"))
+    if cuda == "ON":
+        public += (ROOT / "csrc" / "cuda").glob("*_cuda.h")
+    assert {str(path.relative_to(ROOT / "csrc")) for path in public} < set(headers)
+    # Not what only the kernels see.
+    assert not [name for name in headers if name.endswith(("_kernels.h", "_group.h", "simd.h"))]
+
+    def compile_alone(header: str) -> None:
+        source = tmp_path / header.replace("/", "_").replace(".h", ".cpp")
+        source.write_text(f"#include <{header}>\n")
+        flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+        run(os.environ.get("CXX", "c++"), *flags, f"-I{include}", source)
+
+    with ThreadPoolExecutor(cmake_build.jobs()) as pool:
+        list(pool.map(compile_alone, headers))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +160,7 @@ def test_missing_component(build, tmp_path):
         ("-DKINML_CUDA=ON -DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON", "there is no nvcc of CUDA 12.1 or newer"),
         ("-DKINML_CUDA=perhaps", "KINML_CUDA must be auto, OFF or ON, not 'perhaps'"),
         ("-DKINML_SANITIZE=memory", "must be address,undefined or thread, not 'memory'"),
+        ("-DKINML_WITH_TORCH=ON -DCMAKE_PREFIX_PATH=/nowhere", "there is no torch in CMAKE_PREFIX_PATH or Torch_DIR"),
     ],
 )
 def test_bad_options(tmp_path, option, message):
@@ -104,6 +169,19 @@ def test_bad_options(tmp_path, option, message):
     assert message in " ".join(done.stderr.split())
 
 
+def test_torch_with_cuda_beside_no_toolkit(tmp_path):
+    """Only the files of torch count: its own find_package(Torch) would fail without the toolkit."""
+    for name in ("share/cmake/Torch/TorchConfig.cmake", "lib/libtorch_cuda.so"):
+        (tmp_path / "torch" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "torch" / name).touch()
+    options = ["-DKINML_WITH_TORCH=ON", f"-DCMAKE_PREFIX_PATH={tmp_path / 'torch' / 'share' / 'cmake'}"]
+    no_toolkit = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
+    printed = run("cmake", "-S", ROOT, "-B", tmp_path / "build", *options, no_toolkit)
+    assert f"torch: {tmp_path / 'torch'}" in printed
+    assert "there is no nvcc of CUDA 12.1 or newer: kinml_fast is built for the CPU only" in " ".join(printed.split())
+
+
+@pytest.mark.slow
 def test_scripted_model_in_cpp(tmp_path):
     import torch
 

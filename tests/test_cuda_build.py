@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -39,17 +40,11 @@ def toolkit(tmp_path) -> dict[str, str]:
     return {"CUDA_HOME": str(fake_nvcc(tmp_path / "cuda")), "PATH": "/usr/bin:/bin"}
 
 
-def gencode(decision: cuda_toolkit.Decision) -> str:
-    return " ".join(word for word in decision.build.gencode() if word != "-gencode")
-
-
 def test_auto_goes_by_torch(toolkit):
     assert decide(None, toolkit).build is None
     decision = decide("13.0", toolkit)
     assert decision.notes == []
-    assert gencode(decision) == (
-        "arch=compute_80,code=sm_80 arch=compute_90,code=sm_90 arch=compute_100,code=[sm_100,compute_100]"
-    )
+    assert decision.build.architectures == ("80", "90", "100")
     assert decision.build.text() == "13.0, compute capability 8.0, 9.0, 10.0"
 
 
@@ -74,7 +69,9 @@ def test_no_nvcc(tmp_path):
 
 def test_nvcc_of_path(toolkit, tmp_path):
     environment = {"PATH": f"{tmp_path / 'cuda' / 'bin'}:/usr/bin:/bin"}
-    assert decide("13.0", environment).build.toolkit.nvcc == str(tmp_path / "cuda" / "bin" / "nvcc")
+    found = decide("13.0", environment).build.toolkit
+    assert found.nvcc == str(tmp_path / "cuda" / "bin" / "nvcc")
+    assert found.folder == tmp_path / "cuda"
 
 
 def test_an_old_nvcc(tmp_path):
@@ -94,13 +91,11 @@ def test_a_broken_nvcc(tmp_path):
 
 @pytest.mark.parametrize("text", ["90;80", "8.0, 9.0", "sm_90 compute_80", "90 80 90"])
 def test_architectures_in_any_order_and_form(toolkit, text):
-    decision = decide("13.0", {**toolkit, "KINML_CUDA_ARCHS": text})
-    assert gencode(decision) == "arch=compute_80,code=sm_80 arch=compute_90,code=[sm_90,compute_90]"
+    assert decide("13.0", {**toolkit, "KINML_CUDA_ARCHS": text}).build.architectures == ("80", "90")
 
 
 def test_architecture_with_features_of_its_own(toolkit):
-    decision = decide("13.0", {**toolkit, "KINML_CUDA_ARCHS": "90a"})
-    assert gencode(decision) == "arch=compute_90a,code=sm_90a"
+    assert decide("13.0", {**toolkit, "KINML_CUDA_ARCHS": "90a"}).build.architectures == ("90a",)
 
 
 def test_architectures_that_nvcc_does_not_know(tmp_path):
@@ -146,23 +141,27 @@ def test_the_nvcc_of_this_machine():
     assert toolkit.version >= (11, 0)
     if toolkit.version >= cuda_toolkit.OLDEST:
         assert "80" in toolkit.known
-        assert toolkit.libraries is not None
+        assert list(toolkit.folder.glob("lib*/**/libcudart_static.a"))
 
 
-def test_commands_run_without_ninja(tmp_path, monkeypatch):
-    """The same files come out where there is no ninja, and a failure is a failure."""
-    import compiling
-
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    (tmp_path / "a.cpp").write_text("int a() { return 1; }\n")
-    (tmp_path / "b.cpp").write_text("int b( { }\n")
-    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
-    good = compiling.Build(tmp_path / "good folder")
-    good.link("g++", [good.compile(["g++", "-fPIC"], tmp_path / "a.cpp", "a.o")], "a.so", [])
-    assert good.run()
-    assert (good.folder / "a.so").is_file()
-    bad = compiling.Build(tmp_path / "bad")
-    bad.link("g++", [bad.compile(["g++", "-fPIC"], tmp_path / "b.cpp", "b.o")], "b.so", [])
-    assert not bad.run()
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("g++") is None, reason="needs cmake and g++")
+@pytest.mark.parametrize(
+    ("architectures", "codes"),
+    [
+        ("90;80", ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]),
+        ("90a", ["compute_90a,code=sm_90a"]),  # no PTX: it would be for that one only
+        ("80;77", ["compute_80,code=sm_80", "compute_80,code=compute_80"]),
+    ],
+)
+def test_what_nvcc_compiles_for(toolkit, tmp_path, architectures, codes):
+    folder = Path(toolkit["CUDA_HOME"])
+    for file in (folder / "include" / "cuda_runtime.h", folder / "lib64" / "libcudart.so"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    options = ["-DKINML_CUDA=ON", f"-DKINML_CUDA_ARCHS={architectures}", f"-DCUDAToolkit_ROOT={folder}"]
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Unix Makefiles", *options]
+    subprocess.run(command, check=True, capture_output=True)
+    (rules,) = (tmp_path / "build").glob("CMakeFiles/kinml_core_cuda.dir/build.make")
+    (line,) = (line for line in rules.read_text().splitlines() if "nvcc -std" in line and "adam_cuda.cu " in line)
+    assert re.findall(r"-gencode arch=(\S+)", line) == codes
+    assert "fast_math" not in line

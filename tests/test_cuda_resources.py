@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+import shutil
 
 import cuda_resources
 import cuda_toolkit
@@ -67,15 +65,32 @@ def test_what_is_beyond_the_bounds_is_said(change, fault):
 
 
 def test_kernels_of_this_tree_stay_within_their_bounds(full, tmp_path):
-    """The report that .ci/run has made (KINML_CUDA_RESOURCES), or a new one: that takes minutes."""
-    folder = os.environ.get("KINML_CUDA_RESOURCES")
-    if folder:
-        kernels = [Kernel(**row) for row in json.loads((Path(folder) / "resources.json").read_text())]
-    elif cuda_toolkit.find_nvcc() is None:
-        pytest.skip("needs nvcc")
-    elif full:
-        kernels = cuda_resources.report(sorted((cuda_resources.ROOT / "csrc" / "cuda").glob("*.cu")), tmp_path)
-    else:
-        pytest.skip("KINML_CUDA_RESOURCES names no report, and KINML_FULL_TESTS is not 1")
+    """The table that is kept, if it is of this tree, or a new one: that takes minutes."""
+    origin, kernels = cuda_resources.kept()
+    if origin != cuda_resources.origin(origin["nvcc"]):
+        if not full:
+            pytest.skip("cuda_resources.json is of other sources, and KINML_FULL_TESTS is not 1")
+        if cuda_toolkit.find_nvcc() is None:
+            pytest.skip("needs nvcc")
+        kernels = cuda_resources.report(cuda_resources.toolkit(), ["80", "90"], tmp_path)
     assert {kernel.file for kernel in kernels} >= {"adam_cuda.cu", "launch.cu"}
+    assert {kernel.architecture for kernel in kernels} >= {"80", "90"}
     assert [fault for kernel in kernels for fault in kernel.faults()] == []
+
+
+def test_a_table_is_kept_with_what_it_depends_on(monkeypatch, tmp_path):
+    kernels = [Kernel("a.cu", "AdamStep<float>", "90", 40), Kernel("a.cu", "AdamStep<double>", "90", 50, 8)]
+    monkeypatch.setattr(cuda_resources, "TABLE", tmp_path / "table.json")
+    cuda_resources.keep(cuda_resources.origin("13.0"), kernels)
+    assert cuda_resources.kept() == (cuda_resources.origin("13.0"), kernels)
+
+    # Another nvcc or another byte of a source is another origin.
+    before = cuda_resources.origin("13.0")
+    assert cuda_resources.origin("13.1") != before
+    for folder in ("csrc", "cmake"):
+        shutil.copytree(cuda_resources.ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(cuda_resources, "ROOT", tmp_path)
+    assert cuda_resources.origin("13.0") == before
+    with (tmp_path / "csrc" / "core" / "adam.h").open("a") as file:
+        file.write("//\n")
+    assert cuda_resources.origin("13.0") != before

@@ -13,9 +13,12 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler"),
+    pytest.mark.slow,
+]
 
-# What runs here in some minutes; KINML_TWIN=1 pytest runs everything so. Each line: arguments of pytest.
+# What runs here in some minutes; KINML_TWIN=1 pytest -m '' runs everything so. Each line: arguments of pytest.
 SUBSET = [
     ["test_ops_adam.py", "test_ops_networks.py"],
     ["test_ops_forces.py", "test_ops_levels.py"],

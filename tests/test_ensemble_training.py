@@ -215,6 +215,7 @@ def test_processes_and_threads_change_no_bit(tmp_path):
     assert "member 3: best epoch" in (parallel / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments(tmp_path, processes):
     options = "epochs: 60, save_every: 20, checkpoint_seconds: 0.01"

@@ -129,6 +129,7 @@ class PlainLoop:
 WEIGHTS = np.where(np.arange(48) % 5 == 0, 0.0, 1 + np.arange(48) % 3)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("loss", "weights"),
     [
@@ -406,6 +407,7 @@ RUNS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("stop_at", [2, 7, 15, 24])
 def test_resumed_runs_have_the_same_bits(tmp_path, name, stop_at):

@@ -160,6 +160,7 @@ class PlainLoop:
 WEIGHTS = np.where(np.arange(48) % 5 == 0, 0.0, 1 + np.arange(48) % 3)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("loss", "levels", "forces", "weights"),
     [
@@ -282,6 +283,7 @@ RUNS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("stop_at", [2, 7, 15, 24])
 def test_resumed_runs_have_the_same_bits(tmp_path, name, stop_at):
@@ -313,6 +315,7 @@ def test_the_number_of_threads_does_not_count(tmp_path, name):
             assert_same_bits(a[key], b[key])
 
 
+@pytest.mark.slow
 def test_metrics_summary_and_report(tmp_path, drawings, caplog):
     data = level_data(24, 3, "some")
     trained, summary = fitted(settings(epochs=5, test_every=1), data, tmp_path / "run")

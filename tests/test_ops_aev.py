@@ -203,6 +203,7 @@ def dense(n_atoms: int, n_species: int, edge: float, closest: float, seed: int) 
     return x, torch.tensor(rng.integers(0, n_species, n_atoms)), torch.tensor([0, n_atoms])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["aevmod", "ani_1x", "ani_2x", "zeta 1.5", "angular cutoff beyond"])
 def test_dense_surroundings_match_the_oracle(name, dtype):
@@ -259,6 +260,7 @@ def test_hessian_product_is_symmetric_in_the_two_directions():
     close(one, other, 1e-11, 1e-11)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("which", "distance"), [("radial", 5.2), ("angular", 3.8)])
 def test_cutoff_exactly_at_a_distance(which, distance):
     """The cutoff function and its slope vanish there, so the atom on the cutoff adds nothing, from either side."""
@@ -526,6 +528,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_molecules_are_the_sum_of_their_surroundings(kind):
     batch = fragments(kind)

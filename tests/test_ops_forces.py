@@ -231,6 +231,7 @@ def test_molecules_of_one_to_sixty_atoms_match_the_oracle(dtype, rtol, atol):
     close(small.results(ops, True), small.results(ops, False), rtol, atol)
 
 
+@pytest.mark.sample(1)
 @TYPES
 @pytest.mark.parametrize("sizes", [(600,), (3, 600, 0, 70, 1), (2000,)])
 def test_large_molecules_match_the_oracle(sizes, dtype, rtol, atol):
@@ -252,6 +253,7 @@ def test_usual_descriptors_match_the_oracle(descriptor, dtype, rtol, atol):
 # ---- Against the definition ----------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @BOTH
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -451,6 +453,7 @@ def test_a_step_works_in_every_mode(stored):
             assert all(torch.equal(a, b) for a, b in zip(outputs_of(arguments, stored), expected, strict=True))
 
 
+@pytest.mark.sample(1)
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_opcheck(dtype, stored):

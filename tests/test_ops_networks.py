@@ -533,6 +533,7 @@ def test_wrong_architectures_are_explained(change, message):
 # ---- Checks of torch and of arguments ------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("sizes", [(4, 1, 0, 6), ()])
 def test_opcheck(dtype, sizes):

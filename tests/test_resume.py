@@ -18,6 +18,7 @@ KILLS = int(os.environ.get("KINML_KILLS", "3"))
 EPOCHS = 200 * KILLS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forces", [False, True])
 def test_killed_at_random_moments(tmp_path, forces):
     runs = {}

@@ -455,6 +455,7 @@ RUNS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("stop_at", [1, 2, 6, 7, 16, 24])
 def test_resumed_runs_have_the_same_bits(tmp_path, name, stop_at):

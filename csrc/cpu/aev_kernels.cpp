@@ -9,8 +9,9 @@
 //   transposed    lanes over triples: the sums  g.(E P), g.(E' P), g.(E P')  of each triple need no
 //                 addition across lanes. They are symmetric in the two neighbours j, k, so the
 //                 gradient of all displacements is five products of symmetric matrices with vectors
-//   tangent rows  as rows, with out[l] = sum E_l X + shift_l sum E_l Y, since E_l' ~ (R - shift)
-//   E_l
+//   tangent rows  as rows, with out[l] = sum E_l X + shift_l sum E_l Y, since
+//                 E_l' ~ (R - shift) E_l
+//
 // aev_many_kernels.cpp has `transposed` for several vectors at once.
 // With dual numbers, whose tangents move along a direction v, `transposed` is d/dx (g . J v).
 #include "aev_kernels.h"

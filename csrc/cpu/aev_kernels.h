@@ -134,8 +134,8 @@ namespace kinml {
   /* out [n_atoms, 3] += sum over the centres of J_i^T g_i, or its derivative */                   \
   KINML_DECLARE_KERNEL(void, aev_transposed, const cpu::AevTables<T>&, const cpu::Environment<T>&, \
                        const T* g, std::int64_t stride, T* out, T* scratch)                        \
-  /* the same for g[i] and out[i], i < count, of an environment that is not dual, with             \
-     many_scratch_memory. What comes out of a g depends on count, not on i or the other g. */      \
+  /* the same for g[i] and out[i], i < count, of an environment that is not dual, with */          \
+  /* many_scratch_memory: what comes out of a g depends on count, not on i or the other g */       \
   KINML_DECLARE_KERNEL(void, aev_transposed_many, const cpu::AevTables<T>&,                        \
                        const cpu::Environment<T>&, const T* const* g, std::int64_t count,          \
                        std::int64_t stride, T* const* out, T* scratch)
