@@ -160,7 +160,7 @@ class Dataset:
         """
         n_batches = -(-len(order) // size)
         weighted = torch.nn.functional.pad(self._weighted[:, :, order], (0, n_batches * size - len(order)))
-        return weighted.view(2, self.levels, n_batches, size).sum(dim=-1).permute(2, 0, 1)
+        return weighted.view(2, self.levels, n_batches, size).sum(dim=-1).permute(2, 0, 1).contiguous()
 
     def numbers(self, with_forces: bool) -> list[str]:
         """How many structures each part has, and how many of them have energies of several levels, or forces."""

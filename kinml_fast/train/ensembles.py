@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kinml_fast import devices, report
-from kinml_fast.data import splits
 from kinml_fast.data.files import replacing
 from kinml_fast.data.prepared import Prepared
+from kinml_fast.data.split import PARTS
 from kinml_fast.deploy import evaluate, model_file
 from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.metrics import Errors
@@ -212,7 +212,7 @@ def _parts(config: Config, data: Prepared, ensemble: Ensemble) -> dict[str, eval
 
 def table(result: EnsembleSummary) -> str:
     """Errors of the members and of their means as a text table: RMSE, energies in kcal/mol, forces in kcal/mol/Å."""
-    parts = [part for part in splits.PARTS if any(part in member.errors for member in result.members)]
+    parts = [part for part in PARTS if any(part in member.errors for member in result.members)]
     with_forces = [part for part in parts if any(part in member.forces for member in result.members)]
     cells = [
         ["member", "best epoch", *(f"{part} energies" for part in parts), *(f"{part} forces" for part in with_forces)]

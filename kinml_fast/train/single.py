@@ -115,14 +115,18 @@ def prepare(config: Config) -> Prepared:
     The division is also written to split.txt in the run folder, which `data.split_file` of another run can name.
     """
     folder = RunFolder(config.run)
-    settings = config.data.model_dump()
     path = _prepared_path(config, folder)
-    settings.pop("prepared")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be made ({error.strerror}): choose another folder") from error
-    data = prepared.prepare(**settings, descriptor=config.descriptor.model_dump(), path=path)
+    data = prepared.prepare(
+        config.data.files,
+        config.data.selection,
+        **config.data.model_dump(include={"split", "split_file", "split_seed", "sae", "weights"}),
+        descriptor=config.descriptor.model_dump(),
+        path=path,
+    )
     log.info("%s", splits.table(data.structures, data.split))
     folder.path.mkdir(parents=True, exist_ok=True)
     splits.write_tvtmsk(folder.split, data.structures, data.split)
