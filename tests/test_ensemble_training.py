@@ -236,6 +236,7 @@ def test_killed_at_random_moments(tmp_path, processes):
     assert list(cut.rglob("*.part")) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_the_processes_write_their_checkpoints(tmp_path):
     config = write_config(tmp_path, "checkpoint_seconds: 1000")
     process = train(config, "training.epochs=100000", "ensemble={members: 3, processes: 2}")

@@ -130,6 +130,7 @@ def test_forces_of_all_levels_are_minus_the_differences_of_the_energies(levels):
         torch.testing.assert_close(forces[:, atom, axis], -slopes, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.sample(1)
 @LEVELS
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("all_levels", [True, False])
@@ -147,6 +148,7 @@ def test_gradcheck(levels, biases, all_levels):
         )
 
 
+@pytest.mark.slow
 def test_gradgradcheck_of_the_unfused_path():
     """Energies of all levels are differentiable twice with respect to coordinates and weights."""
     made = model(2, "tanh")
@@ -421,6 +423,7 @@ def test_members_are_not_trained_together():
 # ---- every way of use ----------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("members", [0, 3])
 def test_opcheck(dtype, members):
