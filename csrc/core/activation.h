@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "config.h"
+#include "gaussian.h"
 
 namespace kinml {
 inline namespace KINML_ISA {
@@ -42,12 +43,6 @@ using std::tanh;
 template <class V>
 KINML_HD V number(double value) {
   return V(value);
-}
-
-// Registers have a faster one of their own, which is preferred because it is more specialised.
-template <class V>
-KINML_HD V gaussian(V z) {
-  return exp(-(z * z));
 }
 
 template <class V>

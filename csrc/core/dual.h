@@ -5,7 +5,10 @@
 // Hessian-vector product. T may itself be a register of numbers (Vec).
 #pragma once
 
+#include <cmath>
+
 #include "config.h"
+#include "gaussian.h"
 
 namespace kinml {
 inline namespace KINML_ISA {
@@ -46,6 +49,17 @@ KINML_HD Dual<T> exp(Dual<T> x) {
 template <class T>
 KINML_HD Dual<T> log(Dual<T> x) {
   return {log(x.value), x.tangent / x.value};
+}
+template <class T>
+KINML_HD Dual<T> sqrt(Dual<T> x) {
+  using std::sqrt;
+  const T root = sqrt(x.value);
+  return {root, x.tangent / (root + root)};
+}
+template <class T>
+KINML_HD Dual<T> gaussian(Dual<T> x) {
+  const T g = gaussian(x.value);
+  return {g, T(-2) * x.value * g * x.tangent};
 }
 
 // The number itself, without its derivative: for comparisons.

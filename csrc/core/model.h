@@ -2,10 +2,12 @@
 // their weights.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "aev_layout.h"
+#include "aev_numbers.h"
 #include "network_shape.h"
 
 namespace kinml {
@@ -30,6 +32,26 @@ struct AevParameters {
   }
   KINML_HD std::int64_t length() const { return layout().length(); }  // D
 };
+
+template <class T>
+AevNumbers<T> aev_numbers(const AevParameters& p) {
+  const auto number = [](double x) { return static_cast<T>(x); };
+  const AevLayout layout = p.layout();
+  const bool whole = p.zeta >= 1 && p.zeta <= 1024 && p.zeta == std::floor(p.zeta);
+  return {.n_species = layout.n_species,
+          .n_radial = layout.n_radial,
+          .n_angular = layout.n_angular,
+          .n_sections = layout.n_sections,
+          .radial_eta = number(p.radial_eta),
+          .radial_cutoff = number(p.radial_cutoff),
+          .radial_factor = number(p.radial_factor),
+          .angular_eta = number(p.angular_eta),
+          .angular_cutoff = number(p.angular_cutoff),
+          .angular_factor = number(p.angular_factor),
+          .beta = number(p.beta),
+          .zeta = number(p.zeta),
+          .integer_zeta = whole ? static_cast<int>(p.zeta) : -1};
+}
 
 // One model, or an ensemble of models that differ in their weights. The pointers are of the device
 // that computes, the descriptions in host memory.

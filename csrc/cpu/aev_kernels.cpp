@@ -30,93 +30,20 @@ namespace {
 
 // ---- neighbours ---------------------------------------------------------------------------------
 
-// Pairs of one centre from `total` on, sorted by species and, within one, the angular ones first;
-// displacements into ux, uy, uz. Returns where they end.
+// Cutoff functions and radial factors.
 template <class T, bool kDual>
-std::int32_t gather(const View<T, kDual>& v, const Environment<T>& e, Index centre, Index segment,
-                    std::int32_t total) {
-  const cpu::StructureView<T>& s = e.structure;
-  const T near2 = v.t.angular_cutoff * v.t.angular_cutoff;
-  const T radial2 = v.t.radial_cutoff * v.t.radial_cutoff;
-  const T limit = radial2 > near2 ? radial2 : near2;
-  const T* const xi = s.coordinates + 3 * centre;
-  std::int32_t* const next = v.counts;
-  for (Index a = 0; a <= 2 * v.n_species; ++a) next[a] = 0;
-  std::int32_t found = 0;
-  const std::int32_t cell = s.atom_cell[centre];
-  const int cz = cell % s.nz, cy = cell / s.nz % s.ny, cx = cell / s.nz / s.ny;
-  const int z0 = cz > 0 ? cz - 1 : 0, z1 = cz + 1 < s.nz ? cz + 1 : s.nz - 1;
-  for (int ix = cx > 0 ? cx - 1 : 0; ix <= cx + 1 && ix < s.nx; ++ix)
-    for (int iy = cy > 0 ? cy - 1 : 0; iy <= cy + 1 && iy < s.ny; ++iy) {
-      const std::int32_t* row = s.cell_starts + (Index(ix) * s.ny + iy) * s.nz;
-      for (std::int32_t p = row[z0]; p < row[z1 + 1]; ++p) {
-        const std::int32_t atom = s.cell_atoms[p];
-        const T* const xj = s.coordinates + 3 * Index(atom);
-        const T dx = xj[0] - xi[0], dy = xj[1] - xi[1], dz = xj[2] - xi[2];
-        const T r2 = dx * dx + dy * dy + dz * dz;
-        // Without a branch that depends on the distance. NaN counts as a neighbour, beyond the
-        // angular cutoff: it spoils the vector all the same, and makes no triples.
-        const std::int32_t key = static_cast<std::int32_t>(2 * s.species[atom]) +
-                                 static_cast<std::int32_t>(!(r2 <= near2));
-        const std::int32_t taken = static_cast<std::int32_t>(!(r2 > limit) & (atom != centre));
-        v.candidate[found] = atom;
-        v.key[found] = key;
-        next[key + 1] += taken;
-        found += taken;
-      }
-    }
-  for (Index a = 0; a < v.n_species; ++a) {
-    v.near[segment + a] = next[2 * a + 1];
-    v.first[segment + a] = total + next[2 * a];
-    next[2 * a + 1] += next[2 * a];
-    next[2 * a + 2] += next[2 * a + 1];
-  }
-  for (std::int32_t p = 0; p < found; ++p) {
-    const Index atom = v.candidate[p];
-    const std::int32_t k = total + next[v.key[p]]++;
-    v.index[k] = static_cast<std::int32_t>(atom);
-    const T* const xj = s.coordinates + 3 * atom;
-    v.ux.value[k] = xj[0] - xi[0];
-    v.uy.value[k] = xj[1] - xi[1];
-    v.uz.value[k] = xj[2] - xi[2];
-    if constexpr (kDual) {
-      const T *const vi = e.direction + 3 * centre, *const vj = e.direction + 3 * atom;
-      v.ux.tangent[k] = vj[0] - vi[0];
-      v.uy.tangent[k] = vj[1] - vi[1];
-      v.uz.tangent[k] = vj[2] - vi[2];
-    }
-  }
-  return total + found;
-}
-
-// From displacements to unit vectors, distances, cutoff functions and radial factors.
-template <class T, bool kDual>
-void distances(const View<T, kDual>& v, Index n_pairs) {
+void pair_factors(const View<T, kDual>& v, Index n_pairs) {
   using La = Lanes<T, kDual>;
   using V = typename La::V;
   using L = typename La::L;
   constexpr int W = kNativeWidth<T>;
-  const L one = La::plain(V(T(1))), zero = La::plain(V(T(0)));
+  const L zero = La::plain(V(T(0)));
   const L half = La::plain(V(T(0.5))), half_pi = La::plain(V(T(1.57079632679489661923)));
   const L radial_inverse = La::plain(V(T(1) / v.t.radial_cutoff));
   const L near_inverse = La::plain(V(T(1) / v.t.angular_cutoff));
   const V radial_cutoff(v.t.radial_cutoff);
-  const V tiny(std::numeric_limits<T>::min());
-  for (Planes<T> p : {v.ux, v.uy, v.uz}) La::store(p + n_pairs, zero);
   for (Index k = 0; k < n_pairs; k += W) {
-    const L x = La::load(v.ux + k), y = La::load(v.uy + k), z = La::load(v.uz + k);
-    const L r2 = x * x + y * y + z * z;
-    // Coincident atoms have no direction: their unit vector and its derivatives are zero. A
-    // distance that is not a number stays one.
-    const V square = La::value(r2);
-    const L safe = La::root(La::choose(tiny, square, one, r2));
-    const L inverse = La::choose(tiny, square, zero, one / safe);
-    const L r = La::choose(tiny, square, zero, safe);
-    La::store(v.ux + k, x * inverse);
-    La::store(v.uy + k, y * inverse);
-    La::store(v.uz + k, z * inverse);
-    La::store(v.r + k, r);
-    La::store(v.inverse_r + k, inverse);
+    const L r = La::load(v.r + k);
     const Cutoff<L> fc = cutoff_function(r, radial_inverse, half_pi, half);
     La::store(v.fc + k, La::choose(radial_cutoff, La::value(r), fc.value, zero));
     La::store(v.slope + k, La::choose(radial_cutoff, La::value(r), fc.slope, zero));
@@ -129,7 +56,7 @@ void distances(const View<T, kDual>& v, Index n_pairs) {
     const L r = La::broadcast(v.r + k);
     for (Index l = 0; l < v.radial_row; l += W) {
       const L x = r - La::plain(V::load(v.t.radial_shifts + l));
-      La::store(v.radial + (k * v.radial_row + l), La::gauss(La::scale(root_eta, x)));
+      La::store(v.radial + (k * v.radial_row + l), gaussian(La::scale(root_eta, x)));
     }
   }
 }
@@ -137,43 +64,48 @@ void distances(const View<T, kDual>& v, Index n_pairs) {
 template <class T, bool kDual>
 void neighbours(const AevTables<T>& tables, Environment<T>& e) {
   const View<T, kDual> v(tables, e);
-  std::int32_t total = 0;
+  e.n_pairs = find_pairs(tables, e, v);
+  e.index = v.index;
   Index registers = 0;
   e.most_near = e.n_triples = 0;
   for (Index c = 0; c < e.n_centres(); ++c) {
-    total = gather(v, e, e.begin + c, c * v.n_species, total);
     Index near = 0;
-    for (Index a = 0; a < v.n_species; ++a) near += v.near[c * v.n_species + a];
+    for (Index a = 0; a < v.n_species; ++a) near += v.near_count(c, a);
     e.most_near = near > e.most_near ? near : e.most_near;
     v.for_pairs(c, registers, [&](Index, Index, Index n, Index) { e.n_triples += n; });
   }
-  v.first[e.n_centres() * v.n_species] = total;
-  e.n_pairs = total;
   e.triple_lanes = registers * kNativeWidth<T>;
   e.triple_numbers = registers * v.group;
-  e.index = v.index;
-  distances(v, total);
+  pair_factors(v, e.n_pairs);
 }
 
 // ---- triples ------------------------------------------------------------------------------------
 
 // What goes over all triples is done in separate loops, by memory: a loop that reads whole
 // registers soon after they were put together from runs would wait for the stores.
+
+// Of each triple, [triple_lanes]: the cosine of the angle, the mean distance, and the weight.
+template <class T>
+struct TripleGeometry {
+  Planes<T> cosines, means, weights;
+
+  TripleGeometry(Index triple_lanes, Arena<T>& arena) {
+    for (Planes<T>* p : {&cosines, &means, &weights})
+      *p = arena.take(triple_lanes + kNativeWidth<T>);
+  }
+};
+
+// Returns the number of registers.
 template <class T, bool kDual>
-void triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {
+Index combine_pairs(const View<T, kDual>& v, Index n_centres, const TripleGeometry<T>& to) {
   using La = Lanes<T, kDual>;
   using V = typename La::V;
   using L = typename La::L;
   constexpr int W = kNativeWidth<T>;
-  const View<T, kDual> v(tables, e);
-  Arena<T> arena{scratch, kDual ? 2 : 1};
-  const Index room = e.triple_lanes + W;
-  const Planes<T> cosines = arena.take(room), means = arena.take(room), weights = arena.take(room);
-  const V half(T(0.5)), factor(tables.angular_factor), beta(tables.beta);
-  const V unit(T(1)), minus_unit(T(-1));
-  const L one = La::plain(unit), zero = La::plain(V(T(0)));
+  const V half(T(0.5)), factor(v.t.angular_factor);
+  const L zero = La::plain(V(T(0)));
   Index registers = 0;
-  for (Index c = 0; c < e.n_centres(); ++c)
+  for (Index c = 0; c < n_centres; ++c)
     v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
       const Index begin = g * W;
       v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
@@ -181,64 +113,92 @@ void triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {
                 z = La::broadcast(v.uz + j), r = La::scale(half, La::broadcast(v.r + j)),
                 w = La::scale(factor, La::broadcast(v.near_fc + j));
         for (Index q = 0; q < count; q += W) {
-          const Index p = k + q, to = begin + place + q;
-          La::store(cosines + to,
+          const Index p = k + q, t = begin + place + q;
+          La::store(to.cosines + t,
                     x * La::load(v.ux + p) + y * La::load(v.uy + p) + z * La::load(v.uz + p));
-          La::store(means + to, r + La::scale(half, La::load(v.r + p)));
-          La::store(weights + to, w * La::load(v.near_fc + p));
+          La::store(to.means + t, r + La::scale(half, La::load(v.r + p)));
+          La::store(to.weights + t, w * La::load(v.near_fc + p));
         }
       });
       // The lanes behind the last triple; then the next pair begins.
-      for (Planes<T> p : {cosines, means, weights}) La::store(p + (begin + n), zero);
+      for (Planes<T> p : {to.cosines, to.means, to.weights}) La::store(p + (begin + n), zero);
     });
+  return registers;
+}
 
-  const V root_eta(sqrt(V(tables.angular_eta)));
+template <class T, bool kDual>
+KINML_HD void store_angle(const AevTables<T>& t, Planes<T> cosines, Triples<T, Planes<T>> to) {
+  using La = Lanes<T, kDual>;
+  using V = typename La::V;
+  using L = typename La::L;
+  const V unit(T(1)), minus_unit(T(-1)), half(T(0.5)), beta(t.beta);
+  const L one = La::plain(unit), zero = La::plain(V(T(0)));
   const V smallest(T(16) * std::numeric_limits<T>::epsilon());
-  for (Index g = 0; g < registers; ++g) {
-    const Planes<T> to = v.triple(g);
-    L cosine = La::scale(beta, La::load(cosines + g * W));
-    cosine = La::choose(La::value(cosine), unit, one, cosine);  // clip(c, -1, 1)
-    cosine = La::choose(minus_unit, La::value(cosine), -one, cosine);
-    // With beta = 1 and collinear atoms theta has a kink; there dsin/dcos is set to 0 and the
-    // derivative is the mean over all directions.
-    const L square = one - cosine * cosine;
-    const V s2 = La::value(square);
-    const L safe = La::root(La::choose(s2, smallest, square, one));
-    La::store(to, La::scale(half, cosine));
-    La::store(to + W, La::scale(half, La::choose(s2, smallest, safe, zero)));
-    La::store(to + 2 * W, La::choose(s2, smallest, cosine / safe, zero));
-    const L mean = La::load(means + g * W);
-    La::store(to + 3 * W, mean);
-    La::store(to + 4 * W, La::load(weights + g * W));
-    if (tables.angular_step > 0) {
-      // E_l+1 / E_l = exp(2 eta step (R - shift_l) - eta step^2), itself a geometric series: from
-      // the middle shift on both ways, where nothing leaves the range of the numbers.
-      const Index middle = tables.n_angular / 2;
-      const L x = mean - La::plain(V(tables.angular_shifts[middle]));
-      const L e = La::gauss(La::scale(root_eta, x));
-      const L bend = La::plain(V(-tables.angular_eta * tables.angular_step * tables.angular_step));
-      const L tilt = La::scale(V(2 * tables.angular_eta * tables.angular_step), x);
-      const V shrink(tables.angular_shrink);
-      La::store(to + (5 + middle) * W, e);
-      L ratio = exp(bend + tilt), product = e;
-      for (Index l = middle + 1; l < tables.n_angular; ++l) {
-        product = product * ratio;
-        ratio = La::scale(shrink, ratio);
-        La::store(to + (5 + l) * W, product);
-      }
-      ratio = exp(bend - tilt);
-      product = e;
-      for (Index l = middle; l-- > 0;) {
-        product = product * ratio;
-        ratio = La::scale(shrink, ratio);
-        La::store(to + (5 + l) * W, product);
-      }
-    } else {
-      for (Index l = 0; l < tables.n_angular; ++l) {
-        const L x = mean - La::plain(V(tables.angular_shifts[l]));
-        La::store(to + (5 + l) * W, La::gauss(La::scale(root_eta, x)));
-      }
+  L cosine = La::scale(beta, La::load(cosines));
+  cosine = La::choose(La::value(cosine), unit, one, cosine);  // clip(c, -1, 1)
+  cosine = La::choose(minus_unit, La::value(cosine), -one, cosine);
+  // With beta = 1 and collinear atoms theta has a kink; there dsin/dcos is set to 0 and the
+  // derivative is the mean over all directions.
+  const L square = one - cosine * cosine;
+  const V s2 = La::value(square);
+  const L safe = sqrt(La::choose(s2, smallest, square, one));
+  La::store(to.half_cosine(), La::scale(half, cosine));
+  La::store(to.half_sine(), La::scale(half, La::choose(s2, smallest, safe, zero)));
+  La::store(to.ratio(), La::choose(s2, smallest, cosine / safe, zero));
+}
+
+// E_l = exp(-eta (R - shift_l)^2)
+template <class T, bool kDual>
+KINML_HD void store_gaussians(const AevTables<T>& t, Triples<T, Planes<T>> triple) {
+  using La = Lanes<T, kDual>;
+  using V = typename La::V;
+  using L = typename La::L;
+  const V root_eta(sqrt(V(t.angular_eta)));
+  const L mean = La::load(triple.mean());
+  const auto away = [&](Index l) { return mean - La::plain(V(t.angular_shifts[l])); };
+  if (t.angular_step > 0) {
+    // E_l+1 / E_l = exp(2 eta step (R - shift_l) - eta step^2), itself a geometric series: from
+    // the middle shift on both ways, where nothing leaves the range of the numbers.
+    const Index middle = t.n_angular / 2;
+    const L x = away(middle);
+    const L e = gaussian(La::scale(root_eta, x));
+    const L bend = La::plain(V(-t.angular_eta * t.angular_step * t.angular_step));
+    const L tilt = La::scale(V(2 * t.angular_eta * t.angular_step), x);
+    const V shrink(t.angular_shrink);
+    La::store(triple.gaussian(middle), e);
+    L ratio = exp(bend + tilt), product = e;
+    for (Index l = middle + 1; l < t.n_angular; ++l) {
+      product = product * ratio;
+      ratio = La::scale(shrink, ratio);
+      La::store(triple.gaussian(l), product);
     }
+    ratio = exp(bend - tilt);
+    product = e;
+    for (Index l = middle; l-- > 0;) {
+      product = product * ratio;
+      ratio = La::scale(shrink, ratio);
+      La::store(triple.gaussian(l), product);
+    }
+  } else {
+    for (Index l = 0; l < t.n_angular; ++l)
+      La::store(triple.gaussian(l), gaussian(La::scale(root_eta, away(l))));
+  }
+}
+
+template <class T, bool kDual>
+void triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {
+  using La = Lanes<T, kDual>;
+  constexpr int W = kNativeWidth<T>;
+  const View<T, kDual> v(tables, e);
+  Arena<T> arena{scratch, kDual ? 2 : 1};
+  const TripleGeometry<T> geometry(e.triple_lanes, arena);
+  const Index registers = combine_pairs(v, e.n_centres(), geometry);
+  for (Index g = 0; g < registers; ++g) {
+    const Triples<T, Planes<T>> to = v.triple(g);
+    store_angle<T, kDual>(tables, geometry.cosines + g * W, to);
+    La::store(to.mean(), La::load(geometry.means + g * W));
+    La::store(to.weight(), La::load(geometry.weights + g * W));
+    store_gaussians<T, kDual>(tables, to);
   }
 }
 
@@ -299,21 +259,21 @@ struct Section {
         sine(In::repeat(Vec<T, M>::load(t.section_sin + m))),
         half(T(0.5)),
         one(T(1)) {}
-  // p points at the first triple's lane of a register of triples of W lanes
-  KINML_HD void factors(const AevTables<T>& t, const T* p, V& value, V& slope) const {
-    constexpr int W = kNativeWidth<T>;
-    const V x = half + cosine * In::spread(p) + sine * In::spread(p + W);
+  KINML_HD void factors(const AevTables<T>& t, Triples<T, const T*> triple, V& value,
+                        V& slope) const {
+    const V x =
+        half + cosine * In::spread(triple.half_cosine()) + sine * In::spread(triple.half_sine());
     const V below = power_below<kEight>(t, x, one, [](V a, T least) { return max(a, V(least)); });
     value = below * x;
-    slope = below * (cosine - sine * In::spread(p + 2 * W));
+    slope = below * (cosine - sine * In::spread(triple.ratio()));
   }
 };
 
 // out[l][m] for kRows shifts from l on and M sections from m on. Lanes behind the last triple have
 // the weight 0.
 template <bool kEight, int M, int G, int kRows, class T>
-void row_block(const AevTables<T>& t, const T* triples, Index group, Index n, Index l, Index m,
-               T* out) {
+void row_block(const AevTables<T>& t, Triples<T, const T*> triples, Index group, Index n, Index l,
+               Index m, T* out) {
   using In = Interleaved<T, M, G>;
   using V = typename In::V;
   constexpr int W = kNativeWidth<T>;
@@ -321,54 +281,20 @@ void row_block(const AevTables<T>& t, const T* triples, Index group, Index n, In
   V sums[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) sums[i] = V(T(0));
-  for (; n > 0; n -= W, triples += group) {
+  for (; n > 0; n -= W, triples.first += group) {
     const Index lanes = n < W ? n : W;
     for (Index lane = 0; lane < lanes; lane += G) {
-      const T* const p = triples + lane;
+      const Triples<T, const T*> triple = triples.lane(lane);
       V value, slope;
-      section.factors(t, p, value, slope);
-      value = value * In::spread(p + 4 * W);
+      section.factors(t, triple, value, slope);
+      value = value * In::spread(triple.weight());
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) sums[i] += In::spread(p + (5 + l + i) * W) * value;
+      for (int i = 0; i < kRows; ++i) sums[i] += In::spread(triple.gaussian(l + i)) * value;
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
     store_row(In::fold(sums[i]), out + (l + i) * t.n_sections + m, t.n_sections - m);
-}
-
-// The same of J v. For each triple x[t], y[t] and z[t] hold its weight times zeta / 2 dc, what goes
-// with P, and 2 eta weight dR.
-template <bool kEight, int M, int G, int kRows, class T>
-void tangent_block(const AevTables<T>& t, const T* triples, Index group, Index n, const T* x,
-                   const T* y, const T* z, T middle, Index l, Index m, T* out) {
-  using In = Interleaved<T, M, G>;
-  using V = typename In::V;
-  constexpr int W = kNativeWidth<T>;
-  const Section<kEight, T, M, G> section(t, m);
-  V sums[kRows], more[kRows];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) sums[i] = more[i] = V(T(0));
-  for (; n > 0; n -= W, triples += group) {
-    const Index lanes = n < W ? n : W;
-    for (Index lane = 0; lane < lanes; lane += G, x += G, y += G, z += G) {
-      const T* const p = triples + lane;
-      V value, slope;
-      section.factors(t, p, value, slope);
-      const V first = In::spread(x) * slope + In::spread(y) * value;
-      const V second = In::spread(z) * value;
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const V e = In::spread(p + (5 + l + i) * W);
-        sums[i] += e * first;
-        more[i] += e * second;
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-    store_row(In::fold(sums[i] + V(t.angular_shifts[l + i] - middle) * more[i]),
-              out + (l + i) * t.n_sections + m, t.n_sections - m);
 }
 
 // Calls block(Constant<kRows>, l, m) until all shifts and sections are done.
@@ -411,10 +337,23 @@ void choose_width(const AevTables<T>& t, const F& f) {
   chosen(Constant<native >= 4 ? 4 : 2>{});
 }
 
+// One centre's radial blocks: sums over the neighbours k of a species of term(k, l), for a register
+// of shifts from l on.
+template <class T, class F>
+KINML_HD void radial_row(const View<T, false>& v, Index centre, T* row, const F& term) {
+  using V = Vec<T, kNativeWidth<T>>;
+  for (Index a = 0; a < v.n_species; ++a)
+    for (Index l = 0; l < v.radial_row; l += kNativeWidth<T>) {
+      V sum(T(0));
+      for (Index k = v.begin(centre, a); k < v.end(centre, a); ++k) sum += term(k, l);
+      store_row(sum * V(v.t.radial_factor), row + v.layout.radial(static_cast<int>(a), 0) + l,
+                v.t.n_radial - l);
+    }
+}
+
 template <class T>
 void rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index stride) {
   using V = Vec<T, kNativeWidth<T>>;
-  constexpr int W = kNativeWidth<T>;
   const View<T, false> v(tables, e);
   choose_width(tables, [&](auto width, auto eight) {
     constexpr int M = width.value, G = together<T, M>;
@@ -422,20 +361,179 @@ void rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index str
     Index registers = 0;
     for (Index c = 0; c < e.n_centres(); ++c) {
       T* const row = out + (e.begin + c) * stride;
-      for (Index a = 0; a < v.n_species; ++a) {
-        const Index segment = c * v.n_species + a;
-        for (Index l = 0; l < v.radial_row; l += W) {
-          V sum(T(0));
-          for (Index k = v.first[segment]; k < v.first[segment + 1]; ++k)
-            sum += V(v.fc.value[k]) * V::load(v.radial.value + k * v.radial_row + l);
-          store_row(sum * V(tables.radial_factor),
-                    row + v.layout.radial_begin(static_cast<int>(a)) + l, tables.n_radial - l);
-        }
-      }
+      radial_row(v, c, row, [&](Index k, Index l) __attribute__((always_inline)) {
+        return V(v.fc.value[k]) * V::load(v.radial.value + k * v.radial_row + l);
+      });
       v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
         T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
         for_sections<M, kRowSums>(tables, [&](auto n_rows, Index l, Index m) {
-          row_block<kEight, M, G, n_rows.value>(tables, v.triple(g).value, v.group, n, l, m, block);
+          row_block<kEight, M, G, n_rows.value>(tables, v.plain_triple(g), v.group, n, l, m, block);
+        });
+      });
+    }
+  });
+}
+
+// ---- tangent rows: J v, in four phases ----------------------------------------------------------
+
+// Derivatives along v of the distances and of the unit vectors, [n_pairs].
+template <class T>
+struct PairTangents {
+  T *r, *ux, *uy, *uz;
+};
+
+template <class T>
+PairTangents<T> pair_tangents(const View<T, false>& v, const Environment<T>& e, const T* direction,
+                              Arena<T>& arena) {
+  using V = Vec<T, kNativeWidth<T>>;
+  PairTangents<T> d;
+  for (T** p : {&d.r, &d.ux, &d.uy, &d.uz}) *p = arena.numbers(e.pair_room());
+  for (Index c = 0; c < e.n_centres(); ++c)
+    for (Index k = v.begin(c, 0); k < v.end(c, v.n_species - 1); ++k) {
+      const Displacement<T> moving = displacement(direction, e.begin + c, v.index[k]);
+      d.ux[k] = moving.x;
+      d.uy[k] = moving.y;
+      d.uz[k] = moving.z;
+    }
+  for (T* p : {d.ux, d.uy, d.uz}) V(T(0)).store(p + e.n_pairs);
+  for (Index k = 0; k < e.n_pairs; k += kNativeWidth<T>) {
+    const V ux = V::load(v.ux.value + k), uy = V::load(v.uy.value + k),
+            uz = V::load(v.uz.value + k), inverse = V::load(v.inverse_r.value + k);
+    const V x = V::load(d.ux + k), y = V::load(d.uy + k), z = V::load(d.uz + k);
+    const V along = ux * x + uy * y + uz * z;
+    along.store(d.r + k);
+    ((x - along * ux) * inverse).store(d.ux + k);
+    ((y - along * uy) * inverse).store(d.uy + k);
+    ((z - along * uz) * inverse).store(d.uz + k);
+  }
+  return d;
+}
+
+// Derivatives of the cosines, mean distances and weights of the triples, [triple_lanes].
+template <class T>
+struct TripleTangents {
+  T *cosine, *mean, *weight;
+  Index registers;
+};
+
+template <class T>
+TripleTangents<T> triple_tangents(const View<T, false>& v, const Environment<T>& e,
+                                  const PairTangents<T>& d, Arena<T>& arena) {
+  using V = Vec<T, kNativeWidth<T>>;
+  constexpr int W = kNativeWidth<T>;
+  TripleTangents<T> out;
+  for (T** p : {&out.cosine, &out.weight, &out.mean}) *p = arena.numbers(e.triple_lanes + W);
+  const V factor(v.t.angular_factor), half(T(0.5));
+  out.registers = 0;
+  for (Index c = 0; c < e.n_centres(); ++c)
+    v.for_pairs(c, out.registers, [&](Index a, Index b, Index n, Index g) {
+      v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
+        const V jx(v.ux.value[j]), jy(v.uy.value[j]), jz(v.uz.value[j]);
+        const V djx(d.ux[j]), djy(d.uy[j]), djz(d.uz[j]), djr(half * V(d.r[j]));
+        const V jfc(factor * V(v.near_fc.value[j]));
+        const V djfc(factor * V(v.near_slope.value[j] * d.r[j]));
+        for (Index q = 0; q < count; q += W) {
+          const Index p = k + q, to = g * W + place + q;
+          const V kr = V::load(d.r + p);
+          const V first = jx * V::load(d.ux + p) + jy * V::load(d.uy + p) + jz * V::load(d.uz + p);
+          const V second = djx * V::load(v.ux.value + p) + djy * V::load(v.uy.value + p) +
+                           djz * V::load(v.uz.value + p);
+          (first + second).store(out.cosine + to);
+          (djr + half * kr).store(out.mean + to);
+          (djfc * V::load(v.near_fc.value + p) + jfc * (V::load(v.near_slope.value + p) * kr))
+              .store(out.weight + to);
+        }
+      });
+      // The lanes behind the last triple; then the next pair begins.
+      for (T* p : {out.cosine, out.mean, out.weight}) V(T(0)).store(p + g * W + n);
+    });
+  return out;
+}
+
+// What the sums over triples are made of, [triple_lanes]: what goes with dP/dc / (zeta / 2), with
+// P, and with (shift - middle) P, where middle is the shift in the middle of the list.
+template <class T>
+struct TangentFactors {
+  const T *by_slope, *by_value, *by_shift;
+  T middle;
+};
+
+// In place.
+template <class T>
+TangentFactors<T> tangent_factors(const View<T, false>& v, const TripleTangents<T>& d) {
+  using V = Vec<T, kNativeWidth<T>>;
+  constexpr int W = kNativeWidth<T>;
+  const T middle = v.t.angular_shifts[v.t.n_angular / 2];
+  const V two_eta(T(2) * v.t.angular_eta), to_slope(T(0.5) * v.t.zeta * v.t.beta);
+  for (Index g = 0; g < d.registers; ++g) {
+    const Triples<T, const T*> triple = v.plain_triple(g);
+    const V mean = V::load(triple.mean()), weight = V::load(triple.weight());
+    const V by_shift = two_eta * weight * V::load(d.mean + g * W);
+    (to_slope * weight * V::load(d.cosine + g * W)).store(d.cosine + g * W);
+    (V::load(d.weight + g * W) - (mean - V(middle)) * by_shift).store(d.weight + g * W);
+    by_shift.store(d.mean + g * W);
+  }
+  return {d.cosine, d.weight, d.mean, middle};
+}
+
+// The same as row_block of J v, for the triples from register g on.
+template <bool kEight, int M, int G, int kRows, class T>
+void tangent_block(const View<T, false>& v, Index g, Index n, const TangentFactors<T>& factors,
+                   Index l, Index m, T* out) {
+  using In = Interleaved<T, M, G>;
+  using V = typename In::V;
+  constexpr int W = kNativeWidth<T>;
+  const AevTables<T>& t = v.t;
+  const Section<kEight, T, M, G> section(t, m);
+  const T *x = factors.by_slope + g * W, *y = factors.by_value + g * W,
+          *z = factors.by_shift + g * W;
+  Triples<T, const T*> triples = v.plain_triple(g);
+  V sums[kRows], more[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) sums[i] = more[i] = V(T(0));
+  for (; n > 0; n -= W, triples.first += v.group) {
+    const Index lanes = n < W ? n : W;
+    for (Index lane = 0; lane < lanes; lane += G, x += G, y += G, z += G) {
+      const Triples<T, const T*> triple = triples.lane(lane);
+      V value, slope;
+      section.factors(t, triple, value, slope);
+      const V first = In::spread(x) * slope + In::spread(y) * value;
+      const V second = In::spread(z) * value;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const V e = In::spread(triple.gaussian(l + i));
+        sums[i] += e * first;
+        more[i] += e * second;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+    store_row(In::fold(sums[i] + V(t.angular_shifts[l + i] - factors.middle) * more[i]),
+              out + v.layout.in_angular_block(static_cast<int>(l + i), static_cast<int>(m)),
+              t.n_sections - m);
+}
+
+template <class T>
+void tangent_sums(const View<T, false>& v, const Environment<T>& e, const PairTangents<T>& d,
+                  const TangentFactors<T>& factors, T* out, Index stride) {
+  using V = Vec<T, kNativeWidth<T>>;
+  const V minus_two_eta(T(-2) * v.t.radial_eta);
+  choose_width(v.t, [&](auto width, auto eight) {
+    constexpr int M = width.value, G = together<T, M>;
+    constexpr bool kEight = eight.value;
+    Index registers = 0;
+    for (Index c = 0; c < e.n_centres(); ++c) {
+      T* const row = out + (e.begin + c) * stride;
+      radial_row(v, c, row, [&](Index k, Index l) __attribute__((always_inline)) {
+        const V x = (V(v.r.value[k]) - V::load(v.t.radial_shifts + l)) * minus_two_eta;
+        const V derivative = V(v.slope.value[k]) + x * V(v.fc.value[k]);
+        return V(d.r[k]) * V::load(v.radial.value + k * v.radial_row + l) * derivative;
+      });
+      v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
+        T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
+        for_sections<M, kRowSums>(v.t, [&](auto n_rows, Index l, Index m) {
+          tangent_block<kEight, M, G, n_rows.value>(v, g, n, factors, l, m, block);
         });
       });
     }
@@ -445,108 +543,11 @@ void rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index str
 template <class T>
 void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* direction, T* out,
                   Index stride, T* scratch) {
-  using V = Vec<T, kNativeWidth<T>>;
-  constexpr int W = kNativeWidth<T>;
   const View<T, false> v(tables, e);
   Arena<T> arena{scratch};
-  T* const dr = arena.numbers(e.pair_room());
-  T* const dx = arena.numbers(e.pair_room());
-  T* const dy = arena.numbers(e.pair_room());
-  T* const dz = arena.numbers(e.pair_room());
-  const Index room = e.triple_lanes + W;
-  T* const by_slope = arena.numbers(room);  // first dcos, then what goes with dP/dc
-  T* const by_value = arena.numbers(room);  // first dweight, then what goes with P
-  T* const by_mean = arena.numbers(room);   // first dR, then what goes with (R - shift) P
-
-  // Derivatives of distances and unit vectors.
-  for (Index c = 0; c < e.n_centres(); ++c) {
-    const T* const vi = direction + 3 * (e.begin + c);
-    for (Index k = v.first[c * v.n_species]; k < v.first[(c + 1) * v.n_species]; ++k) {
-      const T* const vj = direction + 3 * Index(v.index[k]);
-      dx[k] = vj[0] - vi[0];
-      dy[k] = vj[1] - vi[1];
-      dz[k] = vj[2] - vi[2];
-    }
-  }
-  for (T* p : {dx, dy, dz}) V(T(0)).store(p + e.n_pairs);
-  for (Index k = 0; k < e.n_pairs; k += W) {
-    const V ux = V::load(v.ux.value + k), uy = V::load(v.uy.value + k),
-            uz = V::load(v.uz.value + k), inverse = V::load(v.inverse_r.value + k);
-    const V x = V::load(dx + k), y = V::load(dy + k), z = V::load(dz + k);
-    const V along = ux * x + uy * y + uz * z;
-    along.store(dr + k);
-    ((x - along * ux) * inverse).store(dx + k);
-    ((y - along * uy) * inverse).store(dy + k);
-    ((z - along * uz) * inverse).store(dz + k);
-  }
-
-  // Derivatives of the cosines, mean distances and weights of the triples.
-  const V factor(tables.angular_factor), half(T(0.5));
-  Index n_registers = 0;
-  for (Index c = 0; c < e.n_centres(); ++c)
-    v.for_pairs(c, n_registers, [&](Index a, Index b, Index n, Index g) {
-      v.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
-        const V jx(v.ux.value[j]), jy(v.uy.value[j]), jz(v.uz.value[j]);
-        const V djx(dx[j]), djy(dy[j]), djz(dz[j]), djr(half * V(dr[j]));
-        const V jfc(factor * V(v.near_fc.value[j]));
-        const V djfc(factor * V(v.near_slope.value[j] * dr[j]));
-        for (Index q = 0; q < count; q += W) {
-          const Index p = k + q, to = g * W + place + q;
-          const V kr = V::load(dr + p);
-          const V first = jx * V::load(dx + p) + jy * V::load(dy + p) + jz * V::load(dz + p);
-          const V second = djx * V::load(v.ux.value + p) + djy * V::load(v.uy.value + p) +
-                           djz * V::load(v.uz.value + p);
-          (first + second).store(by_slope + to);
-          (djr + half * kr).store(by_mean + to);
-          (djfc * V::load(v.near_fc.value + p) + jfc * (V::load(v.near_slope.value + p) * kr))
-              .store(by_value + to);
-        }
-      });
-      // The lanes behind the last triple; then the next pair begins.
-      for (T* p : {by_slope, by_value, by_mean}) V(T(0)).store(p + g * W + n);
-    });
-  const T middle = tables.angular_shifts[tables.n_angular / 2];
-  const V two_eta(T(2) * tables.angular_eta), to_slope(T(0.5) * tables.zeta * tables.beta);
-  for (Index g = 0; g < n_registers; ++g) {
-    const T* const p = v.triple(g).value;
-    const V mean = V::load(p + 3 * W), weight = V::load(p + 4 * W);
-    const V second = two_eta * weight * V::load(by_mean + g * W);
-    (to_slope * weight * V::load(by_slope + g * W)).store(by_slope + g * W);
-    (V::load(by_value + g * W) - (mean - V(middle)) * second).store(by_value + g * W);
-    second.store(by_mean + g * W);
-  }
-
-  const V minus_two_eta(T(-2) * tables.radial_eta);
-  choose_width(tables, [&](auto width, auto eight) {
-    constexpr int M = width.value, G = together<T, M>;
-    constexpr bool kEight = eight.value;
-    Index registers = 0;
-    for (Index c = 0; c < e.n_centres(); ++c) {
-      T* const row = out + (e.begin + c) * stride;
-      for (Index a = 0; a < v.n_species; ++a) {
-        const Index segment = c * v.n_species + a;
-        for (Index l = 0; l < v.radial_row; l += W) {
-          const V shifts = V::load(tables.radial_shifts + l);
-          V sum(T(0));
-          for (Index k = v.first[segment]; k < v.first[segment + 1]; ++k) {
-            const V x = (V(v.r.value[k]) - shifts) * minus_two_eta;
-            const V derivative = V(v.slope.value[k]) + x * V(v.fc.value[k]);
-            sum += V(dr[k]) * V::load(v.radial.value + k * v.radial_row + l) * derivative;
-          }
-          store_row(sum * V(tables.radial_factor),
-                    row + v.layout.radial_begin(static_cast<int>(a)) + l, tables.n_radial - l);
-        }
-      }
-      v.for_pairs(c, registers, [&](Index a, Index b, Index n, Index g) {
-        T* const block = row + v.layout.angular_begin(static_cast<int>(a), static_cast<int>(b));
-        for_sections<M, kRowSums>(tables, [&](auto n_rows, Index l, Index m) {
-          tangent_block<kEight, M, G, n_rows.value>(tables, v.triple(g).value, v.group, n,
-                                                    by_slope + g * W, by_value + g * W,
-                                                    by_mean + g * W, middle, l, m, block);
-        });
-      });
-    }
-  });
+  const PairTangents<T> of_pairs = pair_tangents(v, e, direction, arena);
+  const TripleTangents<T> of_triples = triple_tangents(v, e, of_pairs, arena);
+  tangent_sums(v, e, of_pairs, tangent_factors(v, of_triples), out, stride);
 }
 
 // ---- transposed ---------------------------------------------------------------------------------
@@ -554,21 +555,20 @@ void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* 
 // For each triple of one register: sum = g.(E P), sum_r = g.((R - shift) E P), sum_c = g.(E P')
 // without the factors -2 eta and zeta / 2. kAngular shifts (0: any number).
 template <bool kEight, int kAngular, class T, bool kDual>
-KINML_HD void triple_sums(const AevTables<T>& t, Planes<T> triple, const T* g, Planes<T> sum,
-                          Planes<T> sum_r, Planes<T> sum_c) {
+KINML_HD void triple_sums(const AevTables<T>& t, Triples<T, Planes<T>> triple, const T* g,
+                          Planes<T> sum, Planes<T> sum_r, Planes<T> sum_c) {
   using La = Lanes<T, kDual>;
   using V = typename La::V;
   using L = typename La::L;
-  constexpr int W = kNativeWidth<T>;
   constexpr int kHeld = kAngular > 0 ? kAngular : 1;
   const int n_angular = kAngular > 0 ? kAngular : t.n_angular;
-  const L cosine = La::load(triple), sine = La::load(triple + W), ratio = La::load(triple + 2 * W);
-  const L mean = La::load(triple + 3 * W);
+  const L cosine = La::load(triple.half_cosine()), sine = La::load(triple.half_sine());
+  const L ratio = La::load(triple.ratio()), mean = La::load(triple.mean());
   const L half = La::plain(V(T(0.5))), one = La::plain(V(T(1))), zero = La::plain(V(T(0)));
   const auto at_least = [](L a, T least) {
     return La::choose(La::value(a), V(least), a, La::plain(V(least)));
   };
-  const auto factor = [&](int l) { return La::load(triple + (5 + l) * W); };
+  const auto factor = [&](int l) { return La::load(triple.gaussian(l)); };
   const auto away = [&](int l) { return mean - La::plain(V(t.angular_shifts[l])); };
   L held[kHeld], moved[kHeld];
   if constexpr (kAngular > 0) {
@@ -667,8 +667,8 @@ class Transposed {
   }
 
  private:
-  Index first(Index c, Index a) const { return v_.first[c * v_.n_species + a]; }
-  Index near(Index c, Index a) const { return v_.near[c * v_.n_species + a]; }
+  Index first(Index c, Index a) const { return v_.begin(c, a); }
+  Index near(Index c, Index a) const { return v_.near_count(c, a); }
   Index local(Index c, Index a) const {  // local number of the first near neighbour of a species
     Index n = 0;
     for (Index b = 0; b < a; ++b) n += near(c, b);
@@ -676,8 +676,8 @@ class Transposed {
   }
   // The matrices and vectors of the i-th of the centres at work.
   void select(Index i) {
-    own_matrix_ = matrix_ + i * e_.most_near * stride_;
-    for (int p = 0; p < 4; ++p) own_known_[p] = known_[p] + i * (stride_ + W);
+    this_matrix_ = matrix_ + i * e_.most_near * stride_;
+    for (int p = 0; p < 4; ++p) this_known_[p] = known_[p] + i * (stride_ + W);
   }
 
   // dE/dR of the radial part.
@@ -707,9 +707,9 @@ class Transposed {
     v_.for_runs(c, a, b, [&](Index j, Index k, Index count, Index place) {
       const Index row = (j + shift_a) * stride_ + k + shift_b;
       const Index column = (k + shift_b) * stride_ + j + shift_a;
-      fill_run(list_.value + begin + place, own_matrix_.value, row, column, count);
+      fill_run(list_.value + begin + place, this_matrix_.value, row, column, count);
       if constexpr (kDual)
-        fill_run(list_.tangent + begin + place, own_matrix_.tangent, row, column, count);
+        fill_run(list_.tangent + begin + place, this_matrix_.tangent, row, column, count);
     });
   }
   void fill_run(const T* from, T* to, Index row, Index column, Index count) const {
@@ -733,15 +733,16 @@ class Transposed {
       for (Index q = 0; q < near(c, a); q += W) {
         const Index k = first(c, a) + q;
         const L fc = La::load(v_.near_fc + k);
-        La::store(own_known_[0] + (n + q), fc);
-        La::store(own_known_[1] + (n + q), fc * La::load(v_.ux + k));
-        La::store(own_known_[2] + (n + q), fc * La::load(v_.uy + k));
-        La::store(own_known_[3] + (n + q), fc * La::load(v_.uz + k));
+        La::store(this_known_[0] + (n + q), fc);
+        La::store(this_known_[1] + (n + q), fc * La::load(v_.ux + k));
+        La::store(this_known_[2] + (n + q), fc * La::load(v_.uy + k));
+        La::store(this_known_[3] + (n + q), fc * La::load(v_.uz + k));
       }
       n += near(c, a);
     }
     for (int i = 0; i < 3; ++i)
-      for (Index k = 0; k < n; ++k) La::clear(own_matrix_ + (i * matrix_room_ + k * (stride_ + 1)));
+      for (Index k = 0; k < n; ++k)
+        La::clear(this_matrix_ + (i * matrix_room_ + k * (stride_ + 1)));
   }
 
   // sums_ = sum_k of (g.(E P) fc_k, g.(E' P) fc_k, g.(E P') fc_k u_k) for each near neighbour.
@@ -752,13 +753,13 @@ class Transposed {
       for (L& sum : sums) sum = La::plain(V(T(0)));
       for (Index k = 0; k < n; ++k) {
         const Index place = k * stride_ + j;
-        const L fc = La::broadcast(own_known_[0] + k),
-                by_cos = La::load(own_matrix_ + (2 * matrix_room_ + place));
-        sums[0] += La::load(own_matrix_ + place) * fc;
-        sums[1] += La::load(own_matrix_ + (matrix_room_ + place)) * fc;
-        sums[2] += by_cos * La::broadcast(own_known_[1] + k);
-        sums[3] += by_cos * La::broadcast(own_known_[2] + k);
-        sums[4] += by_cos * La::broadcast(own_known_[3] + k);
+        const L fc = La::broadcast(this_known_[0] + k),
+                by_cos = La::load(this_matrix_ + (2 * matrix_room_ + place));
+        sums[0] += La::load(this_matrix_ + place) * fc;
+        sums[1] += La::load(this_matrix_ + (matrix_room_ + place)) * fc;
+        sums[2] += by_cos * La::broadcast(this_known_[1] + k);
+        sums[3] += by_cos * La::broadcast(this_known_[2] + k);
+        sums[4] += by_cos * La::broadcast(this_known_[3] + k);
       }
       for (int i = 0; i < 5; ++i) La::store(sums_[i] + j, sums[i]);
     }
@@ -815,7 +816,7 @@ class Transposed {
   Index stride_;
   Index list_room_, matrix_room_;  // numbers of one of the three lists, of one of the matrices
   Planes<T> list_, matrix_, known_[4], sums_[5], along_;
-  Planes<T> own_matrix_, own_known_[4];
+  Planes<T> this_matrix_, this_known_[4];
   T *gx_, *gy_, *gz_;
 };
 

@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "../core/aev_layout.h"
+#include "../core/aev_numbers.h"
 #include "dispatch.h"
 
 namespace kinml::cpu {
@@ -30,13 +30,7 @@ constexpr std::int64_t padded(std::int64_t n, std::int64_t lanes = kMaxLanes) {
 }
 
 template <class T>
-struct AevTables {
-  int n_species, n_radial, n_angular, n_sections;
-  T radial_eta, radial_cutoff, radial_factor;
-  T angular_eta, angular_cutoff, angular_factor;
-  T beta;
-  T zeta;
-  int integer_zeta;         // zeta when it is a whole number >= 1, else -1
+struct AevTables : AevNumbers<T> {
   T angular_step;           // distance of the angular shifts if that is even, else 0
   T angular_shrink;         // exp(-2 eta step^2)
   const T* radial_shifts;   // [n_radial], padded with the last one
@@ -109,8 +103,7 @@ template <class T>
 std::int64_t many_scratch_memory(const AevTables<T>& tables, const Environment<T>& environment) {
   const std::int64_t lanes = 2 * kMaxLanes, atoms = environment.structure.n_atoms;
   const std::int64_t near = environment.most_near;
-  const std::int64_t length = padded(
-      AevLayout{tables.n_species, tables.n_radial, tables.n_angular, tables.n_sections}.length());
+  const std::int64_t length = padded(tables.layout().length());
   return length * (1 + lanes) + 3 * atoms * lanes + 5 * near * lanes + padded(4 * near) +
          padded(environment.structure.max_candidates * padded(tables.n_radial)) +
          (2 * tables.n_sections + tables.n_angular) * kMaxLanes;

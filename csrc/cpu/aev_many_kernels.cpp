@@ -90,8 +90,8 @@ class TransposedMany {
   }
 
  private:
-  Index first(Index c, Index a) const { return v_.first[c * v_.n_species + a]; }
-  Index near(Index c, Index a) const { return v_.near[c * v_.n_species + a]; }
+  Index first(Index c, Index a) const { return v_.begin(c, a); }
+  Index near(Index c, Index a) const { return v_.near_count(c, a); }
   static void fill(T* to, Index n) {
     for (Index i = 0; i < n; ++i) to[i] = T(0);
   }
@@ -135,9 +135,9 @@ class TransposedMany {
 
   // P_m, P'_m / (zeta / 2) and (R - shift_l) E_l of one register of triples.
   template <bool kEight>
-  void factors(const T* triple) {
-    const V cosine = V::load(triple), sine = V::load(triple + W), ratio = V::load(triple + 2 * W),
-            mean = V::load(triple + 3 * W), half(T(0.5)), one(T(1));
+  void factors(Triples<T, const T*> triple) {
+    const V cosine = V::load(triple.half_cosine()), sine = V::load(triple.half_sine()),
+            ratio = V::load(triple.ratio()), mean = V::load(triple.mean()), half(T(0.5)), one(T(1));
     for (Index m = 0; m < t_.n_sections; ++m) {
       const V cos_m(t_.section_cos[m]), sin_m(t_.section_sin[m]);
       const V x = half + cos_m * cosine + sin_m * sine;
@@ -147,7 +147,7 @@ class TransposedMany {
       (below * (cos_m - sin_m * ratio)).store(slope_ + m * W);
     }
     for (Index l = 0; l < t_.n_angular; ++l)
-      ((mean - V(t_.angular_shifts[l])) * V::load(triple + (5 + l) * W)).store(moved_ + l * W);
+      ((mean - V(t_.angular_shifts[l])) * V::load(triple.gaussian(l))).store(moved_ + l * W);
   }
 
   // The triples of a species pair, whose first register is r. kAngular shifts (0: any number).
@@ -162,13 +162,13 @@ class TransposedMany {
     const Index end = begin_b + near(c, b);
     Index j = begin_a, k = a == b ? j + 1 : begin_b;
     for (Index done = 0; done < n; done += W, ++r) {
-      const T* const triple = v_.triple(r).value;
+      const Triples<T, const T*> triple = v_.plain_triple(r);
       t_.integer_zeta == 8 ? factors<true>(triple) : factors<false>(triple);
       const Index lanes = n - done < W ? n - done : W;
       for (Index lane = 0; lane < lanes; ++lane) {
         fetch();
         V s[3][K];
-        triple_sums<kAngular>(triple + 5 * W + lane, lane, g, s);
+        triple_sums<kAngular>(triple.lane(lane).gaussian(0), lane, g, s);
         add(s, known_ + 4 * k, sums_ + 5 * j * kLanes);
         add(s, known_ + 4 * j, sums_ + 5 * k * kLanes);
         if (++k == end) {
@@ -258,9 +258,9 @@ class TransposedMany {
     constexpr int kAtOnce = 8 / K;
     for (Index k = begin; k < end;) {
       V along[8];
-      const T* const own = radial_ + (k - begin) * v_.radial_row;
+      const T* const of_pair = radial_ + (k - begin) * v_.radial_row;
       const Index count = k + kAtOnce <= end ? kAtOnce : 1;
-      count == 1 ? radial_sums<1>(own, g, along) : radial_sums<kAtOnce>(own, g, along);
+      count == 1 ? radial_sums<1>(of_pair, g, along) : radial_sums<kAtOnce>(of_pair, g, along);
       for (Index i = 0; i < count; ++i, ++k)
         displacement(k, along + i * K,
                      k < angular ? sums_ + 5 * (local + k - begin) * kLanes : nullptr, centre);
@@ -269,18 +269,18 @@ class TransposedMany {
   // sum_l q_l g_l of N neighbours
   template <int N>
   KINML_HD void radial_sums(const T* q, const T* g, V* sums) const {
-    V own[N * K];  // in registers, unlike what a pointer leads to
+    V held[N * K];  // in registers, unlike what a pointer leads to
 #pragma GCC unroll 8
-    for (int i = 0; i < N * K; ++i) own[i] = V(T(0));
+    for (int i = 0; i < N * K; ++i) held[i] = V(T(0));
     for (Index l = 0; l < t_.n_radial; ++l)
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const V factor(q[i * v_.radial_row + l]);
 #pragma GCC unroll 4
-        for (int k = 0; k < K; ++k) own[i * K + k] += factor * V::load(g + l * kLanes + k * W);
+        for (int k = 0; k < K; ++k) held[i * K + k] += factor * V::load(g + l * kLanes + k * W);
       }
 #pragma GCC unroll 8
-    for (int i = 0; i < N * K; ++i) sums[i] = own[i];
+    for (int i = 0; i < N * K; ++i) sums[i] = held[i];
   }
   // From the radial part and, for a near neighbour (else null), its five sums.
   void displacement(Index k, const V* radial, const T* sums, V (&centre)[3 * K]) {

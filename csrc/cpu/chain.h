@@ -19,8 +19,7 @@
 
 namespace kinml::cpu {
 
-// ---- formulas of the chain, for one atom
-// ---------------------------------------------------------
+// ---- formulas of the chain, for one atom --------------------------------------------------------
 
 // eps_k = eps_{k-1} + f_k
 template <class T>
@@ -47,8 +46,7 @@ T chain_tangent(const T* g, const T* u, std::int64_t length) {
   return sum;
 }
 
-// ---- weights
-// -------------------------------------------------------------------------------------
+// ---- weights ------------------------------------------------------------------------------------
 
 // The networks of a chain, with the weights in the order of the passes.
 template <class T>
@@ -76,8 +74,7 @@ class PackedChain {
   std::vector<std::unique_ptr<const PackedNetworks<T>>> levels_;
 };
 
-// ---- memory
-// --------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 // What the passes keep of a tile, in the thread's memory: one at a time.
 template <class T>
@@ -144,8 +141,7 @@ class TileArrays {
   T *networks_, *energies_, *slopes_, *forces_, *force_slopes_;
 };
 
-// ---- passes
-// --------------------------------------------------------------------------------------
+// ---- passes -------------------------------------------------------------------------------------
 
 // How far up a tile goes: energies; also what tangents and gradients need; also g_k.
 enum class Height { energies, slopes, gradients };
@@ -190,8 +186,8 @@ Ascent<T> ascend(const Tile<T>& tile, const PackedChain<T>& chain, TileArrays<T>
   std::vector<double> energies(tile.count() * K);
   for (std::int64_t k = 0; k < K; ++k) {
     if (k > 0) set_last(tile, arrays, arrays.below(k));
-    const NetworkTile<T> own = network_tile(tile, arrays, k, second);
-    chain[k].forward(own, arrays.atomic);
+    const NetworkTile<T> of_tile = network_tile(tile, arrays, k, second);
+    chain[k].forward(of_tile, arrays.atomic);
     // In species order, whatever the threads.
     for (std::int64_t j = k; j < K; ++j)
       for (std::int64_t p = 0; p < n; ++p)
@@ -202,7 +198,7 @@ Ascent<T> ascend(const Tile<T>& tile, const PackedChain<T>& chain, TileArrays<T>
             chain_energy(k, k > 0 ? arrays.below(k)[p] : T(0), arrays.atomic[p]);
     if (height == Height::energies) continue;
     const bool with_gradients = height == Height::gradients;
-    chain[k].backward(own, nullptr, with_gradients ? gradients[k] : nullptr, arrays.stride);
+    chain[k].backward(of_tile, nullptr, with_gradients ? gradients[k] : nullptr, arrays.stride);
     if (k == 0) continue;
     for (std::int64_t p = 0; p < n; ++p) {
       const std::int64_t row = tile.order().rows[p] * arrays.stride;
@@ -273,21 +269,21 @@ void weight_gradients(const Descent<T>& descent, T* gradient, bool add) {
   T* of_level = gradient + chain.parameters();
   for (std::int64_t k = K - 1; k >= 0; --k) {
     const PackedNetworks<T>& networks = descent.from.chain[k];
-    NetworkTile<T> own = network_tile(tile, arrays, k, descent.from.second);
+    NetworkTile<T> of_tile = network_tile(tile, arrays, k, descent.from.second);
     T* const last = k > 0 ? arrays.atomic : nullptr;  // m_k
     for (std::int64_t p = 0; p < n; ++p)
       arrays.seeds[p] += static_cast<T>(descent.energy_slopes[tile.owner(p) * K + k]);
     if (k > 0) set_last(tile, arrays, arrays.below(k));
     if (descent.from.second) {
-      own.tangents = descent.from.gradients[k];
-      own.tangent_stride = arrays.stride;
-      networks.tangent(own, nullptr);
-      networks.second_backward(own, arrays.seeds, nullptr, 0, last);
+      of_tile.tangents = descent.from.gradients[k];
+      of_tile.tangent_stride = arrays.stride;
+      networks.tangent(of_tile, nullptr);
+      networks.second_backward(of_tile, arrays.seeds, nullptr, 0, last);
     } else {
-      networks.backward(own, arrays.seeds, nullptr, 0, last);
+      networks.backward(of_tile, arrays.seeds, nullptr, 0, last);
     }
     of_level -= chain.parameters_of(k);
-    networks.weight_gradients(own, of_level, add);
+    networks.weight_gradients(of_tile, of_level, add);
     for (std::int64_t p = 0; last != nullptr && p < n; ++p) arrays.seeds[p] += last[p];
   }
 }

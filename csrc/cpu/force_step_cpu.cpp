@@ -18,8 +18,7 @@ using Index = std::int64_t;
 // Weight gradients are summed in at most so many parts, each by one thread at a time.
 constexpr Index kParts = 32;
 
-// ---- evaluation
-// ----------------------------------------------------------------------------------
+// ---- evaluation ---------------------------------------------------------------------------------
 
 // Where the outputs of energy_forces begin.
 template <class T>
@@ -153,8 +152,7 @@ void add_single_atom_energies(const Model<T>& model, const System<T>& system,
     }
 }
 
-// ---- gradients
-// -----------------------------------------------------------------------------------
+// ---- gradients ----------------------------------------------------------------------------------
 
 // A loss, as `differentiate` asks for it:
 //   kForces                             whether `judge` has to know the forces

@@ -601,9 +601,9 @@ void outer_panel(const T* const* x, Index column, const T* const* next, Index ah
     const auto block = [&](auto rows) {
       constexpr int N = rows.value;
       // The first call fetches the first lines of even atoms, the second those of odd atoms, ...
-      const Index there = ahead + (fetch / 2 * line < width ? fetch / 2 * line : 0);
-      outer_block<T, N, NV>(x, column, next + fetch % 2, there, terms, n_atoms, left, left_stride,
-                            r, out, gradient_stride, rest < N ? rest : N, last, add);
+      const Index line_begin = ahead + (fetch / 2 * line < width ? fetch / 2 * line : 0);
+      outer_block<T, N, NV>(x, column, next + fetch % 2, line_begin, terms, n_atoms, left,
+                            left_stride, r, out, gradient_stride, rest < N ? rest : N, last, add);
       r += N;
     };
     if (rest > 4 || R <= 4)
@@ -854,12 +854,13 @@ void tile_backward(const NetworkPlan& plan, const T* packed, const NetworkTile<T
               {grad_features, stride, tile.rows + atom}, grad_last ? grad_last + atom : nullptr,
               [&](Index l, const NetworkLayer& layer) {
                 const Index code = plan.activations[l];
-                T *const own_z = z.of(layer).base, *const own_h = h.of(layer).base,
-                         *const own = delta.of(layer).base;
+                T *const layer_z = z.of(layer).base, *const layer_h = h.of(layer).base,
+                         *const layer_delta = delta.of(layer).base;
                 if (tile.second)
-                  multiply_slope<T>(code, layer, n, own_z, own_h, own, curve.of(layer).base);
+                  multiply_slope<T>(code, layer, n, layer_z, layer_h, layer_delta,
+                                    curve.of(layer).base);
                 else
-                  multiply_slope<T>(code, layer, n, own_z, own_h, own);
+                  multiply_slope<T>(code, layer, n, layer_z, layer_h, layer_delta);
               });
     });
   });

@@ -41,9 +41,9 @@ static inline void parallel_for(std::int64_t n_items, int n_threads, const Funct
     for (int t = 0; t < team; ++t) shares[t] = {n_items * t / team, n_items * (t + 1) / team};
 #pragma omp parallel num_threads(team)
     {
-      const int own = omp_get_thread_num();
+      const int thread = omp_get_thread_num();
       for (int other = 0; other < team; ++other) {
-        Share& share = shares[(own + other) % team];
+        Share& share = shares[(thread + other) % team];
         for (;;) {
           const std::int64_t item = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
           if (item >= share.end) break;
