@@ -1,8 +1,9 @@
-"""The compiled ops, with types and units.
+"""The compiled ops, with types and units: the only place in Python that knows their arguments' positions.
 
-A ragged batch of molecules is three tensors: ``coordinates`` [n_atoms, 3] in Å (float64 or float32), ``species``
-[n_atoms] int64, the index of each atom's element in the descriptor's list, and ``offsets`` [n_structures + 1] int64:
-atoms ``offsets[s]`` to ``offsets[s + 1]`` are those of structure s. ``descriptor`` is ``AEVParameters.packed()``.
+What always goes together is one object. A :class:`System` is a ragged batch of molecules, a :class:`Model` describes
+descriptor and networks, an :class:`Order` sorts atoms by species, a :class:`Loss` has targets and weights,
+:class:`StepResults` what a training step writes. The ops themselves (csrc/torch/schema.cpp) take lists: code that
+TorchScript compiles calls them with those of :func:`system_tensors` and :func:`pack_networks`.
 
 All functions accept non-contiguous tensors and structures without atoms, give the same bits for any number of threads,
 and raise RuntimeError with what was expected and what came when shapes, types or values do not fit.
@@ -10,7 +11,10 @@ and raise RuntimeError with what was expected and what came when shapes, types o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import List, Optional  # noqa: UP035  (TorchScript reads the hints of system_tensors)
 
 import torch
 from torch import Tensor
@@ -20,244 +24,333 @@ from kinml_fast import _library  # noqa: F401  (loads the ops)
 _OPS = torch.ops.kinml_fast
 
 
-def aev(coordinates: Tensor, species: Tensor, offsets: Tensor, descriptor: list[float]) -> Tensor:
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def system_tensors(
+    coordinates: Optional[Tensor],  # noqa: UP045
+    species: Tensor,
+    offsets: Tensor,
+    features: Optional[Tensor] = None,  # noqa: UP045
+    jacobian: Optional[Tensor] = None,  # noqa: UP045
+) -> List[Optional[Tensor]]:  # noqa: UP006, UP045
+    """The list that the ops take for a system; see :class:`System`. TorchScript compiles it."""
+    return [coordinates, species, offsets, features, jacobian]
+
+
+@dataclass(frozen=True)
+class System:
+    """A ragged batch of molecules, N atoms in M structures; either coordinates or stored descriptors.
+
+    Attributes
+    ----------
+    coordinates
+        [N, 3] in Å, float64 or float32; None with stored descriptors.
+    species
+        [N] int64, the index of each atom's element in the descriptor's list.
+    offsets
+        [M + 1] int64: atoms ``offsets[s]`` to ``offsets[s + 1]`` are those of structure s.
+    features
+        Stored descriptors [N, D], or None.
+    jacobian
+        Stored Jacobians [N, D, C] as `aev_jacobian` gives them, or None. C is at least three times the atoms of the
+        largest structure; columns beyond those of a structure's atoms are padding, which no sum reads. With stored
+        descriptors and without Jacobians there are energies but no forces.
+    """
+
+    coordinates: Tensor | None
+    species: Tensor
+    offsets: Tensor
+    features: Tensor | None = None
+    jacobian: Tensor | None = None
+
+    @cached_property
+    def tensors(self) -> list[Tensor | None]:
+        """What the ops take."""
+        return system_tensors(self.coordinates, self.species, self.offsets, self.features, self.jacobian)
+
+
+def pack_networks(
+    n_species: int, sizes: Sequence[int], activations: Sequence[int], biases: bool, levels: int = 1
+) -> list[int]:
+    """The description of a chain of networks that the ops take.
+
+    Parameters
+    ----------
+    n_species
+        S.
+    sizes
+        Widths [K, S, L + 1] as one list, level after level: inputs, then the outputs of each of the L layers.
+    activations
+        [L] codes, places in `kinml_fast.nn.networks.ACTIVATIONS`.
+    biases
+        Whether the layers have biases.
+    levels
+        K, levels of theory.
+    """
+    return [levels, n_species, len(activations), int(biases), *activations, *sizes]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What energies are made of, but for the numbers that are learned.
+
+    Attributes
+    ----------
+    descriptor
+        ``AEVParameters.packed()``; not looked at, and may be empty, for stored descriptors.
+    networks
+        `pack_networks`, of K levels of theory in a chain, lowest first: the networks of level 0 take the descriptor a,
+        those of level k also the atomic energy of the level below, as their last number: eps_0 = f_0(a),
+        eps_k = eps_(k-1) + f_k(a, eps_(k-1)). Their parameters are one flat tensor: level after level, species after
+        species, layer after layer, W [out, in] row-major, then b [out].
+    """
+
+    descriptor: list[float]
+    networks: list[int]
+
+    @property
+    def levels(self) -> int:
+        """K."""
+        return self.networks[0]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Some atoms, sorted by species.
+
+    Attributes
+    ----------
+    rows
+        [n] int64, row of each in the features.
+    owners
+        [n] int64, the structure of each.
+    starts
+        [S + 1] int64, where each species begins in rows.
+    """
+
+    rows: Tensor
+    owners: Tensor
+    starts: Tensor
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """What the ops take."""
+        return [self.rows, self.owners, self.starts]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Targets and weights of M structures and N atoms at K levels: scales[0] L_E + scales[1] L_F; all float64.
+
+    L_E = sum_ks w_ks dE_ks^2 / n_E,k and L_F = sum_ks u_ks mean_c(dF_ksc^2) / n_F,k: sums over the structures of a
+    batch, mean over the 3 n_s force components of a structure.
+
+    Attributes
+    ----------
+    energies
+        [K, M] without single-atom energies, eV. May be NaN where the weight is 0.
+    energy_weights
+        [K, M], w.
+    forces
+        [K, N, 3] in eV/Å; not read where the structure's weight is 0. None: training is on energies.
+    force_weights
+        [K, M], u; None without forces.
+    scales
+        [2], factors of both terms.
+    counts
+        [2, K], n_E,k and n_F,k: structures of the batch whose weight at level k is not 0, at least 1 (`count_weights`).
+    """
+
+    energies: Tensor
+    energy_weights: Tensor
+    forces: Tensor | None
+    force_weights: Tensor | None
+    scales: Tensor
+    counts: Tensor
+
+    @cached_property
+    def tensors(self) -> list[Tensor | None]:
+        """What the ops take."""
+        return [self.energies, self.energy_weights, self.forces, self.force_weights, self.scales, self.counts]
+
+
+def count_weights(energy_weights: Tensor, force_weights: Tensor, order: Tensor, size: int) -> Tensor:
+    """The ``counts`` [2, K] of `Loss` for each batch of an epoch: [n_batches, 2, K] float64.
+
+    Parameters
+    ----------
+    energy_weights, force_weights
+        [K, M] of a data set.
+    order
+        [n] int64, its structures in the order of the epoch.
+    size
+        Structures in a batch.
+    """
+    counted = torch.stack([energy_weights, force_weights])[..., order] != 0
+    room = torch.nn.functional.pad(counted, (0, -len(order) % size))
+    return room.unflatten(-1, (-1, size)).sum(-1).clamp_(min=1).double().permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """Where a training step on n structures at K levels writes.
+
+    Attributes
+    ----------
+    losses
+        [2] float64, receives L_E and L_F of `Loss`; a term without structures is 0.
+    gradient
+        Like the parameters, receives the gradient of the loss.
+    energy_residuals
+        [K, n] float64, receives predicted - target in the order of the batch; NaN where a target is NaN.
+    force_errors
+        [K, n, 3] float64, receives the sum, the sum of squares and the largest of the absolute errors of each
+        structure's force components; zeros where its force weight is 0. None for `energy_step`.
+    """
+
+    losses: Tensor
+    gradient: Tensor
+    energy_residuals: Tensor
+    force_errors: Tensor | None = None
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """What the ops take."""
+        results = [self.losses, self.gradient, self.energy_residuals]
+        return results if self.force_errors is None else [*results, self.force_errors]
+
+
+# ---- atomic environment vectors ----------------------------------------------------------------
+
+
+def aev(system: System, descriptor: list[float]) -> Tensor:
     """Atomic environment vectors [n_atoms, D]; differentiable twice with respect to coordinates.
 
     Formula: Smith, Isayev, Roitberg, Chem. Sci. 2017, 8, 3192 (DOI 10.1039/C6SC05720A), in aevmod's form.
     Coincident atoms have no direction: they count with the unit vector 0. With beta = 1 and collinear atoms the angle
     has a kink, where its derivative is 0 (the mean over all directions).
     """
-    return _OPS.aev(coordinates, species, offsets, descriptor)
+    return _OPS.aev(system.tensors, descriptor)
 
 
-def aev_vjp(coordinates: Tensor, species: Tensor, offsets: Tensor, gradient: Tensor, descriptor: list[float]) -> Tensor:
+def aev_vjp(system: System, gradient: Tensor, descriptor: list[float]) -> Tensor:
     """Vector-Jacobian product [n_atoms, 3]: sum over atoms i of J_i^T g_i, with ``gradient`` g [n_atoms, D]."""
-    return _OPS.aev_vjp(coordinates, species, offsets, gradient, descriptor)
+    return _OPS.aev_vjp(system.tensors, gradient, descriptor)
 
 
-def aev_jvp(coordinates: Tensor, species: Tensor, offsets: Tensor, tangent: Tensor, descriptor: list[float]) -> Tensor:
+def aev_jvp(system: System, tangent: Tensor, descriptor: list[float]) -> Tensor:
     """Jacobian-vector product J v [n_atoms, D], with ``tangent`` v [n_atoms, 3]."""
-    return _OPS.aev_jvp(coordinates, species, offsets, tangent, descriptor)
+    return _OPS.aev_jvp(system.tensors, tangent, descriptor)
 
 
-def aev_hvp(
-    coordinates: Tensor, species: Tensor, offsets: Tensor, gradient: Tensor, tangent: Tensor, descriptor: list[float]
-) -> Tensor:
+def aev_hvp(system: System, gradient: Tensor, tangent: Tensor, descriptor: list[float]) -> Tensor:
     """Derivative of g . J v with respect to the coordinates, [n_atoms, 3]."""
-    return _OPS.aev_hvp(coordinates, species, offsets, gradient, tangent, descriptor)
+    return _OPS.aev_hvp(system.tensors, gradient, tangent, descriptor)
 
 
-def aev_jacobian(
-    coordinates: Tensor, species: Tensor, offsets: Tensor, max_atoms: int, descriptor: list[float]
-) -> Tensor:
+def aev_jacobian(system: System, max_atoms: int, descriptor: list[float]) -> Tensor:
     """Dense Jacobian [n_atoms, D, 3 max_atoms] in 1/Å: for storage and checks, not needed to train.
 
     Column 3 q + d is the derivative with respect to coordinate d of the q-th atom of the same structure; columns of
     atoms that a structure does not have are zero.
     """
-    return _OPS.aev_jacobian(coordinates, species, offsets, max_atoms, descriptor)
+    return _OPS.aev_jacobian(system.tensors, max_atoms, descriptor)
 
 
-def species_order(species: Tensor, offsets: Tensor, n_species: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Atoms sorted by species: ``rows`` [n_atoms] atom index, ``owners`` [n_atoms] structure, ``starts`` [S + 1]."""
-    return _OPS.species_order(species, offsets, n_species)
+# ---- networks on features that are there -------------------------------------------------------
+
+
+def species_order(species: Tensor, offsets: Tensor, n_species: int) -> Order:
+    """The atoms of a system, sorted by species."""
+    return Order(*_OPS.species_order(species, offsets, n_species))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some structures of a data set, their atoms sorted by species."""
+
+    structures: Tensor
+    """[n] indices into the data set"""
+    order: Order
+    """owners are places within the batch"""
+
+
+def plan_batches(species: Tensor, offsets: Tensor, structures: Tensor, batch_size: int, n_species: int) -> list[Batch]:
+    """Cut ``structures`` (indices, in the order of an epoch) into batches with their atoms sorted by species."""
+    rows, owners, starts, firsts = _OPS.plan_batches(species, offsets, structures, batch_size, n_species)
+    lengths = firsts.diff().tolist()
+    if not lengths:
+        return []
+    parts = zip(
+        structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True
+    )
+    return [Batch(chosen, Order(*order)) for chosen, *order in parts]
 
 
 def networks(
-    features: Tensor,
-    rows: Tensor,
-    owners: Tensor,
-    starts: Tensor,
-    parameters: Tensor,
-    sae: Tensor | None,
-    sizes: list[int],
-    activations: list[int],
-    biases: bool,
-    n_structures: int,
+    features: Tensor, order: Order, parameters: Tensor, sae: Tensor | None, networks: list[int], n_structures: int
 ) -> Tensor:
     """Energies [n_structures] (float64): sums over atoms of network output and ``sae``; differentiable twice.
 
     The second derivative is the one that training on forces needs: of the gradient with respect to the features, with
     respect to the features and the parameters. The gradient with respect to the parameters has none.
 
-    ``features`` [*, D] are read through ``rows``, so a batch needs no copy. ``parameters`` is one flat tensor: species
-    after species, layer after layer, W [out, in] row-major, then b [out]. ``sizes`` [S * (n_layers + 1)].
+    ``features`` [*, D] are read through the order's rows, so a batch needs no copy. ``networks`` is of one level,
+    ``parameters`` as in :class:`Model`.
     """
-    return _OPS.networks(features, rows, owners, starts, parameters, sae, sizes, activations, biases, n_structures)
+    return _OPS.networks(features, order.tensors, parameters, sae, networks, n_structures)
+
+
+def energy_step(
+    features: Tensor, order: Order, parameters: Tensor, loss: Loss, results: StepResults, networks: list[int]
+) -> None:
+    """Forward and backward pass of a training batch on energies of one level, in one call and without autograd.
+
+    ``features``, ``order``, ``parameters`` and ``networks`` as in :func:`networks`; ``loss`` is that of the batch's
+    structures, in their order, and has no forces.
+    """
+    _OPS.energy_step(features, order.tensors, parameters, loss.tensors, results.tensors, networks)
+
+
+# ---- energies and forces in one pass over the molecules ----------------------------------------
 
 
 def energy_forces(
-    coordinates: Tensor,
-    species: Tensor,
-    offsets: Tensor,
-    parameters: Tensor,
-    sae: Tensor | None,
-    descriptor: list[float],
-    sizes: list[int],
-    activations: list[int],
-    biases: bool,
-    levels: bool = False,
+    system: System, parameters: Tensor, sae: Tensor | None, model: Model, first_level: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Energies [n_structures] (float64, eV) and forces [n_atoms, 3] (-dE/dx, eV/Å, of the coordinates' dtype).
+    """Energies and forces of the R = K - first_level levels of theory from ``first_level`` on.
 
-    ``parameters``, ``sae``, ``sizes``, ``activations``, ``biases`` as for :func:`networks`. Differentiable once, with
-    respect to ``parameters``, through energies and forces; coordinates that require a gradient are refused.
-
-    Several levels of theory, lowest first, have a chain of networks: ``sizes`` [K * S * (n_layers + 1)] and
-    ``parameters`` level after level. The networks of level 0 take the descriptor a, those of level k also the atomic
-    energy of the level below, as their last number: eps_0 = f_0(a), eps_k = eps_(k-1) + f_k(a, eps_(k-1)). Energies and
-    forces are those of the highest level, with its ``sae`` [S]; with ``levels`` they are those of all levels,
-    [K, n_structures] and [K, n_atoms, 3], with ``sae`` [K, S].
-
-    ``parameters`` [M, P] are those of an ensemble of M models, whose descriptors are computed once: results and ``sae``
-    have one more dimension M before all others, and cannot be differentiated.
-    """
-    return _OPS.energy_forces(
-        coordinates, species, offsets, parameters, sae, descriptor, sizes, activations, biases, levels
-    )
-
-
-def energy_forces_stored(
-    features: Tensor,
-    jacobian: Tensor | None,
-    species: Tensor,
-    offsets: Tensor,
-    parameters: Tensor,
-    sae: Tensor | None,
-    sizes: list[int],
-    activations: list[int],
-    biases: bool,
-    levels: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The same from ``features`` [n_atoms, D] and stored Jacobians [n_atoms, D, C] as `aev_jacobian` gives them.
-
-    C is at least three times the atoms of the largest structure; columns beyond those of a structure's own atoms are
-    padding, which no sum reads. Without Jacobians only energies are computed, and the forces are empty: [..., 0, 3].
-    """
-    return _OPS.energy_forces_stored(
-        features, jacobian, species, offsets, parameters, sae, sizes, activations, biases, levels
-    )
-
-
-def force_step(
-    coordinates: Tensor,
-    species: Tensor,
-    offsets: Tensor,
-    structures: Tensor,
-    parameters: Tensor,
-    energy_targets: Tensor,
-    force_targets: Tensor,
-    energy_weights: Tensor,
-    force_weights: Tensor,
-    scales: Tensor,
-    energy_residuals: Tensor,
-    force_errors: Tensor,
-    losses: Tensor,
-    gradient: Tensor,
-    descriptor: list[float],
-    sizes: list[int],
-    activations: list[int],
-    biases: bool,
-) -> None:
-    """Forward and backward pass of a training batch on energies and forces, in one call and without autograd.
-
-    Parameters
-    ----------
-    coordinates, species, offsets
-        The whole data set, N atoms in M structures.
-    structures
-        [n] int64, the batch.
-    energy_targets, force_targets
-        [M] without single-atom energies, eV, and [N, 3], eV/Å; float64. Forces of structures whose force weight is 0
-        are not read.
-    energy_weights, force_weights
-        [M] float64: w and u below.
-    scales
-        [2] float64: factors of both terms in the loss.
-    energy_residuals
-        [n] float64, receives predicted - target in the order of the batch.
-    force_errors
-        [n, 3] float64, receives the sum, the sum of squares and the largest of the absolute errors of each structure's
-        force components; zeros where its force weight is 0.
-    losses
-        [2] float64, receives L_E = sum_s w_s dE_s^2 / n_E and L_F = sum_s u_s mean_c(dF_sc^2) / n_F: sums over the
-        batch's structures, mean over the 3 n_s components of a structure, n_E and n_F the numbers of structures whose
-        weight is not 0. A term without such structures is 0.
-    gradient
-        Like ``parameters``, receives d(scales[0] L_E + scales[1] L_F)/dparameters.
+    Returns
+    -------
+    energies : Tensor
+        [R, n_structures] in eV, float64; with ``sae`` [R, S] added for each atom.
+    forces : Tensor
+        [R, n_atoms, 3], -dE/dx in eV/Å, of the parameters' dtype; [R, 0, 3] from stored descriptors without Jacobians.
 
     Notes
     -----
-    With several levels of theory (see `energy_forces`) targets, weights, residuals and errors have one more dimension K
-    before all others, and L_E and L_F are the sums of those of the levels. A target may be NaN where its weight is 0;
-    an energy residual is NaN then. What a level shall count is a factor of its weights.
+    Differentiable once, with respect to ``parameters``, through energies and forces; a system that requires a gradient
+    is refused. ``parameters`` [M, P] are those of an ensemble of M models, whose descriptors are computed once: results
+    and ``sae`` have one more dimension M before all others, and cannot be differentiated.
+    """
+    return _OPS.energy_forces(system.tensors, parameters, sae, model.descriptor, model.networks, first_level)
+
+
+def force_step(
+    system: System, structures: Tensor, parameters: Tensor, loss: Loss, results: StepResults, model: Model
+) -> None:
+    """Forward and backward pass of a training batch on energies and forces, in one call and without autograd.
+
+    ``system`` and ``loss`` are of the whole data set, ``structures`` [n] int64 are the batch. Without Jacobians for
+    stored descriptors, or without forces in the loss, training is on energies.
     """
     _OPS.force_step(
-        coordinates,
-        species,
-        offsets,
-        structures,
-        parameters,
-        energy_targets,
-        force_targets,
-        energy_weights,
-        force_weights,
-        scales,
-        energy_residuals,
-        force_errors,
-        losses,
-        gradient,
-        descriptor,
-        sizes,
-        activations,
-        biases,
+        system.tensors, structures, parameters, loss.tensors, results.tensors, model.descriptor, model.networks
     )
 
 
-def force_step_stored(
-    features: Tensor,
-    jacobian: Tensor | None,
-    species: Tensor,
-    offsets: Tensor,
-    structures: Tensor,
-    parameters: Tensor,
-    energy_targets: Tensor,
-    force_targets: Tensor,
-    energy_weights: Tensor,
-    force_weights: Tensor,
-    scales: Tensor,
-    energy_residuals: Tensor,
-    force_errors: Tensor,
-    losses: Tensor,
-    gradient: Tensor,
-    sizes: list[int],
-    activations: list[int],
-    biases: bool,
-) -> None:
-    """:func:`force_step` from ``features`` [N, D] and stored Jacobians [N, D, C], see `energy_forces_stored`.
-
-    Without Jacobians training is on energies only: force targets and weights are not looked at.
-    """
-    _OPS.force_step_stored(
-        features,
-        jacobian,
-        species,
-        offsets,
-        structures,
-        parameters,
-        energy_targets,
-        force_targets,
-        energy_weights,
-        force_weights,
-        scales,
-        energy_residuals,
-        force_errors,
-        losses,
-        gradient,
-        sizes,
-        activations,
-        biases,
-    )
+# ---- optimizer ---------------------------------------------------------------------------------
 
 
 def adam_step(
@@ -281,34 +374,4 @@ def adam_step(
     """
     _OPS.adam_step(
         parameter, gradient, mean, square, largest, learning_rate, beta1, beta2, eps, weight_decay, decoupled, step
-    )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some structures, their atoms sorted by species."""
-
-    structures: Tensor
-    """[n] indices into the data set"""
-    rows: Tensor
-    """[n_atoms] atom indices into the data set, sorted by species"""
-    owners: Tensor
-    """[n_atoms] position of the atom's structure within the batch"""
-    starts: Tensor
-    """[n_species + 1] where each species begins in rows"""
-
-
-def plan_batches(species: Tensor, offsets: Tensor, structures: Tensor, batch_size: int, n_species: int) -> list[Batch]:
-    """Cut ``structures`` (indices, in the order of an epoch) into batches with their atoms sorted by species."""
-    rows, owners, starts, firsts = _OPS.plan_batches(species, offsets, structures, batch_size, n_species)
-    lengths = firsts.diff().tolist()
-    return (
-        [
-            Batch(*parts)
-            for parts in zip(
-                structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True
-            )
-        ]
-        if lengths
-        else []
     )

@@ -5,8 +5,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 #include <vector>
+
+#include "arguments.h"
 
 namespace kinml::ops {
 namespace {
@@ -32,69 +35,101 @@ struct Op<R(Args...)> {
 using T = const Tensor&;
 using Doubles = at::ArrayRef<double>;
 using Ints = at::IntArrayRef;
+using MaybeTensor = const std::optional<Tensor>&;
+using SystemList = const OptionalTensors&;
+using Order = at::TensorList;
 
-Tensor call_aev(T x, T z, T o, Doubles d) {
-  static const Op<Tensor(T, T, T, Doubles)> op("kinml_fast::aev");
-  return op(x, z, o, d);
-}
-Tensor call_vjp(T x, T z, T o, T g, Doubles d) {
-  static const Op<Tensor(T, T, T, T, Doubles)> op("kinml_fast::aev_vjp");
-  return op(x, z, o, g, d);
-}
-Tensor call_jvp(T x, T z, T o, T v, Doubles d) {
-  static const Op<Tensor(T, T, T, T, Doubles)> op("kinml_fast::aev_jvp");
-  return op(x, z, o, v, d);
-}
-Tensor call_hvp(T x, T z, T o, T g, T v, Doubles d) {
-  static const Op<Tensor(T, T, T, T, T, Doubles)> op("kinml_fast::aev_hvp");
-  return op(x, z, o, g, v, d);
-}
+// What a backward pass needs again.
 
+// The tensors of a system, as variables; undefined where there are none.
+variable_list variables_of(SystemList system) {
+  variable_list result;
+  for (size_t i = 0; i < system.size(); ++i) result.push_back(entry(system, i));
+  return result;
+}
+OptionalTensors system_of(const variable_list& variables, size_t first = 0) {
+  OptionalTensors system;
+  for (size_t i = first; i < variables.size(); ++i)
+    system.push_back(variables[i].defined() ? std::optional<Tensor>(variables[i]) : std::nullopt);
+  return system;
+}
+// Keeps a system behind other tensors.
+void save(AutogradContext* ctx, variable_list first, SystemList system) {
+  const variable_list behind = variables_of(system);
+  first.insert(first.end(), behind.begin(), behind.end());
+  ctx->save_for_backward(first);
+}
 std::vector<double> descriptor_of(AutogradContext* ctx) {
   return ctx->saved_data["descriptor"].toDoubleVector();
 }
+std::vector<int64_t> networks_of(AutogradContext* ctx) {
+  return ctx->saved_data["networks"].toIntVector();
+}
+
+// ---- atomic environment vectors ----------------------------------------------------------------
+//
+// The coordinates are an argument beside the list that holds them: so that autograd sees them.
+
+Tensor call_aev(SystemList s, Doubles d) {
+  static const Op<Tensor(SystemList, Doubles)> op("kinml_fast::aev");
+  return op(s, d);
+}
+Tensor call_vjp(SystemList s, T g, Doubles d) {
+  static const Op<Tensor(SystemList, T, Doubles)> op("kinml_fast::aev_vjp");
+  return op(s, g, d);
+}
+Tensor call_jvp(SystemList s, T v, Doubles d) {
+  static const Op<Tensor(SystemList, T, Doubles)> op("kinml_fast::aev_jvp");
+  return op(s, v, d);
+}
+Tensor call_hvp(SystemList s, T g, T v, Doubles d) {
+  static const Op<Tensor(SystemList, T, T, Doubles)> op("kinml_fast::aev_hvp");
+  return op(s, g, v, d);
+}
 
 struct Aev : Function<Aev> {
-  static Tensor forward(AutogradContext* ctx, T x, T z, T o, Doubles d) {
+  static Tensor forward(AutogradContext* ctx, T /*coordinates*/, SystemList system, Doubles d) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, z, o});
+    save(ctx, {}, system);
     ctx->saved_data["descriptor"] = d.vec();
-    return call_aev(x, z, o, d);
+    return call_aev(system, d);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    const variable_list s = ctx->get_saved_variables();
-    return {call_vjp(s[0], s[1], s[2], grad[0], descriptor_of(ctx)), Tensor(), Tensor(), Tensor()};
+    return {call_vjp(system_of(ctx->get_saved_variables()), grad[0], descriptor_of(ctx)), Tensor(),
+            Tensor()};
   }
 };
 
 // J^T g (with g) and J v (with v): each is the other's derivative.
 template <bool transposed>
 struct AevProduct : Function<AevProduct<transposed>> {
-  static Tensor call(bool transpose, const variable_list& batch, T input, Doubles d) {
-    return (transpose ? call_vjp : call_jvp)(batch[0], batch[1], batch[2], input, d);
+  static Tensor call(bool transpose, SystemList system, T input, Doubles d) {
+    return (transpose ? call_vjp : call_jvp)(system, input, d);
   }
-  static Tensor forward(AutogradContext* ctx, T x, T z, T o, T input, Doubles d) {
+  static Tensor forward(AutogradContext* ctx, T /*coordinates*/, SystemList system, T input,
+                        Doubles d) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, z, o, input});
+    save(ctx, {input}, system);
     ctx->saved_data["descriptor"] = d.vec();
-    return call(transposed, {x, z, o}, input, d);
+    return call(transposed, system, input, d);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    const variable_list s = ctx->get_saved_variables();
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensors system = system_of(saved, 1);
     const std::vector<double> d = descriptor_of(ctx);
     Tensor of_x, of_input;
     if (ctx->needs_input_grad(0))
-      of_x =
-          call_hvp(s[0], s[1], s[2], transposed ? s[3] : grad[0], transposed ? grad[0] : s[3], d);
-    if (ctx->needs_input_grad(3)) of_input = call(!transposed, s, grad[0], d);
-    return {of_x, Tensor(), Tensor(), of_input, Tensor()};
+      of_x = call_hvp(system, transposed ? saved[0] : grad[0], transposed ? grad[0] : saved[0], d);
+    if (ctx->needs_input_grad(1)) of_input = call(!transposed, system, grad[0], d);
+    return {of_x, Tensor(), of_input, Tensor()};
   }
 };
 
 struct AevHvp : Function<AevHvp> {
-  static Tensor forward(AutogradContext*, T x, T z, T o, T g, T v, Doubles d) {
+  static Tensor forward(AutogradContext*, T /*coordinates*/, SystemList system, T g, T v,
+                        Doubles d) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_hvp(x, z, o, g, v, d);
+    return call_hvp(system, g, v, d);
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(
@@ -105,10 +140,11 @@ struct AevHvp : Function<AevHvp> {
 };
 
 struct AevJacobian : Function<AevJacobian> {
-  static Tensor forward(AutogradContext*, T x, T z, T o, int64_t max_atoms, Doubles d) {
+  static Tensor forward(AutogradContext*, T /*coordinates*/, SystemList system, int64_t max_atoms,
+                        Doubles d) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    static const Op<Tensor(T, T, T, int64_t, Doubles)> op("kinml_fast::aev_jacobian");
-    return op(x, z, o, max_atoms, d);
+    static const Op<Tensor(SystemList, int64_t, Doubles)> op("kinml_fast::aev_jacobian");
+    return op(system, max_atoms, d);
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(false,
@@ -116,55 +152,68 @@ struct AevJacobian : Function<AevJacobian> {
   }
 };
 
-using ForwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, const std::optional<Tensor>&, Ints,
-                                             Ints, bool, c10::SymInt, bool);
-using BackwardOp = std::tuple<Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, bool, bool, bool);
+Tensor aev(SystemList system, Doubles d) {
+  return Aev::apply(coordinates_of(system), system, d);
+}
 
-using SecondBackwardOp = std::tuple<Tensor, Tensor, Tensor>(T, T, T, T, T, T, T, Ints, Ints, bool,
-                                                            bool, bool, bool);
+Tensor aev_vjp(SystemList system, T g, Doubles d) {
+  return AevProduct<true>::apply(coordinates_of(system), system, g, d);
+}
+Tensor aev_jvp(SystemList system, T v, Doubles d) {
+  return AevProduct<false>::apply(coordinates_of(system), system, v, d);
+}
+Tensor aev_hvp(SystemList system, T g, T v, Doubles d) {
+  return AevHvp::apply(coordinates_of(system), system, g, v, d);
+}
+Tensor aev_jacobian(SystemList system, int64_t max_atoms, Doubles d) {
+  return AevJacobian::apply(coordinates_of(system), system, max_atoms, d);
+}
 
-void keep_networks(AutogradContext* ctx, Ints sizes, Ints activations, bool biases) {
-  ctx->saved_data["sizes"] = sizes.vec();
-  ctx->saved_data["activations"] = activations.vec();
-  ctx->saved_data["biases"] = biases;
+// ---- networks ----------------------------------------------------------------------------------
+
+using ForwardOp = std::tuple<Tensor, Tensor>(T, Order, T, MaybeTensor, Ints, c10::SymInt, bool);
+using BackwardOp = std::tuple<Tensor, Tensor>(T, T, Order, T, T, Ints, std::array<bool, 2>);
+using SecondBackwardOp = std::tuple<Tensor, Tensor, Tensor>(T, T, T, Order, T, Ints,
+                                                            std::array<bool, 3>);
+
+// The order among saved tensors, from `first` on.
+Order order_of(const variable_list& saved, size_t first) {
+  return Order(saved).slice(first, 3);
+}
+void check_constant(MaybeTensor sae) {
+  TORCH_CHECK(!sae.has_value() || !sae->requires_grad(), "kinml_fast: sae has no gradient");
 }
 
 struct Networks : Function<Networks> {
-  static Tensor forward(AutogradContext* ctx, T features, T rows, T owners, T starts, T parameters,
-                        const std::optional<Tensor>& sae, Ints sizes, Ints activations, bool biases,
-                        const c10::SymInt& n_structures) {
+  static Tensor forward(AutogradContext* ctx, T features, Order order, T parameters,
+                        MaybeTensor sae, Ints networks, const c10::SymInt& n_structures) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<ForwardOp> op("kinml_fast::networks_forward");
-    auto [energies, saved] = op(features, rows, owners, starts, parameters, sae, sizes, activations,
-                                biases, n_structures, true);
-    ctx->save_for_backward({features, rows, owners, starts, parameters, saved});
-    keep_networks(ctx, sizes, activations, biases);
+    auto [energies, saved] = op(features, order, parameters, sae, networks, n_structures, true);
+    ctx->save_for_backward({features, order[0], order[1], order[2], parameters, saved});
+    ctx->saved_data["networks"] = networks.vec();
     return energies;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static const Op<BackwardOp> op("kinml_fast::networks_backward");
     const variable_list s = ctx->get_saved_variables();
     const bool of_features = ctx->needs_input_grad(0), of_parameters = ctx->needs_input_grad(4);
-    auto [grad_features, grad_parameters] =
-        op(grad[0], s[0], s[1], s[2], s[3], s[4], s[5], ctx->saved_data["sizes"].toIntVector(),
-           ctx->saved_data["activations"].toIntVector(), ctx->saved_data["biases"].toBool(),
-           of_features, of_parameters);
-    variable_list result(10);
-    if (of_features) result[0] = grad_features;
-    if (of_parameters) result[4] = grad_parameters;
+    auto [a, b] = op(grad[0], s[0], order_of(s, 1), s[4], s[5], networks_of(ctx),
+                     {of_features, of_parameters});
+    variable_list result(8);
+    if (of_features) result[0] = a;
+    if (of_parameters) result[4] = b;
     return result;
   }
 };
 
 struct NetworksForward : Function<NetworksForward> {
-  static variable_list forward(AutogradContext*, T features, T rows, T owners, T starts,
-                               T parameters, const std::optional<Tensor>& sae, Ints sizes,
-                               Ints activations, bool biases, const c10::SymInt& n_structures,
+  static variable_list forward(AutogradContext*, T features, Order order, T parameters,
+                               MaybeTensor sae, Ints networks, const c10::SymInt& n_structures,
                                bool save) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<ForwardOp> op("kinml_fast::networks_forward");
-    auto [energies, saved] = op(features, rows, owners, starts, parameters, sae, sizes, activations,
-                                biases, n_structures, save);
+    auto [energies, saved] = op(features, order, parameters, sae, networks, n_structures, save);
     return {energies, saved};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -173,15 +222,13 @@ struct NetworksForward : Function<NetworksForward> {
 };
 
 struct NetworksBackward : Function<NetworksBackward> {
-  static variable_list forward(AutogradContext* ctx, T g, T features, T rows, T owners, T starts,
-                               T parameters, T saved, Ints sizes, Ints activations, bool biases,
-                               bool of_features, bool of_parameters) {
+  static variable_list forward(AutogradContext* ctx, T g, T features, Order order, T parameters,
+                               T saved, Ints networks, std::array<bool, 2> wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<BackwardOp> op("kinml_fast::networks_backward");
-    auto [a, b] = op(g, features, rows, owners, starts, parameters, saved, sizes, activations,
-                     biases, of_features, of_parameters);
-    ctx->save_for_backward({g, features, rows, owners, starts, parameters});
-    keep_networks(ctx, sizes, activations, biases);
+    auto [a, b] = op(g, features, order, parameters, saved, networks, wanted);
+    ctx->save_for_backward({g, features, order[0], order[1], order[2], parameters});
+    ctx->saved_data["networks"] = networks.vec();
     ctx->set_materialize_grads(false);
     return {a, b};
   }
@@ -189,16 +236,14 @@ struct NetworksBackward : Function<NetworksBackward> {
     TORCH_CHECK(!grad[1].defined(),
                 "kinml_fast: the gradient of the networks' parameters has no derivative; that of "
                 "their features has");
-    variable_list result(12);
+    variable_list result(9);
     if (!grad[0].defined()) return result;
     static const Op<SecondBackwardOp> op("kinml_fast::networks_second_backward");
     const variable_list s = ctx->get_saved_variables();
     const bool of_g = ctx->needs_input_grad(0), of_features = ctx->needs_input_grad(1),
                of_parameters = ctx->needs_input_grad(5);
-    auto [a, b, c] =
-        op(grad[0], s[0], s[1], s[2], s[3], s[4], s[5], ctx->saved_data["sizes"].toIntVector(),
-           ctx->saved_data["activations"].toIntVector(), ctx->saved_data["biases"].toBool(), of_g,
-           of_features, of_parameters);
+    auto [a, b, c] = op(grad[0], s[0], s[1], order_of(s, 2), s[5], networks_of(ctx),
+                        {of_g, of_features, of_parameters});
     if (of_g) result[0] = a;
     if (of_features) result[1] = b;
     if (of_parameters) result[5] = c;
@@ -207,13 +252,11 @@ struct NetworksBackward : Function<NetworksBackward> {
 };
 
 struct NetworksSecondBackward : Function<NetworksSecondBackward> {
-  static variable_list forward(AutogradContext*, T tangents, T g, T features, T rows, T owners,
-                               T starts, T parameters, Ints sizes, Ints activations, bool biases,
-                               bool of_g, bool of_features, bool of_parameters) {
+  static variable_list forward(AutogradContext*, T tangents, T g, T features, Order order,
+                               T parameters, Ints networks, std::array<bool, 3> wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<SecondBackwardOp> op("kinml_fast::networks_second_backward");
-    auto [a, b, c] = op(tangents, g, features, rows, owners, starts, parameters, sizes, activations,
-                        biases, of_g, of_features, of_parameters);
+    auto [a, b, c] = op(tangents, g, features, order, parameters, networks, wanted);
     return {a, b, c};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -221,180 +264,100 @@ struct NetworksSecondBackward : Function<NetworksSecondBackward> {
   }
 };
 
-Tensor aev(T x, T z, T o, Doubles d) {
-  return Aev::apply(x, z, o, d);
-}
-Tensor aev_vjp(T x, T z, T o, T g, Doubles d) {
-  return AevProduct<true>::apply(x, z, o, g, d);
-}
-Tensor aev_jvp(T x, T z, T o, T v, Doubles d) {
-  return AevProduct<false>::apply(x, z, o, v, d);
-}
-Tensor aev_hvp(T x, T z, T o, T g, T v, Doubles d) {
-  return AevHvp::apply(x, z, o, g, v, d);
-}
-Tensor aev_jacobian(T x, T z, T o, int64_t n, Doubles d) {
-  return AevJacobian::apply(x, z, o, n, d);
-}
-
-Tensor networks(T features, T rows, T owners, T starts, T parameters,
-                const std::optional<Tensor>& sae, Ints sizes, Ints activations, bool biases,
+Tensor networks(T features, Order order, T parameters, MaybeTensor sae, Ints networks,
                 c10::SymInt n_structures) {
-  TORCH_CHECK(!sae.has_value() || !sae->requires_grad(), "kinml_fast: sae has no gradient");
+  check_constant(sae);
   if (!at::GradMode::is_enabled() || !(features.requires_grad() || parameters.requires_grad())) {
     at::AutoDispatchBelowADInplaceOrView guard;  // nothing to keep
     static const Op<ForwardOp> op("kinml_fast::networks_forward");
-    return std::get<0>(op(features, rows, owners, starts, parameters, sae, sizes, activations,
-                          biases, std::move(n_structures), false));
+    return std::get<0>(
+        op(features, order, parameters, sae, networks, std::move(n_structures), false));
   }
-  return Networks::apply(features, rows, owners, starts, parameters, sae, sizes, activations,
-                         biases, n_structures);
+  return Networks::apply(features, order, parameters, sae, networks, n_structures);
 }
-
-std::tuple<Tensor, Tensor> networks_forward(T features, T rows, T owners, T starts, T parameters,
-                                            const std::optional<Tensor>& sae, Ints sizes,
-                                            Ints activations, bool biases, c10::SymInt n_structures,
-                                            bool save) {
-  variable_list r = NetworksForward::apply(features, rows, owners, starts, parameters, sae, sizes,
-                                           activations, biases, n_structures, save);
-  return {r[0], r[1]};
-}
-
-std::tuple<Tensor, Tensor> networks_backward(T g, T features, T rows, T owners, T starts,
-                                             T parameters, T saved, Ints sizes, Ints activations,
-                                             bool biases, bool of_features, bool of_parameters) {
-  variable_list r = NetworksBackward::apply(g, features, rows, owners, starts, parameters, saved,
-                                            sizes, activations, biases, of_features, of_parameters);
-  return {r[0], r[1]};
-}
-
-std::tuple<Tensor, Tensor, Tensor> networks_second_backward(T tangents, T g, T features, T rows,
-                                                            T owners, T starts, T parameters,
-                                                            Ints sizes, Ints activations,
-                                                            bool biases, bool of_g,
-                                                            bool of_features, bool of_parameters) {
+std::tuple<Tensor, Tensor> networks_forward(T features, Order order, T parameters, MaybeTensor sae,
+                                            Ints networks, c10::SymInt n_structures, bool save) {
   variable_list r =
-      NetworksSecondBackward::apply(tangents, g, features, rows, owners, starts, parameters, sizes,
-                                    activations, biases, of_g, of_features, of_parameters);
+      NetworksForward::apply(features, order, parameters, sae, networks, n_structures, save);
+  return {r[0], r[1]};
+}
+std::tuple<Tensor, Tensor> networks_backward(T g, T features, Order order, T parameters, T saved,
+                                             Ints networks, std::array<bool, 2> wanted) {
+  variable_list r =
+      NetworksBackward::apply(g, features, order, parameters, saved, networks, wanted);
+  return {r[0], r[1]};
+}
+std::tuple<Tensor, Tensor, Tensor> networks_second_backward(T tangents, T g, T features,
+                                                            Order order, T parameters,
+                                                            Ints networks,
+                                                            std::array<bool, 3> wanted) {
+  variable_list r =
+      NetworksSecondBackward::apply(tangents, g, features, order, parameters, networks, wanted);
   return {r[0], r[1], r[2]};
 }
 
-// Energies and forces of one call, differentiated with respect to the weights. The sources differ
-// in what stands before the species: coordinates, or stored descriptors and Jacobians.
-using Outputs = std::tuple<Tensor, Tensor>;
-using MaybeTensor = const std::optional<Tensor>&;
-using EnergyForcesOp = Outputs(T, T, T, T, MaybeTensor, Doubles, Ints, Ints, bool, bool);
-using EnergyForcesGrad = Tensor(T, T, T, T, T, T, Doubles, Ints, Ints, bool, bool);
-using StoredOp = Outputs(T, MaybeTensor, T, T, T, MaybeTensor, Ints, Ints, bool, bool);
-using StoredGrad = Tensor(T, T, T, MaybeTensor, T, T, T, Ints, Ints, bool, bool);
+// ---- energies and forces, differentiated with respect to the weights ---------------------------
 
-void check_constants(std::initializer_list<const Tensor*> constants, MaybeTensor sae) {
-  TORCH_CHECK(!sae.has_value() || !sae->requires_grad(), "kinml_fast: sae has no gradient");
-  for (const Tensor* t : constants)
-    TORCH_CHECK(!t->requires_grad(),
-                "kinml_fast: energy_forces is differentiated with respect to the weights only; "
-                "for derivatives with respect to coordinates or descriptors differentiate the "
-                "energies of EnergyModel.forward");
-}
+using Outputs = std::tuple<Tensor, Tensor>;
+using EnergyForcesOp = Outputs(SystemList, T, MaybeTensor, Doubles, Ints, int64_t);
+using EnergyForcesGrad = Tensor(T, T, SystemList, T, Doubles, Ints, int64_t);
 
 struct EnergyForces : Function<EnergyForces> {
-  static variable_list forward(AutogradContext* ctx, T x, T z, T o, T w, MaybeTensor sae, Doubles d,
-                               Ints sizes, Ints activations, bool biases, bool levels) {
+  static variable_list forward(AutogradContext* ctx, SystemList system, T parameters,
+                               MaybeTensor sae, Doubles d, Ints networks, int64_t first_level) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<EnergyForcesOp> op("kinml_fast::energy_forces");
-    ctx->save_for_backward({x, z, o, w});
+    save(ctx, {parameters}, system);
     ctx->saved_data["descriptor"] = d.vec();
-    ctx->saved_data["levels"] = levels;
-    keep_networks(ctx, sizes, activations, biases);
-    auto [energies, forces] = op(x, z, o, w, sae, d, sizes, activations, biases, levels);
+    ctx->saved_data["networks"] = networks.vec();
+    ctx->saved_data["first_level"] = first_level;
+    auto [energies, forces] = op(system, parameters, sae, d, networks, first_level);
     return {energies, forces};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static const Op<EnergyForcesGrad> op("kinml_fast::energy_forces_backward");
     const variable_list s = ctx->get_saved_variables();
-    variable_list result(10);
-    result[3] =
-        op(grad[0], grad[1], s[0], s[1], s[2], s[3], descriptor_of(ctx),
-           ctx->saved_data["sizes"].toIntVector(), ctx->saved_data["activations"].toIntVector(),
-           ctx->saved_data["biases"].toBool(), ctx->saved_data["levels"].toBool());
+    variable_list result(6);
+    result[1] = op(grad[0], grad[1], system_of(s, 1), s[0], descriptor_of(ctx), networks_of(ctx),
+                   ctx->saved_data["first_level"].toInt());
     return result;
   }
 };
 
-struct EnergyForcesStored : Function<EnergyForcesStored> {
-  static variable_list forward(AutogradContext* ctx, T a, MaybeTensor jacobian, T z, T o, T w,
-                               MaybeTensor sae, Ints sizes, Ints activations, bool biases,
-                               bool levels) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    static const Op<StoredOp> op("kinml_fast::energy_forces_stored");
-    ctx->save_for_backward({a, jacobian.value_or(Tensor()), z, o, w});
-    ctx->saved_data["levels"] = levels;
-    keep_networks(ctx, sizes, activations, biases);
-    auto [energies, forces] = op(a, jacobian, z, o, w, sae, sizes, activations, biases, levels);
-    return {energies, forces};
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    static const Op<StoredGrad> op("kinml_fast::energy_forces_stored_backward");
-    const variable_list s = ctx->get_saved_variables();
-    const auto jacobian = s[1].defined() ? std::optional<Tensor>(s[1]) : std::nullopt;
-    variable_list result(10);
-    result[4] =
-        op(grad[0], grad[1], s[0], jacobian, s[2], s[3], s[4],
-           ctx->saved_data["sizes"].toIntVector(), ctx->saved_data["activations"].toIntVector(),
-           ctx->saved_data["biases"].toBool(), ctx->saved_data["levels"].toBool());
-    return result;
-  }
-};
-
-[[noreturn]] void no_second_derivative() {
-  TORCH_CHECK(false,
-              "kinml_fast: the gradient of energy_forces has no derivative; differentiate the "
-              "energies of EnergyModel.forward as often as needed");
-}
+// The system is constant here, but an argument for autograd all the same: that the result has no
+// derivative must be said, also with respect to coordinates.
 struct EnergyForcesBackward : Function<EnergyForcesBackward> {
-  static Tensor forward(AutogradContext*, T e, T f, T x, T z, T o, T w, Doubles d, Ints sizes,
-                        Ints activations, bool biases, bool levels) {
+  static Tensor forward(AutogradContext*, T e, T f, Order /*of the system*/, SystemList system,
+                        T parameters, Doubles d, Ints networks, int64_t first_level) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<EnergyForcesGrad> op("kinml_fast::energy_forces_backward");
-    return op(e, f, x, z, o, w, d, sizes, activations, biases, levels);
+    return op(e, f, system, parameters, d, networks, first_level);
   }
-  static variable_list backward(AutogradContext*, const variable_list&) { no_second_derivative(); }
-};
-struct EnergyForcesStoredBackward : Function<EnergyForcesStoredBackward> {
-  static Tensor forward(AutogradContext*, T e, T f, T a, MaybeTensor jacobian, T z, T o, T w,
-                        Ints sizes, Ints activations, bool biases, bool levels) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    static const Op<StoredGrad> op("kinml_fast::energy_forces_stored_backward");
-    return op(e, f, a, jacobian, z, o, w, sizes, activations, biases, levels);
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "kinml_fast: the gradient of energy_forces has no derivative; differentiate the "
+                "energies of EnergyModel.forward as often as needed");
   }
-  static variable_list backward(AutogradContext*, const variable_list&) { no_second_derivative(); }
 };
 
-Outputs energy_forces(T x, T z, T o, T w, MaybeTensor sae, Doubles d, Ints sizes, Ints activations,
-                      bool biases, bool levels) {
-  if (at::GradMode::is_enabled()) check_constants({&x}, sae);
-  const variable_list r =
-      EnergyForces::apply(x, z, o, w, sae, d, sizes, activations, biases, levels);
-  return {r[0], r[1]};
-}
-Outputs energy_forces_stored(T a, MaybeTensor jacobian, T z, T o, T w, MaybeTensor sae, Ints sizes,
-                             Ints activations, bool biases, bool levels) {
+Outputs energy_forces(SystemList system, T parameters, MaybeTensor sae, Doubles d, Ints networks,
+                      int64_t first_level) {
   if (at::GradMode::is_enabled()) {
-    check_constants({&a}, sae);
-    if (jacobian.has_value()) check_constants({&*jacobian}, sae);
+    check_constant(sae);
+    for (const Tensor& t : variables_of(system))
+      TORCH_CHECK(!t.defined() || !t.requires_grad(),
+                  "kinml_fast: energy_forces is differentiated with respect to the weights only; "
+                  "for derivatives with respect to coordinates or descriptors differentiate the "
+                  "energies of EnergyModel.forward");
   }
-  const variable_list r =
-      EnergyForcesStored::apply(a, jacobian, z, o, w, sae, sizes, activations, biases, levels);
+  const variable_list r = EnergyForces::apply(system, parameters, sae, d, networks, first_level);
   return {r[0], r[1]};
 }
-Tensor energy_forces_backward(T e, T f, T x, T z, T o, T w, Doubles d, Ints sizes, Ints activations,
-                              bool biases, bool levels) {
-  return EnergyForcesBackward::apply(e, f, x, z, o, w, d, sizes, activations, biases, levels);
-}
-Tensor energy_forces_stored_backward(T e, T f, T a, MaybeTensor jacobian, T z, T o, T w, Ints sizes,
-                                     Ints activations, bool biases, bool levels) {
-  return EnergyForcesStoredBackward::apply(e, f, a, jacobian, z, o, w, sizes, activations, biases,
-                                           levels);
+Tensor energy_forces_backward(T e, T f, SystemList system, T parameters, Doubles d, Ints networks,
+                              int64_t first_level) {
+  const variable_list tensors = variables_of(system);
+  return EnergyForcesBackward::apply(e, f, Order(tensors), system, parameters, d, networks,
+                                     first_level);
 }
 
 }  // namespace
@@ -410,9 +373,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
   m.impl("networks_backward", networks_backward);
   m.impl("networks_second_backward", networks_second_backward);
   m.impl("energy_forces", energy_forces);
-  m.impl("energy_forces_stored", energy_forces_stored);
   m.impl("energy_forces_backward", energy_forces_backward);
-  m.impl("energy_forces_stored_backward", energy_forces_stored_backward);
 }
 
 }  // namespace kinml::ops

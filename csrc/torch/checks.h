@@ -4,12 +4,8 @@
 #include <ATen/ATen.h>
 
 #include <optional>
-#include <string>
-#include <utility>
-#include <vector>
 
-#include "../core/batches.h"
-#include "../core/network_shape.h"
+#include "../core/model.h"
 
 namespace kinml::ops {
 
@@ -48,20 +44,6 @@ inline void check_index(const at::Tensor& t, const char* name) {
 inline void check_matrix(const at::Tensor& t, const char* name, int64_t rows, int64_t columns) {
   TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "kinml_fast: ", name,
               " must have shape [", rows, ", ", columns, "], got ", t.sizes());
-}
-
-// Shapes and types of the three tensors that describe a ragged batch; no look at their values.
-inline void check_batch_shapes(const at::Tensor& coordinates, const at::Tensor& species,
-                               const at::Tensor& offsets) {
-  check_floating(coordinates, "coordinates");
-  TORCH_CHECK(coordinates.dim() == 2 && coordinates.size(1) == 3,
-              "kinml_fast: coordinates must have shape [n_atoms, 3], got ", coordinates.sizes());
-  check_index(species, "species");
-  check_index(offsets, "offsets");
-  TORCH_CHECK(species.size(0) == coordinates.size(0), "kinml_fast: coordinates have ",
-              coordinates.size(0), " atoms but species has ", species.size(0));
-  TORCH_CHECK(offsets.size(0) >= 1,
-              "kinml_fast: offsets must have n_structures + 1 entries, got none");
 }
 
 // The packed descriptor: see kinml_fast.nn.aev.AEVParameters.packed.
@@ -114,69 +96,52 @@ inline void check_activations(at::IntArrayRef activations) {
     TORCH_CHECK(a >= 0 && a <= 6, "kinml_fast: unknown activation code ", a);
 }
 
-// The description of a chain of networks (NetworkLevels) from `sizes`
-// [n_levels, n_species, n_layers + 1]: networks of level 0 take `length` numbers, the others one
-// more. Parameters [..., n]. The lists must outlive it.
-inline NetworkLevels describe_levels(const at::Tensor& parameters, int64_t n_species,
-                                     int64_t n_levels, int64_t length, at::IntArrayRef sizes,
-                                     at::IntArrayRef activations, bool biases) {
-  const auto n_layers = static_cast<int64_t>(activations.size());
-  NetworkLevels levels;
-  for (int64_t k = 0; k < n_levels; ++k) {
-    levels.shapes.push_back({n_species, n_layers, sizes.data() + k * n_species * (n_layers + 1),
-                             activations.data(), biases});
-    for (int64_t s = 0; s < n_species; ++s)
-      check_network(levels.shapes.back(), s, length + (k > 0 ? 1 : 0));
-  }
-  check_activations(activations);
-  TORCH_CHECK(parameters.size(-1) == levels.parameters(), "kinml_fast: the networks have ",
-              levels.parameters(), " parameters, got ", parameters.size(-1));
-  return levels;
+// The chain of networks that `packed` describes: see the schema. The list must outlive it.
+inline NetworkChain unpack_networks(at::IntArrayRef packed) {
+  constexpr size_t kHead = 4;
+  TORCH_CHECK(packed.size() >= kHead,
+              "kinml_fast: the description of the networks must have at "
+              "least ",
+              kHead, " numbers, got ", packed.size());
+  const int64_t n_levels = packed[0], n_species = packed[1], n_layers = packed[2];
+  const int64_t n_sizes = n_species * (n_layers + 1);
+  TORCH_CHECK(n_levels >= 1 && n_species >= 1 && n_layers >= 1 &&
+                  static_cast<int64_t>(packed.size() - kHead) == n_layers + n_levels * n_sizes,
+              "kinml_fast: the description of the networks says ", n_levels, " levels, ", n_species,
+              " species and ", n_layers, " layers, which needs ",
+              kHead + n_layers + n_levels * n_sizes, " numbers; it has ", packed.size());
+  const int64_t* const activations = packed.data() + kHead;
+  for (int64_t l = 0; l < n_layers; ++l)
+    TORCH_CHECK(activations[l] >= 0 && activations[l] <= 6, "kinml_fast: unknown activation code ",
+                activations[l]);
+  NetworkChain chain;
+  for (int64_t k = 0; k < n_levels; ++k)
+    chain.shapes.push_back(
+        {n_species, n_layers, activations + n_layers + k * n_sizes, activations, packed[3] != 0});
+  return chain;
 }
 
-// The description of the networks of one level and one model.
-inline NetworkShape unpack_networks(const at::Tensor& parameters, int64_t n_species, int64_t length,
-                                    at::IntArrayRef sizes, at::IntArrayRef activations,
-                                    bool biases) {
-  const auto n_layers = static_cast<int64_t>(activations.size());
-  TORCH_CHECK(n_layers >= 1 && n_species >= 1 &&
-                  static_cast<int64_t>(sizes.size()) == n_species * (n_layers + 1),
-              "kinml_fast: ", n_layers, " layers and ", n_species, " species need ",
-              n_species * (n_layers + 1), " sizes, got ", sizes.size());
-  TORCH_CHECK(parameters.dim() == 1, "kinml_fast: parameters must be one flat tensor, got shape ",
-              parameters.sizes());
-  return describe_levels(parameters, n_species, 1, length, sizes, activations, biases).shapes[0];
+// Whether a chain is one on features of this length, with so many parameters [..., n].
+inline void check_networks(const NetworkChain& chain, int64_t length,
+                           const at::Tensor& parameters) {
+  for (int64_t k = 0; k < chain.n_levels(); ++k)
+    for (int64_t s = 0; s < chain.n_species(); ++s) {
+      const NetworkShape& shape = chain.shapes[k];
+      const int64_t inputs = length + (k > 0 ? 1 : 0);
+      TORCH_CHECK(shape.size(s, 0) == inputs, "kinml_fast: the network of species ", s, " takes ",
+                  shape.size(s, 0), " inputs, the features have ", inputs);
+      TORCH_CHECK(shape.size(s, shape.n_layers) == 1,
+                  "kinml_fast: the last layer must have one output, that of species ", s, " has ",
+                  shape.size(s, shape.n_layers));
+    }
+  TORCH_CHECK(parameters.size(-1) == chain.parameters(), "kinml_fast: the networks have ",
+              chain.parameters(), " parameters, got ", parameters.size(-1));
 }
 
-// Species and levels of a chain. Networks of level 0 are the first ones, which take `length`
-// numbers.
-inline std::pair<int64_t, int64_t> count_levels(int64_t length, at::IntArrayRef sizes,
-                                                at::IntArrayRef activations) {
-  const size_t widths = activations.size() + 1, n_networks = sizes.size() / widths;
-  TORCH_CHECK(!activations.empty() && n_networks > 0 && sizes.size() == n_networks * widths,
-              "kinml_fast: ", activations.size(), " layers need ", widths,
-              " sizes for each network, got ", sizes.size(), " in all");
-  size_t n_species = 0;
-  while (n_species < n_networks && sizes[n_species * widths] == length) ++n_species;
-  TORCH_CHECK(n_species > 0, "kinml_fast: the network of species 0 takes ", sizes[0],
-              " inputs, the features have ", length);
-  TORCH_CHECK(n_networks % n_species == 0, "kinml_fast: the network of species ", n_species,
-              " takes ", sizes[n_species % n_networks * widths], " inputs, the features have ",
-              length);
-  return {n_species, n_networks / n_species};
-}
-
-// The description of a chain whose species and levels `sizes` tells; parameters [n] or, for an
-// ensemble, [n_members, n].
-inline NetworkLevels unpack_levels(const at::Tensor& parameters, int64_t length,
-                                   at::IntArrayRef sizes, at::IntArrayRef activations,
-                                   bool biases) {
-  TORCH_CHECK(parameters.dim() == 1 || parameters.dim() == 2,
-              "kinml_fast: parameters must be one flat tensor, or [n_members, n] for an ensemble, "
-              "got shape ",
-              parameters.sizes());
-  const auto [n_species, n_levels] = count_levels(length, sizes, activations);
-  return describe_levels(parameters, n_species, n_levels, length, sizes, activations, biases);
+inline void check_doubles(const at::Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK(t.scalar_type() == at::kDouble && t.sizes() == shape && t.is_contiguous(),
+              "kinml_fast: ", name, " must be a contiguous float64 tensor of shape ", shape,
+              ", got ", t.scalar_type(), " of shape ", t.sizes());
 }
 
 inline void check_order_arguments(const at::Tensor& species, const at::Tensor& offsets,
@@ -186,22 +151,6 @@ inline void check_order_arguments(const at::Tensor& species, const at::Tensor& o
   TORCH_CHECK(offsets.size(0) >= 1,
               "kinml_fast: offsets must have n_structures + 1 entries, got none");
   TORCH_CHECK(n_species >= 1, "kinml_fast: n_species must be at least 1, got ", n_species);
-}
-
-// Targets, weights and results of energy_step.
-inline void check_energy_step(const at::Tensor& targets, const at::Tensor& weights,
-                              const at::Tensor& residuals, const at::Tensor& gradient,
-                              const at::Tensor& parameters) {
-  const int64_t n = targets.numel();
-  for (const at::Tensor* t : {&targets, &weights, &residuals})
-    TORCH_CHECK(
-        t->scalar_type() == at::kDouble && t->dim() == 1 && t->size(0) == n && t->is_contiguous(),
-        "kinml_fast: targets, weights and residuals must be contiguous float64 tensors of shape [",
-        n, "]");
-  check_same_type(gradient, "gradient", parameters, "parameters");
-  TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
-              "kinml_fast: gradient must be contiguous and have the shape of parameters, ",
-              parameters.sizes(), ", got ", gradient.sizes());
 }
 
 // Arguments of adam_step.

@@ -1,124 +1,95 @@
-// The ops on the CPU, and their shapes (Meta).
-#include <ATen/Parallel.h>
+// The ops of atomic environment vectors, networks and the optimizer on the CPU, and their shapes
+// (Meta).
 #include <torch/library.h>
 
 #include <algorithm>
-#include <numeric>
+#include <array>
 #include <tuple>
+#include <vector>
 
 #include "../cpu/adam_cpu.h"
 #include "../cpu/aev_cpu.h"
 #include "../cpu/networks_cpu.h"
-#include "checks.h"
-#include "networks_arguments.h"
+#include "cpu.h"
 
 namespace kinml::ops {
 namespace {
 
 using at::Tensor;
 
-int threads() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
-}
+// ---- atomic environment vectors ----------------------------------------------------------------
 
-// A checked ragged batch in contiguous memory.
-struct Batch {
-  Tensor coordinates, species, offsets;
+// A checked system with coordinates, and what its AEVs are made of.
+struct AevCall {
+  SystemArguments system;
+  AevParameters parameters;
 
-  Batch(const Tensor& x, const Tensor& z, const Tensor& o, int64_t n_species)
-      : coordinates(x.contiguous()), species(z.contiguous()), offsets(o.contiguous()) {
-    check_batch_values(species.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(),
-                       species.size(0), offsets.size(0) - 1, n_species);
+  AevCall(const OptionalTensors& system_, at::ArrayRef<double> descriptor)
+      : system(system_), parameters(unpack_descriptor(descriptor)) {
+    coordinates_of(system_);
+    check_system_values(system, parameters.n_species);
   }
-  template <class T>
-  AevBatch<T> as() const {
-    return {offsets.size(0) - 1, coordinates.const_data_ptr<T>(), species.const_data_ptr<int64_t>(),
-            offsets.const_data_ptr<int64_t>()};
+  // function(parameters, system, pointer, n_threads), of a result [n_atoms, ...].
+  template <class Function>
+  Tensor run(at::IntArrayRef rest, const Function& function) const {
+    std::vector<int64_t> shape{system.n_atoms()};
+    shape.insert(shape.end(), rest.begin(), rest.end());
+    Tensor out = at::empty(shape, system.coordinates.options());
+    with_type(system.coordinates, [&](auto zero) {
+      using T = decltype(zero);
+      function(parameters, system.view<T>(), out.mutable_data_ptr<T>(), threads());
+    });
+    return out;
   }
 };
 
-Tensor aev(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-           at::ArrayRef<double> descriptor) {
-  check_batch_shapes(coordinates, species, offsets);
-  const AevParameters p = unpack_descriptor(descriptor);
-  const Batch batch(coordinates, species, offsets, p.n_species);
-  Tensor out = at::empty({coordinates.size(0), p.length()}, coordinates.options());
-  with_type(coordinates, [&](auto zero) {
-    using T = decltype(zero);
-    cpu::aev_forward<T>(p, batch.as<T>(), out.mutable_data_ptr<T>(), threads());
+Tensor aev(const OptionalTensors& system, at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  return call.run({call.parameters.length()},
+                  []<class T>(const auto& p, const System<T>& s, T* out, int n_threads) {
+                    cpu::aev_forward<T>(p, s, out, n_threads);
+                  });
+}
+Tensor aev_vjp(const OptionalTensors& system, const Tensor& gradient,
+               at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const Tensor g = call.system.checked_rows(gradient, "gradient", call.parameters.length());
+  return call.run({3}, [&]<class T>(const auto& p, const System<T>& s, T* out, int n_threads) {
+    cpu::aev_vjp<T>(p, s, g.const_data_ptr<T>(), out, n_threads);
   });
-  return out;
 }
-
-// What aev_vjp, aev_jvp and aev_hvp share. gradient [n_atoms, D] and tangent [n_atoms, 3] may be
-// null; with a gradient the result has one row of coordinates per atom, else one vector.
-template <class Kernel>
-Tensor aev_product(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-                   const Tensor* gradient, const Tensor* tangent, at::ArrayRef<double> descriptor,
-                   const Kernel& kernel) {
-  check_batch_shapes(coordinates, species, offsets);
-  const AevParameters p = unpack_descriptor(descriptor);
-  Tensor g, v;
-  if (gradient != nullptr) {
-    check_same_type(*gradient, "gradient", coordinates, "coordinates");
-    check_matrix(*gradient, "gradient", coordinates.size(0), p.length());
-    g = gradient->contiguous();
-  }
-  if (tangent != nullptr) {
-    check_same_type(*tangent, "tangent", coordinates, "coordinates");
-    check_matrix(*tangent, "tangent", coordinates.size(0), 3);
-    v = tangent->contiguous();
-  }
-  const Batch batch(coordinates, species, offsets, p.n_species);
-  Tensor out = at::empty({coordinates.size(0), gradient ? 3 : p.length()}, coordinates.options());
-  with_type(coordinates, [&](auto zero) {
-    using T = decltype(zero);
-    kernel(p, batch.as<T>(), gradient ? g.const_data_ptr<T>() : nullptr,
-           tangent ? v.const_data_ptr<T>() : nullptr, out.mutable_data_ptr<T>());
+Tensor aev_jvp(const OptionalTensors& system, const Tensor& tangent,
+               at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const Tensor v = call.system.checked_rows(tangent, "tangent", 3);
+  return call.run({call.parameters.length()},
+                  [&]<class T>(const auto& p, const System<T>& s, T* out, int n_threads) {
+                    cpu::aev_jvp<T>(p, s, v.const_data_ptr<T>(), out, n_threads);
+                  });
+}
+Tensor aev_hvp(const OptionalTensors& system, const Tensor& gradient, const Tensor& tangent,
+               at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const Tensor g = call.system.checked_rows(gradient, "gradient", call.parameters.length());
+  const Tensor v = call.system.checked_rows(tangent, "tangent", 3);
+  return call.run({3}, [&]<class T>(const auto& p, const System<T>& s, T* out, int n_threads) {
+    cpu::aev_hvp<T>(p, s, g.const_data_ptr<T>(), v.const_data_ptr<T>(), out, n_threads);
   });
-  return out;
 }
-
-Tensor aev_vjp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-               const Tensor& gradient, at::ArrayRef<double> descriptor) {
-  return aev_product(coordinates, species, offsets, &gradient, nullptr, descriptor,
-                     [](const auto& p, const auto& batch, auto* g, auto*, auto* out) {
-                       cpu::aev_vjp(p, batch, g, out, threads());
-                     });
-}
-
-Tensor aev_jvp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-               const Tensor& tangent, at::ArrayRef<double> descriptor) {
-  return aev_product(coordinates, species, offsets, nullptr, &tangent, descriptor,
-                     [](const auto& p, const auto& batch, auto*, auto* v, auto* out) {
-                       cpu::aev_jvp(p, batch, v, out, threads());
-                     });
-}
-
-Tensor aev_hvp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-               const Tensor& gradient, const Tensor& tangent, at::ArrayRef<double> descriptor) {
-  return aev_product(coordinates, species, offsets, &gradient, &tangent, descriptor,
-                     [](const auto& p, const auto& batch, auto* g, auto* v, auto* out) {
-                       cpu::aev_hvp(p, batch, g, v, out, threads());
-                     });
-}
-
-Tensor aev_jacobian(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-                    int64_t max_atoms, at::ArrayRef<double> descriptor) {
-  check_batch_shapes(coordinates, species, offsets);
-  const AevParameters p = unpack_descriptor(descriptor);
-  const Batch batch(coordinates, species, offsets, p.n_species);
-  const int64_t* o = batch.offsets.const_data_ptr<int64_t>();
-  for (int64_t s = 0; s + 1 < offsets.size(0); ++s)
+Tensor aev_jacobian(const OptionalTensors& system, int64_t max_atoms,
+                    at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const int64_t* o = call.system.offsets.const_data_ptr<int64_t>();
+  for (int64_t s = 0; s < call.system.n_structures(); ++s)
     TORCH_CHECK(o[s + 1] - o[s] <= max_atoms, "kinml_fast: structure ", s, " has ", o[s + 1] - o[s],
                 " atoms, more than max_atoms = ", max_atoms);
-  Tensor out = at::empty({coordinates.size(0), p.length(), 3 * max_atoms}, coordinates.options());
-  with_type(coordinates, [&](auto zero) {
-    using T = decltype(zero);
-    cpu::aev_jacobian<T>(p, batch.as<T>(), 3 * max_atoms, out.mutable_data_ptr<T>(), threads());
-  });
-  return out;
+  return call.run({call.parameters.length(), 3 * max_atoms},
+                  [&]<class T>(const auto& p, const System<T>& s, T* out, int n_threads) {
+                    cpu::aev_jacobian<T>(p, s, 3 * max_atoms, out, n_threads);
+                  });
 }
+
+// ---- networks ----------------------------------------------------------------------------------
 
 // Counting sort by species of the atoms of structures[begin..end) (all when null): stable.
 void sort_atoms(const int64_t* species, const int64_t* offsets, const int64_t* structures,
@@ -192,10 +163,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species_,
 
 // With checks of the indices' values.
 struct Networks : NetworkArguments {
-  Networks(const Tensor& features, const Tensor& rows, const Tensor& owners, const Tensor& starts,
-           const Tensor& parameters, at::IntArrayRef sizes, at::IntArrayRef activations,
-           bool biases, int64_t n_structures)
-      : NetworkArguments(features, rows, owners, starts, parameters, sizes, activations, biases) {
+  Networks(const Tensor& features, at::TensorList order, const Tensor& parameters,
+           at::IntArrayRef networks, int64_t n_structures)
+      : NetworkArguments(features, order, parameters, networks) {
     const int64_t* start = this->starts.const_data_ptr<int64_t>();
     TORCH_CHECK(start[0] == 0 && start[shape.n_species] == n(),
                 "kinml_fast: starts must begin with 0 and end with the number of rows, ", n());
@@ -212,14 +182,12 @@ struct Networks : NetworkArguments {
   }
 };
 
-std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor& rows,
-                                            const Tensor& owners, const Tensor& starts,
+std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, at::TensorList order,
                                             const Tensor& parameters,
-                                            const std::optional<Tensor>& sae, at::IntArrayRef sizes,
-                                            at::IntArrayRef activations, bool biases,
-                                            int64_t n_structures, bool save) {
-  const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
-                     n_structures);
+                                            const std::optional<Tensor>& sae,
+                                            at::IntArrayRef networks, int64_t n_structures,
+                                            bool save) {
+  const Networks net(features, order, parameters, networks, n_structures);
   Tensor energies = at::zeros({n_structures}, features.options().dtype(at::kDouble));
   Tensor saved = at::empty({save ? net.n() : 0, net.shape.saved_per_atom()}, features.options());
   Tensor atomic = at::empty({net.n()}, features.options());
@@ -244,24 +212,26 @@ std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor
   return {energies, saved};
 }
 
-Tensor networks(const Tensor& features, const Tensor& rows, const Tensor& owners,
-                const Tensor& starts, const Tensor& parameters, const std::optional<Tensor>& sae,
-                at::IntArrayRef sizes, at::IntArrayRef activations, bool biases,
-                int64_t n_structures) {
-  return std::get<0>(networks_forward(features, rows, owners, starts, parameters, sae, sizes,
-                                      activations, biases, n_structures, false));
+Tensor networks(const Tensor& features, at::TensorList order, const Tensor& parameters,
+                const std::optional<Tensor>& sae, at::IntArrayRef networks, int64_t n_structures) {
+  return std::get<0>(
+      networks_forward(features, order, parameters, sae, networks, n_structures, false));
 }
 
 // Whether a row is named twice: a structure that stands twice in a batch.
-bool any_twice(const Tensor& rows_, int64_t n_features) {
-  const Tensor rows = rows_.contiguous();
-  const int64_t* row = rows.const_data_ptr<int64_t>();
-  std::vector<bool> seen(n_features);
-  for (int64_t i = 0; i < rows.size(0); ++i) {
+bool any_twice(const Networks& net) {
+  const int64_t* row = net.rows.const_data_ptr<int64_t>();
+  std::vector<bool> seen(net.features.size(0));
+  for (int64_t i = 0; i < net.n(); ++i) {
     if (seen[row[i]]) return true;
     seen[row[i]] = true;
   }
   return false;
+}
+
+// The order of the same atoms when each has a feature row of its own.
+std::array<Tensor, 3> one_row_each(const Networks& net) {
+  return {at::arange(net.n(), net.rows.options()), net.owners, net.starts};
 }
 
 // dL/dE of its structure for every atom.
@@ -279,21 +249,18 @@ Tensor of_atoms(const Tensor& grad_energies, const Networks& net) {
 }
 
 std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const Tensor& features,
-                                             const Tensor& rows, const Tensor& owners,
-                                             const Tensor& starts, const Tensor& parameters,
-                                             const Tensor& saved, at::IntArrayRef sizes,
-                                             at::IntArrayRef activations, bool biases,
-                                             bool of_features, bool of_parameters) {
-  const int64_t n_structures = grad_energies.size(0);
+                                             at::TensorList order, const Tensor& parameters,
+                                             const Tensor& saved, at::IntArrayRef networks,
+                                             std::array<bool, 2> wanted) {
+  const auto [of_features, of_parameters] = wanted;
   // The kernel writes gradients at the features' stride.
-  const Networks net(of_features ? features.contiguous() : features, rows, owners, starts,
-                     parameters, sizes, activations, biases, n_structures);
-  if (of_features && any_twice(net.rows, features.size(0))) {
+  const Networks net(of_features ? features.contiguous() : features, order, parameters, networks,
+                     grad_energies.size(0));
+  if (of_features && any_twice(net)) {
     // The kernel writes each row once: give every atom a row of its own, and add afterwards.
     auto [grad_rows, grad_parameters] =
-        networks_backward(grad_energies, features.index_select(0, net.rows),
-                          at::arange(net.rows.size(0), net.rows.options()), owners, starts,
-                          parameters, saved, sizes, activations, biases, true, of_parameters);
+        networks_backward(grad_energies, features.index_select(0, net.rows), one_row_each(net),
+                          parameters, saved, networks, wanted);
     return {at::zeros(features.sizes(), features.options()).index_add_(0, net.rows, grad_rows),
             grad_parameters};
   }
@@ -317,20 +284,18 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
-    const Tensor& tangents, const Tensor& grad_energies, const Tensor& features, const Tensor& rows,
-    const Tensor& owners, const Tensor& starts, const Tensor& parameters, at::IntArrayRef sizes,
-    at::IntArrayRef activations, bool biases, bool of_grad_energies, bool of_features,
-    bool of_parameters) {
+    const Tensor& tangents, const Tensor& grad_energies, const Tensor& features,
+    at::TensorList order, const Tensor& parameters, at::IntArrayRef networks,
+    std::array<bool, 3> wanted) {
+  const auto [of_grad_energies, of_features, of_parameters] = wanted;
   const int64_t n_structures = grad_energies.size(0);
   // Both are read, and the gradient written, at one stride.
-  const Networks net(features.contiguous(), rows, owners, starts, parameters, sizes, activations,
-                     biases, n_structures);
+  const Networks net(features.contiguous(), order, parameters, networks, n_structures);
   const Tensor directions = net.checked_tangents(tangents);
-  if (of_features && any_twice(net.rows, features.size(0))) {
+  if (of_features && any_twice(net)) {
     auto [derivatives, grad_rows, grad_parameters] = networks_second_backward(
         directions.index_select(0, net.rows), grad_energies, features.index_select(0, net.rows),
-        at::arange(net.rows.size(0), net.rows.options()), owners, starts, parameters, sizes,
-        activations, biases, of_grad_energies, true, of_parameters);
+        one_row_each(net), parameters, networks, wanted);
     return {derivatives,
             at::zeros(features.sizes(), features.options()).index_add_(0, net.rows, grad_rows),
             grad_parameters};
@@ -360,16 +325,15 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
   return {derivatives, grad_features, grad_parameters};
 }
 
-void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owners,
-                 const Tensor& starts, const Tensor& parameters, const Tensor& targets,
-                 const Tensor& weights, Tensor residuals, Tensor gradient, double scale,
-                 at::IntArrayRef sizes, at::IntArrayRef activations, bool biases) {
-  check_energy_step(targets, weights, residuals, gradient, parameters);
-  const int64_t n = targets.numel();
-  const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases, n);
-  const int64_t n_atoms = net.rows.size(0);
-  const Tensor saved = at::empty({n_atoms, net.shape.saved_per_atom()}, features.options());
-  const Tensor atomic = at::empty({n_atoms}, features.options());
+void energy_step(const Tensor& features, at::TensorList order, const Tensor& parameters,
+                 const OptionalTensors& loss_, at::TensorList results_, at::IntArrayRef networks) {
+  const Tensor targets = entry(loss_, LossArguments::kEnergies);
+  const int64_t n = targets.defined() ? targets.size(-1) : 0;
+  const Networks net(features, order, parameters, networks, n);
+  const LossArguments arguments(loss_, 1, n, net.n(), false, net.parameters);
+  const StepResults results(results_, false, 1, n, net.parameters);
+  const Tensor saved = at::empty({net.n(), net.shape.saved_per_atom()}, features.options());
+  const Tensor atomic = at::empty({net.n()}, features.options());
   with_type(features, [&](auto zero) {
     using T = decltype(zero);
     const T* x = net.features.const_data_ptr<T>();
@@ -380,24 +344,27 @@ void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owner
     const int64_t* start = net.starts.const_data_ptr<int64_t>();
     T* kept = saved.mutable_data_ptr<T>();
     T* e = atomic.mutable_data_ptr<T>();
-    double* residual = residuals.mutable_data_ptr<double>();
-    const double* target = targets.const_data_ptr<double>();
     cpu::networks_forward<T>(net.shape, p, x, stride, row, start, kept, e, threads());
+    double* residual = results.energy_residuals.mutable_data_ptr<double>();
     std::fill(residual, residual + n, 0.0);
-    for (int64_t i = 0; i < n_atoms; ++i) residual[owner[i]] += static_cast<double>(e[i]);
-    for (int64_t s = 0; s < n; ++s) residual[s] -= target[s];
-    const double* weight = weights.const_data_ptr<double>();
-    const auto counted = n - std::count(weight, weight + n, 0.0);
-    const double factor = 2.0 * scale / static_cast<double>(counted);
-    // A structure without weight may have no target (NaN).
-    for (int64_t i = 0; i < n_atoms; ++i) {
-      const int64_t s = owner[i];
-      e[i] = static_cast<T>(weight[s] == 0 ? 0.0 : weight[s] * residual[s] * factor);
+    for (int64_t i = 0; i < net.n(); ++i) residual[owner[i]] += static_cast<double>(e[i]);
+    const Loss& loss = arguments.view();
+    double total = 0;
+    for (int64_t s = 0; s < n; ++s) {
+      residual[s] = loss.energy_residual(0, s, residual[s]);
+      total += loss.energy_term(0, s, residual[s]);
     }
+    double* losses = results.losses.mutable_data_ptr<double>();
+    losses[0] = total / loss.counts[0];
+    losses[1] = 0;
+    for (int64_t i = 0; i < net.n(); ++i)
+      e[i] = static_cast<T>(loss.energy_slope(0, owner[i], residual[owner[i]]));
     cpu::networks_backward<T>(net.shape, p, x, stride, row, start, kept, e, nullptr,
-                              gradient.mutable_data_ptr<T>(), threads());
+                              results.gradient.mutable_data_ptr<T>(), threads());
   });
 }
+
+// ---- optimizer ---------------------------------------------------------------------------------
 
 void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor square,
                const std::optional<Tensor>& largest, double learning_rate, double beta1,
@@ -416,76 +383,65 @@ void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor squ
   });
 }
 
-// ---- Shapes ------------------------------------------------------------------------------------
+// ---- shapes ------------------------------------------------------------------------------------
 
-Tensor aev_meta(const Tensor& coordinates, const Tensor&, const Tensor&,
-                at::ArrayRef<double> descriptor) {
-  return at::empty_symint({coordinates.sym_size(0), unpack_descriptor(descriptor).length()},
-                          coordinates.options());
+Tensor aev_meta(const OptionalTensors& system, at::ArrayRef<double> descriptor) {
+  const Tensor x = coordinates_of(system);
+  return at::empty_symint({x.sym_size(0), unpack_descriptor(descriptor).length()}, x.options());
 }
-Tensor aev_vjp_meta(const Tensor& coordinates, const Tensor&, const Tensor&, const Tensor&,
-                    at::ArrayRef<double>) {
-  return at::empty_symint({coordinates.sym_size(0), 3}, coordinates.options());
+Tensor aev_vjp_meta(const OptionalTensors& system, const Tensor&, at::ArrayRef<double>) {
+  const Tensor x = coordinates_of(system);
+  return at::empty_symint({x.sym_size(0), 3}, x.options());
 }
-Tensor aev_jvp_meta(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-                    const Tensor&, at::ArrayRef<double> descriptor) {
-  return aev_meta(coordinates, species, offsets, descriptor);
+Tensor aev_jvp_meta(const OptionalTensors& system, const Tensor&, at::ArrayRef<double> descriptor) {
+  return aev_meta(system, descriptor);
 }
-Tensor aev_hvp_meta(const Tensor& coordinates, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, at::ArrayRef<double>) {
-  return at::empty_symint({coordinates.sym_size(0), 3}, coordinates.options());
+Tensor aev_hvp_meta(const OptionalTensors& system, const Tensor& gradient, const Tensor&,
+                    at::ArrayRef<double> descriptor) {
+  return aev_vjp_meta(system, gradient, descriptor);
 }
-Tensor aev_jacobian_meta(const Tensor& coordinates, const Tensor&, const Tensor&, int64_t max_atoms,
+Tensor aev_jacobian_meta(const OptionalTensors& system, int64_t max_atoms,
                          at::ArrayRef<double> descriptor) {
-  return at::empty_symint(
-      {coordinates.sym_size(0), unpack_descriptor(descriptor).length(), 3 * max_atoms},
-      coordinates.options());
+  const Tensor x = coordinates_of(system);
+  return at::empty_symint({x.sym_size(0), unpack_descriptor(descriptor).length(), 3 * max_atoms},
+                          x.options());
 }
 std::tuple<Tensor, Tensor, Tensor> species_order_meta(const Tensor& species, const Tensor&,
                                                       int64_t n_species) {
   return {at::empty_like(species), at::empty_like(species),
           at::empty({n_species + 1}, species.options())};
 }
-std::tuple<Tensor, Tensor> networks_forward_meta(const Tensor& features, const Tensor& rows,
-                                                 const Tensor&, const Tensor& starts, const Tensor&,
-                                                 const std::optional<Tensor>&,
-                                                 at::IntArrayRef sizes, at::IntArrayRef activations,
-                                                 bool biases, c10::SymInt n_structures, bool save) {
-  const NetworkShape shape{starts.size(0) - 1, static_cast<int64_t>(activations.size()),
-                           sizes.data(), activations.data(), biases};
+std::tuple<Tensor, Tensor> networks_forward_meta(const Tensor& features, at::TensorList order,
+                                                 const Tensor&, const std::optional<Tensor>&,
+                                                 at::IntArrayRef networks, c10::SymInt n_structures,
+                                                 bool save) {
   return {at::empty_symint({n_structures}, features.options().dtype(at::kDouble)),
-          at::empty_symint({save ? rows.sym_size(0) : c10::SymInt(0), shape.saved_per_atom()},
+          at::empty_symint({save ? order[0].sym_size(0) : c10::SymInt(0),
+                            unpack_networks(networks).shapes[0].saved_per_atom()},
                            features.options())};
 }
-Tensor networks_meta(const Tensor& features, const Tensor&, const Tensor&, const Tensor&,
-                     const Tensor&, const std::optional<Tensor>&, at::IntArrayRef, at::IntArrayRef,
-                     bool, c10::SymInt n_structures) {
+Tensor networks_meta(const Tensor& features, at::TensorList, const Tensor&,
+                     const std::optional<Tensor>&, at::IntArrayRef, c10::SymInt n_structures) {
   return at::empty_symint({n_structures}, features.options().dtype(at::kDouble));
 }
+// Like t, or empty.
+Tensor like_if(bool wanted, const Tensor& t) {
+  return wanted ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, t.options());
+}
 std::tuple<Tensor, Tensor> networks_backward_meta(const Tensor&, const Tensor& features,
-                                                  const Tensor&, const Tensor&, const Tensor&,
-                                                  const Tensor& parameters, const Tensor&,
-                                                  at::IntArrayRef, at::IntArrayRef, bool,
-                                                  bool of_features, bool of_parameters) {
-  return {of_features ? at::empty_symint(features.sym_sizes(), features.options())
-                      : at::empty({0}, features.options()),
-          of_parameters ? at::empty_like(parameters) : at::empty({0}, features.options())};
+                                                  at::TensorList, const Tensor& parameters,
+                                                  const Tensor&, at::IntArrayRef,
+                                                  std::array<bool, 2> wanted) {
+  return {like_if(wanted[0], features), like_if(wanted[1], parameters)};
 }
-
 std::tuple<Tensor, Tensor, Tensor> networks_second_backward_meta(
-    const Tensor&, const Tensor& grad_energies, const Tensor& features, const Tensor&,
-    const Tensor&, const Tensor&, const Tensor& parameters, at::IntArrayRef, at::IntArrayRef, bool,
-    bool of_grad_energies, bool of_features, bool of_parameters) {
-  return {of_grad_energies ? at::empty_symint(grad_energies.sym_sizes(), grad_energies.options())
-                           : at::empty({0}, grad_energies.options()),
-          of_features ? at::empty_symint(features.sym_sizes(), features.options())
-                      : at::empty({0}, features.options()),
-          of_parameters ? at::empty_like(parameters) : at::empty({0}, features.options())};
+    const Tensor&, const Tensor& grad_energies, const Tensor& features, at::TensorList,
+    const Tensor& parameters, at::IntArrayRef, std::array<bool, 3> wanted) {
+  return {like_if(wanted[0], grad_energies), like_if(wanted[1], features),
+          like_if(wanted[2], parameters)};
 }
-
-void energy_step_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                      const Tensor&, const Tensor&, Tensor, Tensor, double, at::IntArrayRef,
-                      at::IntArrayRef, bool) {}
+void energy_step_meta(const Tensor&, at::TensorList, const Tensor&, const OptionalTensors&,
+                      at::TensorList, at::IntArrayRef) {}
 void adam_step_meta(Tensor, const Tensor&, Tensor, Tensor, const std::optional<Tensor>&, double,
                     double, double, double, double, bool, Tensor) {}
 

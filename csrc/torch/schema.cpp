@@ -1,33 +1,45 @@
-// All ops of kinml_fast: their only definition.
+// All ops of kinml_fast: their only definition. Python's side of it is kinml_fast/ops.py.
 //
-// coordinates [n_atoms, 3], species [n_atoms] int64, offsets [n_structures + 1] int64: a ragged
-// batch of molecules. descriptor: AEVParameters.packed(). D: length of the AEV.
+// Groups of arguments that always go together are one list each, so that another tensor of a group
+// costs an entry there and no signature:
+//
+//   Tensor?[] system   molecules (SystemArguments): coordinates [n_atoms, 3] in angstrom, species
+//                      [n_atoms] int64, offsets [n_structures + 1] int64, stored descriptors
+//                      [n_atoms, D], stored Jacobians [n_atoms, D, columns]. Descriptors come from
+//                      the coordinates, or are the stored ones: then there are no coordinates
+//   Tensor[] order     atoms sorted by species: rows, owners, starts (species_order)
+//   Tensor?[] loss     targets and weights (LossArguments): energies [K, n], weights of energies
+//                      [K, n], forces [K, n_atoms, 3], weights of forces [K, n], scales [2], counts
+//                      [2, K]; all float64. csrc/core/loss.h has the formula
+//   float[] descriptor AEVParameters.packed(); not looked at (may be empty) for stored descriptors
+//   int[] networks     the chain of networks (csrc/core/network_shape.h): K levels of theory,
+//                      S species, L layers, 1 with biases or 0, [L] codes of
+//                      kinml_fast.nn.networks.ACTIVATIONS, [K, S, L + 1] widths
+//
+// parameters: one flat tensor, level after level, species after species, layer after layer,
+// W [out, in] then b [out]. D: length of the AEV.
 //
 // Differentiation (autograd.cpp), C++ only, so that scripted modules keep it without Python:
 //   aev -> aev_vjp -> aev_jvp, aev_hvp; aev_jvp -> aev_vjp, aev_hvp; aev_hvp -> error
 //   networks -> networks_backward -> networks_second_backward -> error; networks_forward -> error
-//   energy_forces, energy_forces_stored -> their backward (of the parameters) -> error
+//   energy_forces -> energy_forces_backward (of the parameters) -> error
 #include <torch/library.h>
 
 TORCH_LIBRARY(kinml_fast, m) {
+  // ---- atomic environment vectors; the system has coordinates
+
   // a [n_atoms, D]
-  m.def("aev(Tensor coordinates, Tensor species, Tensor offsets, float[] descriptor) -> Tensor");
+  m.def("aev(Tensor?[] system, float[] descriptor) -> Tensor");
   // gradient g [n_atoms, D] -> J^T g [n_atoms, 3]
-  m.def(
-      "aev_vjp(Tensor coordinates, Tensor species, Tensor offsets, Tensor gradient, "
-      "float[] descriptor) -> Tensor");
+  m.def("aev_vjp(Tensor?[] system, Tensor gradient, float[] descriptor) -> Tensor");
   // tangent v [n_atoms, 3] -> J v [n_atoms, D]
-  m.def(
-      "aev_jvp(Tensor coordinates, Tensor species, Tensor offsets, Tensor tangent, "
-      "float[] descriptor) -> Tensor");
+  m.def("aev_jvp(Tensor?[] system, Tensor tangent, float[] descriptor) -> Tensor");
   // d/dx (g . J v) [n_atoms, 3]
-  m.def(
-      "aev_hvp(Tensor coordinates, Tensor species, Tensor offsets, Tensor gradient, "
-      "Tensor tangent, float[] descriptor) -> Tensor");
+  m.def("aev_hvp(Tensor?[] system, Tensor gradient, Tensor tangent, float[] descriptor) -> Tensor");
   // J [n_atoms, D, 3 max_atoms], zero-padded; no autograd
-  m.def(
-      "aev_jacobian(Tensor coordinates, Tensor species, Tensor offsets, int max_atoms, "
-      "float[] descriptor) -> Tensor");
+  m.def("aev_jacobian(Tensor?[] system, int max_atoms, float[] descriptor) -> Tensor");
+
+  // ---- networks of one level on features that are there
 
   // Atoms sorted by species (stable): rows [n_atoms] atom index, owners [n_atoms] structure index,
   // starts [n_species + 1].
@@ -42,91 +54,57 @@ TORCH_LIBRARY(kinml_fast, m) {
       "int n_species) -> (Tensor rows, Tensor owners, Tensor starts, Tensor firsts)");
 
   // Energies [n_structures] float64: sum over atoms of network output + sae[species].
-  // features [*, D]; rows, owners, starts as above; parameters: one flat tensor, species after
-  // species, layer after layer, W [out, in] then b [out]; sizes [n_species * (n_layers + 1)];
-  // activations [n_layers], codes of kinml_fast.nn.networks.ACTIVATIONS; sae [n_species] float64.
+  // features [*, D], read through the order's rows; sae [n_species] float64.
   m.def(
-      "networks(Tensor features, Tensor rows, Tensor owners, Tensor starts, Tensor parameters, "
-      "Tensor? sae, int[] sizes, int[] activations, bool biases, SymInt n_structures) -> Tensor");
+      "networks(Tensor features, Tensor[] order, Tensor parameters, Tensor? sae, int[] networks, "
+      "SymInt n_structures) -> Tensor");
   // The same, and what the backward pass needs (empty unless save).
   m.def(
-      "networks_forward(Tensor features, Tensor rows, Tensor owners, Tensor starts, "
-      "Tensor parameters, Tensor? sae, int[] sizes, int[] activations, bool biases, "
-      "SymInt n_structures, bool save) -> (Tensor energies, Tensor saved)");
+      "networks_forward(Tensor features, Tensor[] order, Tensor parameters, Tensor? sae, "
+      "int[] networks, SymInt n_structures, bool save) -> (Tensor energies, Tensor saved)");
   // Gradients of features (zero rows for atoms outside of the batch) and parameters; each empty
-  // unless asked for.
+  // unless wanted.
   m.def(
-      "networks_backward(Tensor grad_energies, Tensor features, Tensor rows, Tensor owners, "
-      "Tensor starts, Tensor parameters, Tensor saved, int[] sizes, int[] activations, "
-      "bool biases, bool of_features, bool of_parameters) -> "
+      "networks_backward(Tensor grad_energies, Tensor features, Tensor[] order, "
+      "Tensor parameters, Tensor saved, int[] networks, bool[2] wanted) -> "
       "(Tensor grad_features, Tensor grad_parameters)");
   // Derivatives of sum(grad_features * tangents), with the grad_features [*, D] of
   // networks_backward: with respect to grad_energies, features and parameters; each empty unless
-  // asked for.
+  // wanted.
   m.def(
       "networks_second_backward(Tensor tangents, Tensor grad_energies, Tensor features, "
-      "Tensor rows, Tensor owners, Tensor starts, Tensor parameters, int[] sizes, "
-      "int[] activations, bool biases, bool of_grad_energies, bool of_features, "
-      "bool of_parameters) -> (Tensor, Tensor, Tensor)");
-  // Forward and backward pass of a training batch on energies: residuals = energies - targets
-  // [n_structures] float64; gradient, with respect to the parameters, of
-  //   scale * sum_s weights[s] residuals[s]^2 / (number of weights that are not 0)
-  // (zero if there is none). What networks and its derivative give, in one call; no autograd.
+      "Tensor[] order, Tensor parameters, int[] networks, bool[3] wanted) -> "
+      "(Tensor, Tensor, Tensor)");
+  // Forward and backward pass of a training batch on energies. The loss has energies alone, of the
+  // n structures of the batch; results: losses [2], the second 0; gradient of scales[0] L_E with
+  // respect to the parameters; residuals [1, n] float64, energies - targets. No autograd.
   m.def(
-      "energy_step(Tensor features, Tensor rows, Tensor owners, Tensor starts, Tensor parameters, "
-      "Tensor targets, Tensor weights, Tensor(a!) residuals, Tensor(b!) gradient, float scale, "
-      "int[] sizes, int[] activations, bool biases) -> ()");
+      "energy_step(Tensor features, Tensor[] order, Tensor parameters, Tensor?[] loss, "
+      "Tensor(a!)[] results, int[] networks) -> ()");
 
-  // Energies [n_structures] float64 (with sae) and forces [n_atoms, 3] = -dE/dx, in one pass over
-  // the molecules. Differentiable with respect to the parameters.
-  //
-  // Several levels of theory have a chain of networks (csrc/cpu/force_step_cpu.h):
-  // sizes [K * n_species * (n_layers + 1)], level after level, and parameters in the same order.
-  // Outputs are those of the highest level, with sae [n_species]; if `levels`, of all, in one more
-  // dimension [K, ...], with sae [K, n_species]. parameters [M, n] are those of an ensemble: then
-  // the outputs and sae have one more dimension M before all others, and no derivative.
+  // ---- energies and forces in one pass over the molecules (csrc/cpu/force_step_cpu.h)
+
+  // Energies [R, n_structures] float64 (with sae [R, n_species]) and forces [R, n_atoms, 3] =
+  // -dE/dx of the R = K - first_level levels from first_level on; forces [R, 0, 3] without
+  // Jacobians. Differentiable with respect to the parameters. parameters [M, n] are those of an
+  // ensemble: then outputs and sae have one more dimension M before all others, and no derivative.
   m.def(
-      "energy_forces(Tensor coordinates, Tensor species, Tensor offsets, Tensor parameters, "
-      "Tensor? sae, float[] descriptor, int[] sizes, int[] activations, bool biases, "
-      "bool levels=False) -> (Tensor energies, Tensor forces)");
-  // The same from stored descriptors [n_atoms, D] and Jacobians [n_atoms, D, columns], of which a
-  // structure of n atoms has the first 3 n columns; the rest is padding of any content. Without
-  // Jacobians the forces are empty, [..., 0, 3].
-  m.def(
-      "energy_forces_stored(Tensor features, Tensor? jacobian, Tensor species, Tensor offsets, "
-      "Tensor parameters, Tensor? sae, int[] sizes, int[] activations, bool biases, "
-      "bool levels=False) -> (Tensor energies, Tensor forces)");
+      "energy_forces(Tensor?[] system, Tensor parameters, Tensor? sae, float[] descriptor, "
+      "int[] networks, int first_level) -> (Tensor energies, Tensor forces)");
   // Gradient of sum grad_energies E + sum grad_forces F with respect to the parameters.
   m.def(
-      "energy_forces_backward(Tensor grad_energies, Tensor grad_forces, Tensor coordinates, "
-      "Tensor species, Tensor offsets, Tensor parameters, float[] descriptor, int[] sizes, "
-      "int[] activations, bool biases, bool levels=False) -> Tensor");
+      "energy_forces_backward(Tensor grad_energies, Tensor grad_forces, Tensor?[] system, "
+      "Tensor parameters, float[] descriptor, int[] networks, int first_level) -> Tensor");
+  // Forward and backward pass of a training batch: `structures` [n] of the data set that system and
+  // loss describe. Results: losses [2], L_E and L_F, float64; gradient of the loss with respect to
+  // the parameters; energy_residuals [K, n] = E - target and force_errors [K, n, 3] = sum |dF|,
+  // sum dF^2, max |dF| over the components of a structure, 0 without weight, both float64. Without
+  // Jacobians, or without force targets, training is on energies. No autograd.
   m.def(
-      "energy_forces_stored_backward(Tensor grad_energies, Tensor grad_forces, Tensor features, "
-      "Tensor? jacobian, Tensor species, Tensor offsets, Tensor parameters, int[] sizes, "
-      "int[] activations, bool biases, bool levels=False) -> Tensor");
-  // Forward and backward pass of a training batch on energies and forces: `structures` [n] of a
-  // data set, whose targets and weights are float64 with one row per structure or atom.
-  //   L_E = sum_k sum_s energy_weights_ks dE_ks^2 / n_E,k    n_E,k, n_F,k: structures of the batch
-  //   L_F = sum_k sum_s force_weights_ks mean_c dF_ksc^2 / n_F,k      whose weight at level k is
-  //   not 0
-  // energy_residuals [n] = E - target; force_errors [n, 3] = sum |dF|, sum dF^2, max |dF| over the
-  // components of a structure, 0 without weight; losses = L_E, L_F; gradient = that of
-  // scales[0] L_E + scales[1] L_F with respect to the parameters. Of several levels, targets,
-  // weights, residuals and errors have one more dimension K before all others. No autograd.
-  m.def(
-      "force_step(Tensor coordinates, Tensor species, Tensor offsets, Tensor structures, "
-      "Tensor parameters, Tensor energy_targets, Tensor force_targets, Tensor energy_weights, "
-      "Tensor force_weights, Tensor scales, Tensor(a!) energy_residuals, "
-      "Tensor(b!) force_errors, Tensor(c!) losses, Tensor(d!) gradient, float[] descriptor, "
-      "int[] sizes, int[] activations, bool biases) -> ()");
-  // Without Jacobians training is on energies: force targets and weights are not looked at.
-  m.def(
-      "force_step_stored(Tensor features, Tensor? jacobian, Tensor species, Tensor offsets, "
-      "Tensor structures, Tensor parameters, Tensor energy_targets, Tensor force_targets, "
-      "Tensor energy_weights, Tensor force_weights, Tensor scales, "
-      "Tensor(a!) energy_residuals, Tensor(b!) force_errors, Tensor(c!) losses, "
-      "Tensor(d!) gradient, int[] sizes, int[] activations, bool biases) -> ()");
+      "force_step(Tensor?[] system, Tensor structures, Tensor parameters, Tensor?[] loss, "
+      "Tensor(a!)[] results, float[] descriptor, int[] networks) -> ()");
+
+  // ---- optimizer
 
   // One step of Adam or AdamW (csrc/core/adam.h) on a flat parameter, in place; largest for
   // amsgrad. step: float32, the steps that were done before; one more afterwards. No autograd.

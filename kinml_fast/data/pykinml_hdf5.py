@@ -468,17 +468,17 @@ def _compare_with_coordinates(
     places = [place for _, place in chosen]
     some = np.array(sorted({places[0], places[len(places) // 2], places[-1]})[:_CHECKED])
     few = structures.select(some)
-    arguments = [torch.from_numpy(a) for a in (few.coordinates, few.species, few.offsets)]
+    system = ops.System(*(torch.from_numpy(a) for a in (few.coordinates, few.species, few.offsets)))
     tolerance = _TOLERANCE if result.features.dtype == torch.float64 else 1e-4
     rows = np.concatenate([np.arange(structures.offsets[i], structures.offsets[i + 1]) for i in some])
-    worst = float((result.features[rows] - ops.aev(*arguments, parameters.packed())).abs().max())
+    worst = float((result.features[rows] - ops.aev(system, parameters.packed())).abs().max())
     if not worst <= tolerance:
         raise InputError(
             f"{path}: its descriptors differ by up to {worst:.2g} from those of its coordinates with the settings of "
             "the configuration: set descriptor.n_radial, n_angular, n_sections, cutoffs and beta to those of the file"
         )
     if result.jacobian is not None:
-        slopes = ops.aev_jacobian(*arguments, int(few.sizes.max()), parameters.packed())
+        slopes = ops.aev_jacobian(system, int(few.sizes.max()), parameters.packed())
         worst = float((result.jacobian[rows][:, :, : slopes.shape[2]] - slopes).abs().max())
         if not worst <= 10 * tolerance:
             log.warning(

@@ -92,7 +92,7 @@ def compute(
         raise InputError(f"there is no backend {backend} for descriptors: take {' or '.join(BACKENDS)}")
     if backend == "aevmod":
         return _from_aevmod(structures, parameters, dtype, jacobian)
-    arguments = (
+    system = ops.System(
         torch.from_numpy(structures.coordinates).to(device, dtype),
         torch.from_numpy(structures.species).to(device),
         torch.from_numpy(structures.offsets).to(device),
@@ -100,10 +100,10 @@ def compute(
     packed = parameters.packed()
     with torch.no_grad():
         if not jacobian:
-            return StoredDescriptors(ops.aev(*arguments, packed), None)
+            return StoredDescriptors(ops.aev(system, packed), None)
         _check_memory(structures, parameters.length, dtype)
         largest = int(structures.sizes.max(initial=0))
-        return StoredDescriptors(ops.aev(*arguments, packed), ops.aev_jacobian(*arguments, largest, packed))
+        return StoredDescriptors(ops.aev(system, packed), ops.aev_jacobian(system, largest, packed))
 
 
 def allocate(structures: Structures, length: int, dtype: torch.dtype, jacobian: bool) -> StoredDescriptors:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinml_fast import ops
 from kinml_fast.nn import EnergyModel, Ensemble
 
 NOT_FINITE = (
@@ -40,17 +41,11 @@ def energies(model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor
     """The energies of `energies_and_forces`, to the last bit, without computing forces."""
     networks, members = model.networks, count(model)
     with torch.inference_mode():
-        found, _ = torch.ops.kinml_fast.energy_forces_stored(
-            model.aev(coordinates, species, offsets),
-            None,
-            species,
-            offsets,
+        found, _ = ops.energy_forces(
+            ops.System(None, species, offsets, features=model.aev(coordinates, species, offsets)),
             networks.weights.detach().reshape(members, -1),
             model.sae.reshape(members, model.levels, -1),
-            networks.sizes,
-            networks.activation_codes,
-            networks.biases,
-            True,
+            ops.Model([], networks.packed),
         )
         return found.cpu().numpy()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinml_fast import ops  # noqa: F401  (registers the ops that the scripted code names)
+from kinml_fast import ops
 from kinml_fast.errors import InputError
 
 
@@ -170,7 +170,7 @@ class AEV(torch.nn.Module):
         self.length = parameters.length
 
     def forward(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
-        return torch.ops.kinml_fast.aev(coordinates, species, offsets, self.packed)
+        return torch.ops.kinml_fast.aev(ops.system_tensors(coordinates, species, offsets), self.packed)
 
     def extra_repr(self) -> str:
         return f"length={self.length}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinml_fast import ops
 from kinml_fast.errors import InputError
 from kinml_fast.nn.aev import AEV
 from kinml_fast.nn.potential import DoubleSingleAtomEnergies, EnergyModel
@@ -140,7 +141,9 @@ class Ensemble(DoubleSingleAtomEnergies):
         -----
         Not differentiable: for derivatives take those of :meth:`forward` or :meth:`member_level_energies`.
         """
-        return self._fused(coordinates, species, offsets, self.sae if self.levels == 1 else self.sae[:, -1], False)
+        sae = self.sae.unsqueeze(1) if self.levels == 1 else self.sae[:, -1:]
+        energies, forces = self._fused(coordinates, species, offsets, sae, self.levels - 1)
+        return energies.squeeze(1), forces.squeeze(1)
 
     @torch.jit.export
     def member_level_energies_and_forces(
@@ -150,22 +153,14 @@ class Ensemble(DoubleSingleAtomEnergies):
 
         Otherwise as :meth:`member_energies_and_forces`.
         """
-        return self._fused(coordinates, species, offsets, self.sae.unsqueeze(1) if self.levels == 1 else self.sae, True)
+        return self._fused(coordinates, species, offsets, self.sae.unsqueeze(1) if self.levels == 1 else self.sae, 0)
 
     def _fused(
-        self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, levels: bool
+        self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, first_level: int
     ) -> tuple[Tensor, Tensor]:
+        system = ops.system_tensors(coordinates, species, offsets)
         return torch.ops.kinml_fast.energy_forces(
-            coordinates,
-            species,
-            offsets,
-            self.networks.weights.detach(),
-            sae,
-            self.aev.packed,
-            self.networks.sizes,
-            self.networks.activation_codes,
-            self.networks.biases,
-            levels,
+            system, self.networks.weights.detach(), sae, self.aev.packed, self.networks.packed, first_level
         )
 
     def _mean(self, values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kinml_fast import ops  # noqa: F401  (registers the ops that the scripted code names)
+from kinml_fast import ops
 from kinml_fast.errors import InputError
 
 ACTIVATIONS = ("identity", "gaussian", "tanh", "relu", "silu", "celu", "gelu")
@@ -66,11 +66,13 @@ class SpeciesNetworks(torch.nn.Module):
         self.activations = tuple(activations)
         self._check(n_inputs, dtype)
         self.biases = bool(biases)
-        self.activation_codes = [ACTIVATIONS.index(name) for name in self.activations]
         first_sizes = [n_inputs + (1 if level > 0 else 0) for level in range(levels)]
-        self.level_sizes = [[size for widths in self.layers for size in (first, *widths)] for first in first_sizes]
-        self.sizes = [size for sizes in self.level_sizes for size in sizes]
         self.n_species = len(self.elements)
+        # What the ops take: each level alone, and the whole chain.
+        codes = [ACTIVATIONS.index(name) for name in self.activations]
+        sizes = [[size for widths in self.layers for size in (first, *widths)] for first in first_sizes]
+        self.packed_levels = [ops.pack_networks(self.n_species, own, codes, self.biases) for own in sizes]
+        self.packed = ops.pack_networks(self.n_species, [n for own in sizes for n in own], codes, self.biases, levels)
         # Where each layer's W and b lie: [level][species][layer] -> (start, outputs, inputs).
         self._places: list[list[list[tuple[int, int, int]]]] = []
         self.level_starts = [0]
@@ -134,70 +136,8 @@ class SpeciesNetworks(torch.nn.Module):
     @torch.jit.export
     def energies(self, features: Tensor, rows: Tensor, owners: Tensor, starts: Tensor, n_structures: int) -> Tensor:
         """Energies [n_structures] in eV (float64) of a planned batch, without single-atom energies."""
-        return torch.ops.kinml_fast.networks(
-            features,
-            rows,
-            owners,
-            starts,
-            self.weights,
-            None,
-            self.sizes,
-            self.activation_codes,
-            self.biases,
-            n_structures,
-        )
-
-    @torch.jit.unused
-    def energy_step(
-        self,
-        features: Tensor,
-        rows: Tensor,
-        owners: Tensor,
-        starts: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        residuals: Tensor,
-        scale: float = 1.0,
-    ) -> None:
-        """Forward and backward pass of a training batch on energies, in one call and without autograd.
-
-        Parameters
-        ----------
-        features, rows, owners, starts
-            A planned batch, as for :meth:`energies`.
-        targets
-            [n_structures] energies without single-atom energies in eV, float64. NaN where the weight is 0 is allowed.
-        weights
-            [n_structures] what each structure counts in the loss, float64.
-        residuals
-            [n_structures], receives energies - targets.
-        scale
-            Factor of the whole loss.
-
-        Notes
-        -----
-        The loss is ``scale * (weights * residuals ** 2).sum() / (weights != 0).sum()``, 0 if all weights are 0. The
-        parameter's ``grad`` is overwritten with the loss's gradient: the same numbers as ``loss.backward()`` after
-        ``self.weights.grad = None``.
-        """
-        parameters = self.weights.detach()
-        if self.weights.grad is None:
-            self.weights.grad = torch.empty_like(parameters)
-        torch.ops.kinml_fast.energy_step(
-            features,
-            rows,
-            owners,
-            starts,
-            parameters,
-            targets,
-            weights,
-            residuals,
-            self.weights.grad,
-            scale,
-            self.sizes,
-            self.activation_codes,
-            self.biases,
-        )
+        order = [rows, owners, starts]
+        return torch.ops.kinml_fast.networks(features, order, self.weights, None, self.packed, n_structures)
 
     def forward(self, features: Tensor, species: Tensor, offsets: Tensor, sae: Tensor) -> Tensor:
         """Energies [K, n_structures] in eV (float64) of all levels, with single-atom energies ``sae`` [K, n_species].
@@ -212,18 +152,8 @@ class SpeciesNetworks(torch.nn.Module):
         rows, owners, starts = torch.ops.kinml_fast.species_order(species, offsets, self.n_species)
         n_structures = offsets.size(0) - 1
         if self.levels == 1:
-            return torch.ops.kinml_fast.networks(
-                features,
-                rows,
-                owners,
-                starts,
-                weights,
-                sae,
-                self.sizes,
-                self.activation_codes,
-                self.biases,
-                n_structures,
-            )
+            order = [rows, owners, starts]
+            return torch.ops.kinml_fast.networks(features, order, weights, sae, self.packed, n_structures)
         # A structure for each atom: its energy is that of the atom. `of_atoms` is in the order of the atoms.
         of_atoms = torch.zeros(species.size(0), dtype=torch.float64, device=features.device)
         structures = torch.repeat_interleave(torch.arange(n_structures, device=offsets.device), offsets.diff())
@@ -234,14 +164,10 @@ class SpeciesNetworks(torch.nn.Module):
                 inputs = torch.cat([features, of_atoms.to(features.dtype)[:, None]], dim=1)
             of_atoms = of_atoms + torch.ops.kinml_fast.networks(
                 inputs,
-                rows,
-                rows,
-                starts,
+                [rows, rows, starts],
                 weights[self.level_starts[level] : self.level_starts[level + 1]],
                 None,
-                self.level_sizes[level],
-                self.activation_codes,
-                self.biases,
+                self.packed_levels[level],
                 species.size(0),
             )
             sums = torch.zeros(n_structures, dtype=torch.float64, device=features.device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinml_fast import ops
 from kinml_fast.errors import InputError
 from kinml_fast.nn.aev import AEV, AEVParameters
 from kinml_fast.nn.networks import SpeciesNetworks
@@ -138,17 +139,9 @@ class EnergyModel(DoubleSingleAtomEnergies):
         Both can be differentiated with respect to the weights, not with respect to the coordinates: for those, take
         the gradient of what :meth:`forward` gives.
         """
-        return torch.ops.kinml_fast.energy_forces(
-            coordinates,
-            species,
-            offsets,
-            self.networks.weights,
-            self.sae if self.levels == 1 else self.sae[-1],
-            self.aev.packed,
-            self.networks.sizes,
-            self.networks.activation_codes,
-            self.networks.biases,
-        )
+        sae = self.sae.unsqueeze(0) if self.levels == 1 else self.sae[-1:]
+        energies, forces = self._fused(coordinates, species, offsets, sae, self.levels - 1)
+        return energies.squeeze(0), forces.squeeze(0)
 
     @torch.jit.export
     def level_energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,17 +149,15 @@ class EnergyModel(DoubleSingleAtomEnergies):
 
         Otherwise as :meth:`energies_and_forces`.
         """
+        sae = self.sae.unsqueeze(0) if self.levels == 1 else self.sae
+        return self._fused(coordinates, species, offsets, sae, 0)
+
+    def _fused(
+        self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, first_level: int
+    ) -> tuple[Tensor, Tensor]:
+        system = ops.system_tensors(coordinates, species, offsets)
         return torch.ops.kinml_fast.energy_forces(
-            coordinates,
-            species,
-            offsets,
-            self.networks.weights,
-            self.sae.unsqueeze(0) if self.levels == 1 else self.sae,
-            self.aev.packed,
-            self.networks.sizes,
-            self.networks.activation_codes,
-            self.networks.biases,
-            True,
+            system, self.networks.weights, sae, self.aev.packed, self.networks.packed, first_level
         )
 
     @torch.jit.unused

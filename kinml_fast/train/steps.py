@@ -104,27 +104,33 @@ class EnergyStep:
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> list[tuple]:
         """See `Step`."""
-        data = self._data
-        planned = ops.plan_batches(data.species, data.offsets, order, size, self._n_species)
-        parts = (data.energies[order].split(size), data.energy_weights[order].split(size), errors.energies)
-        return list(zip(planned, *parts, strict=True))
+        data, tasks, weights = self._data, self._tasks, self._networks.weights
+        gradient = _gradient(weights)
+        scales, losses = tasks.scales[:2], tasks.losses[:2]
+        energies, energy_weights = _leveled(data, data.energies), _leveled(data, data.energy_weights)
+        counts = ops.count_weights(energy_weights, energy_weights, order, size)
+        return [
+            (
+                self._features,
+                batch.order,
+                weights.detach(),
+                ops.Loss(targets, own_weights, None, None, scales, own_counts),
+                ops.StepResults(losses, gradient, residuals.unsqueeze(0)),
+                self._networks.packed,
+            )
+            for batch, targets, own_weights, residuals, own_counts in zip(
+                ops.plan_batches(data.species, data.offsets, order, size, self._n_species),
+                _parts(energies[:, order], size),
+                _parts(energy_weights[:, order], size),
+                errors.energies,
+                counts,
+                strict=True,
+            )
+        ]
 
-    def run(self, batch: ops.Batch, targets: Tensor, weights: Tensor, residuals: Tensor) -> None:
+    def run(self, *arguments: Any) -> None:
         """See `Step`."""
-        tasks = self._tasks
-        self._networks.energy_step(
-            self._features,
-            batch.rows,
-            batch.owners,
-            batch.starts,
-            targets,
-            weights,
-            residuals,
-            float(tasks.scales[0]),
-        )
-        if tasks.learning:
-            number = torch.count_nonzero(weights).clamp_(min=1)
-            tasks.losses[0] = (weights * residuals.square()).sum() / number
+        ops.energy_step(*arguments)
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, None]:
         """See `Step`."""
@@ -134,7 +140,14 @@ class EnergyStep:
             self._plans[key] = ops.plan_batches(data.species, data.offsets, structures, size, self._n_species)
         with torch.inference_mode():
             energies = [
-                self._networks.energies(self._features, batch.rows, batch.owners, batch.starts, len(batch.structures))
+                ops.networks(
+                    self._features,
+                    batch.order,
+                    self._networks.weights,
+                    None,
+                    self._networks.packed,
+                    len(batch.structures),
+                )
                 for batch in self._plans[key]
             ]
             return torch.cat(energies) if energies else data.energies[:0], None
@@ -144,67 +157,96 @@ class ForceStep:
     """Energies and forces from coordinates, descriptors and their derivatives computed anew in every step."""
 
     def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
-        networks = model.networks
-        self._networks, self._data, self._tasks = networks, data, tasks
-        self._sources = self._sources_of(model)
-        self._settings: tuple = (model.aev.packed, networks.sizes, networks.activation_codes, networks.biases)
-        self.run, self._predict = ops.force_step, ops.energy_forces
+        self._networks, self._data, self._tasks = model.networks, data, tasks
+        self._system = self._system_of(model)
+        self._model = ops.Model(model.aev.packed, model.networks.packed)
 
-    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
-        return (self._data.coordinates,)
+    def _system_of(self, model: EnergyModel) -> ops.System:
+        return ops.System(self._data.coordinates, self._data.species, self._data.offsets)
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> list[tuple]:
         """See `Step`."""
         data, tasks, weights = self._data, self._tasks, self._networks.weights
-        if weights.grad is None:
-            weights.grad = torch.empty_like(weights)
-        before = (*self._sources, data.species, data.offsets)
-        middle = (
-            weights.detach(),
-            data.energies,
-            data.forces,
-            data.energy_weights,
-            data.force_weights,
-            tasks.scales[:2],
+        gradient = _gradient(weights)
+        scales, losses = tasks.scales[:2], tasks.losses[:2]
+        targets = [_leveled(data, t) for t in (data.energies, data.energy_weights, data.forces, data.force_weights)]
+        parts = zip(
+            order.split(size),
+            ops.count_weights(targets[1], targets[3], order, size),
+            errors.energies,
+            errors.forces,
+            strict=True,
         )
-        after = (tasks.losses[:2], weights.grad, *self._settings)
-        parts = zip(order.split(size), errors.energies, errors.forces, strict=True)
-        return [(*before, structures, *middle, *outputs, *after) for structures, *outputs in parts]
+        return [
+            (
+                self._system,
+                structures,
+                weights.detach(),
+                ops.Loss(*targets, scales, counts),
+                ops.StepResults(losses, gradient, _leveled(data, residuals), _leveled(data, force_errors)),
+                self._model,
+            )
+            for structures, counts, residuals, force_errors in parts
+        ]
+
+    def run(self, *arguments: Any) -> None:
+        """See `Step`."""
+        ops.force_step(*arguments)
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
         """See `Step`."""
-        data, weights = self._data, self._networks.weights
+        data, weights, whole = self._data, self._networks.weights, self._system
         offsets = data.offsets[first : last + 1].tolist()
-        energies, forces = [data.energies[..., :0]], [data.forces[..., :0, :].to(weights.dtype)]
+        energies = [_leveled(data, data.energies)[:, :0]]
+        forces = [_leveled(data, data.forces)[:, :0].to(weights.dtype)]
         with torch.inference_mode():
             for low in range(0, last - first, size):
                 high = min(low + size, last - first)
                 atoms = slice(offsets[low], offsets[high])
-                own = data.offsets[first + low : first + high + 1] - offsets[low]
-                sources = [source if source is None else source[atoms] for source in self._sources]
-                inputs = (*sources, data.species[atoms], own, weights, None, *self._settings)
-                energy, force = self._predict(*inputs, data.levels > 1)
+                some = ops.System(
+                    *(
+                        None if t is None else t[atoms]
+                        for t in (whole.coordinates, whole.species)
+                    ),
+                    whole.offsets[first + low : first + high + 1] - offsets[low],
+                    *(None if t is None else t[atoms] for t in (whole.features, whole.jacobian)),
+                )
+                energy, force = ops.energy_forces(some, weights, None, self._model)
                 energies.append(energy)
                 forces.append(force)
-            with_forces = self._sources[-1] is not None
-            return torch.cat(energies, dim=-1), torch.cat(forces, dim=-2) if with_forces else None
+            with_forces = whole.coordinates is not None or whole.jacobian is not None
+            all_energies, all_forces = torch.cat(energies, dim=-1), torch.cat(forces, dim=-2)
+            if data.levels == 1:
+                all_energies, all_forces = all_energies[0], all_forces[0]
+            return all_energies, all_forces if with_forces else None
 
 
 class StoredForceStep(ForceStep):
     """Energies and forces from descriptors and Jacobians that are computed or read once and kept."""
 
-    def __init__(self, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
-        super().__init__(model, data, tasks)
-        self._settings = self._settings[1:]  # without the descriptor
-        self.run, self._predict = ops.force_step_stored, ops.energy_forces_stored
-
-    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
+    def _system_of(self, model: EnergyModel) -> ops.System:
         found = self._data.descriptors(model, jacobian=True)
-        return found.features, found.jacobian
+        return ops.System(None, self._data.species, self._data.offsets, found.features, found.jacobian)
 
 
 class LevelEnergyStep(StoredForceStep):
     """Energies of any number of levels from descriptors that are computed once and kept, with one op for a step."""
 
-    def _sources_of(self, model: EnergyModel) -> tuple[Tensor | None, ...]:
-        return self._data.descriptors(model, jacobian=False).features, None
+    def _system_of(self, model: EnergyModel) -> ops.System:
+        features = self._data.descriptors(model, jacobian=False).features
+        return ops.System(None, self._data.species, self._data.offsets, features)
+
+
+def _leveled(data: Dataset, values: Tensor) -> Tensor:
+    return values.unsqueeze(0) if data.levels == 1 else values
+
+
+def _parts(values: Tensor, size: int) -> list[Tensor]:
+    """The columns of each batch, contiguous."""
+    return [part.contiguous() for part in values.split(size, dim=-1)]
+
+
+def _gradient(weights: Tensor) -> Tensor:
+    if weights.grad is None:
+        weights.grad = torch.empty_like(weights)
+    return weights.grad
