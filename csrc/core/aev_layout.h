@@ -23,10 +23,14 @@ struct AevLayout {
   KINML_HD int length() const { return radial_length() + n_pairs() * angular_block_length(); }
 
   KINML_HD int radial_begin(int species) const { return species * n_radial; }
+  KINML_HD int radial(int species, int shift) const { return radial_begin(species) + shift; }
   // Index of the unordered pair; a <= b.
   KINML_HD int pair(int a, int b) const { return a * n_species - a * (a - 1) / 2 + (b - a); }
   KINML_HD int angular_begin(int a, int b) const {
     return radial_length() + pair(a, b) * angular_block_length();
+  }
+  KINML_HD int in_angular_block(int shift, int section) const {
+    return shift * n_sections + section;
   }
 };
 
