@@ -1,0 +1,132 @@
+// A tile: a few whole structures of a system, which one thread takes from start to end, so that
+// everything about them stays in its cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../core/system.h"
+
+namespace kinml::cpu {
+
+// Places [first, last) among the chosen structures of a system.
+struct Range {
+  std::int64_t first, last;
+};
+
+template <class T>
+std::int64_t count_atoms(const System<T>& system, Range range) {
+  std::int64_t total = 0;
+  for (std::int64_t i = range.first; i < range.last; ++i) {
+    const std::int64_t s = system.structure(i);
+    total += system.offsets[s + 1] - system.offsets[s];
+  }
+  return total;
+}
+
+// Cuts a range into pieces of nearly equal numbers of atoms, at most so many, none empty.
+template <class T>
+std::vector<Range> cut(const System<T>& system, Range range, std::int64_t pieces) {
+  const std::int64_t total = count_atoms(system, range);
+  std::vector<Range> result;
+  std::int64_t done = 0, begin = range.first;
+  for (std::int64_t i = range.first; i < range.last; ++i) {
+    done += count_atoms(system, {i, i + 1});
+    const std::int64_t next = static_cast<std::int64_t>(result.size()) + 1;
+    if (i + 1 == range.last || done * pieces >= next * total) {
+      result.push_back({begin, i + 1});
+      begin = i + 1;
+    }
+  }
+  return result;
+}
+
+// Atoms of a tile, about; more make the products with the weights a little faster and leave the
+// cache sooner.
+inline constexpr std::int64_t kTileAtoms = 64;
+
+template <class T>
+std::vector<Range> tiles_of(const System<T>& system, Range range) {
+  return cut(system, range, (count_atoms(system, range) + kTileAtoms - 1) / kTileAtoms);
+}
+
+// n atoms in rows, structure after structure, and their order by species: place p has row rows[p].
+struct SpeciesOrder {
+  std::vector<std::int64_t> starts;  // [n_species + 1] places of each species
+  std::vector<std::int64_t> rows;    // [n]
+
+  // species(row) of rows [0, n)
+  template <class Function>
+  SpeciesOrder(std::int64_t n_species, std::int64_t n, const Function& species)
+      : starts(n_species + 1), rows(n) {
+    for (std::int64_t row = 0; row < n; ++row) ++starts[species(row) + 1];
+    for (std::int64_t s = 0; s < n_species; ++s) starts[s + 1] += starts[s];
+    std::vector<std::int64_t> next(starts.begin(), starts.end() - 1);
+    for (std::int64_t row = 0; row < n; ++row) rows[next[species(row)]++] = row;
+  }
+};
+
+template <class T>
+class Tile {
+ public:
+  Tile(const System<T>& system, Range range, std::int64_t n_species)
+      : system_(system),
+        range_(range),
+        firsts_(firsts(system, range)),
+        atoms_(row_atoms()),
+        order_(n_species, n_atoms(), [&](auto row) { return system.species[atoms_[row]]; }),
+        owners_(n_atoms()),
+        places_(n_atoms()) {
+    for (std::int64_t place = 0; place < n_atoms(); ++place) places_[order_.rows[place]] = place;
+    for (std::int64_t i = 0; i < count(); ++i)
+      for (std::int64_t row = first_row(i); row < first_row(i + 1); ++row)
+        owners_[places_[row]] = i;
+  }
+
+  const System<T>& system() const { return system_; }
+  std::int64_t count() const { return range_.last - range_.first; }  // structures
+  std::int64_t n_atoms() const { return firsts_.back(); }
+
+  // Of structure i of the tile: its place among the chosen ones, its atoms within the system, its
+  // rows.
+  std::int64_t chosen(std::int64_t i) const { return range_.first + i; }
+  std::int64_t first_atom(std::int64_t i) const {
+    return system_.offsets[system_.structure(chosen(i))];
+  }
+  std::int64_t atoms(std::int64_t i) const { return firsts_[i + 1] - firsts_[i]; }
+  std::int64_t first_row(std::int64_t i) const { return firsts_[i]; }
+  std::int64_t most_atoms() const {
+    std::int64_t most = 0;
+    for (std::int64_t i = 0; i < count(); ++i) most = std::max(most, atoms(i));
+    return most;
+  }
+
+  const SpeciesOrder& order() const { return order_; }
+  std::int64_t owner(std::int64_t place) const { return owners_[place]; }
+  std::int64_t place(std::int64_t row) const { return places_[row]; }
+
+ private:
+  static std::vector<std::int64_t> firsts(const System<T>& system, Range range) {
+    std::vector<std::int64_t> result{0};
+    for (std::int64_t i = range.first; i < range.last; ++i)
+      result.push_back(result.back() + count_atoms(system, {i, i + 1}));
+    return result;
+  }
+  std::vector<std::int64_t> row_atoms() const {
+    std::vector<std::int64_t> result(n_atoms());
+    for (std::int64_t i = 0; i < count(); ++i)
+      for (std::int64_t a = 0; a < atoms(i); ++a) result[firsts_[i] + a] = first_atom(i) + a;
+    return result;
+  }
+
+  const System<T>& system_;
+  Range range_;
+  std::vector<std::int64_t> firsts_;  // [count + 1] first rows
+  std::vector<std::int64_t> atoms_;   // [n] of the system, by row
+  SpeciesOrder order_;
+  std::vector<std::int64_t> owners_;  // [n] structures, by place
+  std::vector<std::int64_t> places_;  // [n] by row
+};
+
+}  // namespace kinml::cpu
