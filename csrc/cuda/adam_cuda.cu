@@ -59,8 +59,7 @@ struct CountStep {
 template <class T>
 void adam_step(const AdamSettings& settings, float* steps, std::int64_t n, T* parameter,
                const T* gradient, const AdamMoments<T>& moments, Stream stream) {
-  const std::int64_t threads = AdamStep<T>::kThreads;
-  const std::int64_t blocks = std::min(kMostBlocks, (n + threads - 1) / threads);
+  const std::int64_t blocks = std::min(kMostBlocks, blocks_for(n, AdamStep<T>::kThreads));
   launch(AdamStep<T>{settings, steps, n, blocks, parameter, gradient, moments}, blocks, stream,
          {(sizeof(AdamFactors<T>) + 15) / 16 * 16});
   launch(CountStep{steps}, 1, stream);

@@ -347,9 +347,7 @@ struct KeyKernel {
   Index* keys;  // [n_atoms]
 
   KINML_DEVICE void operator()(const Block& block) const {
-    const Index first = Index(block.index()) * kThreads, left = system.n_atoms - first;
-    block.each(static_cast<int>(left < kThreads ? left : kThreads), [&](int item) {
-      const Index i = first + item;
+    each_in_grid(block, system.n_atoms, [&](Index i) {
       const Displacement<T> place = place_of(system.coordinates, i);
       keys[i] = cell_key(structure_of(system.offsets, system.n_structures, i),
                          cell_of(place.x, size), cell_of(place.y, size), cell_of(place.z, size));
@@ -402,7 +400,7 @@ struct Plan {
     e.warp_bytes = warp_bytes(e.few, transposed, plain, true);
     if (others > kFewNeighbours) e.list_bytes = warp_bytes(e.most, transposed, plain, false);
 
-    const Index rounds = (n_atoms + kWarps - 1) / kWarps;
+    const Index rounds = blocks_for(n_atoms, kWarps);
     e.blocks = transposed && !keeps ? system.n_structures : rounds;
     e.blocks = at_most(e.blocks, kMostBlocks);
     if (e.list_bytes > 0) e.blocks = at_most(e.blocks, kListMemory / (kWarps * e.list_bytes) + 1);
@@ -445,7 +443,7 @@ void transposed(const Plan<T>& plan, const T* gradient, T* out, Stream stream) {
     return;
   }
   launch(KeepKernel<T, N>{plan.e, gradient, plan.kept}, plan.e.blocks, stream, plan.memory);
-  const Index n_atoms = plan.e.system.n_atoms, rounds = (n_atoms + kWarps - 1) / kWarps;
+  const Index n_atoms = plan.e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
   const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), plan.kept, out};
   launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
 }
@@ -467,7 +465,7 @@ Cells aev_cells(const AevParameters& parameters, const System<T>& system, char* 
   const T angular = static_cast<T>(parameters.angular_cutoff);
   const double size = cell_size(radial > angular ? radial : angular);
   const KeyKernel<T> kernel{system, size, cells.unsorted};
-  launch(kernel, (system.n_atoms + kernel.kThreads - 1) / kernel.kThreads, stream);
+  launch(kernel, blocks_for(system.n_atoms, kernel.kThreads), stream);
   sort_keys(cells.unsorted, system.n_atoms, cells.keys, cells.atoms, cells.sort, stream);
   return {cells.keys, cells.atoms, size};
 }

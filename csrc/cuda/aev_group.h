@@ -330,7 +330,7 @@ KINML_DEVICE void radial_slopes(const Warp& warp, const AevTables<T>& t, const N
       });
 }
 
-// Of the n triples of a chunk, whose tables are there: s.sum(0) = g . (E P) over l, s.sum(1) =
+// Of the n triples of a chunk, whose tables are filled: s.sum(0) = g . (E P) over l, s.sum(1) =
 // g . ((R - shift) E P), s.sum(2) = g . (E P').
 template <class T, class N>
 KINML_DEVICE void contract_chunk(const Warp& warp, const AevTables<T>& t, const TripleScratch<N>& s,

@@ -625,7 +625,7 @@ struct FinishKernel {
   const double *residuals, *errors;
   double* losses;  // [2]
 
-  KINML_HD Index pieces() const { return (n_parameters + kThreads - 1) / kThreads; }
+  KINML_HD Index pieces() const { return blocks_for(n_parameters, kThreads); }
 
   KINML_DEVICE void operator()(const Block& block) const {
     if (block.index() < pieces())

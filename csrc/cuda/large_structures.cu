@@ -15,10 +15,6 @@ using Index = std::int64_t;
 
 constexpr int kThreads = 256;
 
-Index blocks_for(Index items) {
-  return (items + kThreads - 1) / kThreads;
-}
-
 // Atoms sorted by species; those without a valid one are behind all others.
 struct Order {
   Index *species, *sorted, *atoms;  // [n_atoms] keys; sorted; which atoms these are
@@ -46,9 +42,7 @@ struct SpeciesKernel {
   Passes<T> passes;
 
   KINML_DEVICE void operator()(const Block& block) const {
-    block.each(kThreads, [&](int item) {
-      const Index i = Index(block.index()) * kThreads + item;
-      if (i >= passes.system.n_atoms) return;
+    each_in_grid(block, passes.system.n_atoms, [&](Index i) {
       const Index kind = passes.system.species[i];
       const bool valid = kind >= 0 && kind < passes.plan.n_species;
       passes.order.species[i] = valid ? kind : passes.plan.n_species;
@@ -159,10 +153,8 @@ struct EnergyKernel {
   double* energies;   // [n_structures]
 
   KINML_DEVICE void operator()(const Block& block) const {
-    block.each(kThreads, [&](int item) {
-      const System<T>& system = passes.system;
-      const Index s = Index(block.index()) * kThreads + item;
-      if (s >= system.n_structures) return;
+    const System<T>& system = passes.system;
+    each_in_grid(block, system.n_structures, [&](Index s) {
       const AtomRange range = atoms_of(system, s);
       double sum = range.begin < 0 ? aev_detail::kNan<double> : 0.0;
       for (Index i = range.begin; i < range.end; ++i) {
@@ -182,10 +174,7 @@ struct NegateKernel {
   Index n;
 
   KINML_DEVICE void operator()(const Block& block) const {
-    block.each(kThreads, [&](int item) {
-      const Index i = Index(block.index()) * kThreads + item;
-      if (i < n) numbers[i] = -numbers[i];
-    });
+    each_in_grid(block, n, [&](Index i) { numbers[i] = -numbers[i]; });
   }
 };
 
@@ -239,7 +228,7 @@ void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const Sys
   const Index n = system.n_atoms, n_outputs = plan.n_levels - first_level;
   const Cells cells = aev_cells(model.aev, system, space.cells, stream);
   aev_forward(model.aev, system, passes.descriptors, space.aev, stream, &cells);
-  launch(SpeciesKernel<T>{passes}, blocks_for(n), stream);
+  launch(SpeciesKernel<T>{passes}, blocks_for(n, kThreads), stream);
   sort_keys(passes.order.species, n, passes.order.sorted, passes.order.atoms, space.sort, stream);
   launch(StartsKernel<T>{passes}, 1, stream);
   pack_networks(plan, model.weights, model.n_members, passes.packed, stream);
@@ -252,11 +241,11 @@ void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const Sys
       const double* const sae =
           model.sae == nullptr ? nullptr : model.sae + output * plan.n_species;
       launch(EnergyKernel<T>{passes, sae, energies + output * system.n_structures},
-             blocks_for(system.n_structures), stream);
+             blocks_for(system.n_structures, kThreads), stream);
       T* const out = forces + output * 3 * n;
       aev_vjp(model.aev, system, static_cast<const T*>(passes.gradients), out, space.aev, stream,
               &cells);
-      launch(NegateKernel<T>{out, 3 * n}, blocks_for(3 * n), stream);
+      launch(NegateKernel<T>{out, 3 * n}, blocks_for(3 * n, kThreads), stream);
     }
 }
 

@@ -13,10 +13,6 @@ using Index = std::int64_t;
 
 constexpr int kThreads = 256;
 
-Index blocks_for(Index items) {
-  return (items + kThreads - 1) / kThreads;
-}
-
 template <class T>
 struct PackKernel {
   static constexpr int kThreads = cuda::kThreads;
@@ -26,7 +22,7 @@ struct PackKernel {
 
   // One block for a piece of one member's packed form.
   KINML_DEVICE void operator()(const Block& block) const {
-    const Index blocks = (plan.packed + kThreads - 1) / kThreads;
+    const Index blocks = blocks_for(plan.packed, kThreads);
     const Index member = block.index() / blocks, begin = block.index() % blocks * kThreads;
     pack_piece(block, plan, parameters + member * plan.parameters, packed + member * plan.packed,
                begin, kThreads);
@@ -198,9 +194,7 @@ struct SumByStructureKernel {
   double* sums;
 
   KINML_DEVICE void operator()(const Block& block) const {
-    block.each(kThreads, [&](int item) {
-      const Index structure = Index(block.index()) * kThreads + item;
-      if (structure >= atoms.n_structures) return;
+    each_in_grid(block, atoms.n_structures, [&](Index structure) {
       double sum = 0;
       for (Index i = atoms.firsts[structure]; i < atoms.firsts[structure + 1]; ++i) {
         const Index atom = atoms.order[i];
@@ -301,7 +295,8 @@ void run_pass(NetworkKernel<T> kernel, char* workspace, Stream stream) {
 template <class T>
 void pack_networks(const ChainPlan& plan, const T* parameters, std::int64_t n_members, T* packed,
                    Stream stream) {
-  launch(PackKernel<T>{plan, parameters, packed}, n_members * blocks_for(plan.packed), stream);
+  launch(PackKernel<T>{plan, parameters, packed}, n_members * blocks_for(plan.packed, kThreads),
+         stream);
 }
 
 template <class T>
@@ -348,7 +343,7 @@ template <class T>
 void sum_by_structure(const T* values, const StructureAtoms& atoms, const std::int64_t* starts,
                       int n_species, const double* shifts, double* sums, Stream stream) {
   launch(SumByStructureKernel<T>{values, atoms, starts, n_species, shifts, sums},
-         blocks_for(atoms.n_structures), stream);
+         blocks_for(atoms.n_structures, kThreads), stream);
 }
 
 void energy_loss(const Loss& loss, const double* energies, double* residuals, double* slopes,
@@ -359,7 +354,7 @@ void energy_loss(const Loss& loss, const double* energies, double* residuals, do
 
 template <class T>
 void sum_parts(const T* parts, std::int64_t n_parts, std::int64_t n, T* sums, Stream stream) {
-  launch(SumPartsKernel<T>{parts, n_parts, n, sums}, blocks_for(n), stream);
+  launch(SumPartsKernel<T>{parts, n_parts, n, sums}, blocks_for(n, kThreads), stream);
 }
 
 #define KINML_INSTANTIATE(T)                                                                    \

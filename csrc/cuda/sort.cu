@@ -21,10 +21,7 @@ struct PlacesKernel {
   Index* places;  // [n]
 
   KINML_DEVICE void operator()(const Block& block) const {
-    block.each(kThreads, [&](int item) {
-      const Index i = Index(block.index()) * kThreads + item;
-      if (i < n) places[i] = i;
-    });
+    each_in_grid(block, n, [&](Index i) { places[i] = i; });
   }
 };
 
@@ -60,7 +57,7 @@ void sort_keys(const std::int64_t* keys, std::int64_t n, std::int64_t* sorted, s
                char* workspace, Stream stream) {
   SortMemory memory(n, workspace);
   const PlacesKernel kernel{n, memory.places};
-  launch(kernel, (n + kernel.kThreads - 1) / kernel.kThreads, stream);
+  launch(kernel, blocks_for(n, kernel.kThreads), stream);
   check(cub::DeviceRadixSort::SortPairs(memory.scratch, memory.scratch_bytes, keys, sorted,
                                         static_cast<const Index*>(memory.places), order, n, 0, 64,
                                         static_cast<cudaStream_t>(stream)));

@@ -241,7 +241,9 @@ void test_triples() {
   const int n = cuda::kMostNeighbours, total = cuda::count_triples(n, n, true);
   const cuda::TripleMembers last = cuda::triple_members(n, n, true, total - 1);
   CHECK(total == 523776 && last.a == n / 2 - 1 && last.b == n - 1);
+}
 
+void test_species_pairs() {
   check::section("walk over species pairs");
   for (int repeat = 0; repeat < 50; ++repeat) {
     const int n_species = static_cast<int>(random_index(1, 5));
@@ -484,10 +486,13 @@ void test_spoiled() {
     other.species[12] = species;
     check_spoiled(other, clean);
   }
+}
 
+template <class T>
+void test_crowds() {
   check::section("too many neighbours");
+  const AevParameters tiny = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
   {
-    const AevParameters tiny = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
     Batch crowd;
     const Index n = cuda::kMostNeighbours + 2;
     for (Index i = 0; i < n; ++i)
@@ -509,7 +514,6 @@ void test_spoiled() {
   }
   {
     // Kept products have room for fewer. The crowd's edge is seen by an atom that has few itself.
-    const AevParameters tiny = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
     Batch crowd;
     const Index n = cuda::kMostKept + 2;
     for (Index i = 0; i < n; ++i)
@@ -661,6 +665,7 @@ void test_all() {
   test_empty<T>();
   test_degenerate<T>();
   test_spoiled<T>();
+  test_crowds<T>();
   test_large<T>();
   test_limits<T>();
 }
@@ -670,6 +675,7 @@ void test_all() {
 int main(int argc, char** argv) {
   small_run = argc > 1 && std::string(argv[1]) == "small";
   test_triples();
+  test_species_pairs();
   test_cell_numbers();
   test_differences();
   test_all<double>();
