@@ -52,9 +52,9 @@ class _Factories(TorchDispatchMode):
 
 def _run(op: Callable, args: tuple, kwargs: dict) -> Any:
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-    there = [x for x in tensors if isinstance(x, OnGpu)]
+    of_gpu = [x for x in tensors if isinstance(x, OnGpu)]
     name, target = op.overloadpacket.__name__, kwargs.get("device")
-    if there and name not in _BETWEEN and any(x.dim() and not isinstance(x, OnGpu) for x in tensors):
+    if of_gpu and name not in _BETWEEN and any(x.dim() and not isinstance(x, OnGpu) for x in tensors):
         raise RuntimeError(f"{name} got tensors of the pretended GPU and of the CPU")
     inner_args, inner_kwargs = tree_map_only(OnGpu, lambda x: x.inner, (args, kwargs))
     if target is not None:
@@ -65,9 +65,9 @@ def _run(op: Callable, args: tuple, kwargs: dict) -> Any:
         found = op(*inner_args, **inner_kwargs)
         if name == "copy_":
             return args[0]
-        if not there if target is None else torch.device(target) != GPU:
+        if not of_gpu if target is None else torch.device(target) != GPU:
             return found
-        same = {id(x.inner): x for x in there}  # of a call that writes to its arguments
+        same = {id(x.inner): x for x in of_gpu}  # of a call that writes to its arguments
         return tree_map_only(Tensor, lambda x: same[id(x)] if id(x) in same else OnGpu(x), found)
 
 

@@ -26,11 +26,11 @@ struct AevParameters {
   double zeta;
   double beta;  // theta = arccos(beta cos(angle))
 
-  KINML_HD AevLayout layout() const {
+  AevLayout layout() const {
     return {static_cast<int>(n_species), static_cast<int>(radial_shifts.size()),
             static_cast<int>(angular_shifts.size()), static_cast<int>(sections.size())};
   }
-  KINML_HD std::int64_t length() const { return layout().length(); }  // D
+  std::int64_t length() const { return layout().length(); }  // D
 };
 
 template <class T>

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "config.h"
+
 namespace kinml {
 
 // A ragged data set of molecules, and which of its structures are meant. Atoms of structure s are
@@ -26,10 +28,12 @@ struct System {
   const std::int64_t* chosen = nullptr;
   std::int64_t n_chosen = 0;
 
-  std::int64_t count() const { return chosen == nullptr ? n_structures : n_chosen; }
-  std::int64_t structure(std::int64_t i) const { return chosen == nullptr ? i : chosen[i]; }
-  bool stored() const { return features != nullptr; }
-  bool has_forces() const { return features == nullptr || jacobian != nullptr; }
+  KINML_HD std::int64_t count() const { return chosen == nullptr ? n_structures : n_chosen; }
+  KINML_HD std::int64_t structure(std::int64_t i) const {
+    return chosen == nullptr ? i : chosen[i];
+  }
+  KINML_HD bool stored() const { return features != nullptr; }
+  KINML_HD bool has_forces() const { return features == nullptr || jacobian != nullptr; }
 };
 
 }  // namespace kinml

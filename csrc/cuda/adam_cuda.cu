@@ -17,21 +17,21 @@ struct AdamStep {
   std::int64_t n, blocks;
   T* parameter;       // [n]
   const T* gradient;  // [n]
-  T *mean, *square;   // [n]
-  T* largest;         // [n] or null
+  AdamMoments<T> moments;
 
   KINML_DEVICE void operator()(const Block& block) const {
     AdamFactors<T>& factors = *reinterpret_cast<AdamFactors<T>*>(block.memory());
     block.each(1, [&](int) {
-      AdamSettings own = settings;
-      own.step = static_cast<std::int64_t>(*steps) + 1;
-      factors = adam_factors<T>(own);
+      AdamSettings numbered = settings;
+      numbered.step = static_cast<std::int64_t>(*steps) + 1;
+      factors = adam_factors<T>(numbered);
     });
     for (std::int64_t first = std::int64_t{block.index()} * kThreads; first < n;
          first += blocks * kThreads) {
       const std::int64_t left = n - first;
       block.each(left < kThreads ? static_cast<int>(left) : kThreads, [&](int k) {
         const std::int64_t i = first + k;
+        const auto& [mean, square, largest] = moments;
         T p = parameter[i], m = mean[i], v = square[i];
         T most = largest == nullptr ? T(0) : largest[i];
         adam_update(factors, p, gradient[i], m, v, largest == nullptr ? nullptr : &most);
@@ -58,17 +58,16 @@ struct CountStep {
 
 template <class T>
 void adam_step(const AdamSettings& settings, float* steps, std::int64_t n, T* parameter,
-               const T* gradient, T* mean, T* square, T* largest, Stream stream) {
-  const std::int64_t threads = AdamStep<T>::kThreads;
-  const std::int64_t blocks = std::min(kMostBlocks, (n + threads - 1) / threads);
-  launch(AdamStep<T>{settings, steps, n, blocks, parameter, gradient, mean, square, largest},
-         blocks, stream, {(sizeof(AdamFactors<T>) + 15) / 16 * 16});
+               const T* gradient, const AdamMoments<T>& moments, Stream stream) {
+  const std::int64_t blocks = std::min(kMostBlocks, blocks_for(n, AdamStep<T>::kThreads));
+  launch(AdamStep<T>{settings, steps, n, blocks, parameter, gradient, moments}, blocks, stream,
+         {(sizeof(AdamFactors<T>) + 15) / 16 * 16});
   launch(CountStep{steps}, 1, stream);
 }
 
 template void adam_step<double>(const AdamSettings&, float*, std::int64_t, double*, const double*,
-                                double*, double*, double*, Stream);
+                                const AdamMoments<double>&, Stream);
 template void adam_step<float>(const AdamSettings&, float*, std::int64_t, float*, const float*,
-                               float*, float*, float*, Stream);
+                               const AdamMoments<float>&, Stream);
 
 }  // namespace kinml::cuda

@@ -8,13 +8,20 @@
 
 namespace kinml::cuda {
 
+// What the optimizer keeps of each number, updated: [n].
+template <class T>
+struct AdamMoments {
+  T *mean, *square;
+  T* largest;  // null without amsgrad
+};
+
 // The number of the step is not that of the settings but steps + 1: it is known to the device
 // alone, so that a captured step counts on when it is replayed.
 //
 // steps  // [1] done before; one more afterwards
-// parameter, mean, square, largest (null without amsgrad): [n], updated; gradient: [n].
+// parameter: [n], updated; gradient: [n].
 template <class T>
 void adam_step(const AdamSettings& settings, float* steps, std::int64_t n, T* parameter,
-               const T* gradient, T* mean, T* square, T* largest, Stream stream);
+               const T* gradient, const AdamMoments<T>& moments, Stream stream);
 
 }  // namespace kinml::cuda

@@ -1,6 +1,8 @@
 #include "aev_cuda.h"
 
 #include "aev_group.h"
+#include "pairs.h"
+#include "sort.h"
 
 namespace kinml::cuda {
 
@@ -36,74 +38,76 @@ struct WarpMemory {
   }
 };
 
+struct Centre {
+  Index structure, atom;
+};
+
 // What all kernels are told.
 template <class T>
 struct Environments {
   AevArguments<T> aev;
-  AevBatch<T> batch;
-  Index n_atoms;
-  AevCells cells;
+  System<T> system;
+  Cells cells;
   const T* tangent = nullptr;  // [n_atoms, 3]; null unless N = Dual<T>
   Index blocks = 0;            // of the grid
   Index tables_bytes = 0, warp_bytes = 0, list_bytes = 0;
   char* lists = nullptr;  // [blocks, kWarps, list_bytes]
   int few = 0, most = 0;  // neighbours for which a warp has memory on the chip and in its list
 
-  KINML_HD double size() const {
-    return cell_size(aev.radial_cutoff > aev.angular_cutoff ? aev.radial_cutoff
-                                                            : aev.angular_cutoff);
+  KINML_DEVICE Centre centre(Index atom) const {
+    return {structure_of(system.offsets, system.n_structures, atom), atom};
   }
-  KINML_DEVICE Index structure(Index atom) const {
-    return structure_of(batch.offsets, batch.n_structures, atom);
-  }
-  KINML_DEVICE AtomRange atoms(Index structure) const {
-    return atoms_of(batch.offsets, batch.n_structures, n_atoms, structure);
-  }
+  KINML_DEVICE Atoms<T> atoms() const { return {system.coordinates, tangent, system.species}; }
   KINML_DEVICE AevTables<T> tables(const Block& block) const {
     Pieces pieces(block.memory());
     return aev_tables(block, aev, pieces);
   }
   template <class N>
   KINML_DEVICE WarpMemory<N> memory(const Block& block, int w, bool transposed) const {
-    WarpMemory<N> own;
+    WarpMemory<N> memory;
     Pieces pieces(block.memory() + tables_bytes + w * warp_bytes);
-    own.take(pieces, aev, few, transposed, true);
-    return own;
+    memory.take(pieces, aev, few, transposed, true);
+    return memory;
   }
   // Uses the warp's list instead of its memory on the chip.
   template <class N>
-  KINML_DEVICE void use_list(const Block& block, int w, bool transposed, WarpMemory<N>& own) const {
+  KINML_DEVICE void use_list(const Block& block, int w, bool transposed,
+                             WarpMemory<N>& memory) const {
     Pieces pieces(lists + (Index(block.index()) * kWarps + w) * list_bytes);
-    own.take(pieces, aev, most, transposed, false);
+    memory.take(pieces, aev, most, transposed, false);
   }
-  // Sorted neighbours of a centre, in memory that may change to the list; find(neighbours) makes
-  // them from the candidates. Returns whether it did change.
+  // Sorted neighbours of a centre, in memory that may change to the list; find(candidates,
+  // neighbours) makes them. Returns whether it did change.
   template <class N, class Find>
   KINML_DEVICE bool find(const Block& block, const Warp& warp, int w, bool transposed,
-                         Index structure, Index centre, WarpMemory<N>& own,
-                         const Find& find) const {
-    const AtomRange range = atoms(structure);
+                         const Centre& centre, WarpMemory<N>& memory, const Find& find) const {
+    const AtomRange range = atoms_of(system, centre.structure);
     const Candidates candidates =
-        cells.keys == nullptr ? Candidates::structure(range.begin, range.end)
-                              : cell_candidates(warp, cells.keys, cells.atoms, n_atoms, structure,
-                                                batch.coordinates + 3 * centre, size(), own.bounds);
+        cells.keys == nullptr
+            ? Candidates::structure(range)
+            : cell_candidates(warp, cells, system.n_atoms, centre.structure,
+                              place_of(system.coordinates, centre.atom), memory.bounds);
     for (bool in_list = false;; in_list = true) {
-      if (in_list) use_list(block, w, transposed, own);
-      find(candidates, own.neighbours);
-      if (range.begin < 0) own.neighbours.spoiled = true;
-      if (in_list || !own.neighbours.overflown || list_bytes == 0) return in_list;
+      if (in_list) use_list(block, w, transposed, memory);
+      find(candidates, memory.neighbours);
+      if (range.begin < 0) memory.neighbours.spoiled = true;
+      if (in_list || !memory.neighbours.overflown || list_bytes == 0) return in_list;
     }
   }
   template <class N>
   KINML_DEVICE bool find(const Block& block, const Warp& warp, const AevTables<T>& tables, int w,
-                         bool transposed, Index structure, Index centre, WarpMemory<N>& own) const {
-    return find(block, warp, w, transposed, structure, centre, own,
+                         bool transposed, const Centre& centre, WarpMemory<N>& memory) const {
+    return find(block, warp, w, transposed, centre, memory,
                 [&](const Candidates& candidates, Neighbours<N>& neighbours) {
-                  find_neighbours(warp, tables, batch.coordinates, tangent, batch.species,
-                                  candidates, centre, neighbours);
+                  find_neighbours(warp, tables, atoms(), candidates, centre.atom, neighbours);
                 });
   }
 };
+
+// Of those that warp w of a block takes.
+KINML_DEVICE Index first_centre(const Block& block, int w) {
+  return Index(block.index()) * kWarps + w;
+}
 
 // a_i, or J_i v for N = Dual<T>.
 template <class T, class N>
@@ -117,10 +121,10 @@ struct RowKernel {
     const AevTables<T> tables = e.tables(block);
     const Index length = tables.layout().length();
     block.each_warp([&](const Warp& warp, int w) {
-      for (Index i = Index(block.index()) * kWarps + w; i < e.n_atoms; i += e.blocks * kWarps) {
-        WarpMemory<N> own = e.template memory<N>(block, w, false);
-        e.find(block, warp, tables, w, false, e.structure(i), i, own);
-        aev_row(warp, tables, own.neighbours, own.triples, out + i * length);
+      for (Index i = first_centre(block, w); i < e.system.n_atoms; i += e.blocks * kWarps) {
+        WarpMemory<N> memory = e.template memory<N>(block, w, false);
+        e.find(block, warp, tables, w, false, e.centre(i), memory);
+        aev_row(warp, tables, memory.neighbours, memory.triples, out + i * length);
       }
     });
   }
@@ -139,50 +143,50 @@ struct JacobianKernel {
   KINML_DEVICE void operator()(const Block& block) const {
     const AevTables<T> tables = e.tables(block);
     block.each_warp([&](const Warp& warp, int w) {
-      for (Index i = Index(block.index()) * kWarps + w; i < e.n_atoms; i += e.blocks * kWarps)
-        run_centre(block, warp, tables, w, i);
+      for (Index i = first_centre(block, w); i < e.system.n_atoms; i += e.blocks * kWarps)
+        run_centre(block, warp, tables, w, e.centre(i));
     });
   }
   KINML_DEVICE void run_centre(const Block& block, const Warp& warp, const AevTables<T>& tables,
-                               int w, Index centre) const {
+                               int w, const Centre& centre) const {
     const int length = tables.layout().length();
-    const Index s = e.structure(centre);
-    const AtomRange range = e.atoms(s);
-    const Index first = range.begin;
-    T* const own_out = out + centre * length * columns;
-    WarpMemory<N> own = e.template memory<N>(block, w, false);
-    e.find(block, warp, w, false, s, centre, own,
+    const AtomRange range = atoms_of(e.system, centre.structure);
+    T* const rows = out + centre.atom * length * columns;
+    WarpMemory<N> memory = e.template memory<N>(block, w, false);
+    e.find(block, warp, w, false, centre, memory,
            [&](const Candidates& candidates, Neighbours<N>& neighbours) {
-             aev_detail::list_neighbours(warp, tables, e.batch.coordinates, e.batch.species,
-                                         candidates, centre, neighbours);
+             list_neighbours(warp, tables, e.atoms(), candidates, centre.atom, neighbours);
            });
-    const Neighbours<N>& nb = own.neighbours;
+    const Neighbours<N>& nb = memory.neighbours;
     // A structure that has not enough columns is NaN.
-    const bool fits = first >= 0 && 3 * (range.end - first) <= columns;
-    const Index own_columns = fits ? 3 * (range.end - first) : columns;
+    const bool fits = range.begin >= 0 && 3 * (range.end - range.begin) <= columns;
+    const Index used = fits ? 3 * (range.end - range.begin) : columns;
     for (Index begin = 0; begin < length * columns; begin += kStep) {
       const Index left = length * columns - begin;
       warp.each(static_cast<int>(left < kStep ? left : kStep), [&](int item) {
-        const bool spoiled = (nb.spoiled || !fits) && (begin + item) % columns < own_columns;
-        own_out[begin + item] = spoiled ? aev_detail::kNan<T> : T(0);
+        const bool spoiled = (nb.spoiled || !fits) && (begin + item) % columns < used;
+        rows[begin + item] = spoiled ? aev_detail::kNan<T> : T(0);
       });
     }
     if (nb.spoiled || !fits) return;
-    const T* const x = e.batch.coordinates;
+    T* const of_centre = rows + 3 * (centre.atom - range.begin);
     for (int moved = 0; moved < nb.count; ++moved)
       for (int d = 0; d < 3; ++d) {
-        aev_detail::measure_neighbours(warp, tables, nb, [&](int k) {
-          const T *const to = x + 3 * Index(nb.index[k]), *const from = x + 3 * centre;
-          const auto component = [&](int c) {
-            return N(to[c] - from[c], T(k == moved && c == d ? 1 : 0));
-          };
-          return Displacement<N>{component(0), component(1), component(2)};
-        });
-        T* const column = own_out + 3 * (nb.index[moved] - first) + d;
-        T* const of_centre = own_out + 3 * (centre - first) + d;
-        aev_row(warp, tables, nb, own.triples, column, columns);
-        warp.each(length, [&](int row) { of_centre[row * columns] -= column[row * columns]; });
+        measure_moved(warp, tables, nb, centre.atom, moved, d);
+        T* const column = rows + 3 * (nb.index[moved] - range.begin) + d;
+        aev_row(warp, tables, nb, memory.triples, column, columns);
+        warp.each(length, [&](int row) { of_centre[row * columns + d] -= column[row * columns]; });
       }
+  }
+  // The neighbours, and how they change when one moves along axis d.
+  KINML_DEVICE void measure_moved(const Warp& warp, const AevTables<T>& tables,
+                                  const Neighbours<N>& nb, Index centre, int moved, int d) const {
+    const T* const x = e.system.coordinates;
+    measure_neighbours(warp, tables, nb, [&](int k) {
+      const Displacement<T> to = displacement(x, place_of(x, centre), nb.index[k]);
+      const auto moves = [&](int axis) { return T(k == moved && d == axis ? 1 : 0); };
+      return Displacement<N>{N(to.x, moves(0)), N(to.y, moves(1)), N(to.z, moves(2))};
+    });
   }
 };
 
@@ -213,13 +217,12 @@ struct StructureKernel {
     Pieces pieces(block.memory() + e.tables_bytes + kWarps * e.warp_bytes);
     Round round;
     round.take(pieces);
-    for (Index s = block.index(); s < e.batch.n_structures; s += e.blocks)
+    for (Index s = block.index(); s < e.system.n_structures; s += e.blocks)
       run_structure(block, tables, round, s);
   }
   KINML_DEVICE void run_structure(const Block& block, const AevTables<T>& tables,
                                   const Round& round, Index s) const {
-    const AtomRange range = e.atoms(s);
-    const Index first = range.begin, end = range.end;
+    const auto [first, end] = atoms_of(e.system, s);
     const Index length = tables.layout().length();
     bool spoiled = false;
     block.each(static_cast<int>(3 * (end - first)), [&](int i) { out[3 * first + i] = 0; });
@@ -227,31 +230,22 @@ struct StructureKernel {
       block.each_warp([&](const Warp& warp, int w) {
         const Index i = base + w;
         if (i >= end) return;
-        WarpMemory<N> own = e.template memory<N>(block, w, true);
-        const bool in_list = e.find(block, warp, tables, w, true, s, i, own);
-        aev_row_transposed(warp, tables, own.neighbours, own.triples, gradient + i * length, own.p);
+        WarpMemory<N> memory = e.template memory<N>(block, w, true);
+        const bool in_list = e.find(block, warp, tables, w, true, {s, i}, memory);
+        aev_row_transposed(warp, tables, memory.neighbours, memory.triples, gradient + i * length,
+                           memory.p);
         warp.each(1, [&](int) {
-          round.counts[w] = own.neighbours.count;
+          round.counts[w] = memory.neighbours.count;
           round.in_list[w] = in_list;
-          round.spoiled[w] = own.neighbours.spoiled;
+          round.spoiled[w] = memory.neighbours.spoiled;
         });
       });
-      // Neighbours of one centre differ from one another and from it; those of two may not.
       for (int w = 0; w < kWarps && base + w < end; ++w) {
-        WarpMemory<N> own = e.template memory<N>(block, w, true);
-        if (round.in_list[w] != 0) e.use_list(block, w, true, own);
-        const int count = round.counts[w];
+        WarpMemory<N> memory = e.template memory<N>(block, w, true);
+        if (round.in_list[w] != 0) e.use_list(block, w, true, memory);
         spoiled = spoiled || round.spoiled[w] != 0;
-        block.each(3 * count + 3, [&](int item) {
-          const int k = item / 3, d = item - 3 * k;
-          if (k < count) {
-            out[3 * Index(own.neighbours.index[k]) + d] += aev_detail::result(own.p[item]);
-            return;
-          }
-          T sum(0);
-          for (int j = 0; j < count; ++j) sum += aev_detail::result(own.p[3 * j + d]);
-          out[3 * (base + w) + d] -= sum;
-        });
+        add_products(block, base + w, round.counts[w], memory.neighbours.index, memory.p, T(1),
+                     out);
       }
     }
     // Whom a list without room for all would have named is not known.
@@ -288,16 +282,16 @@ struct KeepKernel {
     const AevTables<T> tables = e.tables(block);
     const Index length = tables.layout().length();
     block.each_warp([&](const Warp& warp, int w) {
-      for (Index i = Index(block.index()) * kWarps + w; i < e.n_atoms; i += e.blocks * kWarps) {
-        WarpMemory<N> own = e.template memory<N>(block, w, true);
-        e.find(block, warp, tables, w, true, e.structure(i), i, own);
-        const Neighbours<N>& nb = own.neighbours;
+      for (Index i = first_centre(block, w); i < e.system.n_atoms; i += e.blocks * kWarps) {
+        WarpMemory<N> memory = e.template memory<N>(block, w, true);
+        e.find(block, warp, tables, w, true, e.centre(i), memory);
+        const Neighbours<N>& nb = memory.neighbours;
         warp.each(1, [&](int) { kept.counts[i] = nb.spoiled ? -1 : nb.count; });
         if (nb.spoiled) continue;
-        aev_row_transposed(warp, tables, nb, own.triples, gradient + i * length, own.p);
+        aev_row_transposed(warp, tables, nb, memory.triples, gradient + i * length, memory.p);
         warp.each(nb.count, [&](int k) { kept.index[i * kept.room + k] = nb.index[k]; });
         warp.each(3 * nb.count, [&](int item) {
-          kept.p[3 * i * kept.room + item] = aev_detail::result(own.p[item]);
+          kept.p[3 * i * kept.room + item] = aev_detail::result(memory.p[item]);
         });
       }
     });
@@ -305,6 +299,8 @@ struct KeepKernel {
 };
 // Sums for each atom what the centres that it is a neighbour of have kept for it. These are its own
 // neighbours, in their order.
+//
+// Distinct neighbours (pairs.h): an atom is found once in the list of a neighbour, by its index.
 template <class T>
 struct GatherKernel {
   static constexpr int kThreads = cuda::kThreads;
@@ -316,7 +312,7 @@ struct GatherKernel {
     block.each_warp([&](const Warp& warp, int w) {
       Pieces pieces(block.memory() + w * warp_bytes());
       T* const terms = pieces.take<T>(3 * Index(kept.room));
-      for (Index i = Index(block.index()) * kWarps + w; i < n_atoms; i += blocks * kWarps) {
+      for (Index i = first_centre(block, w); i < n_atoms; i += blocks * kWarps) {
         const int count = kept.counts[i];
         warp.each(count < 0 ? 0 : count, [&](int k) {
           const Index j = kept.index[i * kept.room + k], row = j * kept.room;
@@ -346,18 +342,15 @@ struct GatherKernel {
 template <class T>
 struct KeyKernel {
   static constexpr int kThreads = 256;
-  AevBatch<T> batch;
-  Index n_atoms;
+  System<T> system;
   double size;
   Index* keys;  // [n_atoms]
 
   KINML_DEVICE void operator()(const Block& block) const {
-    const Index first = Index(block.index()) * kThreads, left = n_atoms - first;
-    block.each(static_cast<int>(left < kThreads ? left : kThreads), [&](int item) {
-      const Index i = first + item;
-      const T* const x = batch.coordinates + 3 * i;
-      keys[i] = cell_key(structure_of(batch.offsets, batch.n_structures, i), cell_of(x[0], size),
-                         cell_of(x[1], size), cell_of(x[2], size));
+    each_in_grid(block, system.n_atoms, [&](Index i) {
+      const Displacement<T> place = place_of(system.coordinates, i);
+      keys[i] = cell_key(structure_of(system.offsets, system.n_structures, i),
+                         cell_of(place.x, size), cell_of(place.y, size), cell_of(place.z, size));
     });
   }
 };
@@ -368,7 +361,19 @@ Index at_most(Index a, Index b) {
   return a < b ? a : b;
 }
 
-// How a product is computed: sizes, and the pieces of its workspace.
+struct CellMemory {
+  Index *unsorted, *keys, *atoms;  // [n_atoms]
+  char* sort;
+
+  CellMemory(Pieces& pieces, Index n_atoms)
+      : unsorted(pieces.take<Index>(n_atoms)),
+        keys(pieces.take<Index>(n_atoms)),
+        atoms(pieces.take<Index>(n_atoms)),
+        sort(pieces.take<char>(sort_workspace(n_atoms))) {}
+};
+
+// How a product is computed: sizes, and the pieces of its workspace. With a workspace the cells are
+// found, if they are not given.
 template <class T>
 struct Plan {
   Environments<T> e;
@@ -377,12 +382,16 @@ struct Plan {
   Kept<T> kept{};
   Index bytes;
 
-  Plan(const AevParameters& parameters, AevProduct product, const AevBatch<T>& batch, Index n_atoms,
-       const AevCells& cells, char* workspace)
-      : e{aev_arguments<T>(parameters), batch, n_atoms, cells} {
+  Plan(const AevParameters& parameters, AevProduct product, const System<T>& system)
+      : Plan(parameters, product, system, nullptr, nullptr, nullptr) {}
+  Plan(const AevParameters& parameters, AevProduct product, const System<T>& system,
+       char* workspace, Stream stream, const Cells* cells)
+      : e{aev_arguments<T>(parameters), system, {}} {
+    const Index n_atoms = system.n_atoms;
     const bool transposed = product == AevProduct::vjp || product == AevProduct::hvp;
     const bool plain = product == AevProduct::forward || product == AevProduct::vjp;
-    keeps = transposed && aev_structures_are_large(batch.n_structures, n_atoms);
+    const bool large = aev_structures_are_large(system.n_structures, n_atoms);
+    keeps = transposed && large;
     // A centre among others has one neighbour less.
     const Index others = n_atoms > 0 ? n_atoms - 1 : 0;
     e.few = static_cast<int>(at_most(others, kFewNeighbours));
@@ -391,8 +400,8 @@ struct Plan {
     e.warp_bytes = warp_bytes(e.few, transposed, plain, true);
     if (others > kFewNeighbours) e.list_bytes = warp_bytes(e.most, transposed, plain, false);
 
-    const Index rounds = (n_atoms + kWarps - 1) / kWarps;
-    e.blocks = transposed && !keeps ? batch.n_structures : rounds;
+    const Index rounds = blocks_for(n_atoms, kWarps);
+    e.blocks = transposed && !keeps ? system.n_structures : rounds;
     e.blocks = at_most(e.blocks, kMostBlocks);
     if (e.list_bytes > 0) e.blocks = at_most(e.blocks, kListMemory / (kWarps * e.list_bytes) + 1);
     Pieces round(nullptr);
@@ -403,7 +412,12 @@ struct Plan {
     e.lists = pieces.take<char>(e.blocks * kWarps * e.list_bytes);
     if (memory.bytes > kChipMemory) memory.global = pieces.take<char>(e.blocks * memory.bytes);
     if (keeps) kept.take(pieces, n_atoms, e.most);
+    char* const of_cells = pieces.take<char>(large ? aev_cells_bytes(n_atoms) : 0);
     bytes = pieces.taken();
+    if (cells != nullptr)
+      e.cells = *cells;
+    else if (large && workspace != nullptr)
+      e.cells = aev_cells(parameters, system, of_cells, stream);
   }
 
  private:
@@ -418,88 +432,96 @@ struct Plan {
 };
 
 template <class N, class T>
-void rows(Plan<T>& plan, T* out, Stream stream) {
+void rows(const Plan<T>& plan, T* out, Stream stream) {
   launch(RowKernel<T, N>{plan.e, out}, plan.e.blocks, stream, plan.memory);
 }
 
 template <class N, class T>
-void transposed(Plan<T>& plan, const T* gradient, T* out, Stream stream) {
+void transposed(const Plan<T>& plan, const T* gradient, T* out, Stream stream) {
   if (!plan.keeps) {
     launch(StructureKernel<T, N>{plan.e, gradient, out}, plan.e.blocks, stream, plan.memory);
     return;
   }
   launch(KeepKernel<T, N>{plan.e, gradient, plan.kept}, plan.e.blocks, stream, plan.memory);
-  const Index rounds = (plan.e.n_atoms + kWarps - 1) / kWarps;
-  const GatherKernel<T> gather{plan.e.n_atoms, at_most(rounds, 4 * kMostBlocks), plan.kept, out};
+  const Index n_atoms = plan.e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
+  const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), plan.kept, out};
   launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
 }
 
 }  // namespace
 
+std::int64_t aev_cells_bytes(std::int64_t n_atoms) {
+  Pieces pieces(nullptr);
+  const CellMemory counted(pieces, n_atoms);
+  return pieces.taken();
+}
+
 template <class T>
-void aev_cell_keys(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t n_atoms,
-                   std::int64_t* keys, Stream stream) {
-  Environments<T> e{};
-  e.aev = aev_arguments<T>(parameters);
-  const KeyKernel<T> kernel{batch, n_atoms, e.size(), keys};
-  launch(kernel, (n_atoms + kernel.kThreads - 1) / kernel.kThreads, stream);
+Cells aev_cells(const AevParameters& parameters, const System<T>& system, char* memory,
+                Stream stream) {
+  Pieces pieces(memory);
+  const CellMemory cells(pieces, system.n_atoms);
+  const T radial = static_cast<T>(parameters.radial_cutoff);
+  const T angular = static_cast<T>(parameters.angular_cutoff);
+  const double size = cell_size(radial > angular ? radial : angular);
+  const KeyKernel<T> kernel{system, size, cells.unsorted};
+  launch(kernel, blocks_for(system.n_atoms, kernel.kThreads), stream);
+  sort_keys(cells.unsorted, system.n_atoms, cells.keys, cells.atoms, cells.sort, stream);
+  return {cells.keys, cells.atoms, size};
 }
 
 template <class T>
 std::int64_t aev_workspace(const AevParameters& parameters, AevProduct product,
-                           std::int64_t n_structures, std::int64_t n_atoms) {
-  const AevBatch<T> batch{n_structures, nullptr, nullptr, nullptr};
-  return Plan<T>(parameters, product, batch, n_atoms, {}, nullptr).bytes;
+                           const System<T>& system) {
+  return Plan<T>(parameters, product, system).bytes;
 }
 
 template <class T>
-void aev_forward(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t n_atoms,
-                 const AevCells& cells, T* aev, char* workspace, Stream stream) {
-  Plan<T> plan(parameters, AevProduct::forward, batch, n_atoms, cells, workspace);
+void aev_forward(const AevParameters& parameters, const System<T>& system, T* aev, char* workspace,
+                 Stream stream, const Cells* cells) {
+  const Plan<T> plan(parameters, AevProduct::forward, system, workspace, stream, cells);
   rows<T>(plan, aev, stream);
 }
 template <class T>
-void aev_jvp(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t n_atoms,
-             const AevCells& cells, const T* tangent, T* out, char* workspace, Stream stream) {
-  Plan<T> plan(parameters, AevProduct::jvp, batch, n_atoms, cells, workspace);
+void aev_jvp(const AevParameters& parameters, const System<T>& system, const T* tangent, T* out,
+             char* workspace, Stream stream, const Cells* cells) {
+  Plan<T> plan(parameters, AevProduct::jvp, system, workspace, stream, cells);
   plan.e.tangent = tangent;
   rows<Dual<T>>(plan, out, stream);
 }
 template <class T>
-void aev_vjp(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t n_atoms,
-             const AevCells& cells, const T* gradient, T* out, char* workspace, Stream stream) {
-  Plan<T> plan(parameters, AevProduct::vjp, batch, n_atoms, cells, workspace);
+void aev_vjp(const AevParameters& parameters, const System<T>& system, const T* gradient, T* out,
+             char* workspace, Stream stream, const Cells* cells) {
+  const Plan<T> plan(parameters, AevProduct::vjp, system, workspace, stream, cells);
   transposed<T>(plan, gradient, out, stream);
 }
 template <class T>
-void aev_hvp(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t n_atoms,
-             const AevCells& cells, const T* gradient, const T* tangent, T* out, char* workspace,
-             Stream stream) {
-  Plan<T> plan(parameters, AevProduct::hvp, batch, n_atoms, cells, workspace);
+void aev_hvp(const AevParameters& parameters, const System<T>& system, const T* gradient,
+             const T* tangent, T* out, char* workspace, Stream stream, const Cells* cells) {
+  Plan<T> plan(parameters, AevProduct::hvp, system, workspace, stream, cells);
   plan.e.tangent = tangent;
   transposed<Dual<T>>(plan, gradient, out, stream);
 }
 template <class T>
-void aev_jacobian(const AevParameters& parameters, const AevBatch<T>& batch, std::int64_t n_atoms,
-                  const AevCells& cells, std::int64_t columns, T* out, char* workspace,
-                  Stream stream) {
-  Plan<T> plan(parameters, AevProduct::jacobian, batch, n_atoms, cells, workspace);
+void aev_jacobian(const AevParameters& parameters, const System<T>& system, std::int64_t columns,
+                  T* out, char* workspace, Stream stream, const Cells* cells) {
+  const Plan<T> plan(parameters, AevProduct::jacobian, system, workspace, stream, cells);
   launch(JacobianKernel<T>{plan.e, columns, out}, plan.e.blocks, stream, plan.memory);
 }
 
-#define KINML_INSTANTIATE(T)                                                                       \
-  template void aev_cell_keys<T>(const AevParameters&, const AevBatch<T>&, Index, Index*, Stream); \
-  template Index aev_workspace<T>(const AevParameters&, AevProduct, Index, Index);                 \
-  template void aev_forward<T>(const AevParameters&, const AevBatch<T>&, Index, const AevCells&,   \
-                               T*, char*, Stream);                                                 \
-  template void aev_jvp<T>(const AevParameters&, const AevBatch<T>&, Index, const AevCells&,       \
-                           const T*, T*, char*, Stream);                                           \
-  template void aev_vjp<T>(const AevParameters&, const AevBatch<T>&, Index, const AevCells&,       \
-                           const T*, T*, char*, Stream);                                           \
-  template void aev_hvp<T>(const AevParameters&, const AevBatch<T>&, Index, const AevCells&,       \
-                           const T*, const T*, T*, char*, Stream);                                 \
-  template void aev_jacobian<T>(const AevParameters&, const AevBatch<T>&, Index, const AevCells&,  \
-                                Index, T*, char*, Stream);
+#define KINML_INSTANTIATE(T)                                                                      \
+  template Cells aev_cells<T>(const AevParameters&, const System<T>&, char*, Stream);             \
+  template Index aev_workspace<T>(const AevParameters&, AevProduct, const System<T>&);            \
+  template void aev_forward<T>(const AevParameters&, const System<T>&, T*, char*, Stream,         \
+                               const Cells*);                                                     \
+  template void aev_jvp<T>(const AevParameters&, const System<T>&, const T*, T*, char*, Stream,   \
+                           const Cells*);                                                         \
+  template void aev_vjp<T>(const AevParameters&, const System<T>&, const T*, T*, char*, Stream,   \
+                           const Cells*);                                                         \
+  template void aev_hvp<T>(const AevParameters&, const System<T>&, const T*, const T*, T*, char*, \
+                           Stream, const Cells*);                                                 \
+  template void aev_jacobian<T>(const AevParameters&, const System<T>&, Index, T*, char*, Stream, \
+                                const Cells*);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)
 #undef KINML_INSTANTIATE

@@ -1,11 +1,14 @@
 #include "force_step_cuda.h"
 
-#include <cmath>
 #include <limits>
 #include <type_traits>
 
 #include "aev_group.h"
+#include "chain_group.h"
+#include "large_structures.h"
 #include "network_group.h"
+#include "networks_cuda.h"
+#include "pairs.h"
 
 namespace kinml::cuda {
 
@@ -27,7 +30,7 @@ template <class T>
 struct TileMemory {
   TileRows rows;
   int* firsts;    // [kForceStructures + 1] rows of the structures, in their order
-  Index* begins;  // [kForceStructures] first atoms of the structures; -1: not there
+  Index* begins;  // [kForceStructures] first atoms of the structures; -1: do not exist
   int* kinds;     // [kForceRows] species of the rows of a piece, in the order of the atoms
   int* places;    // [kForceRows] where they stand in the order of the species
   Index* atoms;   // [kForceRows] in the order of the species, like all that follows
@@ -35,14 +38,14 @@ struct TileMemory {
   T* features;    // [kForceRows, plan.features] a, and eps of the level below
   T* gradients;   // [K, kForceRows, plan.features] g_k, later (U_k, T_k)
   HiddenArrays<T> hidden;
-  T* parts;          // [kMostParts, kForceRows, plan.widest]
-  T* below;          // [K, kForceRows] eps_{k-1}
-  T* slopes;         // [K, kForceRows] c_k
-  T* seeds;          // [kForceRows]
-  double* energies;  // [kForceStructures, K]; later dL/dE
-  int* any;          // [kForceStructures, K] whether the loss depends on the forces
-  double* errors;    // [kForceStructures, K, kLanes, 3]
-  int* counts;       // [kWarps] neighbours
+  T* parts;             // [kMostParts, kForceRows, plan.widest]
+  T* below;             // [K, kForceRows] eps_{k-1}
+  T* slopes;            // [K, kForceRows] c_k
+  T* seeds;             // [kForceRows]
+  double* energies;     // [kForceStructures, K]; later dL/dE
+  int* any;             // [kForceStructures, K] whether the loss depends on the forces
+  ForceErrors* errors;  // [kForceStructures, K, kLanes]
+  int* counts;          // [kWarps] neighbours
 
   KINML_HD void take(Pieces& pieces, const ChainPlan& plan, bool gradient) {
     const int K = plan.n_levels;
@@ -63,7 +66,7 @@ struct TileMemory {
     seeds = pieces.take<T>(kForceRows);
     energies = pieces.take<double>(kForceStructures * K);
     any = pieces.take<int>(kForceStructures * K);
-    errors = pieces.take<double>(gradient ? kForceStructures * K * kLanes * 3 : 0);
+    errors = pieces.take<ForceErrors>(gradient ? kForceStructures * K * kLanes : 0);
     counts = pieces.take<int>(kWarps);
   }
 };
@@ -98,9 +101,36 @@ KINML_HD Index warp_bytes(const AevArguments<T>& aev, int capacity, bool gradien
 struct Memory {
   Index tile_bytes = 0, warp_bytes = 0, list_bytes = 0;
   char* tiles = nullptr;  // of the blocks; null: on the chip
-  char* warps = nullptr;  // of the warps; null: on the chip, behind the tile if that is there
+  char* warps = nullptr;  // of the warps; null: on the chip, behind the tile if that is on it
   char* lists = nullptr;  // of the warps, with room for kMostNeighbours
   int most_neighbours = 0;
+};
+
+// Structures of a batch that a tile holds: so many from `first` on, of n atoms together.
+struct TileStructures {
+  Index first;
+  int count, n;
+};
+
+// What energy_forces is asked for.
+template <class T>
+struct Evaluation {
+  Index n_members = 1;
+  const double* sae = nullptr;  // [n_members, R, n_species]; or null
+  double* energies = nullptr;   // [n_members, R, count]
+  T* forces = nullptr;          // [n_members, R, n_atoms, 3]
+};
+// What a gradient is that of; either e and r are given, or the loss.
+template <class T>
+struct Differentiation {
+  const double* e = nullptr;  // [R, count]; null: there is a loss
+  const T* r = nullptr;       // [R, n_atoms, 3]
+  Loss loss{};
+  double *residuals = nullptr, *errors = nullptr;
+  T* minus_r = nullptr;  // [K, n_atoms, 3] forces, then -dL/dF
+  T* parts = nullptr;    // [n_blocks, plan.parameters] of the gradient
+
+  KINML_HD bool given() const { return e != nullptr; }
 };
 
 template <class T, bool kGradient>
@@ -110,50 +140,35 @@ struct ForceKernel {
   static constexpr double kNoEnergy = std::numeric_limits<double>::quiet_NaN();
   ChainPlan plan;
   AevArguments<T> aev;
-  ForceBatch<T> batch;
+  System<T> system;
   const T* packed;  // [n_members, plan.packed]
   Memory memory;
   Index n_blocks = 0;
-  int first_level = 0;  // of the outputs of energy_forces
-  // energy_forces
-  Index n_members = 1;
-  const double* sae = nullptr;
-  double* energies = nullptr;
-  T* forces = nullptr;
-  // The gradient; either e and r are given ...
-  const double* e = nullptr;
-  const T* r = nullptr;
-  // ... or the loss, with the numbers of structures [2, K] that count in it.
-  ForceLoss loss{};
-  const double* counts = nullptr;
-  T* minus_r = nullptr;  // [K, n_atoms, 3] forces, then -dL/dF
-  T* parts = nullptr;    // [n_blocks, plan.parameters]
-  double *residuals = nullptr, *errors = nullptr;
+  int first_level = 0;  // of the outputs, and of e and r
+  Evaluation<T> evaluation{};
+  Differentiation<T> differentiation{};
 
   using Tile = TileMemory<T>;
 
-  // Atoms of a structure of the batch; first = -1: it is not there.
+  // Atoms of a structure of the batch; first = -1: it does not exist.
   struct Span {
     Index first;
     int n;
   };
-  KINML_DEVICE Index structure(Index i) const {
-    return batch.structures == nullptr ? i : batch.structures[i];
-  }
   KINML_DEVICE Span span(Index i) const {
-    const AtomRange range =
-        atoms_of(batch.offsets, batch.n_structures, batch.n_atoms, structure(i));
+    const AtomRange range = atoms_of(system, system.structure(i));
     const Index n = range.end - range.begin;
-    // Nor is one that has not enough columns of the Jacobian.
-    if (batch.jacobian != nullptr && 3 * n > batch.columns) return {-1, 0};
+    // Nor does one that has not enough columns of the Jacobian.
+    if (system.jacobian != nullptr && 3 * n > system.columns) return {-1, 0};
     return {range.begin, static_cast<int>(n)};
-  }
-  KINML_DEVICE bool has_forces() const {
-    return batch.features == nullptr || batch.jacobian != nullptr;
   }
   KINML_DEVICE int length() const { return plan.layers[0].in; }
   KINML_DEVICE int n_levels() const { return plan.n_levels; }
   KINML_DEVICE int stride() const { return plan.features; }
+  KINML_DEVICE ChainRows<T> chain(const Tile& tile) const {
+    return {tile.rows.n, stride(), length()};
+  }
+  KINML_DEVICE Index n_members() const { return kGradient ? 1 : evaluation.n_members; }
 
   KINML_DEVICE void operator()(const Block& block) const {
     Pieces pieces(memory.tiles == nullptr ? block.memory()
@@ -161,108 +176,124 @@ struct ForceKernel {
     Tile tile;
     tile.take(pieces, plan, kGradient);
     const AevTables<T> tables = aev_tables(block, aev, pieces);
-    T* const gradient = kGradient ? parts + block.index() * Index(plan.parameters) : nullptr;
+    T* const gradient =
+        kGradient ? differentiation.parts + block.index() * Index(plan.parameters) : nullptr;
     if (kGradient) block.each(plan.parameters, [&](int i) { gradient[i] = 0; });
-    const Index last = batch.count * (block.index() + 1) / n_blocks;
-    Index i = batch.count * block.index() / n_blocks;
+    const Index last = system.count() * (block.index() + 1) / n_blocks;
+    Index i = system.count() * block.index() / n_blocks;
     while (i < last) {
       // As many structures as have room together, or one.
-      int taken = 0, n = 0;
-      while (i + taken < last && taken < kForceStructures) {
-        const int more = span(i + taken).n;
-        if (taken > 0 && n + more > kForceRows) break;
-        n += more;
-        ++taken;
+      TileStructures structures{i, 0, 0};
+      while (i + structures.count < last && structures.count < kForceStructures) {
+        const int more = span(i + structures.count).n;
+        if (structures.count > 0 && structures.n + more > kForceRows) break;
+        structures.n += more;
+        ++structures.count;
       }
-      run_tile(block, tile, tables, i, taken, n, gradient);
-      i += taken;
+      run_tile(block, tile, tables, structures, gradient);
+      i += structures.count;
     }
   }
 
   KINML_DEVICE void run_tile(const Block& block, Tile& tile, const AevTables<T>& tables,
-                             Index first, int taken, int n, T* gradient) const {
-    const int K = n_levels(), pieces = n == 0 ? 1 : (n + kForceRows - 1) / kForceRows;
-    block.each(taken + 1, [&](int j) {
-      int row = 0;
-      for (int i = 0; i < j; ++i) row += span(first + i).n;
-      tile.firsts[j] = row;
-      if (j < taken) tile.begins[j] = span(first + j).first;
-    });
-    block.each(taken * K, [&](int item) {
-      const int j = item / K, k = item % K;
-      tile.energies[item] = 0;
-      tile.any[item] = wanted_forces(first + j, k, tile.firsts[j + 1] - tile.firsts[j]);
-    });
-    bool on_forces = false;
-    for (int item = 0; item < taken * K; ++item) on_forces = on_forces || tile.any[item] != 0;
-    if constexpr (!kGradient) {
-      const int outputs = K - first_level;
-      block.each(static_cast<int>(n_members) * outputs * taken, [&](int item) {
-        energies[(item / taken) * batch.count + first + item % taken] = 0;
-      });
-    }
-    // Forces are added to, piece by piece.
-    if (on_forces)
-      block.each(n, [&](int row) {
-        const int j = owner_of(tile, row);
-        const Index atom = tile.begins[j] + row - tile.firsts[j];
-        for (Index output = 0; output < n_outputs(); ++output)
-          for (int d = 0; d < 3; ++d) forces_of(output)[3 * atom + d] = 0;
-      });
-    const bool given = kGradient && e != nullptr;
+                             const TileStructures& structures, T* gradient) const {
+    const bool on_forces = begin_tile(block, tile, structures);
+    const bool given = kGradient && differentiation.given();
+    const int n = structures.n, pieces = n == 0 ? 1 : (n + kForceRows - 1) / kForceRows;
     for (int pass = 0; pass < (kGradient ? 2 : 1); ++pass) {
       for (int piece = 0; piece < pieces; ++piece) {
         const bool anew = pass == 0 || pieces > 1;
         if (anew) stage(block, tile, tables, piece * kForceRows, n);
-        const int count = tile.rows.n;
-        for (Index member = 0; member < n_members; ++member) {
+        for (Index member = 0; member < n_members(); ++member) {
           if (anew)
-            ascend(block, tile, member, first, taken, on_forces, on_forces && (!given || K > 1),
-                   pass == 0);
+            ascend(block, tile, structures, member,
+                   {on_forces, on_forces && (!given || n_levels() > 1), pass == 0});
           if (pass > 0 || !on_forces || given) continue;
-          for (int k = kGradient ? 0 : first_level; k < K; ++k)
-            add_forces(block, tile, tables, count, taken, piece * kForceRows, n,
-                       tile.gradients + k * matrix(),
-                       forces_of(kGradient ? k : member * (K - first_level) + k - first_level));
+          for (int k = first_output(); k < n_levels(); ++k)
+            add_forces(block, tile, tables, structures, piece * kForceRows,
+                       tile.gradients + k * matrix(), forces_of(output(member, k)));
         }
         if constexpr (kGradient)
-          if (pass > 0) differentiate(block, tile, tables, first, on_forces, gradient);
+          if (pass > 0) differentiate(block, tile, tables, on_forces, gradient);
       }
-      if constexpr (kGradient)
-        if (pass == 0) judge(block, tile, first, taken, n, on_forces);
+      if constexpr (kGradient) {
+        if (pass > 0) continue;
+        if (given)
+          take_given(block, tile, structures, on_forces);
+        else
+          judge(block, tile, structures);
+      }
     }
-    if constexpr (!kGradient) finish_energies(block, tile, first, taken);
+    if constexpr (!kGradient) finish_energies(block, tile, structures);
+  }
+
+  // Where the structures of a tile stand and which of their forces are wanted; energies and forces
+  // of zero, to add to. Returns whether any forces are wanted.
+  KINML_DEVICE bool begin_tile(const Block& block, Tile& tile,
+                               const TileStructures& structures) const {
+    const int K = n_levels(), count = structures.count;
+    block.each(count + 1, [&](int j) {
+      int row = 0;
+      for (int i = 0; i < j; ++i) row += span(structures.first + i).n;
+      tile.firsts[j] = row;
+      if (j < count) tile.begins[j] = span(structures.first + j).first;
+    });
+    block.each(count * K, [&](int item) {
+      const int j = item / K, k = item % K;
+      tile.energies[item] = 0;
+      tile.any[item] = wanted_forces(structures.first + j, k, tile.firsts[j + 1] - tile.firsts[j]);
+    });
+    bool on_forces = false;
+    for (int item = 0; item < count * K; ++item) on_forces = on_forces || tile.any[item] != 0;
+    if constexpr (!kGradient)
+      block.each(static_cast<int>(n_outputs()) * count,
+                 [&](int item) { energy_of(item / count, structures, item % count) = 0; });
+    // Forces are added to, piece by piece.
+    if (on_forces)
+      block.each(structures.n, [&](int row) {
+        const Index atom = atom_of(tile, row);
+        for (Index output = 0; output < n_outputs(); ++output)
+          for (int d = 0; d < 3; ++d) forces_of(output)[3 * atom + d] = 0;
+      });
+    return on_forces;
   }
 
   KINML_DEVICE Index matrix() const { return Index(kForceRows) * plan.features; }
-  KINML_DEVICE Index n_outputs() const {
-    return kGradient ? n_levels() : n_members * (n_levels() - first_level);
+  // Energies and forces are those of the levels from this on.
+  KINML_DEVICE int first_output() const { return kGradient ? 0 : first_level; }
+  KINML_DEVICE Index output(Index member, int k) const {
+    return member * (n_levels() - first_output()) + k - first_output();
   }
+  KINML_DEVICE Index n_outputs() const { return n_members() * (n_levels() - first_output()); }
   KINML_DEVICE T* forces_of(Index output) const {
-    return (kGradient ? minus_r : forces) + output * 3 * batch.n_atoms;
+    return (kGradient ? differentiation.minus_r : evaluation.forces) + output * 3 * system.n_atoms;
+  }
+  KINML_DEVICE double& energy_of(Index output, const TileStructures& structures, int j) const {
+    return evaluation.energies[output * system.count() + structures.first + j];
   }
   KINML_DEVICE int wanted_forces(Index i, int k, int n) const {
-    if (!has_forces() || n == 0) return 0;
-    if constexpr (!kGradient) return forces != nullptr;
-    if (e != nullptr) return k >= first_level;
-    return loss.force_weights[k * batch.n_structures + structure(i)] != 0;
+    if (!system.has_forces() || n == 0) return 0;
+    if constexpr (!kGradient) return 1;
+    if (differentiation.given()) return k >= first_level;
+    return differentiation.loss.force_weight(k, system.structure(i)) != 0;
   }
   KINML_DEVICE static int owner_of(const Tile& tile, int row) {
     int j = 0;
     while (row >= tile.firsts[j + 1]) ++j;
     return j;
   }
+  // The atom of a row of the tile, in the order of the atoms.
+  KINML_DEVICE static Index atom_of(const Tile& tile, int row) {
+    const int j = owner_of(tile, row);
+    return tile.begins[j] + row - tile.firsts[j];
+  }
 
   // Rows [begin, begin + kForceRows) of the tile's n atoms: sorted by species, with descriptors.
   KINML_PHASE void stage(const Block& block, Tile& tile, const AevTables<T>& tables, int begin,
                          int n) const {
     const int count = n - begin < kForceRows ? n - begin : kForceRows, S = plan.n_species;
-    const auto atom_of = [&](int row) {
-      const int j = owner_of(tile, begin + row);
-      return tile.begins[j] + begin + row - tile.firsts[j];
-    };
     block.each(count, [&](int row) {
-      const Index kind = batch.species[atom_of(row)];
+      const Index kind = system.species[atom_of(tile, begin + row)];
       tile.kinds[row] = kind >= 0 && kind < S ? static_cast<int>(kind) : 0;
     });
     block.each(S + 1, [&](int s) {
@@ -274,27 +305,26 @@ struct ForceKernel {
       int place = tile.rows.starts[tile.kinds[row]];
       for (int other = 0; other < row; ++other) place += tile.kinds[other] == tile.kinds[row];
       tile.places[row] = place;
-      tile.atoms[place] = atom_of(row);
+      tile.atoms[place] = atom_of(tile, begin + row);
       tile.owners[place] = owner_of(tile, begin + row);
     });
     tile.rows.cut(block, S);
-    if (batch.features == nullptr) {
+    if (!system.stored())
       block.each_warp([&](const Warp& warp, int w) {
         for (int p = w; p < count; p += kWarps) {
-          WarpMemory<T, T> own = warp_memory<T>(block, w, tile, p);
-          find(warp, tables, tile, p, static_cast<const T*>(nullptr), own.neighbours);
-          aev_row(warp, tables, own.neighbours, own.triples, tile.features + p * stride());
+          WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, p);
+          find(warp, tables, tile, p, static_cast<const T*>(nullptr), scratch.neighbours);
+          aev_row(warp, tables, scratch.neighbours, scratch.triples, tile.features + p * stride());
         }
       });
-    }
     block.each(count * stride(), [&](int item) {
       const int p = item / stride(), d = item % stride();
       T& to = tile.features[item];
       if (d >= length()) {
         to = 0;
-      } else if (batch.features != nullptr) {
-        const Index kind = batch.species[tile.atoms[p]];
-        to = kind >= 0 && kind < S ? batch.features[tile.atoms[p] * length() + d] : kNan;
+      } else if (system.stored()) {
+        const Index kind = system.species[tile.atoms[p]];
+        to = kind >= 0 && kind < S ? system.features[tile.atoms[p] * length() + d] : kNan;
       }
     });
   }
@@ -305,12 +335,12 @@ struct ForceKernel {
                                             int p) const {
     const int j = tile.owners[p];
     const bool few = tile.firsts[j + 1] - tile.firsts[j] <= kFewNeighbours + 1;
-    const Index own = Index(block.index()) * kWarps + w;
+    const Index place = Index(block.index()) * kWarps + w;
     char* begin;
     if (!few)
-      begin = memory.lists + own * memory.list_bytes;
+      begin = memory.lists + place * memory.list_bytes;
     else if (memory.warps != nullptr)
-      begin = memory.warps + own * memory.warp_bytes;
+      begin = memory.warps + place * memory.warp_bytes;
     else
       begin = block.memory() + (memory.tiles == nullptr ? memory.tile_bytes : 0) +
               w * memory.warp_bytes;
@@ -324,108 +354,96 @@ struct ForceKernel {
                          const T* direction, Neighbours<N>& neighbours) const {
     const int j = tile.owners[p];
     const Index begin = tile.begins[j], end = begin + tile.firsts[j + 1] - tile.firsts[j];
-    find_neighbours(warp, tables, batch.coordinates, direction, batch.species,
-                    Candidates::structure(begin, end), tile.atoms[p], neighbours);
+    find_neighbours(warp, tables, Atoms<T>{system.coordinates, direction, system.species},
+                    Candidates::structure({begin, end}), tile.atoms[p], neighbours);
   }
 
   KINML_DEVICE TileNetwork<T> network(const Tile& tile, Index member, int k) const {
     return {&plan, k, packed + member * plan.packed, tile.hidden.of(kGradient ? k : 0), tile.parts};
   }
 
-  // Energies of all levels, added to those of the tile or the outputs if `add`; with
-  // `slopes` also what tangents need, and with `gradients` g_k.
-  KINML_PHASE void ascend(const Block& block, Tile& tile, Index member, Index first, int taken,
-                          bool slopes, bool gradients, bool add) const {
-    const int K = n_levels(), count = tile.rows.n;
+  struct Ascent {
+    bool slopes;     // what tangents need
+    bool gradients;  // g_k
+    bool energies;   // added to those of the tile or the outputs
+  };
+  // The rows of a piece through the chain of networks, from the lowest level on.
+  KINML_PHASE void ascend(const Block& block, Tile& tile, const TileStructures& structures,
+                          Index member, const Ascent& wanted) const {
+    const int K = n_levels();
+    const ChainRows<T> rows = chain(tile);
     for (int k = 0; k < K; ++k) {
       const TileNetwork<T> net = network(tile, member, k);
       T* const below = tile.below + k * kForceRows;
-      if (k > 0)
-        block.each(count, [&](int p) { tile.features[p * stride() + length()] = below[p]; });
-      net.forward(block, tile.rows, tile.features, stride(), kGradient && slopes);
+      if (k > 0) rows.set_input(block, below, tile.features);
+      net.forward(block, tile.rows, tile.features, stride(), kGradient && wanted.slopes);
       const auto value = [&](int p) {
-        return net.hidden.values[net.place(p, species_of(tile, p), net.last(), 0)];
+        return net.hidden.values[net.place(p, tile.rows.species_of(p), net.last(), 0)];
       };
-      // In species order.
-      block.each(add ? taken : 0, [&](int j) {
-        double sum = 0;
-        for (int p = 0; p < count; ++p)
-          if (tile.owners[p] == j) sum += static_cast<double>(value(p));
-        for (int level = k; level < K; ++level) {
-          if constexpr (kGradient)
-            tile.energies[j * K + level] += sum;
-          else if (level >= first_level)
-            energies[(member * (K - first_level) + level - first_level) * batch.count + first +
-                     j] += sum;
-        }
-      });
-      if (k + 1 < K)
-        block.each(count,
-                   [&](int p) { below[kForceRows + p] = (k > 0 ? below[p] : T(0)) + value(p); });
-      if (!slopes) continue;
+      if (wanted.energies)
+        // In species order.
+        block.each(structures.count, [&](int j) {
+          double sum = 0;
+          for (int p = 0; p < rows.n; ++p)
+            if (tile.owners[p] == j) sum += static_cast<double>(value(p));
+          for (int level = k; level < K; ++level) {
+            if constexpr (kGradient)
+              tile.energies[j * K + level] += sum;
+            else if (level >= first_level)
+              energy_of(output(member, level), structures, j) += sum;
+          }
+        });
+      if (k + 1 < K) rows.add_energies(block, k > 0 ? below : nullptr, value, below + kForceRows);
+      if (!wanted.slopes) continue;
       net.backward(block, tile.rows, [](int) { return T(1); }, kGradient);
-      if (!gradients) continue;
+      if (!wanted.gradients) continue;
       T* const g = tile.gradients + k * matrix();
       net.feature_gradients(block, tile.rows, net.hidden.deltas, g, stride());
-      if (k == 0) continue;
-      T* const slope = tile.slopes + k * kForceRows;
-      block.each(count, [&](int p) { slope[p] = g[p * stride() + length()]; });
-      block.each(count * length(), [&](int item) {
-        const int p = item / length(), at = p * stride() + item % length();
-        g[at] += (1 + slope[p]) * (g - matrix())[at];
-      });
+      if (k > 0)
+        rows.add_gradients(
+            block, [&](int p, int d) { return (g - matrix())[p * stride() + d]; }, g,
+            tile.slopes + k * kForceRows);
     }
-  }
-  KINML_DEVICE static int species_of(const Tile& tile, int p) {
-    int s = 0;
-    while (p >= tile.rows.starts[s + 1]) ++s;
-    return s;
   }
 
-  // out -= J^T g of the atoms of a piece of the tile.
+  // out -= J^T g of the atoms of a piece of the tile, which begins at row `begin`.
   // g    // [kForceRows, stride]
   // out  // [n_atoms, 3]
-  KINML_PHASE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables, int count,
-                              int taken, int begin, int n, const T* g, T* out) const {
-    if (batch.features != nullptr) {
-      add_stored_forces(block, tile, taken, begin, n, g, out);
+  KINML_PHASE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables,
+                              const TileStructures& structures, int begin, const T* g,
+                              T* out) const {
+    if (system.stored()) {
+      add_stored_forces(block, tile, structures, begin, g, out);
       return;
     }
+    const int count = tile.rows.n;
     for (int base = 0; base < count; base += kWarps) {
       block.each_warp([&](const Warp& warp, int w) {
         const int p = base + w;
         if (p >= count) return;
-        WarpMemory<T, T> own = warp_memory<T>(block, w, tile, p);
-        find(warp, tables, tile, p, static_cast<const T*>(nullptr), own.neighbours);
-        aev_row_transposed(warp, tables, own.neighbours, own.triples, g + p * stride(), own.forces);
-        warp.each(1, [&](int) { tile.counts[w] = own.neighbours.count; });
+        WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, p);
+        find(warp, tables, tile, p, static_cast<const T*>(nullptr), scratch.neighbours);
+        aev_row_transposed(warp, tables, scratch.neighbours, scratch.triples, g + p * stride(),
+                           scratch.forces);
+        warp.each(1, [&](int) { tile.counts[w] = scratch.neighbours.count; });
       });
-      // Neighbours of one atom differ from one another and from it; those of two atoms may not.
       for (int w = 0; w < kWarps && base + w < count; ++w) {
-        const WarpMemory<T, T> own = warp_memory<T>(block, w, tile, base + w);
-        const int found = tile.counts[w];
-        block.each(3 * found + 3, [&](int item) {
-          const int q = item / 3, d = item % 3;
-          if (q < found) {
-            out[3 * Index(own.neighbours.index[q]) + d] -= own.forces[item];
-            return;
-          }
-          T sum = 0;
-          for (int other = 0; other < found; ++other) sum += own.forces[3 * other + d];
-          out[3 * tile.atoms[base + w] + d] += sum;
-        });
+        const WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, base + w);
+        add_products(block, tile.atoms[base + w], tile.counts[w], scratch.neighbours.index,
+                     scratch.forces, T(-1), out);
       }
     }
   }
 
   // The same from stored Jacobians. The descriptor is divided among the threads.
-  KINML_PHASE void add_stored_forces(const Block& block, Tile& tile, int taken, int begin, int n,
-                                     const T* g, T* out) const {
+  KINML_PHASE void add_stored_forces(const Block& block, Tile& tile,
+                                     const TileStructures& structures, int begin, const T* g,
+                                     T* out) const {
     const int room = kMostParts * kForceRows * plan.widest, D = length();
-    for (int j = 0; j < taken; ++j) {
+    for (int j = 0; j < structures.count; ++j) {
       const int columns = 3 * (tile.firsts[j + 1] - tile.firsts[j]);
       const int low = tile.firsts[j] > begin ? tile.firsts[j] : begin;
-      int high = begin + kForceRows < n ? begin + kForceRows : n;
+      int high = begin + kForceRows < structures.n ? begin + kForceRows : structures.n;
       high = tile.firsts[j + 1] < high ? tile.firsts[j + 1] : high;
       if (low >= high) continue;
       for (int left = 0; left < columns; left += room) {
@@ -437,9 +455,9 @@ struct ForceKernel {
           T sum = 0;
           for (int row = low; row < high; ++row) {
             const int p = tile.places[row - begin];
-            const T* const jacobian = batch.jacobian + tile.atoms[p] * D * batch.columns + c;
+            const T* const jacobian = system.jacobian + tile.atoms[p] * D * system.columns + c;
             for (int d = D * part / n_parts; d < D * (part + 1) / n_parts; ++d)
-              sum += jacobian[d * batch.columns] * g[p * stride() + d];
+              sum += jacobian[d * system.columns] * g[p * stride() + d];
           }
           tile.parts[item] = sum;
         });
@@ -452,119 +470,100 @@ struct ForceKernel {
     }
   }
 
-  KINML_DEVICE void finish_energies(const Block& block, const Tile& tile, Index first,
-                                    int taken) const {
-    const int S = plan.n_species, outputs = n_levels() - first_level;
-    block.each(static_cast<int>(n_members) * outputs * taken, [&](int item) {
-      const int output = item / taken, j = item % taken;
-      double& energy = energies[output * batch.count + first + j];
+  KINML_DEVICE void finish_energies(const Block& block, const Tile& tile,
+                                    const TileStructures& structures) const {
+    const int S = plan.n_species;
+    block.each(static_cast<int>(n_outputs()) * structures.count, [&](int item) {
+      const int output = item / structures.count, j = item % structures.count;
+      const double* const sae = evaluation.sae;
+      double& energy = energy_of(output, structures, j);
       if (tile.begins[j] < 0) energy = kNoEnergy;
       for (int row = tile.firsts[j]; sae != nullptr && row < tile.firsts[j + 1]; ++row) {
-        const Index kind = batch.species[tile.begins[j] + row - tile.firsts[j]];
+        const Index kind = system.species[tile.begins[j] + row - tile.firsts[j]];
         if (kind >= 0 && kind < S) energy += sae[output * S + kind];
       }
     });
   }
 
-  // From energies and forces to dL/dE, in their place, and -dL/dF; residuals and errors.
-  KINML_PHASE void judge(const Block& block, Tile& tile, Index first, int taken, int n,
-                         bool on_forces) const {
+  // dL/dE in the place of the energies, and -dL/dF in that of the forces: as they are given.
+  KINML_PHASE void take_given(const Block& block, Tile& tile, const TileStructures& structures,
+                              bool on_forces) const {
     const int K = n_levels();
-    if (e != nullptr) {
-      block.each(taken * K, [&](int item) {
-        const int j = item / K, k = item % K;
-        tile.energies[item] =
-            k < first_level ? 0.0 : e[(k - first_level) * batch.count + first + j];
-      });
-      if (on_forces)
-        block.each(n, [&](int row) {
-          const int j = owner_of(tile, row);
-          const Index at = 3 * (tile.begins[j] + row - tile.firsts[j]);
-          for (int k = first_level; k < K; ++k)
-            for (int d = 0; d < 3; ++d)
-              forces_of(k)[at + d] = -r[(k - first_level) * 3 * batch.n_atoms + at + d];
-        });
-      return;
-    }
-    const auto larger = [](double size, double largest) {
-      return size > largest || size != size ? size : largest;
-    };
-    block.each(taken * K * kLanes, [&](int item) {
+    block.each(structures.count * K, [&](int item) {
+      const int j = item / K, k = item % K;
+      tile.energies[item] =
+          k < first_level
+              ? 0.0
+              : differentiation.e[(k - first_level) * system.count() + structures.first + j];
+    });
+    if (!on_forces) return;
+    block.each(structures.n, [&](int row) {
+      const Index at = 3 * atom_of(tile, row);
+      for (int k = first_level; k < K; ++k)
+        for (int d = 0; d < 3; ++d)
+          forces_of(k)[at + d] =
+              -differentiation.r[(k - first_level) * 3 * system.n_atoms + at + d];
+    });
+  }
+
+  // The same from the loss; residuals and errors.
+  KINML_PHASE void judge(const Block& block, Tile& tile, const TileStructures& structures) const {
+    const int K = n_levels();
+    const Loss& loss = differentiation.loss;
+    block.each(structures.count * K * kLanes, [&](int item) {
       const int lane = item % kLanes, k = item / kLanes % K, j = item / kLanes / K;
-      double sum = 0, squares = 0, largest = 0;
+      ForceErrors errors;
       if (tile.any[j * K + k] != 0) {
         const int components = 3 * (tile.firsts[j + 1] - tile.firsts[j]);
-        const double weight = loss.force_weights[k * batch.n_structures + structure(first + j)];
-        const double factor = 2 * loss.scales[1] / counts[K + k] * weight / components;
-        T* const own = forces_of(k) + 3 * tile.begins[j];
-        const double* const targets = loss.forces + k * 3 * batch.n_atoms + 3 * tile.begins[j];
+        const double slope =
+            loss.force_slope(k, system.structure(structures.first + j), components);
+        T* const forces = forces_of(k) + 3 * tile.begins[j];
+        const double* const targets = loss.force_targets(k, tile.begins[j]);
         for (int c = lane; c < components; c += kLanes) {
-          const double difference = static_cast<double>(own[c]) - targets[c];
-          const double size = std::abs(difference);
-          sum += size;
-          squares += difference * difference;
-          largest = larger(size, largest);
-          own[c] = static_cast<T>(-(factor * difference));
+          const double difference = static_cast<double>(forces[c]) - targets[c];
+          errors.add(difference);
+          forces[c] = static_cast<T>(-(slope * difference));
         }
       }
-      double* const to = tile.errors + 3 * item;
-      to[0] = sum;
-      to[1] = squares;
-      to[2] = largest;
+      tile.errors[item] = errors;
     });
-    block.each(taken * K, [&](int item) {
+    block.each(structures.count * K, [&](int item) {
       const int j = item / K, k = item % K;
-      const Index s = structure(first + j), i = k * batch.count + first + j;
-      double* const error = errors + 3 * i;
-      error[0] = error[1] = error[2] = 0;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const double* const from = tile.errors + 3 * (item * kLanes + lane);
-        error[0] += from[0];
-        error[1] += from[1];
-        error[2] = larger(from[2], error[2]);
-      }
+      const Index s = system.structure(structures.first + j);
+      const Index i = k * system.count() + structures.first + j;
+      ForceErrors errors;
+      for (int lane = 0; lane < kLanes; ++lane) errors.add(tile.errors[item * kLanes + lane]);
+      errors.write(differentiation.errors + 3 * i);
+      double& residual = differentiation.residuals[i];
       if (tile.begins[j] < 0) {
-        residuals[i] = tile.energies[item] = kNoEnergy;
+        residual = tile.energies[item] = kNoEnergy;
         return;
       }
-      residuals[i] = tile.energies[item] - loss.energies[k * batch.n_structures + s];
-      // A structure without weight may have no target (NaN).
-      const double weight = loss.energy_weights[k * batch.n_structures + s];
-      tile.energies[item] =
-          weight == 0 ? 0.0 : 2 * loss.scales[0] / counts[k] * weight * residuals[i];
+      residual = loss.energy_residual(k, s, tile.energies[item]);
+      tile.energies[item] = loss.energy_slope(k, s, residual);
     });
   }
 
   // Adds the gradient of the atoms of a piece.
-  KINML_PHASE void differentiate(const Block& block, Tile& tile, const AevTables<T>& tables, Index,
+  KINML_PHASE void differentiate(const Block& block, Tile& tile, const AevTables<T>& tables,
                                  bool on_forces, T* gradient) const {
     const int K = n_levels(), count = tile.rows.n;
+    const ChainRows<T> rows = chain(tile);
     for (int k = K - 1; on_forces && k >= 0; --k) {
       T* const u = tile.gradients + k * matrix();
       multiply(block, tile, tables, k, u);
-      const T* const slope = tile.slopes + (k + 1) * kForceRows;
-      block.each(count * stride(), [&](int item) {
-        const int p = item / stride(), d = item % stride();
-        if (d >= length())
-          u[item] = 0;
-        else if (k + 1 < K)
-          u[item] += (1 + slope[p]) * (u + matrix())[item];
-      });
-      if (k > 0)
-        block.each(count, [&](int p) {
-          T sum = 0;
-          for (int d = 0; d < length(); ++d)
-            sum += (u - matrix())[p * stride() + d] * u[p * stride() + d];
-          u[p * stride() + length()] = sum;
-        });
+      const bool highest = k + 1 == K;
+      rows.add_directions(block, highest ? nullptr : u + matrix(),
+                          highest ? nullptr : tile.slopes + (k + 1) * kForceRows, u);
+      if (k > 0) rows.set_direction_of_input(block, u - matrix(), u);
     }
     block.each(count, [&](int p) { tile.seeds[p] = 0; });
     for (int k = K - 1; k >= 0; --k) {
       const TileNetwork<T> net = network(tile, 0, k);
       block.each(count, [&](int p) {
         tile.seeds[p] += static_cast<T>(tile.energies[tile.owners[p] * K + k]);
-        if (k > 0) tile.features[p * stride() + length()] = tile.below[k * kForceRows + p];
       });
+      if (k > 0) rows.set_input(block, tile.below + k * kForceRows, tile.features);
       const auto seed = [&](int p) { return tile.seeds[p]; };
       const T* const v = on_forces ? tile.gradients + k * matrix() : nullptr;
       if (on_forces) {
@@ -586,15 +585,15 @@ struct ForceKernel {
                             T* v) const {
     const int K = n_levels(), count = tile.rows.n, D = length();
     const T* const direction = forces_of(k);
-    if (batch.features != nullptr) {
+    if (system.stored()) {
       block.each(count * D, [&](int item) {
         const int p = item / D, d = item % D, j = tile.owners[p];
         T sum = 0;
         if (tile.any[j * K + k] != 0) {
-          const T* const row = batch.jacobian + (tile.atoms[p] * D + d) * batch.columns;
-          const T* const own = direction + 3 * tile.begins[j];
+          const T* const row = system.jacobian + (tile.atoms[p] * D + d) * system.columns;
+          const T* const of_structure = direction + 3 * tile.begins[j];
           for (int c = 0; c < 3 * (tile.firsts[j + 1] - tile.firsts[j]); ++c)
-            sum += row[c] * own[c];
+            sum += row[c] * of_structure[c];
         }
         v[p * stride() + d] = sum;
       });
@@ -606,107 +605,55 @@ struct ForceKernel {
           warp.each(D, [&](int d) { v[p * stride() + d] = 0; });
           continue;
         }
-        WarpMemory<T, Dual<T>> own = warp_memory<Dual<T>>(block, w, tile, p);
-        find(warp, tables, tile, p, direction, own.neighbours);
-        aev_row(warp, tables, own.neighbours, own.triples, v + p * stride());
+        WarpMemory<T, Dual<T>> scratch = warp_memory<Dual<T>>(block, w, tile, p);
+        find(warp, tables, tile, p, direction, scratch.neighbours);
+        aev_row(warp, tables, scratch.neighbours, scratch.triples, v + p * stride());
       }
     });
   }
 };
 
-// Packs the weights, and counts the structures [2, K] whose energies and forces have a weight.
-template <class T>
-struct PrepareKernel {
-  static constexpr int kThreads = cuda::kThreads;
-  ChainPlan plan;
-  ForceBatch<T> batch;
-  const T* weights;
-  T* packed;
-  Index n_members;
-  ForceLoss loss{};
-  bool has_forces = false;
-  double* counts = nullptr;  // [2, K]; null: nothing is counted
-
-  KINML_HD Index blocks_of_member() const { return (plan.packed + kThreads - 1) / kThreads; }
-  KINML_HD Index counting() const { return counts == nullptr ? 0 : 2 * plan.n_levels; }
-  KINML_HD Index n_blocks() const { return counting() + n_members * blocks_of_member(); }
-
-  KINML_DEVICE void operator()(const Block& block) const {
-    if (block.index() >= counting()) {
-      const Index piece = block.index() - counting(), member = piece / blocks_of_member();
-      pack_piece(block, plan, weights + member * plan.parameters, packed + member * plan.packed,
-                 piece % blocks_of_member() * kThreads, kThreads);
-      return;
-    }
-    const int k = block.index() % plan.n_levels;
-    const bool of_forces = block.index() >= plan.n_levels;
-    const double* const own =
-        (of_forces ? loss.force_weights : loss.energy_weights) + k * batch.n_structures;
-    Index* const partial = reinterpret_cast<Index*>(block.memory());
-    block.each(kThreads, [&](int lane) {
-      Index found = 0;
-      for (Index i = lane; i < batch.count; i += kThreads) {
-        const Index s = batch.structures == nullptr ? i : batch.structures[i];
-        if (s < 0 || s >= batch.n_structures) continue;
-        if (!of_forces || has_forces) found += own[s] != 0;
-      }
-      partial[lane] = found;
-    });
-    block.each(1, [&](int) {
-      Index found = 0;
-      for (int lane = 0; lane < kThreads; ++lane) found += partial[lane];
-      counts[block.index()] = static_cast<double>(found > 0 ? found : 1);
-    });
-  }
-};
-
-// Adds the parts of the gradient and, in the first block, the losses.
+// Adds the parts of the gradient and, in the last block, the losses of residuals and errors.
 template <class T>
 struct FinishKernel {
   static constexpr int kThreads = cuda::kThreads;
   const T* parts;
   Index n_parts, n_parameters;
   T* gradient;
-  // The losses; null: none.
-  double* losses = nullptr;
-  ForceBatch<T> batch{};
-  int n_levels = 0;
-  ForceLoss loss{};
-  const double *counts = nullptr, *residuals = nullptr, *errors = nullptr;
-  bool has_forces = false;
+  System<T> system;
+  Loss loss;
+  const double *residuals, *errors;
+  double* losses;  // [2]
 
-  KINML_HD Index n_blocks() const {
-    return (losses != nullptr) + (n_parameters + kThreads - 1) / kThreads;
-  }
+  KINML_HD Index pieces() const { return blocks_for(n_parameters, kThreads); }
 
   KINML_DEVICE void operator()(const Block& block) const {
-    const Index piece = block.index() - (losses != nullptr);
-    if (piece >= 0) {
-      sum_piece(block, parts, n_parts, n_parameters, piece * kThreads, kThreads, gradient);
-      return;
-    }
+    if (block.index() < pieces())
+      sum_piece(block, parts, n_parts, n_parameters, Index(block.index()) * kThreads, kThreads,
+                gradient);
+    else
+      sum_losses(block);
+  }
+  KINML_DEVICE void sum_losses(const Block& block) const {
     double* const partial = reinterpret_cast<double*>(block.memory());  // [2, kThreads]
     block.each(kThreads, [&](int lane) {
       double of_energies = 0, of_forces = 0;
-      for (int k = 0; k < n_levels; ++k) {
+      for (Index k = 0; k < loss.n_levels; ++k) {
         double energies = 0, forces = 0;
-        for (Index i = lane; i < batch.count; i += kThreads) {
-          const Index s = batch.structures == nullptr ? i : batch.structures[i];
-          const double residual = residuals[k * batch.count + i];
-          if (s < 0 || s >= batch.n_structures) {
+        for (Index i = lane; i < system.count(); i += kThreads) {
+          const Index s = system.structure(i);
+          const double residual = residuals[k * system.count() + i];
+          if (s < 0 || s >= system.n_structures) {
             energies += residual;  // NaN
             continue;
           }
-          const double weight = loss.energy_weights[k * batch.n_structures + s];
-          if (weight != 0) energies += weight * residual * residual;
-          const Index n = 3 * (batch.offsets[s + 1] - batch.offsets[s]);
-          if (!has_forces || n == 0) continue;
-          const double own = loss.force_weights[k * batch.n_structures + s];
-          if (own != 0)
-            forces += own * errors[3 * (k * batch.count + i) + 1] / static_cast<double>(n);
+          energies += loss.energy_term(k, s, residual);
+          const Index components = 3 * (system.offsets[s + 1] - system.offsets[s]);
+          if (system.has_forces())
+            forces += loss.force_term(k, s, errors[3 * (k * system.count() + i) + 1], components);
         }
-        of_energies += energies / counts[k];
-        of_forces += forces / counts[n_levels + k];
+        of_energies += energies / loss.counts[k];
+        of_forces += forces / loss.counts[loss.n_levels + k];
       }
       partial[lane] = of_energies;
       partial[kThreads + lane] = of_forces;
@@ -717,13 +664,14 @@ struct FinishKernel {
       losses[which] = sum;
     });
   }
+  KINML_HD static Index memory() { return 2 * kThreads * Index(sizeof(double)); }
 };
 
 // ---- memory ------------------------------------------------------------------------------------
 
 template <class T>
-AevArguments<T> arguments_of(const ForceBatch<T>& batch) {
-  return batch.parameters == nullptr ? AevArguments<T>{} : aev_arguments<T>(*batch.parameters);
+AevArguments<T> arguments_of(const Model<T>& model, const System<T>& system) {
+  return system.stored() ? AevArguments<T>{} : aev_arguments<T>(model.aev);
 }
 
 // Cuts a workspace, or counts what it takes.
@@ -732,31 +680,29 @@ struct Workspace {
   T* packed;
   T* parts = nullptr;
   T* minus_r = nullptr;
-  double* counts = nullptr;
   Memory memory;
   std::int64_t on_chip = 0;  // bytes of a block
   Index n_blocks;
   std::int64_t bytes;
 
-  Workspace(const ChainPlan& plan, Index n_members, const ForceBatch<T>& batch, bool gradient,
+  Workspace(const ChainPlan& plan, const Model<T>& model, const System<T>& system, bool gradient,
             char* begin) {
-    const AevArguments<T> aev = arguments_of(batch);
-    n_blocks = batch.count < kForceBlocks ? batch.count : kForceBlocks;
+    const AevArguments<T> aev = arguments_of(model, system);
+    n_blocks = system.count() < kForceBlocks ? system.count() : kForceBlocks;
     Pieces pieces(begin), tile_pieces(nullptr);
-    packed = pieces.take<T>(n_members * plan.packed);
+    packed = pieces.take<T>(model.n_members * plan.packed);
     if (gradient) {
       parts = pieces.take<T>(n_blocks * plan.parameters);
-      minus_r = pieces.take<T>(plan.n_levels * 3 * batch.n_atoms);
-      counts = pieces.take<double>(2 * plan.n_levels);
+      minus_r = pieces.take<T>(plan.n_levels * 3 * system.n_atoms);
     }
     TileMemory<T> tile;
     tile.take(tile_pieces, plan, gradient);
     memory.tile_bytes = tile_pieces.taken() + aev_tables_bytes(aev);
-    if (batch.parameters != nullptr) {
+    if (!system.stored()) {
       memory.most_neighbours =
-          static_cast<int>(batch.n_atoms < kFewNeighbours    ? kFewNeighbours
-                           : batch.n_atoms < kMostNeighbours ? batch.n_atoms
-                                                             : kMostNeighbours);
+          static_cast<int>(system.n_atoms < kFewNeighbours    ? kFewNeighbours
+                           : system.n_atoms < kMostNeighbours ? system.n_atoms
+                                                              : kMostNeighbours);
       memory.warp_bytes = warp_bytes(aev, kFewNeighbours, gradient);
       memory.list_bytes = warp_bytes(aev, memory.most_neighbours, gradient);
     }
@@ -767,100 +713,98 @@ struct Workspace {
     if (!tile_fits) memory.tiles = pieces.take<char>(n_blocks * memory.tile_bytes);
     if (!warps_fit) memory.warps = pieces.take<char>(n_blocks * warps);
     // Lists of many neighbours are for structures of many atoms.
-    if (batch.n_atoms > kFewNeighbours)
+    if (system.n_atoms > kFewNeighbours)
       memory.lists = pieces.take<char>(n_blocks * kWarps * memory.list_bytes);
     bytes = pieces.taken();
   }
 };
 
+template <class T, bool kGradient>
+ForceKernel<T, kGradient> force_kernel(const ChainPlan& plan, const Model<T>& model,
+                                       const System<T>& system, const Workspace<T>& space) {
+  ForceKernel<T, kGradient> kernel{
+      plan, arguments_of(model, system), system, space.packed, space.memory, space.n_blocks};
+  kernel.differentiation.minus_r = space.minus_r;
+  kernel.differentiation.parts = space.parts;
+  return kernel;
+}
+
+// The parts of the gradient.
 template <class T>
-void differentiate(const ChainPlan& plan, const T* weights, const ForceBatch<T>& batch,
-                   const Workspace<T>& space, ForceKernel<T, true> kernel, const ForceLoss* loss,
-                   double* losses, T* gradient, Stream stream) {
-  const bool has_forces = batch.features == nullptr || batch.jacobian != nullptr;
-  PrepareKernel<T> prepare{plan, batch, weights, space.packed, 1};
-  FinishKernel<T> finish{space.parts, space.n_blocks, plan.parameters, gradient};
-  if (loss != nullptr) {
-    prepare.loss = kernel.loss = finish.loss = *loss;
-    prepare.has_forces = finish.has_forces = has_forces;
-    prepare.counts = space.counts;
-    kernel.counts = finish.counts = space.counts;
-    finish.losses = losses;
-    finish.batch = batch;
-    finish.n_levels = plan.n_levels;
-    finish.residuals = kernel.residuals;
-    finish.errors = kernel.errors;
-  }
-  launch(prepare, prepare.n_blocks(), stream, {kThreads * Index(sizeof(Index))});
-  kernel.memory = space.memory;
-  kernel.n_blocks = space.n_blocks;
-  kernel.minus_r = space.minus_r;
-  kernel.parts = space.parts;
+void differentiate(const Model<T>& model, const Workspace<T>& space,
+                   const ForceKernel<T, true>& kernel, Stream stream) {
+  pack_networks(kernel.plan, model.weights, 1, space.packed, stream);
   launch(kernel, space.n_blocks, stream, {space.on_chip});
-  launch(finish, finish.n_blocks(), stream, {2 * kThreads * Index(sizeof(double))});
 }
 
 }  // namespace
 
 template <class T>
-std::int64_t energy_forces_workspace(const ChainPlan& plan, std::int64_t n_members,
-                                     const ForceBatch<T>& batch) {
-  return Workspace<T>(plan, n_members, batch, false, nullptr).bytes;
+std::int64_t energy_forces_workspace(const Model<T>& model, const System<T>& system) {
+  const ChainPlan plan = plan_chain(model.networks);
+  if (structures_are_large(system)) return large_structures_workspace(plan, model, system);
+  return Workspace<T>(plan, model, system, false, nullptr).bytes;
 }
 template <class T>
-std::int64_t force_step_workspace(const ChainPlan& plan, const ForceBatch<T>& batch) {
-  return Workspace<T>(plan, 1, batch, true, nullptr).bytes;
+std::int64_t force_step_workspace(const Model<T>& model, const System<T>& system) {
+  return Workspace<T>(plan_chain(model.networks), model, system, true, nullptr).bytes;
 }
 
 template <class T>
-void energy_forces(const ChainPlan& plan, const T* weights, std::int64_t n_members,
-                   const ForceBatch<T>& batch, const double* sae, Levels levels, double* energies,
-                   T* forces, char* workspace, Stream stream) {
-  const Workspace<T> space(plan, n_members, batch, false, workspace);
-  const PrepareKernel<T> prepare{plan, batch, weights, space.packed, n_members};
-  launch(prepare, prepare.n_blocks(), stream);
-  ForceKernel<T, false> kernel{plan, arguments_of(batch), batch, space.packed, space.memory};
-  kernel.n_blocks = space.n_blocks;
-  kernel.first_level = levels == Levels::all ? 0 : plan.n_levels - 1;
-  kernel.n_members = n_members;
-  kernel.sae = sae;
-  kernel.energies = energies;
-  kernel.forces = forces;
+void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
+                   double* energies, T* forces, char* workspace, Stream stream) {
+  const ChainPlan plan = plan_chain(model.networks);
+  if (structures_are_large(system)) {
+    large_energy_forces(plan, model, system, first_level, energies, forces, workspace, stream);
+    return;
+  }
+  const Workspace<T> space(plan, model, system, false, workspace);
+  pack_networks(plan, model.weights, model.n_members, space.packed, stream);
+  ForceKernel<T, false> kernel = force_kernel<T, false>(plan, model, system, space);
+  kernel.first_level = static_cast<int>(first_level);
+  kernel.evaluation = {model.n_members, model.sae, energies, forces};
   launch(kernel, space.n_blocks, stream, {space.on_chip});
 }
 
 template <class T>
-void energy_forces_backward(const ChainPlan& plan, const T* weights, const ForceBatch<T>& batch,
-                            Levels levels, const double* e, const T* r, T* gradient,
+void energy_forces_backward(const Model<T>& model, const System<T>& system,
+                            std::int64_t first_level, const double* e, const T* r, T* gradient,
                             char* workspace, Stream stream) {
-  const Workspace<T> space(plan, 1, batch, true, workspace);
-  ForceKernel<T, true> kernel{plan, arguments_of(batch), batch, space.packed, space.memory};
-  kernel.first_level = levels == Levels::all ? 0 : plan.n_levels - 1;
-  kernel.e = e;
-  kernel.r = r;
-  differentiate<T>(plan, weights, batch, space, kernel, nullptr, nullptr, gradient, stream);
+  const ChainPlan plan = plan_chain(model.networks);
+  const Workspace<T> space(plan, model, system, true, workspace);
+  ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, system, space);
+  kernel.first_level = static_cast<int>(first_level);
+  kernel.differentiation.e = e;
+  kernel.differentiation.r = r;
+  differentiate(model, space, kernel, stream);
+  sum_parts(static_cast<const T*>(space.parts), space.n_blocks, Index(plan.parameters), gradient,
+            stream);
 }
 
 template <class T>
-void force_step(const ChainPlan& plan, const T* weights, const ForceBatch<T>& batch,
-                const ForceLoss& loss, double* losses, T* gradient, double* residuals,
-                double* errors, char* workspace, Stream stream) {
-  const Workspace<T> space(plan, 1, batch, true, workspace);
-  ForceKernel<T, true> kernel{plan, arguments_of(batch), batch, space.packed, space.memory};
-  kernel.residuals = residuals;
-  kernel.errors = errors;
-  differentiate<T>(plan, weights, batch, space, kernel, &loss, losses, gradient, stream);
+void force_step(const Model<T>& model, const System<T>& system, const Loss& loss, double* losses,
+                T* gradient, double* residuals, double* errors, char* workspace, Stream stream) {
+  const ChainPlan plan = plan_chain(model.networks);
+  const Workspace<T> space(plan, model, system, true, workspace);
+  ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, system, space);
+  kernel.differentiation.loss = loss;
+  kernel.differentiation.residuals = residuals;
+  kernel.differentiation.errors = errors;
+  differentiate(model, space, kernel, stream);
+  const FinishKernel<T> finish{space.parts, space.n_blocks, plan.parameters, gradient, system,
+                               loss,        residuals,      errors,          losses};
+  launch(finish, finish.pieces() + 1, stream, {finish.memory()});
 }
 
-#define KINML_INSTANTIATE(T)                                                                      \
-  template Index energy_forces_workspace<T>(const ChainPlan&, Index, const ForceBatch<T>&);       \
-  template Index force_step_workspace<T>(const ChainPlan&, const ForceBatch<T>&);                 \
-  template void energy_forces<T>(const ChainPlan&, const T*, Index, const ForceBatch<T>&,         \
-                                 const double*, Levels, double*, T*, char*, Stream);              \
-  template void energy_forces_backward<T>(const ChainPlan&, const T*, const ForceBatch<T>&,       \
-                                          Levels, const double*, const T*, T*, char*, Stream);    \
-  template void force_step<T>(const ChainPlan&, const T*, const ForceBatch<T>&, const ForceLoss&, \
-                              double*, T*, double*, double*, char*, Stream);
+#define KINML_INSTANTIATE(T)                                                                       \
+  template Index energy_forces_workspace<T>(const Model<T>&, const System<T>&);                    \
+  template Index force_step_workspace<T>(const Model<T>&, const System<T>&);                       \
+  template void energy_forces<T>(const Model<T>&, const System<T>&, Index, double*, T*, char*,     \
+                                 Stream);                                                          \
+  template void energy_forces_backward<T>(const Model<T>&, const System<T>&, Index, const double*, \
+                                          const T*, T*, char*, Stream);                            \
+  template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,         \
+                              double*, double*, char*, Stream);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)
 #undef KINML_INSTANTIATE

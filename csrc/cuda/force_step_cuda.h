@@ -4,56 +4,50 @@
 // A block takes tiles of whole molecules, about kForceRows atoms, from coordinates to weight
 // gradients; each warp of it has one atom's environment at a time. What a larger molecule keeps of
 // its atoms is computed twice, in pieces of kForceRows atoms, so that no memory depends on sizes
-// that only the device knows. Nothing is allocated and nothing waits; sums have a fixed order.
+// that only the device knows. The energies and forces of large structures are computed by all
+// blocks together, one pass after the other (large_structures.h). Nothing is allocated and nothing
+// waits; sums have a fixed order.
 //
-// Indices are not checked beforehand: a structure or a species that is not there gives NaN.
+// Indices are not checked beforehand: a structure or a species that does not exist gives NaN.
 #pragma once
 
-#include "../core/batches.h"
-#include "network_plan.h"
+#include <cstdint>
+
+#include "../core/loss.h"
+#include "../core/model.h"
+#include "../core/system.h"
+#include "launch.h"
 
 namespace kinml::cuda {
 
-// Device memory of ForceLoss of csrc/cpu/force_step_cpu.h.
-struct ForceLoss {
-  const double* energies;        // [K, n_structures]
-  const double* forces;          // [K, n_atoms, 3]
-  const double* energy_weights;  // [K, n_structures]
-  const double* force_weights;   // [K, n_structures]
-  const double* scales;          // [2] of energies, of forces
-};
-
-// Bytes of the workspace, of the evaluation of an ensemble or of a gradient.
+// Bytes of the workspace, of the evaluation or of a gradient; it is aligned to 16 bytes.
 template <class T>
-std::int64_t energy_forces_workspace(const ChainPlan& plan, std::int64_t n_members,
-                                     const ForceBatch<T>& batch);
+std::int64_t energy_forces_workspace(const Model<T>& model, const System<T>& system);
 template <class T>
-std::int64_t force_step_workspace(const ChainPlan& plan, const ForceBatch<T>& batch);
+std::int64_t force_step_workspace(const Model<T>& model, const System<T>& system);
 
-// weights   // [n_members, plan.parameters]
-// sae       // [n_members, R, n_species]; or null
+// Outputs have the R = K - first_level levels from first_level on.
+//
 // energies  // [n_members, R, count]
 // forces    // [n_members, R, n_atoms, 3]; not touched without forces
 template <class T>
-void energy_forces(const ChainPlan& plan, const T* weights, std::int64_t n_members,
-                   const ForceBatch<T>& batch, const double* sae, Levels levels, double* energies,
-                   T* forces, char* workspace, Stream stream);
+void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
+                   double* energies, T* forces, char* workspace, Stream stream);
 
 // e         // [R, count]
 // r         // [R, n_atoms, 3]; not read without forces
-// gradient  // [plan.parameters]
+// gradient  // like the weights
 template <class T>
-void energy_forces_backward(const ChainPlan& plan, const T* weights, const ForceBatch<T>& batch,
-                            Levels levels, const double* e, const T* r, T* gradient,
+void energy_forces_backward(const Model<T>& model, const System<T>& system,
+                            std::int64_t first_level, const double* e, const T* r, T* gradient,
                             char* workspace, Stream stream);
 
 // losses     // [2]
-// gradient   // [plan.parameters]
+// gradient   // like the weights
 // residuals  // [K, count]
 // errors     // [K, count, 3]
 template <class T>
-void force_step(const ChainPlan& plan, const T* weights, const ForceBatch<T>& batch,
-                const ForceLoss& loss, double* losses, T* gradient, double* residuals,
-                double* errors, char* workspace, Stream stream);
+void force_step(const Model<T>& model, const System<T>& system, const Loss& loss, double* losses,
+                T* gradient, double* residuals, double* errors, char* workspace, Stream stream);
 
 }  // namespace kinml::cuda

@@ -45,9 +45,9 @@ class Warp {
     int found = 0;
     for (int base = 0; base < n; base += 32) {
       const int i = base + lane();
-      const bool own = i < n && chosen(i);
-      const unsigned mask = __ballot_sync(0xffffffffu, own);
-      if (own) put(i, found + __popc(mask & ((1u << lane()) - 1)));
+      const bool mine = i < n && chosen(i);
+      const unsigned mask = __ballot_sync(0xffffffffu, mine);
+      if (mine) put(i, found + __popc(mask & ((1u << lane()) - 1)));
       found += __popc(mask);
     }
     __syncwarp();
@@ -158,6 +158,18 @@ class Block {
 };
 
 #endif
+
+// f(i) for n items, of which each block of a grid of blocks_for(n, threads) takes as many as it has
+// threads.
+template <class F>
+KINML_DEVICE void each_in_grid(const Block& block, std::int64_t n, const F& f) {
+  const std::int64_t first = std::int64_t(block.index()) * block.threads(), left = n - first;
+  block.each(left < block.threads() ? static_cast<int>(left) : block.threads(),
+             [&](int item) { f(first + item); });
+}
+KINML_HD std::int64_t blocks_for(std::int64_t n, int threads) {
+  return (n + threads - 1) / threads;
+}
 
 // Takes aligned pieces of a block's or a warp's memory; with begin = null it counts how much a
 // kernel takes, so that the count and the use are one function.

@@ -84,10 +84,10 @@ template <class Kernel>
 void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory& memory = {}) {
   static_assert(Kernel::kThreads % 32 == 0);
   run_step(static_cast<int>(blocks), [&](int i) {
-    char* const own = static_cast<char*>(std::malloc(static_cast<std::size_t>(memory.bytes)));
-    for (std::int64_t b = 0; b < memory.bytes; ++b) own[b] = static_cast<char>(0xff);
-    kernel(Block(i, Kernel::kThreads, own));
-    std::free(own);
+    char* const on_chip = static_cast<char*>(std::malloc(static_cast<std::size_t>(memory.bytes)));
+    for (std::int64_t b = 0; b < memory.bytes; ++b) on_chip[b] = static_cast<char>(0xff);
+    kernel(Block(i, Kernel::kThreads, on_chip));
+    std::free(on_chip);
   });
 }
 

@@ -38,7 +38,12 @@ struct TileRows {
     species = pieces.take<int>(most_fours(rows, n_species));
     first = pieces.take<int>(most_fours(rows, n_species));
   }
-  // From starts, which must be there; one step.
+  KINML_DEVICE int species_of(int row) const {
+    int s = 0;
+    while (row >= starts[s + 1]) ++s;
+    return s;
+  }
+  // From starts, which must be written; one step.
   KINML_DEVICE void cut(const Block& block, int n_species) {
     n = starts[n_species];
     n_fours = 0;
@@ -68,11 +73,11 @@ struct HiddenArrays {
   int stride;
   std::int64_t size;  // of one array
 
-  // One set for each of `levels` networks.
-  KINML_HD void take(Pieces& pieces, int rows, int hidden, bool second, int levels = 1) {
+  // One set for each of so many networks.
+  KINML_HD void take(Pieces& pieces, int rows, int hidden, bool second, int n_networks = 1) {
     stride = hidden;
     size = std::int64_t(rows) * hidden;
-    const std::int64_t n = levels * size;
+    const std::int64_t n = n_networks * size;
     values = pieces.take<T>(n);
     slopes = pieces.take<T>(n);
     deltas = pieces.take<T>(n);
@@ -80,13 +85,13 @@ struct HiddenArrays {
     tangents = second ? pieces.take<T>(n) : nullptr;
   }
   KINML_DEVICE HiddenArrays of(int level) const {
-    HiddenArrays own = *this;
-    own.values += level * size;
-    own.slopes += level * size;
-    own.deltas += level * size;
-    if (bends != nullptr) own.bends += level * size;
-    if (tangents != nullptr) own.tangents += level * size;
-    return own;
+    HiddenArrays arrays = *this;
+    arrays.values += level * size;
+    arrays.slopes += level * size;
+    arrays.deltas += level * size;
+    if (bends != nullptr) arrays.bends += level * size;
+    if (tangents != nullptr) arrays.tangents += level * size;
+    return arrays;
   }
 };
 
@@ -97,14 +102,41 @@ struct Factor {
   int inner, columns;
 };
 
+// The rows to multiply it with: [rows, stride], of which a species' numbers begin at
+// column_of(species).
+template <class T, class ColumnOf>
+struct LeftFactor {
+  const T* numbers;
+  int stride;
+  ColumnOf column_of;
+};
+
+// sums[i][j] += sum over d in [begin, end) of rows[i][d] factor[d][column + j]
+template <class T>
+KINML_DEVICE void multiply_fours(const T* const (&rows)[kVector], const Factor<T>& factor,
+                                 int column, int begin, int end, T (&sums)[kVector][kVector]) {
+  for (int d = begin; d < end; d += kVector) {
+    Vector<T> x[kVector];
+    KINML_UNROLL
+    for (int i = 0; i < kVector; ++i) x[i] = load_vector(rows[i] + d);
+    KINML_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      const Vector<T> y =
+          load_vector(factor.numbers + std::int64_t(d + e) * factor.columns + column);
+      KINML_UNROLL
+      for (int i = 0; i < kVector; ++i) KINML_UNROLL
+      for (int j = 0; j < kVector; ++j) sums[i][j] += x[i].x[e] * y.x[j];
+    }
+  }
+}
+
 // finish(row, column, species, sum over d of left[row][d] factor[d][column]) for all rows and all
 // columns of their species' factor.
-// left   // [rows, stride], of which a species' numbers begin at column_of(species)
 // parts  // [kMostParts, rows, most_columns], or null: the inner dimension stays whole
 template <class T, class ColumnOf, class FactorOf, class Finish>
-KINML_DEVICE void product(const Block& block, const TileRows& rows, const T* left, int stride,
-                          const ColumnOf& column_of, const FactorOf& factor_of, int most_columns,
-                          T* parts, const Finish& finish) {
+KINML_DEVICE void product(const Block& block, const TileRows& rows,
+                          const LeftFactor<T, ColumnOf>& left, const FactorOf& factor_of,
+                          int most_columns, T* parts, const Finish& finish) {
   const int column_fours = most_columns / kVector;
   const int items = rows.n_fours * column_fours;
   if (items == 0) return;
@@ -122,26 +154,13 @@ KINML_DEVICE void product(const Block& block, const TileRows& rows, const T* lef
     const T* from[kVector];
     KINML_UNROLL
     for (int i = 0; i < kVector; ++i)
-      from[i] =
-          left + column_of(s) + std::int64_t(first + (i < left_rows ? i : left_rows - 1)) * stride;
+      from[i] = left.numbers + left.column_of(s) +
+                std::int64_t(first + (i < left_rows ? i : left_rows - 1)) * left.stride;
     // Whole fours of the inner dimension.
     const int fours = factor.inner / kVector;
-    const int begin = fours * part / n_parts * kVector;
-    const int end = fours * (part + 1) / n_parts * kVector;
     T sums[kVector][kVector] = {};
-    for (int d = begin; d < end; d += kVector) {
-      Vector<T> x[kVector];
-      KINML_UNROLL
-      for (int i = 0; i < kVector; ++i) x[i] = load_vector(from[i] + d);
-      KINML_UNROLL
-      for (int e = 0; e < kVector; ++e) {
-        const Vector<T> y =
-            load_vector(factor.numbers + std::int64_t(d + e) * factor.columns + column);
-        KINML_UNROLL
-        for (int i = 0; i < kVector; ++i) KINML_UNROLL
-        for (int j = 0; j < kVector; ++j) sums[i][j] += x[i].x[e] * y.x[j];
-      }
-    }
+    multiply_fours(from, factor, column, fours * part / n_parts * kVector,
+                   fours * (part + 1) / n_parts * kVector, sums);
     KINML_UNROLL
     for (int i = 0; i < kVector; ++i) KINML_UNROLL
     for (int j = 0; j < kVector; ++j) {
@@ -155,8 +174,7 @@ KINML_DEVICE void product(const Block& block, const TileRows& rows, const T* lef
   if (n_parts == 1) return;
   block.each(rows.n * most_columns, [&](int item) {
     const int row = item / most_columns, column = item % most_columns;
-    int s = 0;
-    while (row >= rows.starts[s + 1]) ++s;
+    const int s = rows.species_of(row);
     if (column >= factor_of(s).columns) return;
     T sum = 0;
     for (int part = 0; part < n_parts; ++part)
@@ -201,12 +219,12 @@ struct TileNetwork {
 
   KINML_DEVICE const LayerPlan& layer(int s, int l) const { return plan->layer(level, s, l); }
   KINML_DEVICE Factor<T> transposed(int s, int l) const {
-    const LayerPlan& own = layer(s, l);
-    return {packed + own.transposed(), own.in_room(), own.out_room()};
+    const LayerPlan& of = layer(s, l);
+    return {packed + of.transposed(), of.in_room(), of.out_room()};
   }
   KINML_DEVICE Factor<T> straight(int s, int l) const {
-    const LayerPlan& own = layer(s, l);
-    return {packed + own.straight(), own.out_room(), own.in_room()};
+    const LayerPlan& of = layer(s, l);
+    return {packed + of.straight(), of.out_room(), of.in_room()};
   }
   KINML_DEVICE int most_out(int l) const {
     int most = 0;
@@ -228,10 +246,10 @@ struct TileNetwork {
   template <class Finish>
   KINML_DEVICE void multiply(const Block& block, const TileRows& rows, const T* features,
                              int stride, const T* below, int l, const Finish& finish) const {
-    product(
-        block, rows, l == 0 ? features : below, l == 0 ? stride : hidden.stride,
-        [&](int s) { return l == 0 ? 0 : layer(s, l - 1).column; },
-        [&](int s) { return transposed(s, l); }, most_out(l), parts, finish);
+    const auto column_of = [&](int s) { return l == 0 ? 0 : layer(s, l - 1).column; };
+    const LeftFactor<T, decltype(column_of)> left{l == 0 ? features : below,
+                                                  l == 0 ? stride : hidden.stride, column_of};
+    product(block, rows, left, [&](int s) { return transposed(s, l); }, most_out(l), parts, finish);
   }
 
   // h, slopes and (if `second`) bends of all layers; the energies f are the values of the last.
@@ -315,8 +333,7 @@ struct TileNetwork {
   KINML_DEVICE void add_input_gradient(const Block& block, const TileRows& rows, const T* outputs,
                                        int column, T* to) const {
     block.each(rows.n, [&](int row) {
-      int s = 0;
-      while (row >= rows.starts[s + 1]) ++s;
+      const int s = rows.species_of(row);
       const Factor<T> factor = straight(s, 0);
       T sum = 0;
       for (int o = 0; o < factor.inner; ++o)
@@ -330,32 +347,21 @@ struct TileNetwork {
   // v         // as in tangent, with mu in bends; or null: of t f alone, with deltas
   KINML_DEVICE void weight_gradients(const Block& block, const TileRows& rows, const T* features,
                                      int stride, const T* v, int v_stride, T* gradient) const {
+    const T* const outputs = v != nullptr ? hidden.bends : hidden.deltas;
     for (int l = 0; l <= last(); ++l) {
       const int out_fours = most_out(l) / kVector, in_fours = most_in(l) / kVector;
       const int weights = plan->n_species * out_fours * in_fours;
       const int biases = plan->biases ? plan->n_species * out_fours : 0;
-      const T* const outputs = v != nullptr ? hidden.bends : hidden.deltas;
       block.each(weights + biases, [&](int item) {
         if (item >= weights) {
           const int s = (item - weights) / out_fours, o = (item - weights) % out_fours * kVector;
-          const LayerPlan& own = layer(s, l);
-          if (o >= own.out || rows.starts[s] == rows.starts[s + 1]) return;
-          T sums[kVector] = {};
-          for (int row = rows.starts[s]; row < rows.starts[s + 1]; ++row) {
-            const Vector<T> mu = load_vector(outputs + place(row, s, l, o));
-            KINML_UNROLL
-            for (int i = 0; i < kVector; ++i) sums[i] += mu.x[i];
-          }
-          T* const to = gradient + own.parameters + own.out * own.in + o;
-          KINML_UNROLL
-          for (int i = 0; i < kVector; ++i)
-            if (o + i < own.out) to[i] += sums[i];
+          add_bias_gradients(rows, s, l, o, outputs, gradient);
           return;
         }
         const int s = item / (out_fours * in_fours);
         const int o = item / in_fours % out_fours * kVector, d = item % in_fours * kVector;
-        const LayerPlan& own = layer(s, l);
-        if (o >= own.out || d >= own.in || rows.starts[s] == rows.starts[s + 1]) return;
+        const LayerPlan& to = layer(s, l);
+        if (o >= to.out || d >= to.in || rows.starts[s] == rows.starts[s + 1]) return;
         T sums[kVector][kVector] = {};
         const auto add = [&](const Vector<T>& x, const Vector<T>& y) {
           KINML_UNROLL
@@ -371,33 +377,49 @@ struct TileNetwork {
               load_vector(l == 0 ? v + std::int64_t(row) * v_stride + d
                                  : hidden.tangents + place(row, s, l - 1, d)));
         }
-        T* const to = gradient + own.parameters;
+        T* const begin = gradient + to.parameters;
         KINML_UNROLL
         for (int i = 0; i < kVector; ++i) KINML_UNROLL
         for (int j = 0; j < kVector; ++j)
-          if (o + i < own.out && d + j < own.in) to[(o + i) * own.in + d + j] += sums[i][j];
+          if (o + i < to.out && d + j < to.in) begin[(o + i) * to.in + d + j] += sums[i][j];
       });
     }
   }
 
  private:
+  // Of the biases of outputs o .. o + 3.
+  KINML_DEVICE void add_bias_gradients(const TileRows& rows, int s, int l, int o, const T* outputs,
+                                       T* gradient) const {
+    const LayerPlan& to = layer(s, l);
+    if (o >= to.out || rows.starts[s] == rows.starts[s + 1]) return;
+    T sums[kVector] = {};
+    for (int row = rows.starts[s]; row < rows.starts[s + 1]; ++row) {
+      const Vector<T> mu = load_vector(outputs + place(row, s, l, o));
+      KINML_UNROLL
+      for (int i = 0; i < kVector; ++i) sums[i] += mu.x[i];
+    }
+    T* const begin = gradient + to.parameters + to.out * to.in + o;
+    KINML_UNROLL
+    for (int i = 0; i < kVector; ++i)
+      if (o + i < to.out) begin[i] += sums[i];
+  }
   // The rows of the last layer: f(row, species, column) for its room of columns.
   template <class F>
   KINML_DEVICE void seed_rows(const Block& block, const TileRows& rows, const F& f) const {
     block.each(rows.n * kVector, [&](int item) {
       const int row = item / kVector;
-      int s = 0;
-      while (row >= rows.starts[s + 1]) ++s;
-      f(row, s, item % kVector);
+      f(row, rows.species_of(row), item % kVector);
     });
   }
   // The product of deltas (or mu) of layer l with its weights: for the outputs of the layer below.
   template <class Finish>
   KINML_DEVICE void descend(const Block& block, const TileRows& rows, const T* outputs, int l,
-                            T* own_parts, const Finish& finish) const {
+                            T* parts_or_null, const Finish& finish) const {
+    const auto column_of = [&](int s) { return layer(s, l).column; };
+    const LeftFactor<T, decltype(column_of)> left{outputs, hidden.stride, column_of};
     product(
-        block, rows, outputs, hidden.stride, [&](int s) { return layer(s, l).column; },
-        [&](int s) { return straight(s, l); }, most_in(l), own_parts, finish);
+        block, rows, left, [&](int s) { return straight(s, l); }, most_in(l), parts_or_null,
+        finish);
   }
 };
 

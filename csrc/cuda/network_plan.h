@@ -52,9 +52,9 @@ struct ChainPlan {
 };
 
 // Throws Error where there are more layers than a kernel takes.
-inline ChainPlan plan_chain(const NetworkLevels& networks) {
+inline ChainPlan plan_chain(const NetworkChain& networks) {
   ChainPlan plan;
-  plan.n_levels = static_cast<int>(networks.count());
+  plan.n_levels = static_cast<int>(networks.n_levels());
   plan.n_species = static_cast<int>(networks.n_species());
   plan.n_layers = static_cast<int>(networks.shapes[0].n_layers);
   plan.biases = networks.shapes[0].biases;
@@ -121,8 +121,8 @@ KINML_HD PackedPlace packed_place(const ChainPlan& plan, int i) {
                      ? layer.parameters + layer.out * layer.in + output
                      : -1};
   }
-  const bool there = input < layer.in && output < layer.out;
-  return {low, there ? layer.parameters + output * layer.in + input : -1};
+  const bool weight = input < layer.in && output < layer.out;
+  return {low, weight ? layer.parameters + output * layer.in + input : -1};
 }
 
 }  // namespace kinml::cuda

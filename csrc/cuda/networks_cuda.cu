@@ -13,10 +13,6 @@ using Index = std::int64_t;
 
 constexpr int kThreads = 256;
 
-Index blocks_for(Index items) {
-  return (items + kThreads - 1) / kThreads;
-}
-
 template <class T>
 struct PackKernel {
   static constexpr int kThreads = cuda::kThreads;
@@ -26,7 +22,7 @@ struct PackKernel {
 
   // One block for a piece of one member's packed form.
   KINML_DEVICE void operator()(const Block& block) const {
-    const Index blocks = (plan.packed + kThreads - 1) / kThreads;
+    const Index blocks = blocks_for(plan.packed, kThreads);
     const Index member = block.index() / blocks, begin = block.index() % blocks * kThreads;
     pack_piece(block, plan, parameters + member * plan.parameters, packed + member * plan.packed,
                begin, kThreads);
@@ -41,13 +37,12 @@ struct NetworkKernel {
   ChainPlan plan;
   NetworkBatch<T> batch;
   Pass pass;
-  int length = 0;  // D
-  // [n, saved_stride] written by the forward pass and read by the backward pass
-  T* saved = nullptr;
-  Index saved_stride = 0;
+  int length = 0;          // D
+  SavedLayers<T> saved{};  // written by the forward pass and read by the backward pass
   const T* tangents = nullptr;
   const double* grad_energies = nullptr;
-  T *atomic = nullptr, *derivatives = nullptr, *grad_atoms = nullptr;
+  T* atomic = nullptr;
+  NetworkGradients<T> gradients{};
   T* parts = nullptr;  // [n_blocks, plan.parameters]
   Index n_blocks = 0, n_tiles = 0;
 
@@ -85,66 +80,92 @@ struct NetworkKernel {
     block.each(plan.n_species + 1,
                [&](int s) { rows.starts[s] = s <= span.species ? 0 : span.count; });
     rows.cut(block, plan.n_species);
-    const int stride = plan.features;
     stage(block, span, batch.features, batch.stride, memory.features);
-    if (pass == Pass::second) stage(block, span, tangents, length, memory.directions);
-    if (pass != Pass::forward)
-      block.each(span.count, [&](int row) {
-        const Index owner = batch.owners[span.first + row];
-        const bool there = owner >= 0 && owner < batch.n_structures;
-        memory.seeds[row] = there ? static_cast<T>(grad_energies[owner]) : kNan;
-      });
     const TileNetwork<T> network{&plan, 0, batch.packed, memory.hidden, memory.parts};
-    const auto seed = [&](int row) { return memory.seeds[row]; };
-    const int hidden = plan.hidden, last = network.last();
-    const auto kept = [&](int i) {
-      return saved + (span.first + i / hidden) * saved_stride + i % hidden;
-    };
-    if (pass == Pass::backward)
-      block.each(span.count * hidden, [&](int i) {
-        memory.hidden.values[i] = kept(i)[0];
-        memory.hidden.slopes[i] = kept(i)[saved_stride / 2];
+    switch (pass) {
+      case Pass::forward:
+        forward(block, memory, span, network);
+        break;
+      case Pass::backward:
+        backward(block, memory, span, network, gradient);
+        break;
+      case Pass::second:
+        second_backward(block, memory, span, network, gradient);
+        break;
+    }
+  }
+
+  // Number i of what is kept of the rows of a tile: h, and f'(z) half a row behind it.
+  KINML_DEVICE T* kept(const NetworkTileSpan& span, int i) const {
+    return saved.numbers + (span.first + i / plan.hidden) * saved.stride + i % plan.hidden;
+  }
+  KINML_DEVICE void forward(const Block& block, const Memory& memory, const NetworkTileSpan& span,
+                            const TileNetwork<T>& network) const {
+    network.forward(block, memory.rows, memory.features, plan.features, false);
+    if (saved.numbers != nullptr)
+      block.each(span.count * plan.hidden, [&](int i) {
+        kept(span, i)[0] = memory.hidden.values[i];
+        kept(span, i)[saved.stride / 2] = memory.hidden.slopes[i];
       });
-    else
-      network.forward(block, rows, memory.features, stride, pass == Pass::second);
-    if (pass == Pass::forward) {
-      if (saved != nullptr)
-        block.each(span.count * hidden, [&](int i) {
-          kept(i)[0] = memory.hidden.values[i];
-          kept(i)[saved_stride / 2] = memory.hidden.slopes[i];
-        });
+    block.each(span.count, [&](int row) {
+      atomic[span.first + row] =
+          memory.hidden.values[network.place(row, span.species, network.last(), 0)];
+    });
+  }
+  KINML_DEVICE void backward(const Block& block, const Memory& memory, const NetworkTileSpan& span,
+                             const TileNetwork<T>& network, T* gradient) const {
+    set_seeds(block, memory, span);
+    block.each(span.count * plan.hidden, [&](int i) {
+      memory.hidden.values[i] = kept(span, i)[0];
+      memory.hidden.slopes[i] = kept(span, i)[saved.stride / 2];
+    });
+    network.backward(block, memory.rows, [&](int row) { return memory.seeds[row]; }, false);
+    if (gradient != nullptr)
+      network.weight_gradients(block, memory.rows, memory.features, plan.features, nullptr, 0,
+                               gradient);
+    write_atoms(block, memory, span, network, memory.hidden.deltas);
+  }
+  KINML_DEVICE void second_backward(const Block& block, const Memory& memory,
+                                    const NetworkTileSpan& span, const TileNetwork<T>& network,
+                                    T* gradient) const {
+    const int stride = plan.features;
+    stage(block, span, tangents, length, memory.directions);
+    set_seeds(block, memory, span);
+    network.forward(block, memory.rows, memory.features, stride, true);
+    network.backward(block, memory.rows, [&](int row) { return memory.seeds[row]; }, true);
+    network.tangent(block, memory.rows, memory.directions, stride);
+    if (gradients.derivatives != nullptr)
       block.each(span.count, [&](int row) {
-        atomic[span.first + row] = memory.hidden.values[network.place(row, span.species, last, 0)];
+        gradients.derivatives[span.first + row] =
+            memory.hidden.tangents[network.place(row, span.species, network.last(), 0)];
       });
-      return;
-    }
-    // Gradients are rows of all features of a tile at first, since products fill whole rooms.
+    network.second_backward(block, memory.rows, [](int) { return T(0); });
+    if (gradient != nullptr)
+      network.weight_gradients(block, memory.rows, memory.features, stride, memory.directions,
+                               stride, gradient);
+    write_atoms(block, memory, span, network, memory.hidden.bends);
+  }
+
+  KINML_DEVICE void set_seeds(const Block& block, const Memory& memory,
+                              const NetworkTileSpan& span) const {
+    block.each(span.count, [&](int row) {
+      const Index owner = batch.owners[span.first + row];
+      const bool valid = owner >= 0 && owner < batch.n_structures;
+      memory.seeds[row] = valid ? static_cast<T>(grad_energies[owner]) : kNan;
+    });
+  }
+  // The gradients by the features, if wanted: rows of all features of a tile at first, since
+  // products fill whole rooms.
+  KINML_DEVICE void write_atoms(const Block& block, const Memory& memory,
+                                const NetworkTileSpan& span, const TileNetwork<T>& network,
+                                const T* outputs) const {
+    if (gradients.atoms == nullptr) return;
     T* const by_features = memory.features;
-    if (pass == Pass::backward) {
-      network.backward(block, rows, seed, false);
-      if (gradient != nullptr)
-        network.weight_gradients(block, rows, memory.features, stride, nullptr, 0, gradient);
-      if (grad_atoms != nullptr)
-        network.feature_gradients(block, rows, memory.hidden.deltas, by_features, stride);
-    } else {
-      network.backward(block, rows, seed, true);
-      network.tangent(block, rows, memory.directions, stride);
-      if (derivatives != nullptr)
-        block.each(span.count, [&](int row) {
-          derivatives[span.first + row] =
-              memory.hidden.tangents[network.place(row, span.species, last, 0)];
-        });
-      network.second_backward(block, rows, [](int) { return T(0); });
-      if (gradient != nullptr)
-        network.weight_gradients(block, rows, memory.features, stride, memory.directions, stride,
-                                 gradient);
-      if (grad_atoms != nullptr)
-        network.feature_gradients(block, rows, memory.hidden.bends, by_features, stride);
-    }
-    if (grad_atoms != nullptr)
-      block.each(span.count * length, [&](int i) {
-        grad_atoms[span.first * length + i] = by_features[i / length * stride + i % length];
-      });
+    network.feature_gradients(block, memory.rows, outputs, by_features, plan.features);
+    block.each(span.count * length, [&](int i) {
+      gradients.atoms[span.first * length + i] =
+          by_features[i / length * plan.features + i % length];
+    });
   }
 
   static constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
@@ -156,8 +177,8 @@ struct NetworkKernel {
     block.each(span.count * stride, [&](int i) {
       const int row = i / stride, column = i % stride;
       const Index source = batch.rows[span.first + row];
-      const bool there = source >= 0 && source < batch.n_features;
-      to[i] = column >= length ? T(0) : there ? from[source * pitch + column] : kNan;
+      const bool valid = source >= 0 && source < batch.n_features;
+      to[i] = column >= length ? T(0) : valid ? from[source * pitch + column] : kNan;
     });
   }
 };
@@ -166,20 +187,17 @@ template <class T>
 struct SumByStructureKernel {
   static constexpr int kThreads = cuda::kThreads;
   const T* values;
-  const Index *order, *firsts;
-  Index n_structures;
+  StructureAtoms atoms;
   const Index* starts;
   int n_species;
   const double* shifts;
   double* sums;
 
   KINML_DEVICE void operator()(const Block& block) const {
-    block.each(kThreads, [&](int item) {
-      const Index structure = Index(block.index()) * kThreads + item;
-      if (structure >= n_structures) return;
+    each_in_grid(block, atoms.n_structures, [&](Index structure) {
       double sum = 0;
-      for (Index i = firsts[structure]; i < firsts[structure + 1]; ++i) {
-        const Index atom = order[i];
+      for (Index i = atoms.firsts[structure]; i < atoms.firsts[structure + 1]; ++i) {
+        const Index atom = atoms.order[i];
         double shift = 0;
         if (shifts != nullptr) {
           int s = 0;
@@ -205,6 +223,34 @@ struct SumPartsKernel {
   }
 };
 
+// One block.
+struct EnergyLossKernel {
+  static constexpr int kThreads = cuda::kThreads;
+  Loss loss;
+  const double* energies;
+  double *residuals, *slopes, *losses;
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    double* const partial = reinterpret_cast<double*>(block.memory());  // [kThreads]
+    block.each(kThreads, [&](int lane) {
+      double sum = 0;
+      for (Index s = lane; s < loss.n_structures; s += kThreads) {
+        const double residual = loss.energy_residual(0, s, energies[s]);
+        residuals[s] = residual;
+        slopes[s] = loss.energy_slope(0, s, residual);
+        sum += loss.energy_term(0, s, residual);
+      }
+      partial[lane] = sum;
+    });
+    block.each(1, [&](int) {
+      double sum = 0;
+      for (int lane = 0; lane < kThreads; ++lane) sum += partial[lane];
+      losses[0] = sum / loss.counts[0];
+      losses[1] = 0;
+    });
+  }
+};
+
 Index round_up(Index bytes) {
   return (bytes + 15) / 16 * 16;
 }
@@ -227,20 +273,21 @@ Index parts_bytes(const ChainPlan& plan, Index n, bool gradients) {
 
 // Runs a pass with the memory of its tiles on the chip where that is large enough.
 template <class T>
-void run_pass(NetworkKernel<T> kernel, T* grad_parameters, char* workspace, Stream stream) {
+void run_pass(NetworkKernel<T> kernel, char* workspace, Stream stream) {
   const ChainPlan& plan = kernel.plan;
   const Index n = kernel.batch.n;
   kernel.length = plan.layers[0].in;
   kernel.n_tiles = most_network_tiles(n, plan.n_species);
   kernel.n_blocks = blocks_of(plan, n);
-  const bool gradients = grad_parameters != nullptr;
+  const bool gradients = kernel.gradients.parameters != nullptr;
   kernel.parts = gradients ? reinterpret_cast<T*>(workspace) : nullptr;
   const Index bytes = tile_bytes<T>(plan, kernel.pass == Pass::second);
   const bool fits = bytes <= current_device().block_memory;
   char* const memory = fits ? nullptr : workspace + parts_bytes<T>(plan, n, gradients);
   launch(kernel, kernel.n_blocks, stream, {bytes, memory});
   if (gradients)
-    sum_parts(kernel.parts, kernel.n_blocks, Index(plan.parameters), grad_parameters, stream);
+    sum_parts(kernel.parts, kernel.n_blocks, Index(plan.parameters), kernel.gradients.parameters,
+              stream);
 }
 
 }  // namespace
@@ -248,7 +295,8 @@ void run_pass(NetworkKernel<T> kernel, T* grad_parameters, char* workspace, Stre
 template <class T>
 void pack_networks(const ChainPlan& plan, const T* parameters, std::int64_t n_members, T* packed,
                    Stream stream) {
-  launch(PackKernel<T>{plan, parameters, packed}, n_members * blocks_for(plan.packed), stream);
+  launch(PackKernel<T>{plan, parameters, packed}, n_members * blocks_for(plan.packed, kThreads),
+         stream);
 }
 
 template <class T>
@@ -260,64 +308,68 @@ std::int64_t networks_workspace(const ChainPlan& plan, std::int64_t n, bool seco
 }
 
 template <class T>
-void networks_forward(const ChainPlan& plan, const NetworkBatch<T>& batch, T* saved,
-                      std::int64_t saved_stride, T* atomic, char* workspace, Stream stream) {
+void networks_forward(const ChainPlan& plan, const NetworkBatch<T>& batch,
+                      const SavedLayers<T>& saved, T* atomic, char* workspace, Stream stream) {
   NetworkKernel<T> kernel{plan, batch, Pass::forward};
   kernel.saved = saved;
-  kernel.saved_stride = saved_stride;
   kernel.atomic = atomic;
-  run_pass<T>(kernel, nullptr, workspace, stream);
+  run_pass<T>(kernel, workspace, stream);
 }
 
 template <class T>
-void networks_backward(const ChainPlan& plan, const NetworkBatch<T>& batch, const T* saved,
-                       std::int64_t saved_stride, const double* grad_energies, T* grad_atoms,
-                       T* grad_parameters, char* workspace, Stream stream) {
+void networks_backward(const ChainPlan& plan, const NetworkBatch<T>& batch,
+                       const SavedLayers<T>& saved, const double* grad_energies,
+                       const NetworkGradients<T>& gradients, char* workspace, Stream stream) {
   NetworkKernel<T> kernel{plan, batch, Pass::backward};
-  kernel.saved = const_cast<T*>(saved);
-  kernel.saved_stride = saved_stride;
+  kernel.saved = saved;
   kernel.grad_energies = grad_energies;
-  kernel.grad_atoms = grad_atoms;
-  run_pass(kernel, grad_parameters, workspace, stream);
+  kernel.gradients = gradients;
+  run_pass(kernel, workspace, stream);
 }
 
 template <class T>
 void networks_second_backward(const ChainPlan& plan, const NetworkBatch<T>& batch,
-                              const T* tangents, const double* grad_energies, T* derivatives,
-                              T* grad_atoms, T* grad_parameters, char* workspace, Stream stream) {
+                              const T* tangents, const double* grad_energies,
+                              const NetworkGradients<T>& gradients, char* workspace,
+                              Stream stream) {
   NetworkKernel<T> kernel{plan, batch, Pass::second};
   kernel.tangents = tangents;
   kernel.grad_energies = grad_energies;
-  kernel.derivatives = derivatives;
-  kernel.grad_atoms = grad_atoms;
-  run_pass(kernel, grad_parameters, workspace, stream);
+  kernel.gradients = gradients;
+  run_pass(kernel, workspace, stream);
 }
 
 template <class T>
-void sum_by_structure(const T* values, const std::int64_t* order, const std::int64_t* firsts,
-                      std::int64_t n_structures, const std::int64_t* starts, int n_species,
-                      const double* shifts, double* sums, Stream stream) {
-  launch(
-      SumByStructureKernel<T>{values, order, firsts, n_structures, starts, n_species, shifts, sums},
-      blocks_for(n_structures), stream);
+void sum_by_structure(const T* values, const StructureAtoms& atoms, const std::int64_t* starts,
+                      int n_species, const double* shifts, double* sums, Stream stream) {
+  launch(SumByStructureKernel<T>{values, atoms, starts, n_species, shifts, sums},
+         blocks_for(atoms.n_structures, kThreads), stream);
+}
+
+void energy_loss(const Loss& loss, const double* energies, double* residuals, double* slopes,
+                 double* losses, Stream stream) {
+  launch(EnergyLossKernel{loss, energies, residuals, slopes, losses}, 1, stream,
+         {kThreads * Index(sizeof(double))});
 }
 
 template <class T>
 void sum_parts(const T* parts, std::int64_t n_parts, std::int64_t n, T* sums, Stream stream) {
-  launch(SumPartsKernel<T>{parts, n_parts, n, sums}, blocks_for(n), stream);
+  launch(SumPartsKernel<T>{parts, n_parts, n, sums}, blocks_for(n, kThreads), stream);
 }
 
 #define KINML_INSTANTIATE(T)                                                                    \
   template void pack_networks<T>(const ChainPlan&, const T*, Index, T*, Stream);                \
   template Index networks_workspace<T>(const ChainPlan&, Index, bool, bool);                    \
-  template void networks_forward<T>(const ChainPlan&, const NetworkBatch<T>&, T*, Index, T*,    \
-                                    char*, Stream);                                             \
-  template void networks_backward<T>(const ChainPlan&, const NetworkBatch<T>&, const T*, Index, \
-                                     const double*, T*, T*, char*, Stream);                     \
+  template void networks_forward<T>(const ChainPlan&, const NetworkBatch<T>&,                   \
+                                    const SavedLayers<T>&, T*, char*, Stream);                  \
+  template void networks_backward<T>(const ChainPlan&, const NetworkBatch<T>&,                  \
+                                     const SavedLayers<T>&, const double*,                      \
+                                     const NetworkGradients<T>&, char*, Stream);                \
   template void networks_second_backward<T>(const ChainPlan&, const NetworkBatch<T>&, const T*, \
-                                            const double*, T*, T*, T*, char*, Stream);          \
-  template void sum_by_structure<T>(const T*, const Index*, const Index*, Index, const Index*,  \
-                                    int, const double*, double*, Stream);                       \
+                                            const double*, const NetworkGradients<T>&, char*,   \
+                                            Stream);                                            \
+  template void sum_by_structure<T>(const T*, const StructureAtoms&, const Index*, int,         \
+                                    const double*, double*, Stream);                            \
   template void sum_parts<T>(const T*, Index, Index, T*, Stream);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)

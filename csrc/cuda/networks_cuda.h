@@ -2,9 +2,10 @@
 // network of each species. Nothing is allocated and nothing waits.
 //
 // A block takes a tile of kNetworkRows atoms of one species through all layers. Values of indices
-// are not checked beforehand: a row or an owner that is not there gives NaN.
+// are not checked beforehand: a row or an owner that does not exist gives NaN.
 #pragma once
 
+#include "../core/loss.h"
 #include "network_plan.h"
 
 namespace kinml::cuda {
@@ -58,36 +59,58 @@ struct NetworkBatch {
 template <class T>
 std::int64_t networks_workspace(const ChainPlan& plan, std::int64_t n, bool second, bool gradients);
 
-// saved   // [n, saved], columns [0, plan.hidden) h and [saved / 2, saved / 2 + plan.hidden) f'(z)
-//         // of all layers; or null
+// What the forward pass keeps for the backward pass: [n, stride], columns [0, plan.hidden) h and
+// [stride / 2, stride / 2 + plan.hidden) f'(z) of all layers.
+template <class T>
+struct SavedLayers {
+  T* numbers;
+  std::int64_t stride;
+};
+// Where a backward pass writes; null: not wanted.
+template <class T>
+struct NetworkGradients {
+  T* derivatives = nullptr;  // [n] by the gradients of the energies; of the second pass
+  T* atoms = nullptr;        // [n, D] by the features of the i-th atom
+  T* parameters = nullptr;   // [plan.parameters], overwritten
+};
+
+// saved   // or null
 // atomic  // [n] network outputs, in species order
 template <class T>
-void networks_forward(const ChainPlan& plan, const NetworkBatch<T>& batch, T* saved,
-                      std::int64_t saved_stride, T* atomic, char* workspace, Stream stream);
+void networks_forward(const ChainPlan& plan, const NetworkBatch<T>& batch,
+                      const SavedLayers<T>& saved, T* atomic, char* workspace, Stream stream);
 // grad_energies    // [n_structures]
-// grad_atoms       // [n, D] gradient of the features of the i-th atom; or null
-// grad_parameters  // [plan.parameters], overwritten; or null
 template <class T>
-void networks_backward(const ChainPlan& plan, const NetworkBatch<T>& batch, const T* saved,
-                       std::int64_t saved_stride, const double* grad_energies, T* grad_atoms,
-                       T* grad_parameters, char* workspace, Stream stream);
+void networks_backward(const ChainPlan& plan, const NetworkBatch<T>& batch,
+                       const SavedLayers<T>& saved, const double* grad_energies,
+                       const NetworkGradients<T>& gradients, char* workspace, Stream stream);
 // Derivatives of S = sum_i t_i grad f(a_i) . v_i, t_i = grad_energies[owner].
-// tangents         // [n_features, D]
-// derivatives      // [n] dS/dt_i; or null
-// grad_atoms       // [n, D] dS/da_i; or null
-// grad_parameters  // [plan.parameters]; or null
+// tangents  // [n_features, D]
 template <class T>
 void networks_second_backward(const ChainPlan& plan, const NetworkBatch<T>& batch,
-                              const T* tangents, const double* grad_energies, T* derivatives,
-                              T* grad_atoms, T* grad_parameters, char* workspace, Stream stream);
+                              const T* tangents, const double* grad_energies,
+                              const NetworkGradients<T>& gradients, char* workspace, Stream stream);
 
-// sums[s] = sum over i in [firsts[s], firsts[s+1]) of values[order[i]] + shifts[order[i]'s species]
-// values  // [n] in species order; order [n]; firsts [n_structures + 1]
+// The atoms of each structure: order[i], i in [firsts[s], firsts[s + 1]), in species order.
+struct StructureAtoms {
+  const std::int64_t* order;   // [n]
+  const std::int64_t* firsts;  // [n_structures + 1]
+  std::int64_t n_structures;
+};
+// sums[s] = sum over the atoms of structure s of their values and their species' shift
+// values  // [n] in species order
+// starts  // [n_species + 1]
 // shifts  // [n_species] float64, or null
 template <class T>
-void sum_by_structure(const T* values, const std::int64_t* order, const std::int64_t* firsts,
-                      std::int64_t n_structures, const std::int64_t* starts, int n_species,
-                      const double* shifts, double* sums, Stream stream);
+void sum_by_structure(const T* values, const StructureAtoms& atoms, const std::int64_t* starts,
+                      int n_species, const double* shifts, double* sums, Stream stream);
+
+// The loss on the energies of a batch (core/loss.h), of one level.
+// energies, residuals  // [loss.n_structures], may be the same memory
+// slopes               // [loss.n_structures] d(loss)/dE
+// losses               // [2] L_E, 0
+void energy_loss(const Loss& loss, const double* energies, double* residuals, double* slopes,
+                 double* losses, Stream stream);
 
 // sums[i] = sum over parts, in order, of parts[part][i]
 template <class T>

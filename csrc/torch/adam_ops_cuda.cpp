@@ -25,8 +25,9 @@ void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor squ
     cuda::adam_step<T>({learning_rate, beta1, beta2, eps, weight_decay, decoupled, 0},
                        step.mutable_data_ptr<float>(), parameter.numel(),
                        parameter.mutable_data_ptr<T>(), g.const_data_ptr<T>(),
-                       mean.mutable_data_ptr<T>(), square.mutable_data_ptr<T>(),
-                       largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr, gpu.stream);
+                       {mean.mutable_data_ptr<T>(), square.mutable_data_ptr<T>(),
+                        largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr},
+                       gpu.stream);
   });
 }
 

@@ -1,63 +1,95 @@
 // The ops of atomic environment vectors on the GPU.
 #include <torch/library.h>
 
-#include "gpu_aev.h"
+#include <limits>
+#include <vector>
+
+#include "../cuda/aev_cuda.h"
+#include "arguments.h"
+#include "gpu.h"
 
 namespace kinml::ops {
 namespace {
 
 using at::Tensor;
-using Doubles = at::ArrayRef<double>;
+using cuda::AevProduct;
 
-// Calls function(GpuAev) of a batch with the right shapes.
-template <class Function>
-Tensor with_aev(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-                Doubles descriptor, const Function& function) {
-  check_batch_shapes(coordinates, species, offsets);
-  check_device(species, "species", coordinates, "coordinates");
-  check_device(offsets, "offsets", coordinates, "coordinates");
-  const AevParameters parameters = unpack_descriptor(descriptor);
-  return translated(offsets.size(0) - 1, [&] {
-    const Gpu gpu(coordinates);
-    return function(GpuAev(coordinates, species, offsets, parameters, gpu));
-  });
-}
-// A factor of a product: [n_atoms, columns].
-Tensor checked(const Tensor& t, const char* name, const Tensor& coordinates, int64_t columns) {
-  check_same_type(t, name, coordinates, "coordinates");
-  check_matrix(t, name, coordinates.size(0), columns);
-  check_device(t, name, coordinates, "coordinates");
-  return t.contiguous();
-}
+// A checked system with coordinates, and what its AEVs are made of.
+struct AevCall {
+  SystemArguments system;
+  AevParameters parameters;
 
-Tensor aev(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-           Doubles descriptor) {
-  return with_aev(coordinates, species, offsets, descriptor,
-                  [](const GpuAev& aev) { return aev.forward(); });
+  AevCall(const OptionalTensors& system_, at::ArrayRef<double> descriptor)
+      : system(system_), parameters(unpack_descriptor(descriptor)) {
+    coordinates_of(system_);
+  }
+  // product(parameters, system, pointer, workspace, stream), of a result [n_atoms, ...].
+  template <class Function>
+  Tensor run(AevProduct product, at::IntArrayRef rest, const Function& function) const {
+    return translated(system.count(), [&] {
+      const Gpu gpu(system.coordinates);
+      std::vector<int64_t> shape{system.n_atoms()};
+      shape.insert(shape.end(), rest.begin(), rest.end());
+      // An atom that no structure has stays NaN.
+      Tensor out = at::full(shape, std::numeric_limits<double>::quiet_NaN(), gpu.options);
+      with_type(out, [&](auto zero) {
+        using T = decltype(zero);
+        const System<T> view = system.view<T>();
+        const Tensor space = gpu.workspace(cuda::aev_workspace<T>(parameters, product, view));
+        function(parameters, view, out.mutable_data_ptr<T>(), bytes_of(space), gpu.stream);
+      });
+      return out;
+    });
+  }
+};
+
+Tensor aev(const OptionalTensors& system, at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  return call.run(
+      AevProduct::forward, {call.parameters.length()},
+      []<class T>(const auto& p, const System<T>& s, T* out, char* space, cuda::Stream stream) {
+        cuda::aev_forward<T>(p, s, out, space, stream);
+      });
 }
-Tensor aev_vjp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-               const Tensor& gradient, Doubles descriptor) {
-  return with_aev(coordinates, species, offsets, descriptor, [&](const GpuAev& aev) {
-    return aev.vjp(checked(gradient, "gradient", coordinates, aev.length()));
-  });
+Tensor aev_vjp(const OptionalTensors& system, const Tensor& gradient,
+               at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const Tensor g = call.system.checked_rows(gradient, "gradient", call.parameters.length());
+  return call.run(
+      AevProduct::vjp, {3},
+      [&]<class T>(const auto& p, const System<T>& s, T* out, char* space, cuda::Stream stream) {
+        cuda::aev_vjp<T>(p, s, g.const_data_ptr<T>(), out, space, stream);
+      });
 }
-Tensor aev_jvp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-               const Tensor& tangent, Doubles descriptor) {
-  return with_aev(coordinates, species, offsets, descriptor, [&](const GpuAev& aev) {
-    return aev.jvp(checked(tangent, "tangent", coordinates, 3));
-  });
+Tensor aev_jvp(const OptionalTensors& system, const Tensor& tangent,
+               at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const Tensor v = call.system.checked_rows(tangent, "tangent", 3);
+  return call.run(
+      AevProduct::jvp, {call.parameters.length()},
+      [&]<class T>(const auto& p, const System<T>& s, T* out, char* space, cuda::Stream stream) {
+        cuda::aev_jvp<T>(p, s, v.const_data_ptr<T>(), out, space, stream);
+      });
 }
-Tensor aev_hvp(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-               const Tensor& gradient, const Tensor& tangent, Doubles descriptor) {
-  return with_aev(coordinates, species, offsets, descriptor, [&](const GpuAev& aev) {
-    return aev.hvp(checked(gradient, "gradient", coordinates, aev.length()),
-                   checked(tangent, "tangent", coordinates, 3));
-  });
+Tensor aev_hvp(const OptionalTensors& system, const Tensor& gradient, const Tensor& tangent,
+               at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const Tensor g = call.system.checked_rows(gradient, "gradient", call.parameters.length());
+  const Tensor v = call.system.checked_rows(tangent, "tangent", 3);
+  return call.run(
+      AevProduct::hvp, {3},
+      [&]<class T>(const auto& p, const System<T>& s, T* out, char* space, cuda::Stream stream) {
+        cuda::aev_hvp<T>(p, s, g.const_data_ptr<T>(), v.const_data_ptr<T>(), out, space, stream);
+      });
 }
-Tensor aev_jacobian(const Tensor& coordinates, const Tensor& species, const Tensor& offsets,
-                    int64_t max_atoms, Doubles descriptor) {
-  return with_aev(coordinates, species, offsets, descriptor,
-                  [&](const GpuAev& aev) { return aev.jacobian(3 * max_atoms); });
+Tensor aev_jacobian(const OptionalTensors& system, int64_t max_atoms,
+                    at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  return call.run(
+      AevProduct::jacobian, {call.parameters.length(), 3 * max_atoms},
+      [&]<class T>(const auto& p, const System<T>& s, T* out, char* space, cuda::Stream stream) {
+        cuda::aev_jacobian<T>(p, s, 3 * max_atoms, out, space, stream);
+      });
 }
 
 }  // namespace

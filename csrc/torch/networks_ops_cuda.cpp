@@ -1,24 +1,34 @@
 // The ops of the networks on the GPU. What orders atoms is left to torch's sorts.
 //
 // Values of indices are not checked, which would wait for the GPU: an atom of a species, row or
-// structure that is not there gives NaN.
+// structure that does not exist gives NaN.
 #include "../cuda/networks_cuda.h"
 
 #include <torch/library.h>
 
+#include <array>
 #include <limits>
 #include <tuple>
 
-#include "checks.h"
+#include "arguments.h"
 #include "gpu.h"
-#include "gpu_networks.h"
-#include "networks_arguments.h"
 
 namespace kinml::ops {
 namespace {
 
 using at::Tensor;
-using Ints = at::IntArrayRef;
+
+// Atoms sorted by species.
+std::tuple<Tensor, Tensor, Tensor> species_order(const Tensor& species, const Tensor& offsets,
+                                                 int64_t n_species) {
+  check_order_arguments(species, offsets, n_species);
+  check_device(offsets, "offsets", species, "species");
+  const auto [sorted, rows] = at::sort(species.contiguous(), /*stable=*/true, 0, false);
+  const Tensor starts = at::searchsorted(sorted, at::arange(n_species + 1, species.options()));
+  const Tensor owners =
+      at::searchsorted(offsets.slice(0, 1).contiguous(), rows, /*out_int32=*/false, /*right=*/true);
+  return {rows, owners, starts};
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species,
                                                         const Tensor& offsets,
@@ -54,18 +64,27 @@ struct Networks : NetworkArguments {
   cuda::ChainPlan plan;
   int64_t n_structures;
 
-  Networks(const Tensor& features, const Tensor& rows, const Tensor& owners, const Tensor& starts,
-           const Tensor& parameters, Ints sizes, Ints activations, bool biases,
-           int64_t n_structures_)
-      : NetworkArguments(features, rows, owners, starts, parameters, sizes, activations, biases),
-        plan(cuda::plan_chain(NetworkLevels{{shape}})),
-        n_structures(n_structures_) {}
-  // Sums over the atoms of each structure, in species order.
+  Networks(const Tensor& features, at::TensorList order, const Tensor& parameters,
+           at::IntArrayRef packed, int64_t n)
+      : NetworkArguments(features, order, parameters, packed),
+        plan(cuda::plan_chain(NetworkChain{{shape}})),
+        n_structures(n) {}
+  // Sums in float64 over the atoms of each structure, in species order.
   // shift  // [n_species], added to each atom's; or undefined
   Tensor sum_atoms(const Tensor& atomic, const Tensor& shift, const Gpu& gpu) const {
-    const auto [sorted, order] = at::sort(owners, /*stable=*/true, 0, false);
+    const auto [sorted, places] = at::sort(owners, /*stable=*/true, 0, false);
     const Tensor firsts = at::searchsorted(sorted, at::arange(n_structures + 1, owners.options()));
-    return sum_by_structure(atomic, order, firsts, starts, plan.n_species, shift, gpu);
+    Tensor sums = at::empty({n_structures}, gpu.options.dtype(at::kDouble));
+    with_type(atomic, [&](auto zero) {
+      using T = decltype(zero);
+      cuda::sum_by_structure<T>(
+          atomic.const_data_ptr<T>(),
+          {places.const_data_ptr<int64_t>(), firsts.const_data_ptr<int64_t>(), n_structures},
+          starts.const_data_ptr<int64_t>(), plan.n_species,
+          shift.defined() ? shift.const_data_ptr<double>() : nullptr,
+          sums.mutable_data_ptr<double>(), gpu.stream);
+    });
+    return sums;
   }
 };
 
@@ -98,17 +117,24 @@ Tensor none(const Tensor& like) {
   return at::empty({0}, like.options());
 }
 
-std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor& rows,
-                                            const Tensor& owners, const Tensor& starts,
+Tensor like_if(bool wanted, const Tensor& t) {
+  return wanted ? at::empty_like(t) : none(t);
+}
+template <class T>
+T* pointer_if(bool wanted, const Tensor& t) {
+  return wanted ? t.mutable_data_ptr<T>() : nullptr;
+}
+
+std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, at::TensorList order,
                                             const Tensor& parameters,
-                                            const std::optional<Tensor>& sae, Ints sizes,
-                                            Ints activations, bool biases, int64_t n_structures,
+                                            const std::optional<Tensor>& sae,
+                                            at::IntArrayRef networks, int64_t n_structures,
                                             bool save) {
   return translated(n_structures, [&]() -> std::tuple<Tensor, Tensor> {
     const Gpu gpu(features);
-    const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
-                       n_structures);
-    Tensor saved = at::empty({save ? net.n() : 0, net.shape.saved_per_atom()}, features.options());
+    const Networks net(features, order, parameters, networks, n_structures);
+    const int64_t stride = net.shape.saved_per_atom();
+    Tensor saved = at::empty({save ? net.n() : 0, stride}, features.options());
     // An atom that no species has stays NaN.
     const Tensor atomic =
         at::full({net.n()}, std::numeric_limits<double>::quiet_NaN(), features.options());
@@ -116,44 +142,42 @@ std::tuple<Tensor, Tensor> networks_forward(const Tensor& features, const Tensor
     with_type(features, [&](auto zero) {
       using T = decltype(zero);
       run<T>(net, false, false, gpu, [&](const auto& batch, char* memory) {
-        cuda::networks_forward<T>(net.plan, batch, save ? saved.mutable_data_ptr<T>() : nullptr,
-                                  net.shape.saved_per_atom(), atomic.mutable_data_ptr<T>(), memory,
-                                  gpu.stream);
+        cuda::networks_forward<T>(net.plan, batch, {pointer_if<T>(save, saved), stride},
+                                  atomic.mutable_data_ptr<T>(), memory, gpu.stream);
       });
     });
     return {net.sum_atoms(atomic, shift, gpu), saved};
   });
 }
 
-Tensor networks(const Tensor& features, const Tensor& rows, const Tensor& owners,
-                const Tensor& starts, const Tensor& parameters, const std::optional<Tensor>& sae,
-                Ints sizes, Ints activations, bool biases, int64_t n_structures) {
-  return std::get<0>(networks_forward(features, rows, owners, starts, parameters, sae, sizes,
-                                      activations, biases, n_structures, false));
+Tensor networks(const Tensor& features, at::TensorList order, const Tensor& parameters,
+                const std::optional<Tensor>& sae, at::IntArrayRef networks, int64_t n_structures) {
+  return std::get<0>(
+      networks_forward(features, order, parameters, sae, networks, n_structures, false));
 }
 
 std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies_, const Tensor& features,
-                                             const Tensor& rows, const Tensor& owners,
-                                             const Tensor& starts, const Tensor& parameters,
-                                             const Tensor& saved_, Ints sizes, Ints activations,
-                                             bool biases, bool of_features, bool of_parameters) {
+                                             at::TensorList order, const Tensor& parameters,
+                                             const Tensor& saved_, at::IntArrayRef networks,
+                                             std::array<bool, 2> wanted) {
   return translated(grad_energies_.size(0), [&]() -> std::tuple<Tensor, Tensor> {
+    const auto [of_features, of_parameters] = wanted;
     const Gpu gpu(features);
-    const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
-                       grad_energies_.size(0));
+    const Networks net(features, order, parameters, networks, grad_energies_.size(0));
     const Tensor grad_energies = net.checked_gradient(grad_energies_);
     const Tensor saved = net.checked_saved(saved_);
     const Tensor grad_atoms =
         at::empty({of_features ? net.n() : 0, features.size(1)}, features.options());
-    Tensor grad_parameters = of_parameters ? at::empty_like(net.parameters) : none(features);
-    with_type(features, [&](auto zero) {
+    Tensor grad_parameters = like_if(of_parameters, net.parameters);
+    with_type(features, [&, of_features = of_features, of_parameters = of_parameters](auto zero) {
       using T = decltype(zero);
       run<T>(net, false, of_parameters, gpu, [&](const auto& batch, char* memory) {
-        cuda::networks_backward<T>(
-            net.plan, batch, saved.const_data_ptr<T>(), net.shape.saved_per_atom(),
-            grad_energies.const_data_ptr<double>(),
-            of_features ? grad_atoms.mutable_data_ptr<T>() : nullptr,
-            of_parameters ? grad_parameters.mutable_data_ptr<T>() : nullptr, memory, gpu.stream);
+        cuda::networks_backward<T>(net.plan, batch,
+                                   {saved.mutable_data_ptr<T>(), net.shape.saved_per_atom()},
+                                   grad_energies.const_data_ptr<double>(),
+                                   {nullptr, pointer_if<T>(of_features, grad_atoms),
+                                    pointer_if<T>(of_parameters, grad_parameters)},
+                                   memory, gpu.stream);
       });
     });
     return {of_features ? to_features(net, grad_atoms) : none(features), grad_parameters};
@@ -162,27 +186,27 @@ std::tuple<Tensor, Tensor> networks_backward(const Tensor& grad_energies_, const
 
 std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
     const Tensor& tangents_, const Tensor& grad_energies_, const Tensor& features,
-    const Tensor& rows, const Tensor& owners, const Tensor& starts, const Tensor& parameters,
-    Ints sizes, Ints activations, bool biases, bool of_grad_energies, bool of_features,
-    bool of_parameters) {
+    at::TensorList order, const Tensor& parameters, at::IntArrayRef networks,
+    std::array<bool, 3> wanted) {
   return translated(grad_energies_.size(0), [&]() -> std::tuple<Tensor, Tensor, Tensor> {
+    const auto [of_grad_energies, of_features, of_parameters] = wanted;
     const Gpu gpu(features);
-    const Networks net(features, rows, owners, starts, parameters, sizes, activations, biases,
-                       grad_energies_.size(0));
+    const Networks net(features, order, parameters, networks, grad_energies_.size(0));
     const Tensor grad_energies = net.checked_gradient(grad_energies_);
     const Tensor tangents = net.checked_tangents(tangents_);
     const Tensor derivatives = at::empty({of_grad_energies ? net.n() : 0}, features.options());
     const Tensor grad_atoms =
         at::empty({of_features ? net.n() : 0, features.size(1)}, features.options());
-    Tensor grad_parameters = of_parameters ? at::empty_like(net.parameters) : none(features);
-    with_type(features, [&](auto zero) {
+    Tensor grad_parameters = like_if(of_parameters, net.parameters);
+    with_type(features, [&, of_grad_energies = of_grad_energies, of_features = of_features,
+                         of_parameters = of_parameters](auto zero) {
       using T = decltype(zero);
       run<T>(net, true, of_parameters, gpu, [&](const auto& batch, char* memory) {
         cuda::networks_second_backward<T>(
             net.plan, batch, tangents.const_data_ptr<T>(), grad_energies.const_data_ptr<double>(),
-            of_grad_energies ? derivatives.mutable_data_ptr<T>() : nullptr,
-            of_features ? grad_atoms.mutable_data_ptr<T>() : nullptr,
-            of_parameters ? grad_parameters.mutable_data_ptr<T>() : nullptr, memory, gpu.stream);
+            {pointer_if<T>(of_grad_energies, derivatives), pointer_if<T>(of_features, grad_atoms),
+             pointer_if<T>(of_parameters, grad_parameters)},
+            memory, gpu.stream);
       });
     });
     return {of_grad_energies ? net.sum_atoms(derivatives, {}, gpu) : none(grad_energies),
@@ -190,28 +214,31 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
   });
 }
 
-void energy_step(const Tensor& features, const Tensor& rows, const Tensor& owners,
-                 const Tensor& starts, const Tensor& parameters, const Tensor& targets,
-                 const Tensor& weights, Tensor residuals, Tensor gradient, double scale, Ints sizes,
-                 Ints activations, bool biases) {
-  check_energy_step(targets, weights, residuals, gradient, parameters);
+void energy_step(const Tensor& features, at::TensorList order, const Tensor& parameters,
+                 const OptionalTensors& loss_, at::TensorList results_, at::IntArrayRef networks) {
+  const Tensor targets = entry(loss_, LossArguments::kEnergies);
+  const int64_t n = targets.defined() ? targets.size(-1) : 0;
+  const LossArguments loss(loss_, 1, n, 0, false, parameters);
+  const StepResults results(results_, false, 1, n, parameters);
   const auto [energies, saved] =
-      networks_forward(features, rows, owners, starts, parameters, std::nullopt, sizes, activations,
-                       biases, targets.size(0), true);
-  at::sub_out(residuals, energies, targets);
-  // A structure without weight may have no target (NaN).
-  const Tensor unweighted = weights == 0;
-  const Tensor counted = unweighted.logical_not().sum();
-  const Tensor e =
-      at::where(unweighted, at::zeros_like(weights), weights * residuals * (2.0 * scale) / counted);
-  gradient.copy_(std::get<1>(networks_backward(e, features, rows, owners, starts, parameters, saved,
-                                               sizes, activations, biases, false, true)));
+      networks_forward(features, order, parameters, std::nullopt, networks, n, true);
+  const Tensor slopes = at::empty_like(energies);
+  translated(n, [&, &energies = energies] {
+    const Gpu gpu(features);
+    cuda::energy_loss(loss.view(), energies.const_data_ptr<double>(),
+                      results.energy_residuals.mutable_data_ptr<double>(),
+                      slopes.mutable_data_ptr<double>(), results.losses.mutable_data_ptr<double>(),
+                      gpu.stream);
+  });
+  const auto [none, gradient] =
+      networks_backward(slopes, features, order, parameters, saved, networks, {false, true});
+  results.gradient.copy_(gradient);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kinml_fast, KINML_GPU_KEY, m) {
-  m.impl("species_order", gpu_species_order);
+  m.impl("species_order", species_order);
   m.impl("plan_batches", plan_batches);
   m.impl("networks", networks);
   m.impl("networks_forward", networks_forward);

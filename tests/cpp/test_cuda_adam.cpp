@@ -43,9 +43,9 @@ State<T> on_gpu(const kinml::AdamSettings& settings, State<T> s, bool amsgrad) {
   for (int a = 0; a < 5; ++a)
     for (Index i = 0; i < n; ++i) arrays[a][i] = (*all[a])[static_cast<std::size_t>(i)];
   float steps = static_cast<float>(settings.step - 1);
-  kinml::cuda::adam_step<T>(settings, &steps, n, arrays[0].data(), arrays[1].data(),
-                            arrays[2].data(), arrays[3].data(),
-                            amsgrad ? arrays[4].data() : nullptr, nullptr);
+  kinml::cuda::adam_step<T>(
+      settings, &steps, n, arrays[0].data(), arrays[1].data(),
+      {arrays[2].data(), arrays[3].data(), amsgrad ? arrays[4].data() : nullptr}, nullptr);
   CHECK(steps == static_cast<float>(settings.step));
   for (int a = 0; a < 5; ++a)
     for (Index i = 0; i < n; ++i) (*all[a])[static_cast<std::size_t>(i)] = arrays[a][i];

@@ -15,6 +15,7 @@
 #include "../../csrc/cpu/aev_cpu.h"
 #include "../../csrc/cuda/aev_cuda.h"
 #include "../../csrc/cuda/aev_group.h"
+#include "../../csrc/cuda/pairs.h"
 #include "check.h"
 #include "guarded.h"
 #include "molecules.h"
@@ -25,7 +26,7 @@ namespace cuda = kinml::cuda;
 using namespace molecules;
 using cuda::AevProduct;
 using cuda::StepOrder;
-using kinml::AevBatch;
+using kinml::System;
 
 bool small_run = false;
 
@@ -58,6 +59,9 @@ bool same_bits(const Results<T>& a, const Results<T>& b) {
          molecules::same_bits(a.vjp, b.vjp) && molecules::same_bits(a.hvp, b.hvp);
 }
 
+// Where neighbours are looked for: as the library decides, or by what a test gives.
+enum class Search { automatic, whole_structures, cells };
+
 // A batch in memory that ends where its numbers end, as is all that is computed from it.
 template <class T>
 struct Problem {
@@ -79,7 +83,9 @@ struct Problem {
   static std::vector<T> room(Index n) {
     return std::vector<T>(n, std::numeric_limits<T>::quiet_NaN());
   }
-  AevBatch<T> view() const { return {n_structures, x.data(), species.data(), offsets.data()}; }
+  System<T> view() const {
+    return {n_atoms, n_structures, species.data(), offsets.data(), x.data()};
+  }
 
   Results<T> cpu() const {
     Results<T> r{room(n_atoms * p.length()), room(n_atoms * p.length()), room(3 * n_atoms),
@@ -97,62 +103,54 @@ struct Problem {
   }
   template <class F>
   std::vector<T> run(AevProduct product, Index numbers, const F& f) const {
-    const Index bytes = cuda::aev_workspace<T>(p, product, n_structures, n_atoms);
+    const Index bytes = cuda::aev_workspace<T>(p, product, view());
     CHECK(bytes % 16 == 0);
     Guarded<char> workspace(bytes, char(0xff));
     Guarded<T> out(numbers, std::numeric_limits<T>::quiet_NaN());
     f(out.data(), workspace.data());
     return std::vector<T>(out.data(), out.data() + numbers);
   }
-  // f(batch, cells, g, v) with everything on the device.
+  // f(system, cells, g, v) with everything on the device.
   template <class F>
-  void on_device(bool by_cells, const F& f) const {
+  void on_device(Search search, const F& f) const {
     Guarded<T> dx(3 * n_atoms, 0), dg(n_atoms * p.length(), 0), dv(3 * n_atoms, 0);
-    Guarded<Index> ds(n_atoms, 0), offs(n_structures + 1, 0), keys(n_atoms, -1), sorted(n_atoms, 0);
+    Guarded<Index> ds(n_atoms, 0), offs(n_structures + 1, 0);
+    Guarded<char> memory(cuda::aev_cells_bytes(n_atoms), char(0xff));
     copy(x, dx), copy(g, dg), copy(v, dv), copy(species, ds), copy(offsets, offs);
-    const AevBatch<T> batch{n_structures, dx.data(), ds.data(), offs.data()};
-    cuda::AevCells cells;
-    if (by_cells) {
-      cuda::aev_cell_keys<T>(p, batch, n_atoms, keys.data(), nullptr);
-      std::vector<Index> order(n_atoms), own(keys.data(), keys.data() + n_atoms);
-      std::iota(order.begin(), order.end(), Index(0));
-      std::stable_sort(order.begin(), order.end(),
-                       [&](Index a, Index b) { return own[a] < own[b]; });
-      for (Index i = 0; i < n_atoms; ++i) keys[i] = own[order[i]], sorted[i] = order[i];
-      cells = {keys.data(), sorted.data()};
-    }
-    f(batch, cells, dg.data(), dv.data());
+    const System<T> system{n_atoms, n_structures, ds.data(), offs.data(), dx.data()};
+    cuda::Cells cells;
+    if (search == Search::cells) cells = cuda::aev_cells<T>(p, system, memory.data(), nullptr);
+    f(system, search == Search::automatic ? nullptr : &cells, dg.data(), dv.data());
   }
 
-  Results<T> twin(bool by_cells = false) const {
+  Results<T> twin(Search search = Search::automatic) const {
     Results<T> r;
-    on_device(by_cells,
-              [&](const AevBatch<T>& batch, const cuda::AevCells& cells, const T* dg, const T* dv) {
+    on_device(search,
+              [&](const System<T>& system, const cuda::Cells* cells, const T* dg, const T* dv) {
                 const Index length = n_atoms * p.length();
                 r.forward = run(AevProduct::forward, length, [&](T* out, char* workspace) {
-                  cuda::aev_forward<T>(p, batch, n_atoms, cells, out, workspace, nullptr);
+                  cuda::aev_forward<T>(p, system, out, workspace, nullptr, cells);
                 });
                 r.jvp = run(AevProduct::jvp, length, [&](T* out, char* workspace) {
-                  cuda::aev_jvp<T>(p, batch, n_atoms, cells, dv, out, workspace, nullptr);
+                  cuda::aev_jvp<T>(p, system, dv, out, workspace, nullptr, cells);
                 });
                 r.vjp = run(AevProduct::vjp, 3 * n_atoms, [&](T* out, char* workspace) {
-                  cuda::aev_vjp<T>(p, batch, n_atoms, cells, dg, out, workspace, nullptr);
+                  cuda::aev_vjp<T>(p, system, dg, out, workspace, nullptr, cells);
                 });
                 r.hvp = run(AevProduct::hvp, 3 * n_atoms, [&](T* out, char* workspace) {
-                  cuda::aev_hvp<T>(p, batch, n_atoms, cells, dg, dv, out, workspace, nullptr);
+                  cuda::aev_hvp<T>(p, system, dg, dv, out, workspace, nullptr, cells);
                 });
               });
     return r;
   }
-  std::vector<T> twin_jacobian(Index columns, bool by_cells = false) const {
+  std::vector<T> twin_jacobian(Index columns, Search search = Search::automatic) const {
     std::vector<T> result;
-    on_device(
-        by_cells, [&](const AevBatch<T>& batch, const cuda::AevCells& cells, const T*, const T*) {
-          result = run(
-              AevProduct::jacobian, n_atoms * p.length() * columns, [&](T* out, char* workspace) {
-                cuda::aev_jacobian<T>(p, batch, n_atoms, cells, columns, out, workspace, nullptr);
-              });
-        });
+    on_device(search, [&](const System<T>& system, const cuda::Cells* cells, const T*, const T*) {
+      result =
+          run(AevProduct::jacobian, n_atoms * p.length() * columns, [&](T* out, char* workspace) {
+            cuda::aev_jacobian<T>(p, system, columns, out, workspace, nullptr, cells);
+          });
+    });
     return result;
   }
 };
@@ -175,11 +173,12 @@ void check_same(const Results<T>& got, const Results<T>& expected) {
 
 // Against the CPU, in all orders of the steps.
 template <class T>
-void check_problem(const Problem<T>& problem, bool by_cells = false, bool all_orders = true) {
+void check_problem(const Problem<T>& problem, Search search = Search::automatic,
+                   bool all_orders = true) {
   Results<T> first;
   for (const StepOrder order : kOrders) {
     cuda::step_order() = order;
-    Results<T> own = problem.twin(by_cells);
+    Results<T> own = problem.twin(search);
     if (order == StepOrder::forward) {
       first = std::move(own);
       check_same(first, problem.cpu());
@@ -220,7 +219,7 @@ void test_triples() {
             for (const bool of_a : {true, false})
               for (int own = 0; own < (of_a ? n_a : n_b); ++own) {
                 std::vector<int> found(total);
-                cuda::for_own_triples(n_a, n_b, same, of_a, own, begin, end, [&](int t, int other) {
+                cuda::for_triples_of(n_a, n_b, same, of_a, own, begin, end, [&](int t, int other) {
                   good = good && t >= begin && t < end;
                   if (!good) return;
                   ++found[t];
@@ -242,7 +241,9 @@ void test_triples() {
   const int n = cuda::kMostNeighbours, total = cuda::count_triples(n, n, true);
   const cuda::TripleMembers last = cuda::triple_members(n, n, true, total - 1);
   CHECK(total == 523776 && last.a == n / 2 - 1 && last.b == n - 1);
+}
 
+void test_species_pairs() {
   check::section("walk over species pairs");
   for (int repeat = 0; repeat < 50; ++repeat) {
     const int n_species = static_cast<int>(random_index(1, 5));
@@ -343,7 +344,7 @@ void test_sizes() {
       check::section("clusters");
       batch.add_cluster(n, p);
     }
-    check_problem(Problem<T>(p, batch), false, n_species == 2);
+    check_problem(Problem<T>(p, batch), Search::automatic, n_species == 2);
   }
   for (const Index n :
        small_run ? std::vector<Index>{50} : std::vector<Index>{48, 49, 50, 51, 75}) {
@@ -352,7 +353,7 @@ void test_sizes() {
     Batch batch;
     batch.add_random(n, 2, 3, 3, 3, p, 0.3);
     batch.add_molecule(4, p);
-    check_problem(Problem<T>(p, batch), false, n == 50);
+    check_problem(Problem<T>(p, batch), Search::automatic, n == 50);
   }
 }
 
@@ -370,7 +371,7 @@ void test_empty() {
   batch.add_atom(1, 2, 3, 1);
   batch.finish_structure();
   check_problem(Problem<T>(p, batch));
-  check_problem(Problem<T>(p, batch), true);
+  check_problem(Problem<T>(p, batch), Search::cells);
   CHECK(largest(Problem<T>(p, batch).twin_jacobian(3)) == 0);
   check::section("lists without a number");
   for (int missing = 0; missing < 3; ++missing) {
@@ -485,10 +486,13 @@ void test_spoiled() {
     other.species[12] = species;
     check_spoiled(other, clean);
   }
+}
 
+template <class T>
+void test_crowds() {
   check::section("too many neighbours");
+  const AevParameters tiny = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
   {
-    const AevParameters tiny = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
     Batch crowd;
     const Index n = cuda::kMostNeighbours + 2;
     for (Index i = 0; i < n; ++i)
@@ -506,11 +510,10 @@ void test_spoiled() {
                     crowd.coordinates[3 * i + 2], 0);
     fits.finish_structure();
     for (int s = 0; s < 8; ++s) fits.add_molecule(2, tiny);
-    if (!small_run) check_problem(Problem<T>(tiny, fits), false, false);
+    if (!small_run) check_problem(Problem<T>(tiny, fits), Search::automatic, false);
   }
   {
     // Kept products have room for fewer. The crowd's edge is seen by an atom that has few itself.
-    const AevParameters tiny = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
     Batch crowd;
     const Index n = cuda::kMostKept + 2;
     for (Index i = 0; i < n; ++i)
@@ -518,8 +521,8 @@ void test_spoiled() {
     crowd.add_atom(crowd.coordinates[0] + 2.9, crowd.coordinates[1], crowd.coordinates[2], 0);
     for (const double x : {10.0, 11.0, 12.0}) crowd.add_atom(x, 0, 0, 0);
     crowd.finish_structure();
-    for (const bool by_cells : {false, true}) {
-      const Results<T> result = Problem<T>(tiny, crowd).twin(by_cells);
+    for (const Search search : {Search::automatic, Search::whole_structures, Search::cells}) {
+      const Results<T> result = Problem<T>(tiny, crowd).twin(search);
       // Rows have room for more.
       CHECK(all_finite(result.forward) && all_finite(result.jvp));
       for (Index i = 0; i < 3 * crowd.n_atoms(); ++i) {
@@ -557,20 +560,23 @@ void test_large() {
     const Problem<T> problem(p, batch);
     CHECK(cuda::aev_structures_are_large(problem.n_structures, problem.n_atoms) || box.lx == 150.0);
     const bool all_orders = box.lx < 20 && !(box.lx == 7);
-    check_problem(problem, false, all_orders && !small_run);
-    check_problem(problem, true, all_orders);
+    check_problem(problem, Search::whole_structures, all_orders && !small_run);
+    check_problem(problem, Search::cells, all_orders);
+    const bool large = cuda::aev_structures_are_large(problem.n_structures, problem.n_atoms);
+    CHECK(
+        same_bits(problem.twin(), problem.twin(large ? Search::cells : Search::whole_structures)));
     if (small_run) break;
   }
   // Cells with structures that are not large.
   check::section("cells of small structures");
-  check_problem(Problem<T>(p, molecules_of(p, 6, 25)), true);
+  check_problem(Problem<T>(p, molecules_of(p, 6, 25)), Search::cells);
 
   check::section("a place that is not a number, by cells");
   Batch batch;
   batch.add_random(202, 2, 40, 40, 40, p, 0.5);
   Problem<T> problem(p, batch);
   problem.x[3 * 17] = std::numeric_limits<T>::quiet_NaN();
-  const Results<T> got = problem.twin(true);
+  const Results<T> got = problem.twin();
   CHECK(got.all_nan(17, p.length()));
 }
 
@@ -600,7 +606,7 @@ void test_jacobian(const NamedParameters& set) {
   }
   cuda::step_order() = StepOrder::forward;
   check_same(first, expected, 10);
-  check_same(problem.twin_jacobian(columns, true), expected, 10);
+  check_same(problem.twin_jacobian(columns, Search::cells), expected, 10);
 }
 
 // Without the CPU's kernels: products against differences of the rows.
@@ -633,7 +639,7 @@ void test_limits() {
   const AevParameters p = aevmod(2, most, most, most, 5.2, 3.8, 0.95);
   Batch batch;
   batch.add_molecule(5, p);
-  check_problem(Problem<T>(p, batch), false, false);
+  check_problem(Problem<T>(p, batch), Search::automatic, false);
   for (int which = 0; which < 3; ++which) {
     AevParameters longer = p;
     std::vector<double>& list = which == 0   ? longer.radial_shifts
@@ -642,7 +648,7 @@ void test_limits() {
     list.push_back(1.0);
     std::string message;
     try {
-      cuda::aev_workspace<T>(longer, AevProduct::forward, 1, 5);
+      cuda::aev_workspace<T>(longer, AevProduct::forward, Problem<T>(p, batch).view());
     } catch (const cuda::Error& error) {
       message = error.what();
     }
@@ -659,6 +665,7 @@ void test_all() {
   test_empty<T>();
   test_degenerate<T>();
   test_spoiled<T>();
+  test_crowds<T>();
   test_large<T>();
   test_limits<T>();
 }
@@ -668,6 +675,7 @@ void test_all() {
 int main(int argc, char** argv) {
   small_run = argc > 1 && std::string(argv[1]) == "small";
   test_triples();
+  test_species_pairs();
   test_cell_numbers();
   test_differences();
   test_all<double>();

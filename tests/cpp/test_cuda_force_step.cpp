@@ -11,6 +11,7 @@
 
 #include "../../csrc/cpu/force_step_cpu.h"
 #include "../../csrc/cuda/force_step_cuda.h"
+#include "../../csrc/cuda/large_structures.h"
 #include "check.h"
 #include "models.h"
 #include "molecules.h"
@@ -19,7 +20,6 @@ namespace {
 
 namespace cpu = kinml::cpu;
 namespace cuda = kinml::cuda;
-using kinml::Levels;
 using namespace models;
 
 bool small_run = false;
@@ -43,20 +43,20 @@ struct Problem {
   const Batch& batch;
   Data<T> data;
   std::vector<Index> chosen;
-  Index n_members;
-  Levels levels;
+  Index n_members, first_level;
   bool with_jacobian = true;
+  bool energies_only = false;  // and forces: no gradients
   std::vector<T> weights;
   std::vector<double> sae, e;
   std::vector<T> r;
   Task task;
 
-  Problem(const Model& m, const Batch& b, bool stored, Index members, Levels which)
+  Problem(const Model& m, const Batch& b, bool stored, Index members, Index first)
       : model(m),
         batch(b),
         data(m, b, stored),
         n_members(members),
-        levels(which),
+        first_level(first),
         task(b, m.n_levels) {
     // Some structures, one of them twice.
     for (Index s = 0; s < b.n_structures(); ++s)
@@ -69,9 +69,10 @@ struct Problem {
     e = random_numbers(rows() * b.n_structures());
     r = as<T>(random_numbers(rows() * 3 * b.n_atoms()));
   }
-  Index rows() const { return levels == Levels::all ? model.n_levels : 1; }
-  ForceBatch<T> view(bool of_chosen) const {
-    ForceBatch<T> v = data.view(of_chosen ? &chosen : nullptr);
+  Index rows() const { return model.n_levels - first_level; }
+  kinml::Model<T> with_weights() const { return model.view(weights, n_members, sae.data()); }
+  System<T> view(bool of_chosen) const {
+    System<T> v = data.view(of_chosen ? &chosen : nullptr);
     if (!with_jacobian) v.jacobian = nullptr;
     return v;
   }
@@ -90,38 +91,32 @@ struct Problem {
 
   Results<T> on_cpu() const {
     Results<T> x = room();
-    const NetworkLevels networks = model.levels();
-    cpu::energy_forces<T>(networks, weights.data(), n_members, view(false), sae.data(), levels,
-                          x.energies.data(), with_jacobian ? x.forces.data() : nullptr, 1);
-    cpu::energy_forces_backward<T>(networks, weights.data(), view(false), levels, e.data(),
-                                   r.data(), x.gradient.data(), 1);
-    const cpu::ForceLoss loss{task.energies.data(),       task.forces.data(),
-                              task.energy_weights.data(), task.force_weights.data(),
-                              task.energy_scale,          task.force_scale};
-    cpu::force_step<T>(networks, weights.data(), view(true), loss, x.step.losses.data(),
-                       x.step.gradient.data(), x.step.residuals.data(), x.step.errors.data(), 1);
+    const kinml::Model<T> m = with_weights();
+    cpu::energy_forces<T>(m, view(false), first_level, x.energies.data(), x.forces.data(), 1);
+    if (energies_only) return x;
+    cpu::energy_forces_backward<T>(m, view(false), first_level, e.data(), r.data(),
+                                   x.gradient.data(), 1);
+    const BatchLoss loss(task, chosen, with_jacobian);
+    cpu::force_step<T>(m, view(true), loss.view, x.step.losses.data(), x.step.gradient.data(),
+                       x.step.residuals.data(), x.step.errors.data(), 1);
     return x;
   }
   Results<T> on_gpu() const {
     Results<T> x = room();
-    const cuda::ChainPlan plan = cuda::plan_chain(model.levels());
+    const kinml::Model<T> m = with_weights();
     const auto memory = [](std::int64_t bytes) { return std::vector<double>((bytes + 7) / 8); };
     const auto begin = [](std::vector<double>& m) { return reinterpret_cast<char*>(m.data()); };
-    std::vector<double> space =
-        memory(cuda::energy_forces_workspace<T>(plan, n_members, view(false)));
-    cuda::energy_forces<T>(plan, weights.data(), n_members, view(false), sae.data(), levels,
-                           x.energies.data(), with_jacobian ? x.forces.data() : nullptr,
+    std::vector<double> space = memory(cuda::energy_forces_workspace<T>(m, view(false)));
+    cuda::energy_forces<T>(m, view(false), first_level, x.energies.data(), x.forces.data(),
                            begin(space), nullptr);
-    space = memory(cuda::force_step_workspace<T>(plan, view(false)));
-    cuda::energy_forces_backward<T>(plan, weights.data(), view(false), levels, e.data(), r.data(),
+    if (energies_only) return x;
+    space = memory(cuda::force_step_workspace<T>(m, view(false)));
+    cuda::energy_forces_backward<T>(m, view(false), first_level, e.data(), r.data(),
                                     x.gradient.data(), begin(space), nullptr);
-    const std::vector<double> scales = {task.energy_scale, task.force_scale};
-    const cuda::ForceLoss loss{task.energies.data(), task.forces.data(), task.energy_weights.data(),
-                               task.force_weights.data(), scales.data()};
-    space = memory(cuda::force_step_workspace<T>(plan, view(true)));
-    cuda::force_step<T>(plan, weights.data(), view(true), loss, x.step.losses.data(),
-                        x.step.gradient.data(), x.step.residuals.data(), x.step.errors.data(),
-                        begin(space), nullptr);
+    const BatchLoss loss(task, chosen, with_jacobian);
+    space = memory(cuda::force_step_workspace<T>(m, view(true)));
+    cuda::force_step<T>(m, view(true), loss.view, x.step.losses.data(), x.step.gradient.data(),
+                        x.step.residuals.data(), x.step.errors.data(), begin(space), nullptr);
     return x;
   }
 };
@@ -164,14 +159,78 @@ void check_problem(const Problem<T>& p) {
 // From coordinates, from stored Jacobians, and from descriptors alone.
 template <class T>
 void check_batch(const Model& model, const Batch& batch, Index n_members = 1,
-                 Levels levels = Levels::all) {
+                 Index first_level = 0) {
   for (const bool stored : {false, true}) {
-    Problem<T> p(model, batch, stored, n_members, levels);
+    Problem<T> p(model, batch, stored, n_members, first_level);
     check_problem(p);
     if (!stored) continue;
     p.with_jacobian = false;
     check_problem(p);
   }
+}
+
+// Structures that all blocks work on together: energies and forces alone go that way.
+template <class T>
+void check_large() {
+  check::section("large structures");
+  const AevParameters p = aevmod(2, 4, 2, 3, 4.2, 2.9, 0.95);
+  Batch batch;
+  batch.add_random(small_run ? 270 : 420, 2, 17, 17, 17, p, 0.5);
+  if (!small_run) batch.add_random(300, 2, 40, 9, 12, p, 0.5);
+  for (const Index n_levels : {1, 3}) {
+    const Model model(p, {7, 4}, {1, 1, 0}, n_levels > 1, n_levels);
+    for (const Index first_level : {Index(0), n_levels - 1}) {
+      Problem<T> problem(model, batch, false, n_levels == 1 ? 2 : 1, first_level);
+      CHECK(cuda::structures_are_large(problem.view(false)));
+      problem.energies_only = true;
+      check_problem(problem);
+      if (small_run || first_level > 0) continue;
+      const cuda::Device less{1024, cuda::current_device().multiprocessors};
+      cuda::pretend_device(&less);
+      check_problem(problem);
+      cuda::pretend_device(nullptr);
+    }
+  }
+}
+
+template <class T>
+std::vector<double> energies_of(const kinml::Model<T>& model, const System<T>& system) {
+  std::vector<double> energies(system.count());
+  std::vector<double> space(cuda::energy_forces_workspace<T>(model, system) / 8 + 1);
+  std::vector<T> forces(3 * system.n_atoms);
+  cuda::energy_forces<T>(model, system, 0, energies.data(), forces.data(),
+                         reinterpret_cast<char*>(space.data()), nullptr);
+  return energies;
+}
+
+// Species and structures that do not exist.
+template <class T>
+void check_missing() {
+  check::section("what does not exist");
+  const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
+  const Model model(p, {7, 4}, {1, 1, 0}, true);
+  Batch small, large;
+  for (const Index n : {4, 3, 5}) small.add_molecule(n, p);
+  for (int i = 0; i < 3; ++i) large.add_random(260, 2, 40, 9, 12, p, 0.5);
+  for (const Batch& batch : {small, large}) {
+    const Data<T> data(model, batch, false);
+    const kinml::Model<T> view = model.view(data.weights);
+    const std::vector<double> good = energies_of(view, data.view());
+    for (const Index kind : {Index(-1), Index(2), Index(1) << 40}) {
+      std::vector<Index> species = batch.species;
+      species[batch.offsets[1] + 1] = kind;
+      System<T> system = data.view();
+      system.species = species.data();
+      const std::vector<double> energies = energies_of(view, system);
+      CHECK(energies[0] == good[0] && std::isnan(energies[1]) && energies[2] == good[2]);
+    }
+  }
+  const Data<T> data(model, small, false);
+  const kinml::Model<T> view = model.view(data.weights);
+  const std::vector<Index> structures = {0, 7, -2};
+  const std::vector<double> good = energies_of(view, data.view());
+  const std::vector<double> energies = energies_of(view, data.view(&structures));
+  CHECK(energies[0] == good[0] && std::isnan(energies[1]) && std::isnan(energies[2]));
 }
 
 template <class T>
@@ -203,11 +262,11 @@ void check_all() {
   for (const Index n_levels : {2, 3}) {
     const Model chain(p, {7, 4}, {1, 1, 0}, true, n_levels);
     check_batch<T>(chain, batch_of({5, 1, 0, 9, 34}));
-    check_batch<T>(chain, batch_of({5, 1, 0, 9, 34}), 1, Levels::highest);
+    check_batch<T>(chain, batch_of({5, 1, 0, 9, 34}), 1, n_levels - 1);
   }
   check::section("ensembles");
   check_batch<T>(model, batch_of({4, 0, 35, 9}), 3);
-  check_batch<T>(Model(p, {7, 4}, {1, 1, 0}, true, 2), batch_of({4, 0, 35, 9}), 3, Levels::highest);
+  check_batch<T>(Model(p, {7, 4}, {1, 1, 0}, true, 2), batch_of({4, 0, 35, 9}), 3, 1);
   check::section("descriptors");
   for (const auto& [name, parameters] : parameter_sets()) {
     if (small_run) break;
@@ -224,31 +283,8 @@ void check_all() {
   }
   cuda::pretend_device(nullptr);
 
-  check::section("what is not there");
-  Batch batch = batch_of({4, 3, 5});
-  const Data<T> data(model, batch, false);
-  const cuda::ChainPlan plan = cuda::plan_chain(model.levels());
-  const auto energies_of = [&](const ForceBatch<T>& view) {
-    std::vector<double> energies(3), space(cuda::energy_forces_workspace<T>(plan, 1, view) / 8 + 1);
-    std::vector<T> forces(3 * batch.n_atoms());
-    cuda::energy_forces<T>(plan, data.weights.data(), 1, view, nullptr, Levels::all,
-                           energies.data(), forces.data(), reinterpret_cast<char*>(space.data()),
-                           nullptr);
-    return energies;
-  };
-  const std::vector<double> good = energies_of(data.view());
-  for (const Index kind : {Index(-1), Index(2), Index(1) << 40}) {
-    std::vector<Index> species = batch.species;
-    species[5] = kind;
-    ForceBatch<T> view = data.view();
-    view.species = species.data();
-    const std::vector<double> energies = energies_of(view);
-    CHECK(energies[0] == good[0] && std::isnan(energies[1]) && energies[2] == good[2]);
-  }
-  std::vector<Index> structures = {0, 7, -2};
-  ForceBatch<T> view = data.view(&structures);
-  const std::vector<double> energies = energies_of(view);
-  CHECK(energies[0] == good[0] && std::isnan(energies[1]) && std::isnan(energies[2]));
+  check_large<T>();
+  check_missing<T>();
 }
 
 }  // namespace

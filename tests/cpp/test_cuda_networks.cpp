@@ -17,7 +17,7 @@
 namespace {
 
 namespace cuda = kinml::cuda;
-using kinml::NetworkLevels;
+using kinml::NetworkChain;
 using kinml::NetworkShape;
 using Index = std::int64_t;
 
@@ -67,7 +67,7 @@ struct Problem {
     for (Index i = 0; i < n(); ++i) owners.push_back(random_index(0, n_structures - 1));
     features = random_numbers<T>(n_features * stride);
     tangents = random_numbers<T>(n_features * length);
-    parameters = random_numbers<T>(NetworkLevels{{shape()}}.parameters(),
+    parameters = random_numbers<T>(NetworkChain{{shape()}}.parameters(),
                                    1 / std::sqrt(static_cast<double>(length)));
     grad_energies = random_numbers<double>(n_structures);
   }
@@ -119,7 +119,7 @@ Results<T> on_cpu(const Problem<T>& p) {
 
 template <class T>
 Results<T> on_gpu(const Problem<T>& p) {
-  const cuda::ChainPlan plan = cuda::plan_chain(NetworkLevels{{p.shape()}});
+  const cuda::ChainPlan plan = cuda::plan_chain(NetworkChain{{p.shape()}});
   const Index n = p.n(), saved_stride = p.shape().saved_per_atom();
   const T nan = std::numeric_limits<T>::quiet_NaN();
   std::vector<T> packed(plan.packed, nan), saved(n * saved_stride, nan);
@@ -139,13 +139,14 @@ Results<T> on_gpu(const Problem<T>& p) {
   r.second_atoms.assign(n * p.length, nan);
   r.grad_parameters.assign(p.parameters.size(), nan);
   r.second_parameters.assign(p.parameters.size(), nan);
-  cuda::networks_forward<T>(plan, batch, saved.data(), saved_stride, r.atomic.data(), memory,
-                            nullptr);
-  cuda::networks_backward<T>(plan, batch, saved.data(), saved_stride, p.grad_energies.data(),
-                             r.grad_atoms.data(), r.grad_parameters.data(), memory, nullptr);
-  cuda::networks_second_backward<T>(plan, batch, p.tangents.data(), p.grad_energies.data(),
-                                    r.derivatives.data(), r.second_atoms.data(),
-                                    r.second_parameters.data(), memory, nullptr);
+  const cuda::SavedLayers<T> layers{saved.data(), saved_stride};
+  cuda::networks_forward<T>(plan, batch, layers, r.atomic.data(), memory, nullptr);
+  cuda::networks_backward<T>(plan, batch, layers, p.grad_energies.data(),
+                             {nullptr, r.grad_atoms.data(), r.grad_parameters.data()}, memory,
+                             nullptr);
+  cuda::networks_second_backward<T>(
+      plan, batch, p.tangents.data(), p.grad_energies.data(),
+      {r.derivatives.data(), r.second_atoms.data(), r.second_parameters.data()}, memory, nullptr);
   return r;
 }
 
@@ -224,7 +225,7 @@ void check_tiles() {
 void check_packing() {
   check::section("packing");
   const Problem<double> p({3, 4});
-  const cuda::ChainPlan plan = cuda::plan_chain(NetworkLevels{{p.shape()}});
+  const cuda::ChainPlan plan = cuda::plan_chain(NetworkChain{{p.shape()}});
   std::vector<int> seen(p.parameters.size());
   for (int i = 0; i < plan.packed; ++i) {
     const cuda::PackedPlace place = cuda::packed_place(plan, i);

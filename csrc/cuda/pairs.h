@@ -1,0 +1,293 @@
+// The one seam between finding pairs of atoms and all that is computed from them. Whatever finds
+// the neighbours of a centre (all atoms of its structure, the cells of a grid) ends in a list
+// Neighbours: of each the unit vector, the distance and the index. All behind reads only these.
+//
+// A finder gives Candidates; displacements are formed in displacement() alone.
+//
+// Neighbours of a centre are distinct atoms, and differ from it. With periodic images two of them
+// may be the same atom, or the centre. What rests on it says so ("distinct neighbours"):
+//   add_products (aev_group.h)       adds to the atoms of a list in one step, each by its own
+//       items: equal indices must be added by the same item, one after the other
+//   GatherKernel (aev_cuda.cu)       takes a centre's neighbours for the centres that it is a
+//       neighbour of, and searches the reverse pair by the atom's index: the shift between the
+//       cells must be kept and searched as well
+#pragma once
+
+#include <cstdint>
+
+#include "../core/aev_terms.h"
+#include "../core/system.h"
+#include "aev_tables.h"
+#include "cells.h"
+#include "group.h"
+
+namespace kinml::cuda {
+
+// ---- where neighbours are looked for ------------------------------------------------------------
+
+// Atoms [begin, end) of a structure; begin = -1 if the structure does not exist or the offsets are
+// wrong.
+struct AtomRange {
+  std::int64_t begin, end;
+};
+template <class T>
+KINML_HD AtomRange atoms_of(const System<T>& system, std::int64_t structure) {
+  if (structure < 0 || structure >= system.n_structures) return {-1, -1};
+  const std::int64_t begin = system.offsets[structure], end = system.offsets[structure + 1];
+  return begin >= 0 && begin <= end && end <= system.n_atoms ? AtomRange{begin, end}
+                                                             : AtomRange{-1, -1};
+}
+
+// Where the neighbours of a centre are looked for.
+struct Candidates {
+  std::int64_t begin, end;     // atoms, if there are no cells
+  const std::int64_t* sorted;  // atoms in the order of their cells, or null
+  const std::int64_t* bounds;  // [2, kCellRanges] where ranges of them begin and end
+
+  static KINML_HD Candidates structure(const AtomRange& atoms) {
+    return {atoms.begin, atoms.end, nullptr, nullptr};
+  }
+};
+
+// ---- displacements ------------------------------------------------------------------------------
+
+template <class N>
+struct Displacement {
+  N x, y, z;
+};
+
+// Atoms of a structure around which and as which neighbours are found.
+template <class T>
+struct Atoms {
+  const T* coordinates;         // [n_atoms, 3]
+  const T* direction;           // [n_atoms, 3] v; read for N = Dual<T>
+  const std::int64_t* species;  // [n_atoms]
+};
+
+template <class T>
+KINML_DEVICE Displacement<T> place_of(const T* x, std::int64_t atom) {
+  return {x[3 * atom], x[3 * atom + 1], x[3 * atom + 2]};
+}
+// Of an atom from a place.
+template <class T>
+KINML_DEVICE Displacement<T> displacement(const T* x, const Displacement<T>& from,
+                                          std::int64_t atom) {
+  return {x[3 * atom] - from.x, x[3 * atom + 1] - from.y, x[3 * atom + 2] - from.z};
+}
+template <class T>
+KINML_DEVICE T square(const Displacement<T>& d) {
+  return d.x * d.x + d.y * d.y + d.z * d.z;
+}
+
+// Candidates by cells for a centre at `place`; bounds [2, kCellRanges] is filled.
+template <class T>
+KINML_DEVICE Candidates cell_candidates(const Warp& warp, const Cells& cells, std::int64_t n_atoms,
+                                        std::int64_t structure, const Displacement<T>& place,
+                                        std::int64_t* bounds) {
+  const std::int64_t cx = cell_of(place.x, cells.size), cy = cell_of(place.y, cells.size),
+                     cz = cell_of(place.z, cells.size);
+  warp.each(2 * kCellRanges, [&](int i) {
+    bounds[i] = lower_bound(cells.keys, n_atoms,
+                            range_key(structure, cx, cy, cz, i % kCellRanges, i >= kCellRanges));
+  });
+  return {0, 0, cells.atoms, bounds};
+}
+
+// ---- neighbours ---------------------------------------------------------------------------------
+
+template <class N>
+struct Neighbours {
+  using T = PlainOf<N>;
+  int count = 0;
+  int capacity = 0;
+  // There were more than the capacity, or an atom without a valid species: all results are NaN.
+  bool spoiled = false;
+  bool overflown = false;
+  bool slopes = false;       // whether there is what only aev_row_transposed needs
+  int* index = nullptr;      // [capacity] atom
+  int* first = nullptr;      // [n_species + 1] where a species begins
+  int* near = nullptr;       // [n_species] so many of a species are near: the first ones
+  int* candidate = nullptr;  // [capacity] the same before they are sorted,
+  int* key = nullptr;        // [capacity] and by what
+  N* planes = nullptr;
+
+  KINML_DEVICE N* plane(int i) const { return planes + i * capacity; }
+  KINML_DEVICE N* ux() const { return plane(0); }  // [capacity] unit vector from the centre
+  KINML_DEVICE N* uy() const { return plane(1); }
+  KINML_DEVICE N* uz() const { return plane(2); }
+  KINML_DEVICE N* r() const { return plane(3); }
+  KINML_DEVICE N* fc() const { return plane(4); }       // radial cutoff function
+  KINML_DEVICE N* near_fc() const { return plane(5); }  // angular
+  KINML_DEVICE N* inverse_r() const { return plane(6); }
+  KINML_DEVICE N* slope() const { return plane(7); }  // d fc / dr
+  KINML_DEVICE N* near_slope() const { return plane(8); }
+  KINML_DEVICE N* along() const { return plane(9); }  // a gradient by r
+};
+
+// With slopes = false the neighbours are for aev_row only.
+template <class N>
+KINML_HD Neighbours<N> take_neighbours(Pieces& pieces, int n_species, int capacity,
+                                       bool slopes = true) {
+  Neighbours<N> n;
+  n.capacity = capacity;
+  n.slopes = slopes;
+  n.planes = pieces.take<N>((slopes ? 10 : 6) * std::int64_t(capacity));
+  n.index = pieces.take<int>(capacity);
+  n.candidate = pieces.take<int>(capacity);
+  n.key = pieces.take<int>(capacity);
+  n.first = pieces.take<int>(n_species + 1);
+  n.near = pieces.take<int>(n_species);
+  return n;
+}
+
+namespace pairs_detail {
+
+// Candidates within the longer cutoff, and by what they are sorted; returns how many there are,
+// also beyond the capacity.
+template <class T, class N>
+KINML_DEVICE int collect(const Warp& warp, const AevTables<T>& t, const Atoms<T>& atoms,
+                         const Candidates& candidates, std::int64_t centre,
+                         const Neighbours<N>& n) {
+  const T near2 = t.angular_cutoff * t.angular_cutoff;
+  const T radial2 = t.radial_cutoff * t.radial_cutoff;
+  const T limit = radial2 > near2 ? radial2 : near2;
+  const Displacement<T> place = place_of(atoms.coordinates, centre);
+  const auto square_to = [&](std::int64_t atom) {
+    return square(displacement(atoms.coordinates, place, atom));
+  };
+  int found = 0;
+  const int ranges = candidates.bounds == nullptr ? 1 : kCellRanges;
+  for (int range = 0; range < ranges; ++range) {
+    std::int64_t begin = candidates.begin, end = candidates.end;
+    if (candidates.bounds != nullptr) {
+      begin = candidates.bounds[range];
+      end = candidates.bounds[kCellRanges + range];
+    }
+    const auto atom_of = [&](int i) {
+      return candidates.sorted == nullptr ? begin + i : candidates.sorted[begin + i];
+    };
+    const int before = found;
+    found += warp.select(
+        static_cast<int>(end - begin),
+        [&](int i) {
+          const std::int64_t atom = atom_of(i);
+          return atom != centre && !(square_to(atom) > limit);
+        },
+        [&](int i, int k) {
+          if (before + k >= n.capacity) return;
+          const std::int64_t atom = atom_of(i), kind = atoms.species[atom];
+          // NaN counts as a neighbour beyond the angular cutoff: it spoils the vector all the same,
+          // and makes no triples. An atom without a valid species is in no list.
+          const bool valid = kind >= 0 && kind < t.n_species;
+          n.candidate[before + k] = static_cast<int>(atom);
+          n.key[before + k] =
+              valid ? 2 * static_cast<int>(kind) + !(square_to(atom) <= near2) : 2 * t.n_species;
+        });
+  }
+  return found;
+}
+
+// The first `stored` candidates sorted by species, near ones first; returns how many have a valid
+// species.
+template <class N>
+KINML_DEVICE int sort_by_species(const Warp& warp, int n_species, int stored,
+                                 const Neighbours<N>& n) {
+  int sorted = 0;
+  for (int s = 0; s < n_species; ++s) {
+    const int begin = sorted;
+    int near = 0;
+    for (int far = 0; far < 2; ++far) {
+      const int before = sorted;
+      sorted += warp.select(
+          stored, [&](int i) { return n.key[i] == 2 * s + far; },
+          [&](int i, int k) { n.index[before + k] = n.candidate[i]; });
+      if (far == 0) near = sorted - begin;
+    }
+    warp.each(1, [&](int) {
+      n.first[s] = begin;
+      n.near[s] = near;
+    });
+  }
+  const int count = sorted;
+  warp.each(1, [&](int) { n.first[n_species] = count; });
+  return count;
+}
+
+template <class T>
+KINML_DEVICE Displacement<T> displacement_as(const Atoms<T>& atoms, std::int64_t centre,
+                                             std::int64_t atom, const T*) {
+  return displacement(atoms.coordinates, place_of(atoms.coordinates, centre), atom);
+}
+template <class T>
+KINML_DEVICE Displacement<Dual<T>> displacement_as(const Atoms<T>& atoms, std::int64_t centre,
+                                                   std::int64_t atom, const Dual<T>*) {
+  const Displacement<T> x =
+      displacement(atoms.coordinates, place_of(atoms.coordinates, centre), atom);
+  const Displacement<T> v = displacement(atoms.direction, place_of(atoms.direction, centre), atom);
+  return {{x.x, v.x}, {x.y, v.y}, {x.z, v.z}};
+}
+
+}  // namespace pairs_detail
+
+// The sorted list of neighbours, without their numbers: in the order of the species, of near and
+// far, and of the candidates.
+template <class T, class N>
+KINML_DEVICE void list_neighbours(const Warp& warp, const AevTables<T>& t, const Atoms<T>& atoms,
+                                  const Candidates& candidates, std::int64_t centre,
+                                  Neighbours<N>& n) {
+  const int found = pairs_detail::collect(warp, t, atoms, candidates, centre, n);
+  n.overflown = found > n.capacity;
+  const int stored = n.overflown ? n.capacity : found;
+  n.count = pairs_detail::sort_by_species(warp, t.n_species, stored, n);
+  const std::int64_t kind = atoms.species[centre];
+  const Displacement<T> place = place_of(atoms.coordinates, centre);
+  n.spoiled = n.overflown || n.count != stored || kind < 0 || kind >= t.n_species ||
+              // By cells, an atom whose place is not a number has no other one to spoil.
+              (candidates.bounds != nullptr &&
+               !(place.x == place.x && place.y == place.y && place.z == place.z));
+}
+
+// Fills the planes of a list; displacement_of(k) from the centre to its k-th neighbour.
+template <class T, class N, class F>
+KINML_DEVICE void measure_neighbours(const Warp& warp, const AevTables<T>& t,
+                                     const Neighbours<N>& n, const F& displacement_of) {
+  using namespace aev_detail;
+  const T radial_inverse = T(1) / t.radial_cutoff, near_inverse = T(1) / t.angular_cutoff;
+  warp.each(n.count, [&](int k) {
+    const N half(T(0.5)), half_pi(T(1.57079632679489661923)), zero(T(0));
+    const Displacement<N> d = displacement_of(k);
+    const N r2 = d.x * d.x + d.y * d.y + d.z * d.z;
+    // Coincident atoms have no direction: their unit vector and its derivatives are zero. A
+    // distance that is not a number stays one.
+    const bool coincident = kTiny<T> >= value_of(r2);
+    const N safe = root(coincident ? N(T(1)) : r2);
+    const N inverse = coincident ? zero : N(T(1)) / safe;
+    const N r = coincident ? zero : safe;
+    n.ux()[k] = d.x * inverse;
+    n.uy()[k] = d.y * inverse;
+    n.uz()[k] = d.z * inverse;
+    n.r()[k] = r;
+    const Cutoff<N> fc = cutoff_function(r, N(radial_inverse), half_pi, half);
+    const Cutoff<N> near = cutoff_function(r, N(near_inverse), half_pi, half);
+    const bool inside = t.radial_cutoff >= value_of(r), is_near = t.angular_cutoff >= value_of(r);
+    n.fc()[k] = inside ? fc.value : zero;
+    n.near_fc()[k] = is_near ? near.value : zero;
+    if (n.slopes) {
+      n.inverse_r()[k] = inverse;
+      n.slope()[k] = inside ? fc.slope : zero;
+      n.near_slope()[k] = is_near ? near.slope : zero;
+    }
+  });
+}
+
+template <class T, class N>
+KINML_DEVICE void find_neighbours(const Warp& warp, const AevTables<T>& t, const Atoms<T>& atoms,
+                                  const Candidates& candidates, std::int64_t centre,
+                                  Neighbours<N>& n) {
+  list_neighbours(warp, t, atoms, candidates, centre, n);
+  measure_neighbours(warp, t, n, [&](int k) {
+    return pairs_detail::displacement_as(atoms, centre, n.index[k], static_cast<const N*>(nullptr));
+  });
+}
+
+}  // namespace kinml::cuda
