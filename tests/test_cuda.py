@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from data_helpers import molecules
-from op_helpers import SMALL, ragged
-from test_ops_forces import Case, close
+from op_helpers import SMALL, changed, each_tensor, ragged
+from test_ops_forces import Case, close, outputs_of
 from training_helpers import (
     assert_same_run,
     interrupted_run,
@@ -49,14 +50,14 @@ def _without_drawing(monkeypatch):
     monkeypatch.setattr(report, "_save", lambda figure, path: path.touch())
 
 
-def moved(values: list, device: torch.device) -> list:
+def moved(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Arguments of an op, their tensors on the device."""
-    return [x.detach().to(device, copy=True) if isinstance(x, torch.Tensor) else x for x in values]
+    return each_tensor(lambda x: x.detach().to(device, copy=True), values)
 
 
-def outputs(arguments: list) -> list[torch.Tensor]:
+def outputs(arguments: dict[str, Any]) -> list[torch.Tensor]:
     """Copies of the four outputs among the arguments of `ops.force_step`."""
-    return [x.clone() for x in arguments[-8:-4]]
+    return [x.clone() for x in outputs_of(arguments)]
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -145,13 +146,13 @@ def test_small_and_large_structures_are_those_of_the_cpu(sizes, dtype, device):
     case = Case(dtype=dtype, batch=ragged(sizes, 2, 3))
     rtol = 1e-10 if dtype == torch.float64 else 1e-3
     with torch.inference_mode():
-        expected = ops.energy_forces(*case.arguments(False))
-        found = ops.energy_forces(*moved(case.arguments(False), device))
+        expected = ops.energy_forces(**case.arguments(False))
+        found = ops.energy_forces(**moved(case.arguments(False), device))
         close([x.cpu() for x in found], list(expected), rtol, rtol)
         arguments = case.step_arguments(False, list(range(0, len(sizes), 2)))
         there = moved(arguments, device)
-        ops.force_step(*arguments)
-        ops.force_step(*there)
+        ops.force_step(**arguments)
+        ops.force_step(**there)
         close([x.cpu() for x in outputs(there)], outputs(arguments), rtol, 10 * rtol)
 
 
@@ -162,8 +163,8 @@ def test_the_same_call_has_the_same_bits(dtype, device):
     evaluated = moved(case.arguments(False), device)
     runs = []
     for _ in range(4):
-        ops.force_step(*arguments)
-        runs.append([*outputs(arguments), *ops.energy_forces(*evaluated)])
+        ops.force_step(**arguments)
+        runs.append([*outputs(arguments), *ops.energy_forces(**evaluated)])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
@@ -176,18 +177,18 @@ def test_work_goes_to_the_current_stream(device):
     case = Case(batch=ragged(MIXED, 2, 3))
     arguments = moved(case.arguments(False), device)
     step = moved(case.step_arguments(False, [3, 0, 1, 300]), device)
-    expected = ops.energy_forces(*arguments)
-    ops.force_step(*step)
+    expected = ops.energy_forces(**arguments)
+    ops.force_step(**step)
     expected = [*expected, *outputs(step)]
-    late = [torch.zeros_like(arguments[0]), *arguments[1:]], [torch.zeros_like(step[0]), *step[1:]]
+    late = [changed(own, "coordinates", torch.zeros_like) for own in (arguments, step)]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # a tenth of a second
         for own, source in zip(late, (arguments, step), strict=True):
-            own[0].copy_(source[0])
-        found = ops.energy_forces(*late[0])
-        ops.force_step(*late[1])
+            own["system"].coordinates.copy_(source["system"].coordinates)
+        found = ops.energy_forces(**late[0])
+        ops.force_step(**late[1])
         found = [*found, *outputs(late[1])]
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -211,20 +212,17 @@ def captured(call) -> tuple[torch.cuda.CUDAGraph, object]:
 def test_a_training_step_in_a_graph(stored, dtype, device):
     """Replayed with other weights and other structures of other sizes, in the same memory."""
     case = Case(dtype=dtype)
-    function = ops.force_step_stored if stored else ops.force_step
     arguments = moved(case.step_arguments(stored, [3, 0, 1]), device)
-    last = 3 if stored else 4  # arguments behind the outputs
-    results = arguments[-last - 4 : -last]
-    weights, batch = arguments[5 if stored else 4], arguments[4 if stored else 3]
-    graph, _ = captured(lambda: function(*arguments))
+    results = outputs_of(arguments)
+    graph, _ = captured(lambda: ops.force_step(**arguments))
     for order in ([5, 4, 1], [2, 2, 3]):
-        weights.mul_(1.1)
-        batch.copy_(torch.tensor(order))
+        arguments["parameters"].mul_(1.1)
+        arguments["structures"].copy_(torch.tensor(order))
         graph.replay()
         replayed = [x.clone() for x in results]
         for x in results:
             x.fill_(torch.nan)
-        function(*arguments)
+        ops.force_step(**arguments)
         assert all(torch.equal(a, b) for a, b in zip(replayed, results, strict=True))
 
 
@@ -232,11 +230,12 @@ def test_a_training_step_in_a_graph(stored, dtype, device):
 def test_an_evaluation_in_a_graph(dtype, device):
     case = Case(dtype=dtype)
     arguments = moved(case.arguments(False), device)
-    graph, results = captured(lambda: ops.energy_forces(*arguments))
+    graph, results = captured(lambda: ops.energy_forces(**arguments))
     for shift in (0.01, -0.03):
-        arguments[0].add_(shift * torch.randn_like(arguments[0]))
+        coordinates = arguments["system"].coordinates
+        coordinates.add_(shift * torch.randn_like(coordinates))
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(results, ops.energy_forces(*arguments), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results, ops.energy_forces(**arguments), strict=True))
 
 
 def test_the_ops_of_a_step_do_not_wait(device):
@@ -244,15 +243,15 @@ def test_the_ops_of_a_step_do_not_wait(device):
     arguments = moved(case.arguments(False), device)
     step = moved(case.step_arguments(False, [3, 0, 1, 300]), device)
     stored = moved(Case().step_arguments(True, [3, 0, 1]), device)
-    flat = arguments[3]
+    system, flat = arguments["system"], arguments["parameters"]
     state, steps = (torch.zeros_like(flat), torch.zeros_like(flat)), torch.zeros((), device=device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.energy_forces(*arguments)
-        ops.force_step(*step)
-        ops.force_step_stored(*stored)
-        vectors = ops.aev(*arguments[:3], SMALL.packed())
-        ops.aev_vjp(*arguments[:3], vectors, SMALL.packed())
+        ops.energy_forces(**arguments)
+        ops.force_step(**step)
+        ops.force_step(**stored)
+        vectors = ops.aev(system, SMALL.packed())
+        ops.aev_vjp(system, vectors, SMALL.packed())
         ops.adam_step(flat, flat.clone(), *state, None, 1e-3, 0.9, 0.99, 1e-8, 0.0, False, steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -278,16 +277,15 @@ def test_epochs_that_are_replayed_have_the_bits_of_their_steps(kind, device, mon
 # ---- Errors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", [1, 2, 3])
-def test_tensors_on_two_devices(place, device):
+@pytest.mark.parametrize("argument", ["species", "offsets", "parameters", "sae"])
+def test_tensors_on_two_devices(argument, device):
     case = Case()
-    arguments = moved(case.arguments(False), device)
-    arguments[place] = arguments[place].cpu()
+    arguments = changed(moved(case.arguments(False), device), argument, torch.Tensor.cpu)
     with pytest.raises(RuntimeError, match=r"^kinml_fast: .*; move all tensors to one device"):
-        ops.energy_forces(*arguments)
-    if place < 3:
+        ops.energy_forces(**arguments)
+    if argument in ("species", "offsets"):
         with pytest.raises(RuntimeError, match=r"^kinml_fast: .*; move all tensors to one device"):
-            ops.aev(*arguments[:3], SMALL.packed())
+            ops.aev(arguments["system"], SMALL.packed())
     with pytest.raises(RuntimeError, match=r"^kinml_fast: .*; move all tensors to one device"):
         model().to(device)(case.coordinates.to(device), case.species, case.offsets.to(device))
 
@@ -298,21 +296,21 @@ def test_a_species_that_is_not_there_gives_nan(wrong, device):
     for sizes in ((5, 1, 0, 8, 3, 2), (600, 500)):
         case = Case(batch=ragged(sizes, 2, 4))
         arguments = moved(case.arguments(False), device)
-        expected, _ = ops.energy_forces(*arguments)
-        arguments[1][1] = wrong
-        energies, forces = ops.energy_forces(*arguments)
-        assert energies[0].isnan()
-        assert forces[: sizes[0]].isnan().any()
-        close([energies[1:]], [expected[1:]], 1e-12, 1e-12)
+        expected, _ = ops.energy_forces(**arguments)
+        arguments["system"].species[1] = wrong
+        energies, forces = ops.energy_forces(**arguments)
+        assert energies[0, 0].isnan()
+        assert forces[0, : sizes[0]].isnan().any()
+        close([energies[:, 1:]], [expected[:, 1:]], 1e-12, 1e-12)
 
 
 @pytest.mark.parametrize("wrong", [6, -1, 1 << 40])
 def test_a_structure_that_is_not_there_gives_nan(wrong, device):
     arguments = moved(Case().step_arguments(False, [3, 0, 1]), device)
-    ops.force_step(*arguments)
+    ops.force_step(**arguments)
     expected = outputs(arguments)
-    arguments[3][1] = wrong
-    ops.force_step(*arguments)
+    arguments["structures"][1] = wrong
+    ops.force_step(**arguments)
     residuals, _, losses, gradient = outputs(arguments)
     assert residuals.isnan().tolist() == [False, True, False]
     close([residuals[::2]], [expected[0][::2]], 1e-12, 1e-12)
