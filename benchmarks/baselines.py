@@ -16,6 +16,7 @@ from torch import Tensor
 from kinml_fast import ops
 from kinml_fast.data.structures import Structures
 from kinml_fast.nn import AEVParameters
+from kinml_fast.ops import System
 
 DESCRIPTOR = AEVParameters.aevmod(("C", "H"))
 LAYERS = (224, 48, 24, 12, 1)
@@ -133,8 +134,8 @@ class PlainTorchForces:
     def prepare(self, coordinates: Tensor) -> None:
         arguments = coordinates, self.species, self.offsets
         packed = self.descriptor.packed()
-        self.features = ops.aev(*arguments, packed)
-        self.jacobian = ops.aev_jacobian(*arguments, self.largest, packed)  # [n_atoms, D, 3 largest]
+        self.features = ops.aev(System(*arguments), packed)
+        self.jacobian = ops.aev_jacobian(System(*arguments), self.largest, packed)  # [n_atoms, D, 3 largest]
         most = int(self.sizes.sort(descending=True).values[: self.batch_size].sum())
         self.buffer = torch.empty_like(self.jacobian[:most])
 
@@ -225,7 +226,7 @@ def check(training: PlainTorchForces, structures: Structures) -> None:
     copy = PlainTorchForces.__new__(PlainTorchForces)
     copy.networks = networks(torch.float64)
     copy.networks.load_state_dict(training.networks.state_dict())
-    atomic = copy.atomic_energies(ops.aev(x, species, offsets, training.descriptor.packed()), species)
+    atomic = copy.atomic_energies(ops.aev(System(x, species, offsets), training.descriptor.packed()), species)
     owners = torch.from_numpy(chosen.owners)
     energies = atomic.new_zeros(count).index_add(0, owners, atomic)
     (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=True)

@@ -13,6 +13,7 @@ from conftest import count_triples
 
 from kinml_fast import ops
 from kinml_fast.nn import AEVParameters
+from kinml_fast.ops import System
 
 PARAMETERS = AEVParameters.aevmod(("C", "H"))
 
@@ -34,10 +35,10 @@ def test_aev(benchmark, c5h5, product, dtype):
     packed = PARAMETERS.packed()
     batches = [part.contiguous() for part in x.split(500)]
     call = {
-        "aev": lambda part: ops.aev(part, species, offsets, packed),
-        "vjp": lambda part: ops.aev_vjp(part, species, offsets, g, packed),
-        "jvp": lambda part: ops.aev_jvp(part, species, offsets, v, packed),
-        "hvp": lambda part: ops.aev_hvp(part, species, offsets, g, v, packed),
+        "aev": lambda part: ops.aev(System(part, species, offsets), packed),
+        "vjp": lambda part: ops.aev_vjp(System(part, species, offsets), g, packed),
+        "jvp": lambda part: ops.aev_jvp(System(part, species, offsets), v, packed),
+        "hvp": lambda part: ops.aev_hvp(System(part, species, offsets), g, v, packed),
     }[product]
 
     def everything() -> None:

@@ -19,6 +19,7 @@ from forms import OURS, PLAIN, TORCHANI, baseline, jacobian_bytes, model, traini
 
 from kinml_fast import devices, ops
 from kinml_fast.data.structures import Structures
+from kinml_fast.ops import System
 from kinml_fast.train import Trainer, TrainingConfig, TrainingData
 from kinml_fast.train.captured import CapturedEpoch
 from kinml_fast.train.epoch_errors import EpochErrors
@@ -107,7 +108,7 @@ def test_epoch_on_energies(benchmark, form, batch, dtype):
         trainer.prepare()
         epoch = trainer.train_epoch
     else:
-        features = ops.aev(*tensors(structures(2000), torch.float64), DESCRIPTOR.packed()).to(kind)
+        features = ops.aev(System(*tensors(structures(2000), torch.float64)), DESCRIPTOR.packed()).to(kind)
         targets = torch.from_numpy(tasks.targets(structures(2000)))
         epoch = PlainTorch(structures(2000), features, targets, batch).epoch
     timed(benchmark, f"epoch of 2000 C5H5, batches of {batch}: {form}", dtype, epoch, 1, atoms=20_000)
@@ -159,9 +160,9 @@ def test_aev(benchmark, product, dtype):
     g, v = torch.randn(10 * count, DESCRIPTOR.length, dtype=kind, device=GPU), torch.randn_like(arguments[0])
     packed = DESCRIPTOR.packed()
     call = {
-        "AEV a": lambda: ops.aev(*arguments, packed),
-        "Jᵀ·g": lambda: ops.aev_vjp(*arguments, g, packed),
-        "J·v": lambda: ops.aev_jvp(*arguments, v, packed),
+        "AEV a": lambda: ops.aev(System(*arguments), packed),
+        "Jᵀ·g": lambda: ops.aev_vjp(System(*arguments), g, packed),
+        "J·v": lambda: ops.aev_jvp(System(*arguments), v, packed),
     }[product]
     timed(benchmark, f"{product}, {count:,} C5H5", dtype, call, 5, atoms=10 * count, bytes=g.nbytes)
 

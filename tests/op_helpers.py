@@ -1,18 +1,19 @@
-"""What the tests of the ops share: descriptors, ragged batches, aevmod and the oracle in the ops' terms."""
+"""What the tests of the ops share: descriptors, ragged batches, arguments, aevmod and the oracle in the ops' terms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kinml_fast import reference
+from kinml_fast import ops, reference
 from kinml_fast.nn import AEVParameters
 
 PYKINML = Path(__file__).parents[2] / "shared" / "data" / "pykinml"
@@ -122,3 +123,39 @@ def not_contiguous(x: Tensor) -> Tensor:
     view = room[tuple(slice(1, None, 2) for _ in x.shape)]
     view.copy_(x)
     return view
+
+
+# ---- arguments of the ops ------------------------------------------------------------------------
+
+
+def each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same arguments with `function` of each of their tensors, also of those in groups such as `ops.System`."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)(each_tensor(function, x) for x in value)
+    if isinstance(value, dict):
+        return {name: each_tensor(function, x) for name, x in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{f.name: each_tensor(function, getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def changed(arguments: dict[str, Any], name: str, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Arguments of a function of `ops`, one of them, or of the entries of their groups, changed."""
+    if name in arguments:
+        return {**arguments, name: change(arguments[name])}
+    (group,) = [key for key, value in arguments.items() if is_dataclass(value) and hasattr(value, name)]
+    own = arguments[group]
+    return {**arguments, group: replace(own, **{name: change(getattr(own, name))})}
+
+
+def raw(arguments: dict[str, Any]) -> tuple:
+    """What the op itself takes for the arguments of its function in `ops`."""
+    values: list[Any] = []
+    for value in arguments.values():
+        if isinstance(value, ops.Model):
+            values += [value.descriptor, value.networks]
+        else:
+            values.append(value.tensors if is_dataclass(value) else value)
+    return tuple(values)

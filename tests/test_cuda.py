@@ -280,13 +280,13 @@ def test_epochs_that_are_replayed_have_the_bits_of_their_steps(kind, device, mon
 # ---- Errors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["species", "offsets", "parameters"])
+@pytest.mark.parametrize("name", ["species", "offsets", "parameters", "sae"])
 def test_tensors_on_two_devices(name, device):
     case = Case()
     arguments = changed(moved(case.arguments(False), device), name, torch.Tensor.cpu)
     with pytest.raises(RuntimeError, match=r"^kinml_fast: .*; move all tensors to one device"):
         ops.energy_forces(**arguments)
-    if name != "parameters":
+    if name in ("species", "offsets"):
         with pytest.raises(RuntimeError, match=r"^kinml_fast: .*; move all tensors to one device"):
             ops.aev(arguments["system"], SMALL.packed())
     with pytest.raises(RuntimeError, match=r"^kinml_fast: .*; move all tensors to one device"):

@@ -14,6 +14,7 @@ from op_helpers import ANI_2X, SMALL, normal, ragged
 
 from kinml_fast import ops
 from kinml_fast.nn import ACTIVATIONS, AEVParameters, EnergyModel, SpeciesNetworks
+from kinml_fast.ops import Loss, Model, StepResults, System
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -29,50 +30,51 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         x, z, o = ragged(sizes, len(descriptor.elements), 1)
         x, packed, n = x.to(dtype), descriptor.packed(), len(z)
         gradient, tangent = normal(n, descriptor.length, seed=1, dtype=dtype), normal(n, 3, seed=2, dtype=dtype)
-        found[f"aev {name}"] = ops.aev(x, z, o, packed)
-        found[f"aev_vjp {name}"] = ops.aev_vjp(x, z, o, gradient, packed)
-        found[f"aev_jvp {name}"] = ops.aev_jvp(x, z, o, tangent, packed)
-        found[f"aev_hvp {name}"] = ops.aev_hvp(x, z, o, gradient, tangent, packed)
-        small = (x[:30], z[:30], torch.tensor([0, 20, 30]))
-        found[f"aev_jacobian {name}"] = ops.aev_jacobian(*small, 20, packed)
+        whole = System(x, z, o)
+        found[f"aev {name}"] = ops.aev(whole, packed)
+        found[f"aev_vjp {name}"] = ops.aev_vjp(whole, gradient, packed)
+        found[f"aev_jvp {name}"] = ops.aev_jvp(whole, tangent, packed)
+        found[f"aev_hvp {name}"] = ops.aev_hvp(whole, gradient, tangent, packed)
+        small = System(x[:30], z[:30], torch.tensor([0, 20, 30]))
+        found[f"aev_jacobian {name}"] = ops.aev_jacobian(small, 20, packed)
         torch.manual_seed(1)
         networks = SpeciesNetworks(
             descriptor.elements, descriptor.length, (13, 1), ["gaussian", "identity"], dtype=dtype
         )
-        settings = (networks.sizes, networks.activation_codes, True)
         flat = networks.weights.detach()
-        stored = (found[f"aev {name}"][:30], found[f"aev_jacobian {name}"])
-        for source, data, how in [("", (x, z, o), (packed, *settings)), ("stored ", (*stored, *small[1:]), settings)]:
-            suffix = "_stored" if source else ""
-            results = getattr(ops, f"energy_forces{suffix}")(*data, flat, None, *how)
+        stored = System(None, small.species, small.offsets, found[f"aev {name}"][:30], found[f"aev_jacobian {name}"])
+        for source, system in [("", whole), ("stored ", stored)]:
+            model = Model([] if source else packed, networks.packed)
+            results = ops.energy_forces(system, flat, None, model)
             found |= dict(zip((f"{source}energies {name}", f"{source}forces {name}"), results, strict=True))
-            n, n_structures = len(results[1]), len(results[0])
-            targets, weights = (normal(n_structures, seed=4), normal(n, 3, seed=5)), normal(n_structures, seed=6).abs()
-            outputs = [torch.empty(k, dtype=torch.float64) for k in ((n_structures,), (n_structures, 3), (2,))]
-            outputs.append(torch.empty_like(flat))
+            n, n_structures = len(system.species), len(system.offsets) - 1
+            targets, weights = normal(1, n_structures, seed=4), normal(1, n_structures, seed=6).abs()
             order, scales = torch.arange(n_structures).flip(0), torch.tensor([0.3, 0.7], dtype=torch.float64)
-            step = getattr(ops, f"force_step{suffix}")
-            step(*data, order, flat, *targets, weights, weights, scales, *outputs, *how)
-            names = (f"{source}{part} {name}" for part in ("residuals", "errors", "losses", "gradient"))
-            found |= dict(zip(names, outputs, strict=True))
+            (counts,) = ops.count_weights(weights, weights, order, n_structures)
+            loss = Loss(targets, weights, normal(1, n, 3, seed=5), weights, scales, counts)
+            losses, residuals, errors = (
+                torch.empty(shape, dtype=torch.float64) for shape in ((2,), (1, n_structures), (1, n_structures, 3))
+            )
+            written = StepResults(losses, torch.empty_like(flat), residuals, errors)
+            ops.force_step(system, order, flat, loss, written, model)
+            names = (f"{source}{part} {name}" for part in ("losses", "gradient", "residuals", "errors"))
+            found |= dict(zip(names, written.tensors, strict=True))
 
     _, z, o = ragged((10,) * 40 + (1, 0, 333), 3, 2)
     features = normal(len(z), 30, seed=3, dtype=dtype).requires_grad_()
     order = ops.species_order(z, o, 3)
-    found |= dict(zip(("rows", "owners", "starts"), order, strict=True))
+    found |= dict(zip(("rows", "owners", "starts"), order.tensors, strict=True))
     for b, batch in enumerate(ops.plan_batches(z, o, torch.arange(len(o) - 1).flip(0), 17, 3)):
-        found |= {f"rows {b}": batch.rows, f"owners {b}": batch.owners, f"starts {b}": batch.starts}
+        found |= dict(zip((f"rows {b}", f"owners {b}", f"starts {b}"), batch.order.tensors, strict=True))
     for activation in ACTIVATIONS:
         torch.manual_seed(0)
         networks = SpeciesNetworks(("C", "H", "O"), 30, (50, 20, 1), [activation, activation, "identity"], dtype=dtype)
         energies = ops.networks(
             features,
-            *order,
+            order,
             networks.weights,
             torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
-            networks.sizes,
-            networks.activation_codes,
-            True,
+            networks.packed,
             len(o) - 1,
         )
         gradients = torch.autograd.grad(
@@ -83,6 +85,15 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         names = (f"second of features {activation}", f"second of weights {activation}")
         seconds = torch.autograd.grad((gradients[0] ** 2).sum(), (features, networks.weights))
         found |= dict(zip(names, seconds, strict=True))
+
+    weights = normal(1, len(o) - 1, seed=7).abs()
+    (counts,) = ops.count_weights(weights, weights, torch.arange(len(o) - 1), len(o) - 1)
+    flat, scales = networks.weights.detach(), torch.tensor([0.3, 0.0], dtype=torch.float64)
+    loss = Loss(normal(1, len(o) - 1, seed=8), weights, None, None, scales, counts)
+    written = StepResults(torch.empty(2).double(), torch.empty_like(flat), torch.empty_like(weights))
+    ops.energy_step(features.detach(), order, flat, loss, written, networks.packed)
+    names = ("energy step losses", "energy step gradient", "energy step residuals")
+    found |= dict(zip(names, written.tensors, strict=True))
 
     torch.manual_seed(0)
     model = EnergyModel(AEVParameters.aevmod(("C", "H")), dtype=dtype)
@@ -133,13 +144,13 @@ def test_same_bits_from_several_threads_at_a_time(one_thread):
 def results_of_large_structures(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A part of the above that touches no global random generator."""
     x, z, o = ragged((3, 600, 70, 1), 2, 1)
-    x, packed, n = x.to(dtype), SMALL.packed(), len(z)
+    system, packed, n = System(x.to(dtype), z, o), SMALL.packed(), len(z)
     gradient, tangent = normal(n, SMALL.length, seed=1, dtype=dtype), normal(n, 3, seed=2, dtype=dtype)
     return {
-        "aev large": ops.aev(x, z, o, packed),
-        "aev_vjp large": ops.aev_vjp(x, z, o, gradient, packed),
-        "aev_jvp large": ops.aev_jvp(x, z, o, tangent, packed),
-        "aev_hvp large": ops.aev_hvp(x, z, o, gradient, tangent, packed),
+        "aev large": ops.aev(system, packed),
+        "aev_vjp large": ops.aev_vjp(system, gradient, packed),
+        "aev_jvp large": ops.aev_jvp(system, tangent, packed),
+        "aev_hvp large": ops.aev_hvp(system, gradient, tangent, packed),
     }
 
 

@@ -17,7 +17,7 @@ from op_helpers import SMALL, Ragged, keywords, normal, ragged
 from test_ops_networks import layers_of
 from torch.utils import cpp_extension
 
-from kinml_fast import reference
+from kinml_fast import ops, reference
 from kinml_fast._library import library_path
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
@@ -274,10 +274,36 @@ def test_scripted_saved_and_loaded_model(dtype, tmp_path):
 def test_scripted_networks_take_batches():
     ours = model()
     inputs = batch()
-    order = torch.ops.kinml_fast.species_order(*inputs[1:], 2)
+    order = ops.species_order(*inputs[1:], 2).tensors
     features = ours.aev(*inputs)
     scripted = torch.jit.script(ours.networks)
     assert torch.equal(scripted.energies(features, *order, 5), ours.networks.energies(features, *order, 5))
+
+
+def test_a_scripted_function_calls_the_ops_with_what_a_system_has():
+    """TorchScript knows no `ops.System`, but its list."""
+
+    class Stored(torch.nn.Module):
+        def __init__(self, model: EnergyModel) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, coordinates: torch.Tensor, species: torch.Tensor, offsets: torch.Tensor):
+            features = self.model.aev(coordinates, species, offsets)
+            return torch.ops.kinml_fast.energy_forces(
+                ops.system_tensors(None, species, offsets, features),
+                self.model.networks.weights,
+                None,
+                self.model.aev.packed,
+                self.model.networks.packed,
+                0,
+            )
+
+    ours, inputs = model(), batch()
+    found = torch.jit.script(Stored(ours))(*inputs)
+    system = ops.System(None, *inputs[1:], features=ours.aev(*inputs))
+    expected = ops.energy_forces(system, ours.networks.weights, None, ops.Model([], ours.networks.packed))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

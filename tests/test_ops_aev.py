@@ -26,6 +26,8 @@ from op_helpers import (
     PYKINML,
     SMALL,
     Ragged,
+    changed,
+    each_tensor,
     from_aevmod,
     keywords,
     needs_pykinml_data,
@@ -33,11 +35,13 @@ from op_helpers import (
     not_contiguous,
     ragged,
     random_molecule,
+    raw,
     reference_aev,
 )
 
 from kinml_fast import datasets, ops, reference
 from kinml_fast.nn import AEV, AEVParameters
+from kinml_fast.ops import System
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -89,15 +93,19 @@ GENERAL = {
 }
 
 
-def derivative_arguments(name: str, batch: Ragged, descriptor: AEVParameters, seed: int = 1) -> list:
+def derivative_arguments(name: str, batch: Ragged, descriptor: AEVParameters, seed: int = 1) -> dict:
     """Arguments of an op with a random gradient or direction, or both."""
     x, z, o = batch
     gradient = normal(len(z), descriptor.length, seed=seed, dtype=x.dtype)
     tangent = normal(len(z), 3, seed=seed + 1, dtype=x.dtype)
-    extra = {"aev": [], "aev_vjp": [gradient], "aev_jvp": [tangent], "aev_hvp": [gradient, tangent]}
-    if name == "aev_jacobian":
-        return [x, z, o, int(o.diff().max()) if len(o) > 1 else 0, descriptor.packed()]
-    return [x, z, o, *extra[name], descriptor.packed()]
+    extra = {
+        "aev": {},
+        "aev_vjp": {"gradient": gradient},
+        "aev_jvp": {"tangent": tangent},
+        "aev_hvp": {"gradient": gradient, "tangent": tangent},
+        "aev_jacobian": {"max_atoms": int(o.diff().max()) if len(o) > 1 else 0},
+    }
+    return {"system": System(x, z, o), **extra[name], "descriptor": descriptor.packed()}
 
 
 def reference_derivatives(batch: Ragged, descriptor: AEVParameters, gradient, tangent) -> dict[str, torch.Tensor]:
@@ -130,12 +138,12 @@ def test_a_thousand_random_molecules_match_aevmod(full):
         x, z = torch.cat([m[0] for m in molecules]), torch.cat([m[1] for m in molecules])
         offsets = torch.tensor([0, *np.cumsum(sizes)])
         descriptor = AEVParameters.aevmod(ELEMENTS[:n_species])
-        ours = ops.aev(x, z, offsets, descriptor.packed()).cpu().numpy()
+        ours = ops.aev(System(x, z, offsets), descriptor.packed()).cpu().numpy()
         for (a, b), molecule in zip(itertools.pairwise(offsets), molecules, strict=True):
             np.testing.assert_allclose(ours[a:b], from_aevmod(*molecule, n_species)[0], rtol=0, atol=5e-13)
         for i, (xi, zi) in enumerate(molecules):
             if full or (i >= 40 and len(zi) <= 9 and i % 4 == 0):
-                j = ops.aev_jacobian(xi, zi, torch.tensor([0, len(zi)]), len(zi), descriptor.packed()).cpu()
+                j = ops.aev_jacobian(System(xi, zi, torch.tensor([0, len(zi)])), len(zi), descriptor.packed()).cpu()
                 theirs = from_aevmod(xi, zi, n_species, jacobian="eval_Jac_sac")[0]
                 np.testing.assert_allclose(j, theirs, rtol=0, atol=5e-13)
                 n_jacobians += 1
@@ -149,7 +157,7 @@ def test_jacobians_of_random_molecules_match_aevmod_with_beta_one(n_species, ful
     descriptor = AEVParameters.aevmod(ELEMENTS[:n_species], beta=1.0).packed()
     for n_atoms in range(1, 41) if full else range(1, 41, 6):
         x, z = random_molecule(rng, n_atoms, n_species)
-        ours = ops.aev_jacobian(x, z, torch.tensor([0, n_atoms]), n_atoms, descriptor).cpu()
+        ours = ops.aev_jacobian(System(x, z, torch.tensor([0, n_atoms])), n_atoms, descriptor).cpu()
         theirs = from_aevmod(x, z, n_species, beta=1.0, jacobian="eval_Jac")[0]
         # Without the 0.95 nearly collinear atoms make the angle ill-conditioned, in both programs.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-12)
@@ -165,12 +173,12 @@ def test_structures_of_c5h5_match_aevmod(source, full):
     x = x if full or source == "PyKinML" else x[::4]
     z = torch.tensor([0] * 5 + [1] * 5)
     offsets = torch.arange(len(x) + 1) * 10
-    ours = ops.aev(x.reshape(-1, 3), z.repeat(len(x)), offsets, AEVMOD.packed()).cpu()
+    ours = ops.aev(System(x.reshape(-1, 3), z.repeat(len(x)), offsets), AEVMOD.packed()).cpu()
     np.testing.assert_allclose(ours, from_aevmod(x, z, 2).reshape(ours.shape), rtol=0, atol=5e-13)
     for start in range(0, len(x), 32 if full else 640):
         some = x[start : start + (32 if full else 8)]
         offsets = torch.arange(len(some) + 1) * 10
-        ours = ops.aev_jacobian(some.reshape(-1, 3), z.repeat(len(some)), offsets, 10, AEVMOD.packed()).cpu()
+        ours = ops.aev_jacobian(System(some.reshape(-1, 3), z.repeat(len(some)), offsets), 10, AEVMOD.packed()).cpu()
         theirs = from_aevmod(some, z, 2, jacobian="eval_Jac_sac").reshape(ours.shape)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-13)
 
@@ -182,13 +190,13 @@ def test_structures_of_c5h5_match_aevmod(source, full):
 def test_general_parameters_match_the_oracle(name):
     descriptor = GENERAL[name]
     batch = ragged([7, 1, 0, 12, 2], len(descriptor.elements), 5)
-    close(ops.aev(*batch, descriptor.packed()), reference_aev(batch, descriptor))
+    close(ops.aev(System(*batch), descriptor.packed()), reference_aev(batch, descriptor))
     n = len(batch[0])
     gradient, tangent = normal(n, descriptor.length, seed=1), normal(n, 3, seed=2)
     expected = reference_derivatives(batch, descriptor, gradient, tangent)
-    close(ops.aev_vjp(*batch, gradient, descriptor.packed()), expected["aev_vjp"], 1e-10, 1e-11)
-    close(ops.aev_jvp(*batch, tangent, descriptor.packed()), expected["aev_jvp"], 1e-10, 1e-11)
-    close(ops.aev_hvp(*batch, gradient, tangent, descriptor.packed()), expected["aev_hvp"], 1e-10, 1e-9)
+    close(ops.aev_vjp(System(*batch), gradient, descriptor.packed()), expected["aev_vjp"], 1e-10, 1e-11)
+    close(ops.aev_jvp(System(*batch), tangent, descriptor.packed()), expected["aev_jvp"], 1e-10, 1e-11)
+    close(ops.aev_hvp(System(*batch), gradient, tangent, descriptor.packed()), expected["aev_hvp"], 1e-10, 1e-9)
 
 
 def dense(n_atoms: int, n_species: int, edge: float, closest: float, seed: int) -> Ragged:
@@ -221,7 +229,8 @@ def test_dense_surroundings_match_the_oracle(name, dtype):
     expected |= reference_derivatives(batch, descriptor, gradient, tangent)
     arguments = {"aev": [], "aev_vjp": [gradient], "aev_jvp": [tangent], "aev_hvp": [gradient, tangent]}
     for op, extra in arguments.items():
-        ours = getattr(ops, op)(x.to(dtype), *batch[1:], *(t.to(dtype) for t in extra), descriptor.packed())
+        system = System(x.to(dtype), *batch[1:])
+        ours = getattr(ops, op)(system, *(t.to(dtype) for t in extra), descriptor.packed())
         assert ours.dtype == dtype
         tolerance = {torch.float64: 1e-11, torch.float32: 5e-5 if op == "aev" else 5e-4}[dtype]
         close(ours.double(), expected[op], tolerance, tolerance * float(expected[op].abs().max()))
@@ -230,7 +239,7 @@ def test_dense_surroundings_match_the_oracle(name, dtype):
 def test_jacobian_of_a_ragged_batch_matches_the_oracle_and_pads_with_zeros():
     sizes = [4, 1, 0, 9, 2]
     x, z, o = batch = ragged(sizes, 2, 3)
-    jacobian = ops.aev_jacobian(*batch, 11, AEVMOD.packed())
+    jacobian = ops.aev_jacobian(System(*batch), 11, AEVMOD.packed())
     assert jacobian.shape == (16, AEVMOD.length, 33)
     for a, b in zip(o[:-1].tolist(), o[1:].tolist(), strict=True):
         if b > a:
@@ -244,19 +253,19 @@ def test_products_are_those_of_the_jacobian(name):
     descriptor = GENERAL[name]
     n, d = 13, descriptor.length
     batch = ragged([n], len(descriptor.elements), 11)
-    jacobian = ops.aev_jacobian(*batch, n, descriptor.packed()).reshape(n, d, 3 * n)
+    jacobian = ops.aev_jacobian(System(*batch), n, descriptor.packed()).reshape(n, d, 3 * n)
     gradient, tangent = normal(n, d, seed=3), normal(n, 3, seed=4)
     vjp = torch.einsum("id,idk->k", gradient, jacobian).reshape(n, 3)
     jvp = torch.einsum("idk,k->id", jacobian, tangent.reshape(-1))
-    close(ops.aev_vjp(*batch, gradient, descriptor.packed()), vjp, 1e-11, 1e-11)
-    close(ops.aev_jvp(*batch, tangent, descriptor.packed()), jvp, 1e-11, 1e-11)
+    close(ops.aev_vjp(System(*batch), gradient, descriptor.packed()), vjp, 1e-11, 1e-11)
+    close(ops.aev_jvp(System(*batch), tangent, descriptor.packed()), jvp, 1e-11, 1e-11)
 
 
 def test_hessian_product_is_symmetric_in_the_two_directions():
     batch = ragged([9], 2, 12)
     gradient, u, v = normal(9, AEVMOD.length, seed=1), normal(9, 3, seed=2), normal(9, 3, seed=3)
-    one = (u * ops.aev_hvp(*batch, gradient, v, AEVMOD.packed())).sum()
-    other = (v * ops.aev_hvp(*batch, gradient, u, AEVMOD.packed())).sum()
+    one = (u * ops.aev_hvp(System(*batch), gradient, v, AEVMOD.packed())).sum()
+    other = (v * ops.aev_hvp(System(*batch), gradient, u, AEVMOD.packed())).sum()
     close(one, other, 1e-11, 1e-11)
 
 
@@ -267,12 +276,12 @@ def test_cutoff_exactly_at_a_distance(which, distance):
     z, o = torch.tensor([0, 1, 1]), torch.tensor([0, 3])
     for there in (distance, math.nextafter(distance, 0), math.nextafter(distance, 9)):
         x = torch.tensor([[0.0, 0, 0], [1.1, 0.2, 0], [0, 0, there]], dtype=torch.float64)
-        close(ops.aev(x, z, o, AEVMOD.packed()), reference_aev((x, z, o), AEVMOD))
-        ours = ops.aev_jacobian(x, z, o, 3, AEVMOD.packed())
+        close(ops.aev(System(x, z, o), AEVMOD.packed()), reference_aev((x, z, o), AEVMOD))
+        ours = ops.aev_jacobian(System(x, z, o), 3, AEVMOD.packed())
         close(ours, reference.jacobian(x, z, **keywords(AEVMOD)), 1e-10, 1e-12)
         if which == "radial":
-            pair = ops.aev(x[:2], z[:2], torch.tensor([0, 2]), AEVMOD.packed())
-            close(ops.aev(x, z, o, AEVMOD.packed())[0], pair[0])
+            pair = ops.aev(System(x[:2], z[:2], torch.tensor([0, 2])), AEVMOD.packed())
+            close(ops.aev(System(x, z, o), AEVMOD.packed())[0], pair[0])
 
 
 # ---- Special places ------------------------------------------------------------------------------
@@ -293,17 +302,17 @@ def test_collinear_atoms(direction):
     kinked = AEVParameters.aevmod(("C", "H"), beta=1.0)
     gradient, tangent = normal(n, 224, seed=1), normal(n, 3, seed=2)
 
-    close(ops.aev(*batch, smooth.packed()), reference_aev(batch, smooth))
+    close(ops.aev(System(*batch), smooth.packed()), reference_aev(batch, smooth))
     expected = reference_derivatives(batch, smooth, gradient, tangent)
-    close(ops.aev_vjp(*batch, gradient, smooth.packed()), expected["aev_vjp"], 1e-10, 1e-11)
-    close(ops.aev_jvp(*batch, tangent, smooth.packed()), expected["aev_jvp"], 1e-10, 1e-11)
-    close(ops.aev_hvp(*batch, gradient, tangent, smooth.packed()), expected["aev_hvp"], 1e-10, 1e-9)
+    close(ops.aev_vjp(System(*batch), gradient, smooth.packed()), expected["aev_vjp"], 1e-10, 1e-11)
+    close(ops.aev_jvp(System(*batch), tangent, smooth.packed()), expected["aev_jvp"], 1e-10, 1e-11)
+    close(ops.aev_hvp(System(*batch), gradient, tangent, smooth.packed()), expected["aev_hvp"], 1e-10, 1e-9)
 
     # beta = 1: the angle is pi only to the square root of the rounding, and so is the vector.
-    close(ops.aev(*batch, kinked.packed()), reference_aev(batch, kinked), 0, 1e-7)
+    close(ops.aev(System(*batch), kinked.packed()), reference_aev(batch, kinked), 0, 1e-7)
     for name in DERIVATIVES:
-        assert torch.isfinite(getattr(ops, name)(*derivative_arguments(name, batch, kinked))).all()
-    jacobian = ops.aev_jacobian(*batch, n, kinked.packed())
+        assert torch.isfinite(getattr(ops, name)(**derivative_arguments(name, batch, kinked))).all()
+    jacobian = ops.aev_jacobian(System(*batch), n, kinked.packed())
     assert torch.isfinite(jacobian).all()
     if direction.count(0) == 2:  # the cosine is exactly -1 and the kink's derivative the mean of all directions, 0
         close(jacobian, reference.jacobian(*batch[:2], **keywords(kinked)), 1e-10, 1e-12)
@@ -312,7 +321,7 @@ def test_collinear_atoms(direction):
     across = torch.linalg.cross(axis, torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64))
     moved = torch.zeros(n, 3, dtype=torch.float64)
     moved[2] = across
-    assert ops.aev_jvp(*batch, moved, kinked.packed()).abs().max() < 1e-11
+    assert ops.aev_jvp(System(*batch), moved, kinked.packed()).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -321,7 +330,7 @@ def test_coincident_atoms_count_with_the_unit_vector_zero(beta, dtype):
     descriptor = AEVParameters.aevmod(("C", "H"), beta=beta)
     x = torch.tensor([[0.0, 0, 0], [0.0, 0, 0], [1.1, 0.3, 0.2], [1.1, 0.3, 0.2]], dtype=dtype)
     z, o = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 4])
-    vectors = ops.aev(x, z, o, descriptor.packed())
+    vectors = ops.aev(System(x, z, o), descriptor.packed())
     # An independent sum for atom 0: neighbours at 0, d, d; cosine 0 where a unit vector is 0, else 1.
     d = float(x[2].norm())
 
@@ -351,11 +360,11 @@ def test_coincident_atoms_count_with_the_unit_vector_zero(beta, dtype):
         tolerance = max(tolerance, 1e-6 if dtype == torch.float64 else 2e-3)  # as in a line: cosine 1 up to rounding
     np.testing.assert_allclose(vectors[0].double().cpu(), expected, rtol=0, atol=tolerance)
     for name in (*DERIVATIVES, "aev_jacobian"):
-        result = getattr(ops, name)(*derivative_arguments(name, (x, z, o), descriptor))
+        result = getattr(ops, name)(**derivative_arguments(name, (x, z, o), descriptor))
         assert torch.isfinite(result).all(), name
     # Nothing pushes the whole molecule.
     gradient = normal(4, 224, dtype=dtype)
-    push = ops.aev_vjp(x, z, o, gradient, descriptor.packed()).sum(0).abs().max()
+    push = ops.aev_vjp(System(x, z, o), gradient, descriptor.packed()).sum(0).abs().max()
     assert push < (1e-11 if dtype == torch.float64 else 1e-3)
 
 
@@ -366,21 +375,21 @@ def test_empty_single_atom_and_missing_species(dtype):
         empty = torch.zeros(0, 3, dtype=dtype), torch.zeros(0, dtype=torch.int64), torch.tensor(offsets)
         shapes = {"aev": (0, d), "aev_vjp": (0, 3), "aev_jvp": (0, d), "aev_hvp": (0, 3), "aev_jacobian": (0, d, 0)}
         for name, shape in shapes.items():
-            result = getattr(ops, name)(*derivative_arguments(name, empty, AEVMOD))
+            result = getattr(ops, name)(**derivative_arguments(name, empty, AEVMOD))
             assert result.shape == shape
             assert result.dtype == dtype
         x = empty[0].requires_grad_()
-        ops.aev(x, *empty[1:], packed).sum().backward()
+        ops.aev(System(x, *empty[1:]), packed).sum().backward()
         assert x.grad.shape == (0, 3)
     for n_structures in (1, 3):
         atoms = torch.zeros(n_structures, 3, dtype=dtype), torch.ones(n_structures, dtype=torch.int64)
         batch = (*atoms, torch.arange(n_structures + 1))
         for name in ("aev", *DERIVATIVES, "aev_jacobian"):  # alone: no neighbours, so all is zero
-            assert not getattr(ops, name)(*derivative_arguments(name, batch, AEVMOD)).any()
+            assert not getattr(ops, name)(**derivative_arguments(name, batch, AEVMOD)).any()
     # An element of the descriptor that does not occur leaves its blocks zero, and the others as without it.
     x, z, o = ragged([6, 3], 2, 8)
     three = AEVParameters.aevmod(("B", "C", "H"))
-    with_b, without = ops.aev(x, z + 1, o, three.packed()), ops.aev(x, z, o, packed)
+    with_b, without = ops.aev(System(x, z + 1, o), three.packed()), ops.aev(System(x, z, o), packed)
     blocks = with_b[:, 48:].reshape(9, 6, 64)  # BB, BC, BH, CC, CH, HH
     assert not with_b[:, :16].any()
     assert not blocks[:, :3].any()
@@ -394,22 +403,27 @@ def test_empty_single_atom_and_missing_species(dtype):
 def test_translation_rotation_and_permutation():
     x, z, o = ragged([14], 2, 21)
     packed = AEVMOD.packed()
-    vectors = ops.aev(x, z, o, packed)
-    close(ops.aev(x + torch.tensor([3.0, -2.0, 7.0], dtype=x.dtype), z, o, packed), vectors, 0, 1e-12)
+    vectors = ops.aev(System(x, z, o), packed)
+    close(ops.aev(System(x + torch.tensor([3.0, -2.0, 7.0], dtype=x.dtype), z, o), packed), vectors, 0, 1e-12)
     rotation = torch.linalg.qr(normal(3, 3, seed=6))[0]
-    close(ops.aev(x @ rotation.T, z, o, packed), vectors, 0, 1e-12)
+    close(ops.aev(System(x @ rotation.T, z, o), packed), vectors, 0, 1e-12)
     order = torch.randperm(14, generator=torch.Generator().manual_seed(0), device="cpu")
-    close(ops.aev(x[order], z[order], o, packed), vectors[order], 0, 1e-12)
+    close(ops.aev(System(x[order], z[order], o), packed), vectors[order], 0, 1e-12)
 
     gradient, tangent = normal(14, 224, seed=1), normal(14, 3, seed=2)
-    force = ops.aev_vjp(x, z, o, gradient, packed)
+    force = ops.aev_vjp(System(x, z, o), gradient, packed)
     assert force.sum(0).abs().max() < 1e-11
     assert torch.linalg.cross(x, force).sum(0).abs().max() < 1e-10  # no torque
-    close(ops.aev_vjp(x @ rotation.T, z, o, gradient, packed), force @ rotation.T, 1e-10, 1e-11)
-    close(ops.aev_vjp(x[order], z[order], o, gradient[order], packed), force[order], 1e-10, 1e-11)
-    pull = ops.aev_hvp(x, z, o, gradient, tangent, packed)
+    close(ops.aev_vjp(System(x @ rotation.T, z, o), gradient, packed), force @ rotation.T, 1e-10, 1e-11)
+    close(ops.aev_vjp(System(x[order], z[order], o), gradient[order], packed), force[order], 1e-10, 1e-11)
+    pull = ops.aev_hvp(System(x, z, o), gradient, tangent, packed)
     assert pull.sum(0).abs().max() < 1e-9
-    close(ops.aev_hvp(x @ rotation.T, z, o, gradient, tangent @ rotation.T, packed), pull @ rotation.T, 1e-10, 1e-9)
+    close(
+        ops.aev_hvp(System(x @ rotation.T, z, o), gradient, tangent @ rotation.T, packed),
+        pull @ rotation.T,
+        1e-10,
+        1e-9,
+    )
 
 
 # ---- Autograd ------------------------------------------------------------------------------------
@@ -425,10 +439,10 @@ def test_gradcheck_and_gradgradcheck(name):
     gradient = normal(n, descriptor.length, seed=1).requires_grad_()
     tangent = normal(n, 3, seed=2).requires_grad_()
     check, twice = torch.autograd.gradcheck, torch.autograd.gradgradcheck
-    assert check(lambda y: ops.aev(y, z, o, packed), x)
-    assert twice(lambda y: ops.aev(y, z, o, packed), x)
-    assert check(lambda y, g: ops.aev_vjp(y, z, o, g, packed), (x, gradient))
-    assert check(lambda y, v: ops.aev_jvp(y, z, o, v, packed), (x, tangent))
+    assert check(lambda y: ops.aev(System(y, z, o), packed), x)
+    assert twice(lambda y: ops.aev(System(y, z, o), packed), x)
+    assert check(lambda y, g: ops.aev_vjp(System(y, z, o), g, packed), (x, gradient))
+    assert check(lambda y, v: ops.aev_jvp(System(y, z, o), v, packed), (x, tangent))
 
 
 def test_each_input_alone_has_its_gradient():
@@ -439,10 +453,10 @@ def test_each_input_alone_has_its_gradient():
     for name, other in others.items():
         op = getattr(ops, name)
         y, w = x.clone().requires_grad_(), other.clone().requires_grad_()
-        weights = normal(*op(x, z, o, other, packed).shape, seed=3)
-        both = torch.autograd.grad((weights * op(y, z, o, w, packed)).sum(), (y, w))
-        only_x = torch.autograd.grad((weights * op(y, z, o, other, packed)).sum(), y)[0]
-        only_w = torch.autograd.grad((weights * op(x, z, o, w, packed)).sum(), w)[0]
+        weights = normal(*op(System(x, z, o), other, packed).shape, seed=3)
+        both = torch.autograd.grad((weights * op(System(y, z, o), w, packed)).sum(), (y, w))
+        only_x = torch.autograd.grad((weights * op(System(y, z, o), other, packed)).sum(), y)[0]
+        only_w = torch.autograd.grad((weights * op(System(x, z, o), w, packed)).sum(), w)[0]
         assert torch.equal(both[0], only_x)
         assert torch.equal(both[1], only_w)
 
@@ -450,12 +464,12 @@ def test_each_input_alone_has_its_gradient():
 def test_third_derivative_is_an_error():
     x, z, o = ragged([4], 2, 33)
     x.requires_grad_()
-    vectors = ops.aev(x, z, o, SMALL.packed())
+    vectors = ops.aev(System(x, z, o), SMALL.packed())
     (first,) = torch.autograd.grad((vectors**2).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad((first**2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice with respect to coordinates, not a third time"):
         torch.autograd.grad(second.sum(), x)
-    jacobian = ops.aev_jacobian(x, z, o, 4, SMALL.packed())
+    jacobian = ops.aev_jacobian(System(x, z, o), 4, SMALL.packed())
     with pytest.raises(RuntimeError, match="aev_jacobian has no derivative; differentiate aev_vjp or aev_jvp"):
         jacobian.sum().backward()
 
@@ -465,7 +479,7 @@ def test_derivatives_along_autograd_are_those_of_the_oracle():
     x, z, o = ragged([5, 3], 2, 34)
     weights = normal(8, SMALL.length, seed=5)
     results = []
-    for function in (lambda y: ops.aev(y, z, o, SMALL.packed()), lambda y: reference_aev((y, z, o), SMALL)):
+    for function in (lambda y: ops.aev(System(y, z, o), SMALL.packed()), lambda y: reference_aev((y, z, o), SMALL)):
         y = x.clone().requires_grad_()
         energy = (weights * function(y) ** 2).sum()
         (force,) = torch.autograd.grad(energy, y, create_graph=True)
@@ -534,17 +548,22 @@ def test_large_molecules_are_the_sum_of_their_surroundings(kind):
     batch = fragments(kind)
     n, descriptor = len(batch[0]), SMALL
     packed = descriptor.packed()
-    vectors = ops.aev(*batch, packed)
+    vectors = ops.aev(System(*batch), packed)
     gradient, tangent = normal(n, descriptor.length, seed=1), normal(n, 3, seed=2)
     near, index, rows = surroundings(batch, list(range(n)), 5.2001)
-    close(vectors, ops.aev(*near, packed)[rows], 1e-12, 1e-12)
-    close(ops.aev_jvp(*batch, tangent, packed), ops.aev_jvp(*near, tangent[index], packed)[rows], 1e-11, 1e-11)
+    close(vectors, ops.aev(System(*near), packed)[rows], 1e-12, 1e-12)
+    close(
+        ops.aev_jvp(System(*batch), tangent, packed),
+        ops.aev_jvp(System(*near), tangent[index], packed)[rows],
+        1e-11,
+        1e-11,
+    )
     at_centres = torch.zeros(len(index), descriptor.length, dtype=torch.float64)
     at_centres[rows] = gradient
     for name, extra, extra_near in [("aev_vjp", [], []), ("aev_hvp", [tangent], [tangent[index]])]:
         op = getattr(ops, name)
-        whole = op(*batch, gradient, *extra, packed)
-        parts = op(*near, at_centres, *extra_near, packed)
+        whole = op(System(*batch), gradient, *extra, packed)
+        parts = op(System(*near), at_centres, *extra_near, packed)
         close(whole, torch.zeros_like(whole).index_add_(0, index, parts), 1e-10, 1e-9)
 
     # A few centres by the oracle, which tries all pairs; surroundings of one atom are of ordinary size.
@@ -560,18 +579,18 @@ def test_large_and_small_structures_in_one_batch():
     n, packed = len(z), SMALL.packed()
     gradient, tangent = normal(n, SMALL.length, seed=1), normal(n, 3, seed=2)
     whole = [
-        ops.aev(*batch, packed),
-        ops.aev_vjp(*batch, gradient, packed),
-        ops.aev_jvp(*batch, tangent, packed),
-        ops.aev_hvp(*batch, gradient, tangent, packed),
+        ops.aev(System(*batch), packed),
+        ops.aev_vjp(System(*batch), gradient, packed),
+        ops.aev_jvp(System(*batch), tangent, packed),
+        ops.aev_hvp(System(*batch), gradient, tangent, packed),
     ]
     for a, b in zip(o[:-1].tolist(), o[1:].tolist(), strict=True):
         one = x[a:b], z[a:b], torch.tensor([0, b - a])
         parts = [
-            ops.aev(*one, packed),
-            ops.aev_vjp(*one, gradient[a:b], packed),
-            ops.aev_jvp(*one, tangent[a:b], packed),
-            ops.aev_hvp(*one, gradient[a:b], tangent[a:b], packed),
+            ops.aev(System(*one), packed),
+            ops.aev_vjp(System(*one), gradient[a:b], packed),
+            ops.aev_jvp(System(*one), tangent[a:b], packed),
+            ops.aev_hvp(System(*one), gradient[a:b], tangent[a:b], packed),
         ]
         for all_rows, part in zip(whole, parts, strict=True):
             assert torch.equal(all_rows[a:b], part)
@@ -586,8 +605,8 @@ def test_float32_is_near_float64_and_stays_float32(name):
     x, z, o = ragged([10, 3, 1, 25, 80], len(descriptor.elements), 61)
     x = x.float().double()  # the same places in both types
     for op in ("aev", *DERIVATIVES, "aev_jacobian"):
-        wide = getattr(ops, op)(*derivative_arguments(op, (x, z, o), descriptor))
-        narrow = getattr(ops, op)(*derivative_arguments(op, (x.float(), z, o), descriptor))
+        wide = getattr(ops, op)(**derivative_arguments(op, (x, z, o), descriptor))
+        narrow = getattr(ops, op)(**derivative_arguments(op, (x.float(), z, o), descriptor))
         assert narrow.dtype == torch.float32
         tolerance = 5e-5 if op == "aev" else 5e-4
         close(narrow.double(), wide, tolerance, tolerance * max(1.0, float(wide.abs().max())))
@@ -597,18 +616,22 @@ def test_float32_is_near_float64_and_stays_float32(name):
 def test_layout_and_mode_do_not_matter(name):
     op = getattr(ops, name)
     arguments = derivative_arguments(name, ragged([6, 0, 9], 2, 71), AEVMOD)
-    expected = op(*arguments)
-    strided = [not_contiguous(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-    assert not any(a.is_contiguous() for a in strided if isinstance(a, torch.Tensor))
-    assert torch.equal(op(*strided), expected)
-    turned = [a.T.contiguous().T if isinstance(a, torch.Tensor) and a.dim() == 2 else a for a in arguments]
-    assert torch.equal(op(*turned), expected)
+    expected = op(**arguments)
+    strided = each_tensor(not_contiguous, arguments)
+    assert not any(x.is_contiguous() for x in raw(strided)[0] if x is not None)
+    assert torch.equal(op(**strided), expected)
+    turned = each_tensor(lambda x: x.T.contiguous().T if x.dim() == 2 else x, arguments)
+    assert torch.equal(op(**turned), expected)
     with torch.inference_mode():
-        assert torch.equal(op(*arguments), expected)
+        assert torch.equal(op(**arguments), expected)
     with torch.no_grad():
-        assert torch.equal(op(arguments[0].clone().requires_grad_(), *arguments[1:]), expected)
-    expanded = arguments[0][:1].expand(4, 3), torch.zeros(1, dtype=torch.int64).expand(4), torch.arange(5)
-    assert not ops.aev(*expanded, AEVMOD.packed()).any()
+        assert torch.equal(op(**changed(arguments, "coordinates", lambda x: x.clone().requires_grad_())), expected)
+    expanded = (
+        arguments["system"].coordinates[:1].expand(4, 3),
+        torch.zeros(1, dtype=torch.int64).expand(4),
+        torch.arange(5),
+    )
+    assert not ops.aev(System(*expanded), AEVMOD.packed()).any()
 
 
 @pytest.mark.parametrize("name", ["aev", *DERIVATIVES, "aev_jacobian"])
@@ -618,12 +641,10 @@ def test_opcheck(name, dtype):
     for sizes in ([4, 1, 0, 3], []):
         x, z, o = ragged(sizes, 2, 81)
         arguments = derivative_arguments(name, (x.to(dtype), z, o), SMALL)
-        torch.library.opcheck(op, tuple(arguments))
+        torch.library.opcheck(op, raw(arguments))
         if name in ("aev", "aev_vjp", "aev_jvp") and sizes:
-            for i, a in enumerate(arguments):
-                if isinstance(a, torch.Tensor) and a.is_floating_point():
-                    arguments[i] = a.clone().requires_grad_()
-            torch.library.opcheck(op, tuple(arguments))
+            leaves = each_tensor(lambda x: x.clone().requires_grad_() if x.is_floating_point() else x, arguments)
+            torch.library.opcheck(op, raw(leaves))
 
 
 @pytest.mark.parametrize("n_atoms", [20, 65, 600])
@@ -634,20 +655,21 @@ def test_coordinates_that_are_not_finite_do_no_harm(n_atoms, value, device, tmp_
 import torch
 from kinml_fast import ops
 from kinml_fast.nn import AEVParameters
+from kinml_fast.ops import System
 torch.set_default_device("{device}")
 descriptor = AEVParameters.aevmod(("C", "H"), n_radial=3, n_angular=2, n_sections=2)
 n = {n_atoms}
 places = torch.arange(9, dtype=torch.float64)
 good = 1.9 * torch.cartesian_prod(places, places, places)[:n]
 z, o = torch.zeros(2 * n, dtype=torch.int64), torch.tensor([0, n, 2 * n])
-expected = ops.aev(good, z[:n], o[:2], descriptor.packed())
+expected = ops.aev(System(good, z[:n], o[:2]), descriptor.packed())
 for place in (slice(0, 1), slice(n - 1, n), slice(0, n)):
     bad = good.clone()
     bad[place] = float("{value}")
-    vectors = ops.aev(torch.cat([bad, good]), z, o, descriptor.packed())
+    vectors = ops.aev(System(torch.cat([bad, good]), z, o), descriptor.packed())
     assert vectors[:n][place].isnan().any() or "{value}" == "inf"
     assert torch.equal(vectors[n:], expected)
-    ops.aev_vjp(torch.cat([bad, good]), z, o, vectors, descriptor.packed())
+    ops.aev_vjp(System(torch.cat([bad, good]), z, o), vectors, descriptor.packed())
 """
     folders = [str(Path(ops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
@@ -660,68 +682,77 @@ for place in (slice(0, 1), slice(n - 1, n), slice(0, n)):
 def test_module_is_the_op():
     batch = ragged([5, 2], 2, 91)
     module = AEV(AEVMOD)
-    assert torch.equal(module(*batch), ops.aev(*batch, AEVMOD.packed()))
+    assert torch.equal(module(*batch), ops.aev(System(*batch), AEVMOD.packed()))
     assert torch.equal(torch.jit.script(module)(*batch), module(*batch))
     assert module.length == AEVMOD.length == 224
 
 
-def changed(descriptor: AEVParameters, place: int, value: float) -> list[float]:
-    packed = descriptor.packed()
-    packed[place] = value
-    return packed
+def with_number(packed: list[float], place: int, value: float) -> list[float]:
+    return [*packed[:place], value, *packed[place + 1 :]]
 
 
 @pytest.mark.parametrize("name", ["aev", *DERIVATIVES, "aev_jacobian"])
 @pytest.mark.parametrize(
-    ("place", "change", "message"),
+    ("argument", "change", "message"),
     [
-        (0, lambda x: x[:, :2], r"coordinates must have shape \[n_atoms, 3\], got \[5, 2\]"),
-        (0, lambda x: x.reshape(-1), r"coordinates must have shape \[n_atoms, 3\], got \[15\]"),
-        (0, lambda x: x.half(), "coordinates must be float64 or float32, got Half"),
-        (0, lambda x: x.long(), "coordinates must be float64 or float32, got Long"),
-        (0, lambda x: x[:4], "coordinates have 4 atoms but species has 5"),
-        (1, lambda z: z.int(), "species must be a one-dimensional int64 tensor, got Int of shape"),
-        (1, lambda z: z[:, None], r"species must be a one-dimensional int64 tensor, got Long of shape \[5, 1\]"),
-        (2, lambda o: o.double(), "offsets must be a one-dimensional int64 tensor, got Double"),
-        (2, lambda o: o[:0], r"offsets must have n_structures \+ 1 entries, got none"),
-        (-1, lambda d: d[:11], "the descriptor must have at least 12 numbers, got 11"),
-        (-1, lambda d: d[:-1], "sections, which needs 19 numbers; it has 18"),
-        (-1, lambda d: changed(SMALL, 5, 0.0), "both cutoffs must be positive, got 0 and 3.8"),
-        (-1, lambda d: changed(SMALL, 10, 0.5), "zeta must be at least 1, got 0.5"),
-        (-1, lambda d: changed(SMALL, 11, 1.5), r"beta must lie in \[0, 1\], got 1.5"),
+        ("coordinates", lambda x: x[:, :2], r"coordinates must have shape \[n_atoms, 3\], got \[5, 2\]"),
+        ("coordinates", lambda x: x.reshape(-1), r"coordinates must have shape \[n_atoms, 3\], got \[15\]"),
+        ("coordinates", lambda x: x.half(), "coordinates must be float64 or float32, got Half"),
+        ("coordinates", lambda x: x.long(), "coordinates must be float64 or float32, got Long"),
+        ("coordinates", lambda x: x[:4], "coordinates have 4 atoms but species has 5"),
+        ("species", lambda z: z.int(), "species must be a one-dimensional int64 tensor, got Int of shape"),
+        (
+            "species",
+            lambda z: z[:, None],
+            r"species must be a one-dimensional int64 tensor, got Long of shape \[5, 1\]",
+        ),
+        ("offsets", lambda o: o.double(), "offsets must be a one-dimensional int64 tensor, got Double"),
+        ("offsets", lambda o: o[:0], r"offsets must have n_structures \+ 1 entries, got none"),
+        ("coordinates", lambda x: None, "this op needs coordinates, got none|got neither"),
+        ("species", lambda z: None, "a system needs species, got none"),
+        ("offsets", lambda o: None, "a system needs offsets, got none"),
+        (
+            "features",
+            lambda f: normal(5, SMALL.length),
+            r"either coordinates or stored descriptors \(features\), got both",
+        ),
+        ("jacobian", lambda j: normal(5, SMALL.length, 15), "a stored Jacobian needs the stored descriptors beside it"),
+        ("descriptor", lambda d: d[:11], "the descriptor must have at least 12 numbers, got 11"),
+        ("descriptor", lambda d: d[:-1], "sections, which needs 19 numbers; it has 18"),
+        ("descriptor", lambda d: with_number(d, 5, 0.0), "both cutoffs must be positive, got 0 and 3.8"),
+        ("descriptor", lambda d: with_number(d, 10, 0.5), "zeta must be at least 1, got 0.5"),
+        ("descriptor", lambda d: with_number(d, 11, 1.5), r"beta must lie in \[0, 1\], got 1.5"),
     ],
 )
-def test_wrong_arguments_say_what_was_expected_and_what_came(name, place, change, message):
-    arguments = derivative_arguments(name, ragged([5], 2, 1), SMALL)
-    arguments[place] = change(arguments[place])
+def test_wrong_arguments_say_what_was_expected_and_what_came(name, argument, change, message):
+    arguments = changed(derivative_arguments(name, ragged([5], 2, 1), SMALL), argument, change)
     with pytest.raises(RuntimeError, match=f"kinml_fast: .*{message}"):
-        getattr(ops, name)(*arguments)
+        getattr(ops, name)(**arguments)
 
 
 @ON_CPU
 @pytest.mark.parametrize("name", ["aev", *DERIVATIVES, "aev_jacobian"])
 @pytest.mark.parametrize(
-    ("place", "values", "message"),
+    ("argument", "values", "message"),
     [
-        (1, [0, 1, 2, 0, 0], r"species\[2\] = 2 is not in \[0, 2\)"),
-        (1, [0, 1, 0, -1, 0], r"species\[3\] = -1 is not in \[0, 2\)"),
-        (2, [1, 5], "begin with 0 and end with the number of atoms, 5; they begin with 1"),
-        (2, [0, 4], "the number of atoms, 5; they begin with 0 and end with 4"),
-        (2, [0, 4, 2, 5], r"offsets must not decrease; offsets\[1\] = 4 is followed by 2"),
-        (2, [0, 9, 5], "offsets must not decrease"),
+        ("species", [0, 1, 2, 0, 0], r"species\[2\] = 2 is not in \[0, 2\)"),
+        ("species", [0, 1, 0, -1, 0], r"species\[3\] = -1 is not in \[0, 2\)"),
+        ("offsets", [1, 5], "begin with 0 and end with the number of atoms, 5; they begin with 1"),
+        ("offsets", [0, 4], "the number of atoms, 5; they begin with 0 and end with 4"),
+        ("offsets", [0, 4, 2, 5], r"offsets must not decrease; offsets\[1\] = 4 is followed by 2"),
+        ("offsets", [0, 9, 5], "offsets must not decrease"),
     ],
 )
-def test_wrong_values_say_what_was_expected_and_what_came(name, place, values, message):
-    arguments = derivative_arguments(name, ragged([5], 2, 1), SMALL)
-    arguments[place] = torch.tensor(values)
+def test_wrong_values_say_what_was_expected_and_what_came(name, argument, values, message):
+    arguments = changed(derivative_arguments(name, ragged([5], 2, 1), SMALL), argument, lambda _: torch.tensor(values))
     with pytest.raises(RuntimeError, match=f"kinml_fast: .*{message}"):
-        getattr(ops, name)(*arguments)
+        getattr(ops, name)(**arguments)
 
 
 @ON_CPU
 def test_a_jacobian_that_is_too_small_is_an_error():
     with pytest.raises(RuntimeError, match="structure 0 has 5 atoms, more than max_atoms = 4"):
-        ops.aev_jacobian(*ragged([5], 2, 1), 4, SMALL.packed())
+        ops.aev_jacobian(System(*ragged([5], 2, 1)), 4, SMALL.packed())
 
 
 def test_wrong_gradients_and_directions_are_errors():
@@ -729,15 +760,15 @@ def test_wrong_gradients_and_directions_are_errors():
     packed = SMALL.packed()
     gradient, tangent = normal(5, SMALL.length), normal(5, 3)
     with pytest.raises(RuntimeError, match=r"gradient must have shape \[5, 18\], got \[5, 17\]"):
-        ops.aev_vjp(x, z, o, gradient[:, 1:], packed)
+        ops.aev_vjp(System(x, z, o), gradient[:, 1:], packed)
     with pytest.raises(RuntimeError, match="gradient is Float but coordinates is Double; both must have one dtype"):
-        ops.aev_vjp(x, z, o, gradient.float(), packed)
+        ops.aev_vjp(System(x, z, o), gradient.float(), packed)
     with pytest.raises(RuntimeError, match=r"tangent must have shape \[5, 3\], got \[3, 5\]"):
-        ops.aev_jvp(x, z, o, tangent.T, packed)
+        ops.aev_jvp(System(x, z, o), tangent.T, packed)
     with pytest.raises(RuntimeError, match="tangent is Float but coordinates is Double"):
-        ops.aev_hvp(x, z, o, gradient, tangent.float(), packed)
+        ops.aev_hvp(System(x, z, o), gradient, tangent.float(), packed)
     with pytest.raises(RuntimeError, match=r"gradient must have shape \[5, 18\], got \[4, 18\]"):
-        ops.aev_hvp(x, z, o, gradient[:4], tangent, packed)
+        ops.aev_hvp(System(x, z, o), gradient[:4], tangent, packed)
 
 
 def test_descriptor_survives_its_dictionary():

@@ -4,15 +4,32 @@ the definition; special places, layouts, errors."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import force_oracle
 import pytest
 import torch
-from op_helpers import ANI_1X, ANI_2X, ON_CPU, SMALL, Ragged, here, keywords, normal, not_contiguous, ragged
+from op_helpers import (
+    ANI_1X,
+    ANI_2X,
+    ON_CPU,
+    SMALL,
+    Ragged,
+    changed,
+    each_tensor,
+    here,
+    keywords,
+    normal,
+    not_contiguous,
+    ragged,
+    raw,
+)
 from test_ops_networks import layers_of
 
 from kinml_fast import ops, reference
 from kinml_fast.nn import ACTIVATIONS, AEVParameters, EnergyModel, SpeciesNetworks
+from kinml_fast.ops import Loss, Model, StepResults, System
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -46,8 +63,8 @@ class Case:
         self.networks = SpeciesNetworks(descriptor.elements, descriptor.length, layers, names, biases, dtype)
         coordinates, self.species, self.offsets = molecules() if batch is None else batch
         self.coordinates = coordinates.to(dtype)
-        self.sae = torch.linspace(-10.5, 3.25, len(descriptor.elements), dtype=torch.float64)
-        self._stored: tuple[torch.Tensor, ...] = ()
+        self.sae = torch.linspace(-10.5, 3.25, len(descriptor.elements), dtype=torch.float64)[None]
+        self._stored: System | None = None
 
     @property
     def n_structures(self) -> int:
@@ -57,82 +74,99 @@ class Case:
     def flat(self) -> torch.Tensor:
         return self.networks.weights.detach()
 
-    def sources(self, stored: bool) -> tuple[torch.Tensor, ...]:
+    def system(self, stored: bool) -> System:
+        own = System(self.coordinates, self.species, self.offsets)
         if not stored:
-            return (self.coordinates,)
-        if not self._stored:
-            batch = (self.coordinates, self.species, self.offsets)
+            return own
+        if self._stored is None:
             largest = int(self.offsets.diff().max()) if self.n_structures else 0
-            features = ops.aev(*batch, self.descriptor.packed())
-            jacobian = ops.aev_jacobian(*batch, largest + 1, self.descriptor.packed())
+            features = ops.aev(own, self.descriptor.packed())
+            jacobian = ops.aev_jacobian(own, largest + 1, self.descriptor.packed())
             for first, last in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True):
                 jacobian[first:last, :, 3 * (last - first) :] = torch.nan  # padding is never read
-            self._stored = features, jacobian
+            self._stored = System(None, self.species, self.offsets, features, jacobian)
         return self._stored
 
-    def settings(self, stored: bool) -> tuple:
-        networks = self.networks
-        settings = (networks.sizes, networks.activation_codes, networks.biases)
-        return settings if stored else (self.descriptor.packed(), *settings)
+    def model(self, stored: bool) -> Model:
+        return Model([] if stored else self.descriptor.packed(), self.networks.packed)
 
-    def arguments(self, stored: bool, flat: torch.Tensor | None = None) -> list:
-        """Those of energy_forces or energy_forces_stored."""
-        flat = self.flat if flat is None else flat
-        return [*self.sources(stored), self.species, self.offsets, flat, self.sae, *self.settings(stored)]
+    def arguments(self, stored: bool, flat: torch.Tensor | None = None) -> dict[str, Any]:
+        """Those of energy_forces."""
+        return {
+            "system": self.system(stored),
+            "parameters": self.flat if flat is None else flat,
+            "sae": self.sae,
+            "model": self.model(stored),
+            "first_level": 0,
+        }
 
-    def backward_arguments(self, stored: bool) -> list:
+    def backward_arguments(self, stored: bool) -> dict[str, Any]:
+        """Those of energy_forces_backward."""
         of_energies, of_forces = self.gradients()
-        batch = (*self.sources(stored), self.species, self.offsets, self.flat)
-        return [of_energies, of_forces, *batch, *self.settings(stored)]
+        own = self.arguments(stored)
+        del own["sae"]
+        return {"grad_energies": of_energies[None], "grad_forces": of_forces[None], **own}
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Some dL/dE and dL/dF."""
         dtype = self.coordinates.dtype
         return normal(self.n_structures, seed=2), normal(len(self.species), 3, seed=3, dtype=dtype)
 
+    def energies_and_forces(self, module, stored: bool, flat: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Energies [n_structures] and forces [n_atoms, 3] of the one level."""
+        energies, forces = module.energy_forces(**self.arguments(stored, flat))
+        assert (energies.dtype, forces.dtype) == (torch.float64, self.coordinates.dtype)
+        assert (energies.shape, forces.shape) == ((1, self.n_structures), (1, len(self.species), 3))
+        return [energies[0], forces[0]]
+
     def results(self, module, stored: bool) -> list[torch.Tensor]:
         """Energies, forces and the weight gradient of a function of both."""
         flat = self.flat.clone().requires_grad_()
-        function = module.energy_forces_stored if stored else module.energy_forces
-        energies, forces = function(*self.arguments(stored, flat))
-        assert (energies.dtype, forces.dtype) == (torch.float64, self.coordinates.dtype)
+        energies, forces = self.energies_and_forces(module, stored, flat)
         of_energies, of_forces = self.gradients()
         total = (of_energies * energies).sum() + (of_forces * forces).sum().double()
         return [energies.detach(), forces.detach(), torch.autograd.grad(total, flat)[0]]
 
-    def step_arguments(self, stored: bool, structures: list[int], weights=None) -> list:
-        """Those of force_step or force_step_stored; the outputs, full of NaN, stand at [-7:-3] or [-8:-4]."""
-        n, m = len(structures), self.n_structures
+    def loss(self, structures: torch.Tensor, weights=None) -> Loss:
+        """Targets of all structures; those of forces without weight are NaN."""
+        m = self.n_structures
         energy_weights, force_weights = weights or (torch.ones(m).double(), torch.ones(m).double())
-        targets = normal(m, seed=5), normal(len(self.species), 3, seed=6)
+        forces = normal(len(self.species), 3, seed=6)
         for s in range(m):
             if force_weights[s] == 0:
-                targets[1][self.offsets[s] : self.offsets[s + 1]] = torch.nan  # never read
+                forces[self.offsets[s] : self.offsets[s + 1]] = torch.nan  # never read
+        of_energies, of_forces = energy_weights[None], force_weights[None]
+        counts = ops.count_weights(of_energies, of_forces, structures, max(1, len(structures)))
+        counts = counts[0] if len(structures) else torch.ones(2, 1, dtype=torch.float64)
         scales = torch.tensor([0.3, 0.7], dtype=torch.float64)
-        outputs = [torch.full(shape, torch.nan, dtype=torch.float64) for shape in ((n,), (n, 3), (2,))]
-        batch = (*self.sources(stored), self.species, self.offsets, torch.tensor(structures, dtype=torch.int64))
-        return [
-            *batch,
-            self.flat,
-            *targets,
-            energy_weights,
-            force_weights,
-            scales,
-            *outputs,
-            torch.full_like(self.flat, torch.nan),
-            *self.settings(stored),
-        ]
+        return Loss(normal(m, seed=5)[None], of_energies, forces[None], of_forces, scales, counts)
+
+    def step_arguments(self, stored: bool, structures: list[int], weights=None) -> dict[str, Any]:
+        """Those of force_step; the results are full of NaN."""
+        n, batch = len(structures), torch.tensor(structures, dtype=torch.int64)
+        losses, residuals, errors = (
+            torch.full(shape, torch.nan, dtype=torch.float64) for shape in ((2,), (1, n), (1, n, 3))
+        )
+        return {
+            "system": self.system(stored),
+            "structures": batch,
+            "parameters": self.flat,
+            "loss": self.loss(batch, weights),
+            "results": StepResults(losses, torch.full_like(self.flat, torch.nan), residuals, errors),
+            "model": self.model(stored),
+        }
 
     def step(self, module, stored: bool, structures: list[int], weights=None) -> list[torch.Tensor]:
         """Residuals, force errors, losses and the gradient of a training step."""
         arguments = self.step_arguments(stored, structures, weights)
-        (module.force_step_stored if stored else module.force_step)(*arguments)
-        return outputs_of(arguments, stored)
+        module.force_step(**arguments)
+        return outputs_of(arguments)
 
 
-def outputs_of(arguments: list, stored: bool) -> list[torch.Tensor]:
-    """The four outputs among the arguments of a training step."""
-    return arguments[-7:-3] if stored else arguments[-8:-4]
+def outputs_of(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """Residuals, force errors of the one level, losses and gradient among the arguments of a training step."""
+    results = arguments["results"]
+    return [results.energy_residuals[0], results.force_errors[0], results.losses, results.gradient]
 
 
 def close(found: list[torch.Tensor], expected: list[torch.Tensor], rtol: float, atol: float) -> None:
@@ -160,8 +194,7 @@ def test_energies_forces_and_gradients_match_the_oracle(activation, stored, dtyp
         close(results, case.results(force_oracle, stored), rtol, atol)
         for mode in (torch.inference_mode, torch.no_grad):
             with mode():
-                function = ops.energy_forces_stored if stored else ops.energy_forces
-                again = function(*case.arguments(stored, case.networks.weights))
+                again = case.energies_and_forces(ops, stored, case.networks.weights)
             assert not again[0].requires_grad
             assert torch.equal(again[0], results[0])
             assert torch.equal(again[1], results[1])
@@ -259,9 +292,8 @@ def test_usual_descriptors_match_the_oracle(descriptor, dtype, rtol, atol):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation, biases, stored):
     case = Case(activation, biases=biases, layers=(4, 3, 1), batch=ragged((3, 1, 0, 4), 2, 9))
-    function = ops.energy_forces_stored if stored else ops.energy_forces
     flat = case.flat.requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: function(*case.arguments(stored, w)), flat)
+    assert torch.autograd.gradcheck(lambda w: ops.energy_forces(**case.arguments(stored, w)), flat)
 
 
 @pytest.mark.parametrize("descriptor", [SMALL, AEVMOD, ANI_2X])
@@ -391,12 +423,11 @@ def test_coordinates_that_are_not_numbers_spoil_their_structure_only(n_atoms, dt
 
 def test_a_structure_does_not_depend_on_its_company():
     case = Case(batch=ragged([3, 20, 1, 0, 11, 60, 5] * 20, 2, 12))
-    energies, forces = ops.energy_forces(*case.arguments(False))
+    energies, forces = case.energies_and_forces(ops, False)
     for s in range(0, case.n_structures, 9):
         a, b = case.offsets[s : s + 2].tolist()
         alone = Case(batch=(case.coordinates[a:b], case.species[a:b], torch.tensor([0, b - a])))
-        own = ops.energy_forces(*alone.arguments(False))
-        close(list(own), [energies[s : s + 1], forces[a:b]], 1e-13, 1e-13)
+        close(alone.energies_and_forces(ops, False), [energies[s : s + 1], forces[a:b]], 1e-13, 1e-13)
 
 
 # ---- Threads -------------------------------------------------------------------------------------
@@ -424,60 +455,57 @@ def test_same_bits_for_any_number_of_threads(count, dtype, stored, any_threads):
 @BOTH
 def test_inputs_need_not_be_contiguous(stored):
     case = Case()
-
-    def strided(arguments: list, count: int) -> list:
-        return [not_contiguous(a) if isinstance(a, torch.Tensor) and i < count else a for i, a in enumerate(arguments)]
-
-    for name, arguments in [("", case.arguments(stored)), ("_backward", case.backward_arguments(stored))]:
-        op = getattr(OPS, f"energy_forces_stored{name}" if stored else f"energy_forces{name}")
-        expected, found = op(*arguments), op(*strided(arguments, len(arguments)))
+    for name, arguments in [
+        ("energy_forces", case.arguments(stored)),
+        ("energy_forces_backward", case.backward_arguments(stored)),
+    ]:
+        expected, found = (getattr(OPS, name)(*raw(a)) for a in (arguments, each_tensor(not_contiguous, arguments)))
         expected, found = ((x,) if isinstance(x, torch.Tensor) else x for x in (expected, found))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    # A step takes targets, weights and outputs as they are (its next argument is energy_targets).
+    # A step takes loss and results as they are.
     expected = case.step(ops, stored, [3, 0, 1])
-    arguments = strided(case.step_arguments(stored, [3, 0, 1]), 6 if stored else 5)
-    (ops.force_step_stored if stored else ops.force_step)(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(outputs_of(arguments, stored), expected, strict=True))
+    arguments = case.step_arguments(stored, [3, 0, 1])
+    for name in ("system", "structures", "parameters"):
+        arguments[name] = each_tensor(not_contiguous, arguments[name])
+    ops.force_step(**arguments)
+    assert all(torch.equal(a, b) for a, b in zip(outputs_of(arguments), expected, strict=True))
 
 
 @BOTH
 def test_a_step_works_in_every_mode(stored):
     case = Case()
     expected = case.step(ops, stored, [3, 0, 1])
-    step = ops.force_step_stored if stored else ops.force_step
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             arguments = case.step_arguments(stored, [3, 0, 1])
-            arguments[5 if stored else 4] = case.networks.weights  # requires a gradient
-            step(*arguments)
-            assert all(torch.equal(a, b) for a, b in zip(outputs_of(arguments, stored), expected, strict=True))
+            arguments["parameters"] = case.networks.weights  # requires a gradient
+            ops.force_step(**arguments)
+            assert all(torch.equal(a, b) for a, b in zip(outputs_of(arguments), expected, strict=True))
 
 
 @pytest.mark.sample(1)
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_opcheck(dtype, stored):
-    suffix = "_stored" if stored else ""
     for batch in (None, ragged((), 2, 1)) if dtype == torch.float64 else (None,):
         case = Case(dtype=dtype, batch=batch)
         arguments = {
-            f"energy_forces{suffix}": case.arguments(stored),
-            f"energy_forces{suffix}_backward": case.backward_arguments(stored),
-            f"force_step{suffix}": case.step_arguments(stored, [3, 0, 1] if batch is None else []),
+            "energy_forces": case.arguments(stored),
+            "energy_forces_backward": case.backward_arguments(stored),
+            "force_step": case.step_arguments(stored, [3, 0, 1] if batch is None else []),
         }
         for name, values in arguments.items():
-            torch.library.opcheck(getattr(OPS, name).default, tuple(values))
+            torch.library.opcheck(getattr(OPS, name).default, raw(values))
         values = case.arguments(stored, case.flat.requires_grad_())
-        torch.library.opcheck(getattr(OPS, f"energy_forces{suffix}").default, tuple(values))
+        torch.library.opcheck(OPS.energy_forces.default, raw(values))
 
 
 @BOTH
 def test_one_output_alone_has_its_gradient(stored):
     """A loss of energies only, or of forces only, sees zeros for the gradient of the other."""
     case = Case()
-    function = ops.energy_forces_stored if stored else ops.energy_forces
     flat = case.flat.requires_grad_()
-    energies, forces = function(*case.arguments(stored, flat))
+    energies, forces = case.energies_and_forces(ops, stored, flat)
     slopes = case.gradients()
     (of_energies,) = torch.autograd.grad((slopes[0] * energies).sum(), flat, retain_graph=True)
     (of_forces,) = torch.autograd.grad((slopes[1] * forces).sum(), flat)
@@ -487,48 +515,132 @@ def test_one_output_alone_has_its_gradient(stored):
 @BOTH
 def test_what_cannot_be_differentiated_is_refused(stored):
     case = Case()
-    function = ops.energy_forces_stored if stored else ops.energy_forces
     flat = case.flat.requires_grad_()
-    for place in range(len(case.sources(stored))):
-        arguments = case.arguments(stored, flat)
-        arguments[place] = arguments[place].clone().requires_grad_()
+    for name in ("features", "jacobian") if stored else ("coordinates",):
+        arguments = changed(case.arguments(stored, flat), name, lambda x: x.clone().requires_grad_())
         with pytest.raises(RuntimeError, match=r"differentiated with respect to the weights only.*EnergyModel.forward"):
-            function(*arguments)
+            ops.energy_forces(**arguments)
         with torch.no_grad():
-            function(*arguments)
-    arguments = case.arguments(stored, flat)
-    arguments[5 if stored else 4] = case.sae.clone().requires_grad_()
+            ops.energy_forces(**arguments)
     with pytest.raises(RuntimeError, match="sae has no gradient"):
-        function(*arguments)
-    energies, forces = function(*case.arguments(stored, flat))
+        ops.energy_forces(**changed(case.arguments(stored, flat), "sae", lambda e: e.clone().requires_grad_()))
+    energies, forces = ops.energy_forces(**case.arguments(stored, flat))
     loss = energies.sum() + forces.square().sum().double()
     (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
     with pytest.raises(RuntimeError, match="the gradient of energy_forces has no derivative"):
         gradient.square().sum().backward()
 
 
+# ---- What is left out ----------------------------------------------------------------------------
+
+
+def test_without_jacobians_there_are_energies_and_no_forces():
+    case = Case()
+    arguments = changed(case.arguments(True), "jacobian", lambda _: None)
+    energies, forces = ops.energy_forces(**arguments)
+    assert torch.equal(energies, ops.energy_forces(**case.arguments(True))[0])
+    assert forces.shape == (1, 0, 3)
+
+
+@pytest.mark.parametrize("kind", ["coordinates", "descriptors", "descriptors and Jacobians"])
+@TYPES
+def test_a_step_on_energies_alone(kind, dtype, rtol, atol):
+    """Without forces in the loss, or without Jacobians for them: the same numbers from every source."""
+    case = Case(dtype=dtype)
+    weights = torch.tensor([1, 2, 0, 0.5, 3, 1], dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    arguments = case.step_arguments(kind != "coordinates", [3, 0, 4, 2], weights)
+    if kind == "descriptors":
+        arguments = changed(arguments, "jacobian", lambda _: None)  # forces stay in the loss, and are not looked at
+    else:
+        arguments = changed(changed(arguments, "forces", lambda _: None), "force_weights", lambda _: None)
+    found, expected = outputs_of(arguments), outputs_of(each_tensor(torch.clone, arguments))
+    ops.force_step(**arguments)
+    reference_arguments = each_tensor(torch.clone, arguments)
+    force_oracle.force_step(**reference_arguments)
+    expected = outputs_of(reference_arguments)
+    close(found, expected, rtol, atol)
+    assert found[3].any()
+    assert found[2][1] == 0
+    assert not found[1].any()
+
+
+def test_counts_are_what_the_loss_says():
+    """Who computes a part of a batch gives the counts of the whole: parts add up to it."""
+    case = Case()
+    structures, parts = [3, 0, 1, 4, 5], ([3, 0], [1, 4, 5])
+    whole = case.step_arguments(False, structures)
+    ops.force_step(**whole)
+    losses, gradient = torch.zeros(2, dtype=torch.float64), torch.zeros_like(case.flat)
+    for part in parts:
+        arguments = changed(case.step_arguments(False, part), "counts", lambda _: whole["loss"].counts)
+        ops.force_step(**arguments)
+        losses += arguments["results"].losses
+        gradient += arguments["results"].gradient
+    close([losses, gradient], outputs_of(whole)[2:], 1e-13, 1e-13)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_weights_are_counted_for_each_batch(levels, size):
+    """Also in a last batch that is not full, and where all weights are 0."""
+    weights = torch.tensor([[1, 0, 2, 0, 0.5, 1], [0, 0, 0, 3, 0, 0]], dtype=torch.float64)
+    energy_weights, force_weights = weights[:levels], weights.flip(1)[:levels]
+    order = torch.tensor([1, 3, 5, 0, 4])
+    found = ops.count_weights(energy_weights, force_weights, order, size)
+    expected = [
+        [
+            [max(1, int(sum(own[s] != 0 for s in batch))) for own in of_kind]
+            for of_kind in (energy_weights, force_weights)
+        ]
+        for batch in order.split(size)
+    ]
+    assert found.dtype == torch.float64
+    assert torch.equal(found, torch.tensor(expected, dtype=torch.float64))
+    assert all(counts.is_contiguous() for counts in found)  # as the ops take them
+
+
+def test_an_epoch_of_nothing_has_no_counts():
+    weights, nothing = torch.ones(2, 6, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    assert ops.count_weights(weights, weights, nothing, 4).shape == (0, 2, 2)
+
+
 # ---- Errors --------------------------------------------------------------------------------------
 
 WRONG_BATCHES = [
     ("species", lambda z: z.int(), "species must be a one-dimensional int64 tensor, got Int"),
-    ("species", lambda z: z[1:], "there are 19 atoms but species has 18"),
+    ("species", lambda z: z[1:], "(coordinates|features) have 19 atoms but species has 18"),
     ("offsets", lambda o: o.double(), "offsets must be a one-dimensional int64 tensor, got Double"),
+    ("species", lambda z: None, "a system needs species, got none"),
+    ("offsets", lambda o: None, "a system needs offsets, got none"),
     ("offsets", lambda o: o[:0], r"offsets must have n_structures \+ 1 entries, got none"),
     ("parameters", lambda w: w.half(), r"parameters is Half but (coordinates|features) is Double; both must have one"),
     ("parameters", lambda w: w[1:], "the networks have 476 parameters, got 475"),
     ("parameters", lambda w: w[None, None], r"parameters must be one flat tensor, or .* got shape \[1, 1, 476\]"),
-    ("sizes", lambda s: s[:-1], "3 layers need 4 sizes for each network, got 7 in all"),
-    ("sizes", lambda s: [17, *s[1:]], "the network of species 0 takes 17 inputs, the features have 18"),
-    ("sizes", lambda s: [*s[:-1], 2], "the last layer must have one output, that of species 1 has 2"),
-    ("activations", lambda a: [9, *a[1:]], "unknown activation code 9"),
+    ("networks", lambda n: n[:3], "the description of the networks must have at least 4 numbers, got 3"),
+    ("networks", lambda n: n[:-1], "1 levels, 2 species and 3 layers, which needs 15 numbers; it has 14"),
+    ("networks", lambda n: [*n, 1], "1 levels, 2 species and 3 layers, which needs 15 numbers; it has 16"),
+    ("networks", lambda n: [2, *n[1:]], "says 2 levels, 2 species and 3 layers, which needs 23 numbers; it has 15"),
+    ("networks", lambda n: [1, 3, *n[2:]], "says 1 levels, 3 species and 3 layers, which needs 19 numbers; it has 15"),
+    ("networks", lambda n: [1, 2, 4, *n[3:]], "says 1 levels, 2 species and 4 layers, which needs 18 numbers"),
+    ("networks", lambda n: [0, *n[1:7]], "says 0 levels, 2 species and 3 layers"),
+    ("networks", lambda n: [*n[:7], 17, *n[8:]], "the network of species 0 takes 17 inputs, the features have 18"),
+    ("networks", lambda n: [*n[:-1], 2], "the last layer must have one output, that of species 1 has 2"),
+    ("networks", lambda n: [*n[:8], 0, *n[9:]], "every layer must have at least one output, one of species 0 has 0"),
+    ("networks", lambda n: [*n[:4], 9, *n[5:]], "unknown activation code 9"),
 ]
 WRONG_SOURCES = [
     ("coordinates", lambda x: x[:, :2], r"coordinates must have shape \[n_atoms, 3\], got \[19, 2\]"),
     ("coordinates", lambda x: x.half(), "coordinates must be float64 or float32, got Half"),
     ("coordinates", lambda x: x.float(), "parameters is Double but coordinates is Float; both must have one dtype"),
+    ("coordinates", lambda x: None, r"either coordinates or stored descriptors \(features\), got neither"),
+    ("features", lambda a: normal(19, 18), r"either coordinates or stored descriptors \(features\), got both"),
+    ("jacobian", lambda j: normal(19, 18, 27), "a stored Jacobian needs the stored descriptors beside it"),
     ("descriptor", lambda d: d[:-1], "sections, which needs 19 numbers; it has 18"),
+    ("descriptor", lambda d: [], "the descriptor must have at least 12 numbers, got 0"),
 ]
 WRONG_STORED = [
+    ("features", lambda a: None, r"either coordinates or stored descriptors \(features\), got neither"),
+    ("coordinates", lambda x: normal(19, 3), r"either coordinates or stored descriptors \(features\), got both"),
     ("features", lambda a: a[:, 0], r"features must have shape \[n_atoms, D\], got \[19\]"),
     ("features", lambda a: a.half(), "features must be float64 or float32, got Half"),
     ("jacobian", lambda j: j.float(), "jacobian is Float but features is Double; both must have one dtype"),
@@ -536,15 +648,28 @@ WRONG_STORED = [
 ]
 WRONG_STEPS = [
     ("structures", lambda s: s.int(), "structures must be a one-dimensional int64 tensor, got Int"),
-    ("energy_targets", lambda t: t[:3], r"energy_targets must be a contiguous float64 tensor of shape \[6\], got"),
-    ("energy_targets", lambda t: t.float(), r"energy_targets must be .*, got Float of shape \[6\]"),
-    ("energy_targets", not_contiguous, "energy_targets must be a contiguous float64 tensor"),
-    ("force_targets", lambda t: t[1:], r"force_targets must be .* of shape \[19, 3\], got Double of shape \[18, 3\]"),
-    ("energy_weights", lambda w: w[1:], r"energy_weights must be .* of shape \[6\], got Double of shape \[5\]"),
-    ("force_weights", lambda w: w.float(), r"force_weights must be .* of shape \[6\], got Float of shape \[6\]"),
+    ("energies", lambda t: None, "a loss needs energy_targets, got none"),
+    ("energies", lambda t: t[:, :3], r"energy_targets must be a contiguous float64 tensor of shape \[1, 6\], got"),
+    ("energies", lambda t: t[0], r"energy_targets must be .* of shape \[1, 6\], got Double of shape \[6\]"),
+    ("energies", lambda t: t.float(), r"energy_targets must be .*, got Float of shape \[1, 6\]"),
+    ("energies", not_contiguous, "energy_targets must be a contiguous float64 tensor"),
+    ("forces", lambda t: t[:, 1:], r"force_targets must be .* of shape \[1, 19, 3\], got Double of shape \[1, 18, 3\]"),
+    ("energy_weights", lambda w: None, "a loss needs energy_weights, got none"),
+    (
+        "energy_weights",
+        lambda w: w[:, 1:],
+        r"energy_weights must be .* of shape \[1, 6\], got Double of shape \[1, 5\]",
+    ),
+    ("force_weights", lambda w: None, "a loss needs force_weights, got none"),
+    ("force_weights", lambda w: w.float(), r"force_weights must be .* of shape \[1, 6\], got Float of shape \[1, 6\]"),
+    ("scales", lambda s: None, "a loss needs scales, got none"),
     ("scales", lambda s: s[:1], r"scales must be .* of shape \[2\], got Double of shape \[1\]"),
-    ("energy_residuals", lambda r: r[:2], r"energy_residuals must be .* of shape \[3\], got Double of shape \[2\]"),
-    ("force_errors", lambda e: e.T, r"force_errors must be .* of shape \[3, 3\], got Double of shape \[3, 3\]"),
+    ("counts", lambda c: None, "a loss needs counts, got none"),
+    ("counts", lambda c: c[:, 0], r"counts must be .* of shape \[2, 1\], got Double of shape \[2\]"),
+    ("counts", lambda c: c.long(), r"counts must be .* of shape \[2, 1\], got Long of shape \[2, 1\]"),
+    ("energy_residuals", lambda r: r[:, :2], r"energy_residuals must be .* of shape \[1, 3\], got Double of shape"),
+    ("force_errors", lambda e: e.mT, r"force_errors must be .* of shape \[1, 3, 3\], got Double of shape \[1, 3, 3\]"),
+    ("force_errors", lambda e: None, "this step has 4 results, got 3"),
     ("losses", lambda x: x.float(), r"losses must be .* of shape \[2\], got Float of shape \[2\]"),
     ("gradient", lambda g: g.float(), "gradient is Float but parameters is Double; both must have one dtype"),
     (
@@ -552,23 +677,34 @@ WRONG_STEPS = [
         lambda g: g[1:],
         r"gradient must be contiguous and have the shape of parameters, \[476\], got \[475\]",
     ),
+    ("parameters", lambda w: w[None], r"an ensemble are trained one at a time: give .* of shape \[n\], got \[1, 476\]"),
 ]
 WRONG_GRADIENTS = [
-    ("grad_energies", lambda e: e.float(), r"grad_energies must be .* float64 tensor of shape \[6\], got Float"),
-    ("grad_energies", lambda e: e[1:], r"grad_energies must be .* of shape \[6\], got Double of shape \[5\]"),
+    ("grad_energies", lambda e: e.float(), r"grad_energies must be .* float64 tensor of shape \[1, 6\], got Float"),
+    ("grad_energies", lambda e: e[:, 1:], r"grad_energies must be .* of shape \[1, 6\], got Double of shape \[1, 5\]"),
     ("grad_forces", lambda f: f.float(), "grad_forces is Float but parameters is Double; both must have one dtype"),
-    ("grad_forces", lambda f: f[:, :2], r"grad_forces must have shape \[19, 3\], got \[19, 2\]"),
+    ("grad_forces", lambda f: f[..., :2], r"grad_forces must have shape \[1, 19, 3\], got \[1, 19, 2\]"),
+]
+FIRST_LEVELS = [
+    ("first_level", lambda _: 1, r"first_level = 1 is not in \[0, 1\)"),
+    ("first_level", lambda _: -1, r"first_level = -1 is not in \[0, 1\)"),
 ]
 OF_SAE = [
-    ("sae", lambda e: e[:1], r"sae must be a contiguous float64 tensor of shape \[2\], got Double of shape \[1\]"),
-    ("sae", lambda e: e.float(), r"sae must be a contiguous float64 tensor of shape \[2\], got Float of shape \[2\]"),
+    (
+        "sae",
+        lambda e: e[:, :1],
+        r"sae must be a contiguous float64 tensor of shape \[1, 2\], got Double of shape \[1, 1\]",
+    ),
+    ("sae", lambda e: e[0], r"sae must be a contiguous float64 tensor of shape \[1, 2\], got Double of shape \[2\]"),
+    ("sae", lambda e: e.float(), r"sae must be a contiguous float64 tensor of shape \[1, 2\], got Float of shape"),
 ]
 WRONG = [
     *[(op, False, *w) for op in ("energy_forces", "backward", "step") for w in WRONG_BATCHES + WRONG_SOURCES],
     *[(op, True, *w) for op in ("energy_forces", "backward", "step") for w in WRONG_BATCHES + WRONG_STORED],
     *[("step", stored, *w) for stored in (False, True) for w in WRONG_STEPS],
     *[("backward", stored, *w) for stored in (False, True) for w in WRONG_GRADIENTS],
-    *[("energy_forces", stored, *w) for stored in (False, True) for w in OF_SAE],
+    *[("energy_forces", stored, *w) for stored in (False, True) for w in OF_SAE + FIRST_LEVELS],
+    *[("backward", stored, *w) for stored in (False, True) for w in FIRST_LEVELS],
 ]
 WRONG_VALUES = [
     ("species", lambda z: z.clone().fill_(2), r"species\[\d+\] = 2 is not in \[0, 2\)"),
@@ -595,18 +731,33 @@ def test_wrong_values_say_what_was_expected_and_what_came():
     refused([(op, True, *TOO_FEW_COLUMNS) for op in OPS_OF])
 
 
-def refused(wrong: list[tuple]) -> None:
+def refused(wrong: list[tuple[str, bool, str, Callable, str]]) -> None:
     case = Case()
+    kinds = {
+        "energy_forces": (OPS.energy_forces, case.arguments),
+        "backward": (OPS.energy_forces_backward, case.backward_arguments),
+        "step": (OPS.force_step, lambda stored: case.step_arguments(stored, [5, 1, 3])),
+    }
     for kind, stored, argument, change, message in wrong:
-        suffix = "_stored" if stored else ""
-        name, arguments = {
-            "energy_forces": (f"energy_forces{suffix}", case.arguments),
-            "backward": (f"energy_forces{suffix}_backward", case.backward_arguments),
-            "step": (f"force_step{suffix}", lambda stored: case.step_arguments(stored, [5, 1, 3])),
-        }[kind]
-        op = getattr(OPS, name).default
-        values = arguments(stored)
-        place = [a.name for a in op._schema.arguments].index(argument)
-        values[place] = change(values[place])
+        op, arguments = kinds[kind]
+        values = raw(changed(arguments(stored), argument, change))
         with pytest.raises(RuntimeError, match=f"^kinml_fast: .*{message}"):
             op(*values)
+
+
+def test_lists_of_another_length_are_refused():
+    """`ops` makes lists of the right length; a TorchScript or C++ program may not."""
+    case = Case()
+    system, *rest = raw(case.arguments(False))
+    with pytest.raises(RuntimeError, match="kinml_fast: a system has at most 5 tensors, got 6"):
+        OPS.energy_forces([*system, None], *rest)
+    with pytest.raises(RuntimeError, match="kinml_fast: a system needs offsets, got none"):
+        OPS.energy_forces(system[:2], *rest)
+    # What may be missing may also be left out.
+    found, expected = OPS.energy_forces(system[:3], *rest), OPS.energy_forces(system, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    before, loss, results, after = (lambda v: (v[:3], v[3], v[4], v[5:]))(raw(case.step_arguments(False, [0, 1])))
+    with pytest.raises(RuntimeError, match="kinml_fast: a loss has 6 tensors, got 5"):
+        OPS.force_step(*before, loss[:-1], results, *after)
+    with pytest.raises(RuntimeError, match="kinml_fast: this step has 4 results, got 5"):
+        OPS.force_step(*before, loss, [*results, results[0]], *after)

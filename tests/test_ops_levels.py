@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from op_helpers import ON_CPU, SMALL, here, keywords, normal, not_contiguous, ragged
+from op_helpers import ON_CPU, SMALL, changed, here, keywords, normal, not_contiguous, ragged, raw
 
 from kinml_fast import InputError, ops, reference
 from kinml_fast.nn import ACTIVATIONS, AEVParameters, EnergyModel
+from kinml_fast.ops import Loss, Model, StepResults, System
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -43,20 +45,23 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
     return coordinates.to(dtype), species, offsets
 
 
-def arguments(made: EnergyModel, batch=None, levels: bool = True) -> list:
+def arguments(made: EnergyModel, batch=None, first_level: int = 0) -> dict[str, Any]:
     """Those of energy_forces."""
-    networks = made.networks
-    sae = made.sae if made.levels == 1 or levels else made.sae[-1]
-    return [
-        *(inputs(made.dtype) if batch is None else batch),
-        networks.weights,
-        sae,
-        made.aev.packed,
-        networks.sizes,
-        networks.activation_codes,
-        networks.biases,
-        levels,
-    ]
+    return {
+        "system": System(*(inputs(made.dtype) if batch is None else batch)),
+        "parameters": made.networks.weights,
+        "sae": made.sae.reshape(made.levels, -1)[first_level:],
+        "model": Model(made.aev.packed, made.networks.packed),
+        "first_level": first_level,
+    }
+
+
+def stored(made: EnergyModel, jacobian: bool = True) -> System:
+    """The molecules by descriptors, and by Jacobians with room for one atom more than the largest has."""
+    system = System(*inputs(made.dtype))
+    features = ops.aev(system, made.aev.packed)
+    slopes = ops.aev_jacobian(system, max(SIZES) + 1, made.aev.packed) if jacobian else None
+    return System(None, system.species, system.offsets, features, slopes)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> None:
@@ -133,18 +138,14 @@ def test_forces_of_all_levels_are_minus_the_differences_of_the_energies(levels):
 @pytest.mark.sample(1)
 @LEVELS
 @pytest.mark.parametrize("biases", [True, False])
-@pytest.mark.parametrize("all_levels", [True, False])
-def test_gradcheck(levels, biases, all_levels):
+@pytest.mark.parametrize("first_level", [0, 1])
+def test_gradcheck(levels, biases, first_level):
     made = model(levels, "tanh", biases=biases)
-    values = arguments(made, levels=all_levels)
+    values = arguments(made, first_level=first_level)
     flat = made.networks.weights.detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: OPS.energy_forces(*values[:3], w, *values[4:]), (flat,))
-    features = ops.aev(*values[:3], made.aev.packed)
-    jacobian = ops.aev_jacobian(*values[:3], max(SIZES) + 1, made.aev.packed)
-    rest = [values[4], *values[6:]]
-    for found in (jacobian, None):
+    for system in (values["system"], stored(made), stored(made, jacobian=False)):
         assert torch.autograd.gradcheck(
-            lambda w, j=found: OPS.energy_forces_stored(features, j, *values[1:3], w, *rest), (flat,)
+            lambda w, own=system: ops.energy_forces(**{**values, "system": own, "parameters": w}), (flat,)
         )
 
 
@@ -167,55 +168,45 @@ def test_gradgradcheck_of_the_unfused_path():
 # ---- training steps ------------------------------------------------------------------------------
 
 
-def step_arguments(made: EnergyModel, structures: list[int], sources: tuple, weights: tuple) -> list:
-    """Those of force_step (or of force_step_stored without the descriptor); the outputs are full of NaN."""
-    lead = (made.levels,) if made.levels > 1 else ()
-    n, count, n_atoms = len(structures), len(SIZES), sum(SIZES)
-    _, species, offsets = inputs()
-    targets = normal(*lead, count, seed=5), normal(*lead, n_atoms, 3, seed=6)
-    for where in itertools.product(*map(range, (*lead, count))):
-        if weights[1][where] == 0:
-            targets[1][where[:-1]][offsets[where[-1]] : offsets[where[-1] + 1]] = torch.nan
-        if weights[0][where] == 0:
-            targets[0][where] = torch.nan
-    outputs = [torch.full((*lead, *s), torch.nan, dtype=torch.float64) for s in ((n,), (n, 3))]
-    outputs.append(torch.full((2,), torch.nan, dtype=torch.float64))
-    networks = made.networks
-    return [
-        *sources,
-        species,
-        offsets,
-        torch.tensor(structures),
-        networks.weights.detach(),
-        *targets,
-        *weights,
-        torch.tensor([0.3, 0.7], dtype=torch.float64),
-        *outputs,
-        torch.full_like(networks.weights.detach(), torch.nan),
-        networks.sizes,
-        networks.activation_codes,
-        networks.biases,
-    ]
+def step_arguments(made: EnergyModel, structures: list[int], system: System, weights: tuple) -> dict[str, Any]:
+    """Those of force_step; the results are full of NaN, and so are targets without weight."""
+    n, batch = len(structures), torch.tensor(structures)
+    offsets = inputs()[2]
+    targets = normal(made.levels, len(SIZES), seed=5), normal(made.levels, sum(SIZES), 3, seed=6)
+    for level, s in itertools.product(range(made.levels), range(len(SIZES))):
+        if weights[1][level, s] == 0:
+            targets[1][level, offsets[s] : offsets[s + 1]] = torch.nan
+        if weights[0][level, s] == 0:
+            targets[0][level, s] = torch.nan
+    (counts,) = ops.count_weights(*weights, batch, n)
+    losses, residuals, errors = (
+        torch.full(shape, torch.nan, dtype=torch.float64) for shape in ((2,), (made.levels, n), (made.levels, n, 3))
+    )
+    flat = made.networks.weights.detach()
+    scales = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    return {
+        "system": system,
+        "structures": batch,
+        "parameters": flat,
+        "loss": Loss(targets[0], weights[0], targets[1], weights[1], scales, counts),
+        "results": StepResults(losses, torch.full_like(flat, torch.nan), residuals, errors),
+        "model": Model(made.aev.packed if system.features is None else [], made.networks.packed),
+    }
 
 
 def run_step(made: EnergyModel, structures: list[int], weights: tuple, kind: str) -> list[torch.Tensor]:
     """Residuals, errors, losses and gradient of a step of one of the kinds recomputed, stored, energies."""
-    x, z, o = inputs(made.dtype)
-    if kind == "recomputed":
-        values = step_arguments(made, structures, (x,), weights)
-        OPS.force_step(*values[:-3], made.aev.packed, *values[-3:])
-    else:
-        features = ops.aev(x, z, o, made.aev.packed)
-        jacobian = ops.aev_jacobian(x, z, o, max(SIZES) + 1, made.aev.packed) if kind == "stored" else None
-        values = step_arguments(made, structures, (features, jacobian), weights)
-        OPS.force_step_stored(*values)
-    return values[-7:-3]
+    system = System(*inputs(made.dtype)) if kind == "recomputed" else stored(made, jacobian=kind == "stored")
+    values = step_arguments(made, structures, system, weights)
+    ops.force_step(**values)
+    results = values["results"]
+    return [results.energy_residuals, results.force_errors, results.losses, results.gradient]
 
 
 def expected_step(made: EnergyModel, structures: list[int], weights: tuple, with_forces: bool) -> list[torch.Tensor]:
     """The same from what level_energies_and_forces gives, by autograd."""
-    values = step_arguments(made, structures, (None,), weights)
-    of_energies, of_forces = values[5], values[6]
+    loss = step_arguments(made, structures, System(*inputs(made.dtype)), weights)["loss"]
+    of_energies, of_forces = loss.energies, loss.forces
     offsets = inputs()[2].tolist()
     made.sae.zero_()  # the targets of a step are without single-atom energies
     energies, forces = made.level_energies_and_forces(*inputs(made.dtype))
@@ -391,33 +382,44 @@ def test_coordinates_that_are_not_numbers_spoil_their_structure_only(bad):
 @pytest.mark.parametrize("members", [1, 3, 8])
 def test_members_are_what_they_are_alone(members, levels, dtype, rtol, atol):
     models = [model(levels, dtype=dtype, seed=seed) for seed in range(members)]
-    values = arguments(models[0], levels=levels > 1)
-    values[3] = torch.stack([m.networks.weights.detach() for m in models])
-    values[4] = torch.stack([m.sae for m in models])
-    energies, forces = ops.energy_forces(*values)
-    lead = (members, levels) if levels > 1 else (members,)
-    assert (energies.shape, forces.shape) == ((*lead, len(SIZES)), (*lead, sum(SIZES), 3))
+    values = arguments(models[0])
+    values["parameters"] = torch.stack([m.networks.weights.detach() for m in models])
+    values["sae"] = torch.stack([m.sae.reshape(levels, -1) for m in models])
+    energies, forces = ops.energy_forces(**values)
+    assert (energies.shape, forces.shape) == ((members, levels, len(SIZES)), (members, levels, sum(SIZES), 3))
     for m, own in enumerate(models):
-        alone = ops.energy_forces(*arguments(own, levels=levels > 1))
+        alone = ops.energy_forces(**arguments(own))
         assert torch.equal(energies[m], alone[0])
         close(forces[m], alone[1].detach(), 1e-12 if dtype == torch.float64 else rtol, atol)
+    top = ops.energy_forces(**{**values, "sae": values["sae"][:, -1:], "first_level": levels - 1})
+    assert torch.equal(top[0], energies[:, -1:])
+    assert torch.equal(top[1], forces[:, -1:])
 
 
 def test_an_ensemble_without_members_gives_nothing():
     made = model(1)
-    values = arguments(made, levels=False)
-    values[3], values[4] = torch.zeros(0, made.networks.weights.numel(), dtype=torch.float64), None
-    energies, forces = ops.energy_forces(*values)
-    assert (energies.shape, forces.shape) == ((0, len(SIZES)), (0, sum(SIZES), 3))
+    nobody = torch.zeros(0, made.networks.weights.numel(), dtype=torch.float64)
+    energies, forces = ops.energy_forces(**{**arguments(made), "parameters": nobody, "sae": None})
+    assert (energies.shape, forces.shape) == ((0, 1, len(SIZES)), (0, 1, sum(SIZES), 3))
 
 
 def test_members_are_not_trained_together():
     made = model(1)
-    values = arguments(made, levels=False)
-    values[3], values[4] = made.networks.weights.detach()[None].requires_grad_(), None
-    energies, _ = ops.energy_forces(*values)
+    flat = made.networks.weights.detach()[None].requires_grad_()
+    energies, _ = ops.energy_forces(**{**arguments(made), "parameters": flat, "sae": None})
     with pytest.raises(RuntimeError, match="members of an ensemble are trained one at a time"):
         energies.sum().backward()
+
+
+@pytest.mark.parametrize("first_level", [0, 1, 2])
+def test_the_levels_wanted_are_those_from_the_first_on(first_level):
+    made = model(3)
+    for system in (System(*inputs()), stored(made), stored(made, jacobian=False)):
+        energies, forces = ops.energy_forces(**{**arguments(made), "system": system})
+        assert energies.shape == (3, len(SIZES))
+        some = ops.energy_forces(**{**arguments(made, first_level=first_level), "system": system})
+        assert torch.equal(some[0], energies[first_level:])
+        assert torch.equal(some[1], forces[first_level:])
 
 
 # ---- every way of use ----------------------------------------------------------------------------
@@ -428,25 +430,22 @@ def test_members_are_not_trained_together():
 @pytest.mark.parametrize("members", [0, 3])
 def test_opcheck(dtype, members):
     made = model(2, dtype=dtype)
+    flat, check = made.networks.weights.detach(), torch.library.opcheck
     values = arguments(made)
     if members:
-        values[3] = made.networks.weights.detach().expand(members, -1).contiguous()
-        values[4] = None
-        torch.library.opcheck(OPS.energy_forces.default, tuple(values))
+        values |= {"parameters": flat.expand(members, -1).contiguous(), "sae": None}
+        check(OPS.energy_forces.default, raw(values))
         return
-    values[3] = made.networks.weights.detach().clone().requires_grad_()
-    torch.library.opcheck(OPS.energy_forces.default, tuple(values))
-    torch.library.opcheck(OPS.energy_forces.default, tuple(arguments(made, levels=False)))
-    energies, forces = OPS.energy_forces(*values)
-    flat = made.networks.weights.detach()
-    gradients = torch.ones_like(energies), torch.ones_like(forces)
-    backward = [*gradients, *values[:3], flat, *values[5:]]
-    torch.library.opcheck(OPS.energy_forces_backward.default, tuple(x.detach() if x is forces else x for x in backward))
-    features = ops.aev(*values[:3], made.aev.packed)
-    stored = [features, None, *values[1:3], flat.clone().requires_grad_(), values[4], *values[6:]]
-    torch.library.opcheck(OPS.energy_forces_stored.default, tuple(stored))
-    steps = step_arguments(made, [3, 0, 1], (features, None), some_weights(2))
-    torch.library.opcheck(OPS.force_step_stored.default, tuple(steps), test_utils=["test_schema", "test_faketensor"])
+    for first_level in (0, 1):
+        values = {**arguments(made, first_level=first_level), "parameters": flat.clone().requires_grad_()}
+        check(OPS.energy_forces.default, raw(values))
+        check(OPS.energy_forces.default, raw({**values, "system": stored(made, jacobian=False)}))
+        with torch.no_grad():
+            energies, forces = ops.energy_forces(**values)
+        backward = {"grad_energies": torch.ones_like(energies), "grad_forces": torch.ones_like(forces), **values}
+        del backward["sae"]
+        check(OPS.energy_forces_backward.default, raw({**backward, "parameters": flat}))
+    check(OPS.force_step.default, raw(step_arguments(made, [3, 0, 1], stored(made, jacobian=False), some_weights(2))))
 
 
 def test_script_save_and_load(tmp_path):
@@ -488,17 +487,51 @@ def test_wrong_arguments_say_what_was_expected_and_what_came():
     made = model(2)
 
     def refused(message: str, **changes) -> None:
-        names = [a.name for a in OPS.energy_forces.default._schema.arguments]
-        values = dict(zip(names, arguments(made), strict=True)) | changes
+        values = arguments(made)
+        for name, value in changes.items():
+            values = changed(values, name, lambda _, new=value: new)
         with pytest.raises(RuntimeError, match=f"^kinml_fast: .*{message}"):
-            OPS.energy_forces(*values.values())
+            ops.energy_forces(**values)
 
-    sizes = made.networks.sizes
+    packed = made.networks.packed  # [2 levels, 2 species, 3 layers, 1, 3 codes, 16 widths]
     refused(r"sae must be .* of shape \[2, 2\], got Double of shape \[2\]", sae=made.sae[0])
-    refused(r"sae must be .* of shape \[2\], got Double of shape \[2, 2\]", levels=False)
-    refused("sizes for each network, got 15 in all", sizes=sizes[:-1])
+    refused(r"sae must be .* of shape \[1, 2\], got Double of shape \[2, 2\]", first_level=1)
+    refused(r"first_level = 2 is not in \[0, 2\)", first_level=2)
+    refused(r"first_level = -1 is not in \[0, 2\)", first_level=-1)
+    refused("2 levels, 2 species and 3 layers, which needs 23 numbers; it has 22", networks=packed[:-1])
+    refused("3 levels, 2 species and 3 layers, which needs 31 numbers; it has 23", networks=[3, *packed[1:]])
+    refused("4 levels, 1 species and 3 layers", networks=[4, 1, *packed[2:]], descriptor=[])
     refused(
-        "the networks are for 1 species, the descriptor for 2", sizes=sizes[:4], parameters=torch.zeros(170).double()
+        "the networks are for 1 species, the descriptor for 2",
+        networks=[1, 1, *packed[2:11]],
+        parameters=torch.zeros(170).double(),
     )
-    refused("the network of species 1 takes 18 inputs, the features have 19", sizes=[*sizes[:12], 18, *sizes[13:]])
+    widths = packed[7:]
+    refused(
+        "the network of species 1 takes 18 inputs, the features have 19",
+        networks=[*packed[:7], *widths[:12], 18, *widths[13:]],
+    )
     refused("parameters, got", parameters=made.networks.weights.detach()[1:])
+
+
+def test_wrong_steps_say_what_was_expected_and_what_came():
+    made = model(2)
+    values = step_arguments(made, [3, 0, 1], stored(made), some_weights(2))
+    for argument, change, message in [
+        ("energies", lambda t: t[0], r"energy_targets must be .* of shape \[2, 6\], got Double of shape \[6\]"),
+        (
+            "forces",
+            lambda t: t[:1],
+            r"force_targets must be .* of shape \[2, 19, 3\], got Double of shape \[1, 19, 3\]",
+        ),
+        ("force_weights", lambda w: w.T, r"force_weights must be .* of shape \[2, 6\], got Double of shape \[6, 2\]"),
+        ("counts", lambda c: c[:, :1], r"counts must be .* of shape \[2, 2\], got Double of shape \[2, 1\]"),
+        (
+            "energy_residuals",
+            lambda r: r[0],
+            r"energy_residuals must be .* of shape \[2, 3\], got Double of shape \[3\]",
+        ),
+        ("force_errors", lambda e: e[1], r"force_errors must be .* of shape \[2, 3, 3\], got Double of shape \[3, 3\]"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"^kinml_fast: .*{message}"):
+            ops.force_step(**changed(values, argument, change))

@@ -4,14 +4,16 @@ atoms; batches."""
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from op_helpers import ON_CPU, normal, not_contiguous, ragged
+from op_helpers import ON_CPU, changed, each_tensor, normal, not_contiguous, ragged, raw
 
 from kinml_fast import ops, reference
 from kinml_fast.errors import InputError
 from kinml_fast.nn import ACTIVATIONS, SpeciesNetworks
+from kinml_fast.ops import Loss, StepResults
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -29,7 +31,7 @@ def layers_of(networks: SpeciesNetworks, flat: torch.Tensor | None = None) -> li
     result, start = [], 0
     for s, widths in enumerate(networks.layers):
         result.append([])
-        inputs = networks.sizes[s * (len(widths) + 1)]
+        inputs = networks.layer(s, 0)[0].shape[1]
         for outputs in widths:
             weight = flat[start : start + outputs * inputs].view(outputs, inputs)
             start += outputs * inputs
@@ -72,18 +74,56 @@ class Case:
     def n_structures(self) -> int:
         return len(self.offsets) - 1
 
-    def arguments(self, features=None, weights=None, sae=None) -> list:
+    def arguments(self, features=None, weights=None, sae=None) -> dict[str, Any]:
         """Those of ops.networks."""
-        return [
-            self.features if features is None else features,
-            *self.order,
-            self.networks.weights.detach() if weights is None else weights,
-            sae,
-            self.networks.sizes,
-            self.networks.activation_codes,
-            self.networks.biases,
-            self.n_structures,
-        ]
+        return {
+            "features": self.features if features is None else features,
+            "order": self.order,
+            "parameters": self.networks.weights.detach() if weights is None else weights,
+            "sae": sae,
+            "networks": self.networks.packed,
+            "n_structures": self.n_structures,
+        }
+
+    def forward_arguments(self, save: bool, **changes) -> dict[str, Any]:
+        """Those of networks_forward."""
+        return {**self.arguments(**changes), "save": save}
+
+    def backward_arguments(self, wanted: tuple[bool, bool] = (True, True)) -> dict[str, Any]:
+        """Those of networks_backward."""
+        _, saved = OPS.networks_forward(*raw(self.forward_arguments(True)))
+        own = self.arguments()
+        return {
+            "grad_energies": normal(self.n_structures),
+            **{name: own[name] for name in ("features", "order", "parameters")},
+            "saved": saved,
+            "networks": own["networks"],
+            "wanted": list(wanted),
+        }
+
+    def second_arguments(self, wanted: tuple[bool, bool, bool] = (True, True, True)) -> dict[str, Any]:
+        """Those of networks_second_backward."""
+        own = self.arguments()
+        return {
+            "tangents": normal(*self.features.shape, seed=4, dtype=self.features.dtype),
+            "grad_energies": normal(self.n_structures),
+            **{name: own[name] for name in ("features", "order", "parameters", "networks")},
+            "wanted": list(wanted),
+        }
+
+    def step_arguments(self, targets: torch.Tensor, weights: torch.Tensor, scale: float = 1.0) -> dict[str, Any]:
+        """Those of energy_step; the results are full of NaN."""
+        n, own = self.n_structures, self.arguments()
+        count = max(1, int(torch.count_nonzero(weights)))
+        counts = torch.tensor([[count], [1]], dtype=torch.float64)
+        scales = torch.tensor([scale, torch.nan], dtype=torch.float64)  # there are no forces to scale
+        losses, residuals = (torch.full(shape, torch.nan, dtype=torch.float64) for shape in ((2,), (1, n)))
+        return {
+            **{name: own[name] for name in ("features", "order", "parameters")},
+            "loss": Loss(targets[None], weights[None], None, None, scales, counts),
+            "results": StepResults(losses, torch.full_like(own["parameters"], torch.nan), residuals),
+            "networks": own["networks"],
+        }
 
     def expected(self, features=None, weights=None) -> torch.Tensor:
         """Energies without single-atom energies by the oracle."""
@@ -97,7 +137,7 @@ class Case:
 def compare_gradients(case: Case, rtol: float, atol: float) -> None:
     results = []
     slopes = normal(case.n_structures, seed=9)
-    for function in (lambda f, w: ops.networks(*case.arguments(f, w)), case.expected):
+    for function in (lambda f, w: ops.networks(**case.arguments(f, w)), case.expected):
         f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
         energies = function(f, w)
         results.append((energies.detach(), *torch.autograd.grad((slopes * energies).sum(), (f, w))))
@@ -163,7 +203,7 @@ def test_matches_linear_modules():
     atomic = torch.stack([stacks[s](f)[0] + sae()[s] for s, f in atoms])
     expected = sums(atomic, case.offsets)
     weights = case.networks.weights.detach().clone().requires_grad_()
-    ours = ops.networks(*case.arguments(weights=weights, sae=sae()))
+    ours = ops.networks(**case.arguments(weights=weights, sae=sae()))
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     (expected**2).sum().backward()
     (ours**2).sum().backward()
@@ -175,9 +215,9 @@ def test_matches_linear_modules():
 def test_gradcheck(biases):
     case = Case((4, 3, 1), ("gaussian", "silu", "identity"), biases, n_inputs=5)
     f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: ops.networks(*case.arguments(a, b, sae())), (f, w))
-    assert torch.autograd.gradcheck(lambda a: ops.networks(*case.arguments(a)), f)
-    assert torch.autograd.gradcheck(lambda b: ops.networks(*case.arguments(weights=b)), w)
+    assert torch.autograd.gradcheck(lambda a, b: ops.networks(**case.arguments(a, b, sae())), (f, w))
+    assert torch.autograd.gradcheck(lambda a: ops.networks(**case.arguments(a)), f)
+    assert torch.autograd.gradcheck(lambda b: ops.networks(**case.arguments(weights=b)), w)
 
 
 def test_gradients_alone_are_those_of_both():
@@ -186,7 +226,7 @@ def test_gradients_alone_are_those_of_both():
     for of_f, of_w in [(True, True), (True, False), (False, True)]:
         f = case.features.clone().requires_grad_(of_f)
         w = case.networks.weights.detach().clone().requires_grad_(of_w)
-        ops.networks(*case.arguments(f, w)).sum().backward()
+        ops.networks(**case.arguments(f, w)).sum().backward()
         assert (f.grad is not None) is of_f
         assert (w.grad is not None) is of_w
         grads[of_f, of_w] = f.grad, w.grad
@@ -214,7 +254,7 @@ def second_derivatives(energies_of, tensors, n_structures: int) -> tuple[torch.T
 
 def compare_second_derivatives(case: Case, rtol: float, atol: float) -> None:
     tensors = case.features, case.networks.weights
-    ours = second_derivatives(lambda f, w: ops.networks(*case.arguments(f, w)), tensors, case.n_structures)
+    ours = second_derivatives(lambda f, w: ops.networks(**case.arguments(f, w)), tensors, case.n_structures)
     expected = second_derivatives(case.expected, tensors, case.n_structures)
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == b.dtype
@@ -248,21 +288,21 @@ def test_second_derivatives_of_other_shapes_match_the_oracle(layers, n_inputs):
 def test_gradgradcheck(activation, biases):
     case = Case((4, 3, 1), (activation, "gaussian", activation), biases, n_inputs=5, sizes=(3, 0, 2, 1))
     features, weights = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda f, w: ops.networks(*case.arguments(f, w)), (features, weights))
+    assert torch.autograd.gradcheck(lambda f, w: ops.networks(**case.arguments(f, w)), (features, weights))
 
     def gradient(slopes, f, w):
-        energies = ops.networks(*case.arguments(f, w))
+        energies = ops.networks(**case.arguments(f, w))
         return torch.autograd.grad((slopes * energies).sum(), f, create_graph=True)
 
     slopes = normal(case.n_structures, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(gradient, (slopes, features, weights))
     # With respect to the features alone, torch's own double check can be used.
-    assert torch.autograd.gradgradcheck(lambda f: ops.networks(*case.arguments(f)), features)
+    assert torch.autograd.gradgradcheck(lambda f: ops.networks(**case.arguments(f)), features)
 
 
 def test_second_derivatives_alone_are_those_of_all():
     case = Case()
-    energies_of = lambda f, w: ops.networks(*case.arguments(f, w))  # noqa: E731
+    energies_of = lambda f, w: ops.networks(**case.arguments(f, w))  # noqa: E731
     together = second_derivatives(energies_of, (case.features, case.networks.weights), case.n_structures)[1:]
     for wanted in range(3):
         leaves = [normal(case.n_structures, seed=9), case.features.clone(), case.networks.weights.detach().clone()]
@@ -281,7 +321,7 @@ def test_second_derivatives_of_unusual_batches():
     compare_second_derivatives(case, 1e-10, 1e-11)
     for sizes in ((), (0, 0)):
         empty = Case(sizes=sizes)
-        energies_of = lambda f, w: ops.networks(*empty.arguments(f, w))  # noqa: B023, E731
+        energies_of = lambda f, w: ops.networks(**empty.arguments(f, w))  # noqa: B023, E731
         found = second_derivatives(energies_of, (empty.features, empty.networks.weights), len(sizes))
         assert [t.shape for t in found] == [(0, 7), (len(sizes),), (0, 7), empty.networks.weights.shape]
         assert not any(t.any() for t in found)
@@ -295,8 +335,7 @@ def test_second_derivatives_of_unusual_batches():
     expected = second_derivatives(of_batch, (case.features, case.networks.weights), 3)
 
     def ours_of(f, w):
-        arguments = case.arguments(f, w)
-        return ops.networks(f, batch.rows, batch.owners, batch.starts, *arguments[4:8], case.networks.biases, 3)
+        return ops.networks(**{**case.arguments(f, w), "order": batch.order, "n_structures": 3})
 
     ours = second_derivatives(ours_of, (case.features, case.networks.weights), 3)
     for a, b in zip(ours, expected, strict=True):
@@ -306,11 +345,10 @@ def test_second_derivatives_of_unusual_batches():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_layout_does_not_matter_to_second_derivatives(dtype):
     case = Case(dtype=dtype, n_inputs=8)
-    features, rows, owners, starts, parameters, _, *shape, n = case.arguments()
-    arguments = [normal(*features.shape, seed=4, dtype=dtype), normal(n), features, rows, owners, starts, parameters]
+    arguments = case.second_arguments()
     results = []
     for layout in (torch.clone, not_contiguous, lambda x: x.t().contiguous().t() if x.dim() == 2 else x):
-        results.append(OPS.networks_second_backward(*map(layout, arguments), *shape, True, True, True))
+        results.append(OPS.networks_second_backward(*raw(each_tensor(layout, arguments))))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -318,33 +356,33 @@ def test_layout_does_not_matter_to_second_derivatives(dtype):
 def test_what_has_no_derivative_is_an_error():
     case = Case()
     f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
-    energy = ops.networks(*case.arguments(f, w)).sum()
+    energy = ops.networks(**case.arguments(f, w)).sum()
     (of_weights,) = torch.autograd.grad(energy, w, create_graph=True)
     with pytest.raises(RuntimeError, match="kinml_fast: the gradient of the networks' parameters has no derivative"):
         (of_weights**2).sum().backward()
-    energy = ops.networks(*case.arguments(f, w)).sum()
+    energy = ops.networks(**case.arguments(f, w)).sum()
     (of_features,) = torch.autograd.grad(energy, f, create_graph=True)
     for wanted in (f, w):
         (second,) = torch.autograd.grad((of_features**2).sum(), wanted, create_graph=True)
         with pytest.raises(RuntimeError, match="kinml_fast: the networks can be differentiated twice, not a third"):
             (second**2).sum().backward()
     # Gradients of both at once: only that of the features is differentiated.
-    of_features, _ = torch.autograd.grad(ops.networks(*case.arguments(f, w)).sum(), (f, w), create_graph=True)
+    of_features, _ = torch.autograd.grad(ops.networks(**case.arguments(f, w)).sum(), (f, w), create_graph=True)
     again = torch.autograd.grad((of_features**2).sum(), w)[0]
     torch.testing.assert_close(again, second.detach(), rtol=0, atol=0)
 
 
 def test_single_atom_energies():
     case = Case()
-    plain, with_sae = ops.networks(*case.arguments()), ops.networks(*case.arguments(sae=sae()))
+    plain, with_sae = ops.networks(**case.arguments()), ops.networks(**case.arguments(sae=sae()))
     torch.testing.assert_close(with_sae, plain + sums(sae()[case.species], case.offsets), rtol=1e-14, atol=1e-13)
     strided = not_contiguous(sae())
-    assert torch.equal(ops.networks(*case.arguments(sae=strided)), with_sae)
+    assert torch.equal(ops.networks(**case.arguments(sae=strided)), with_sae)
     assert plain[2] == 0  # a structure without atoms
     # float32 networks keep single-atom energies of thousands of eV to float64's precision.
     narrow = Case(dtype=torch.float32)
     shift = torch.tensor([-16.8356588, -1035.30436565, -1486.3292980], dtype=torch.float64)
-    difference = ops.networks(*narrow.arguments(sae=shift)) - ops.networks(*narrow.arguments())
+    difference = ops.networks(**narrow.arguments(sae=shift)) - ops.networks(**narrow.arguments())
     torch.testing.assert_close(difference, sums(shift[narrow.species], narrow.offsets), rtol=1e-14, atol=1e-10)
 
 
@@ -354,7 +392,7 @@ def test_missing_species_and_empty_batches():
     case.order = ops.species_order(case.species, case.offsets, 3)
     compare_gradients(case, 1e-11, 1e-12)
     weights = case.networks.weights.detach().clone().requires_grad_()
-    ops.networks(*case.arguments(weights=weights)).sum().backward()
+    ops.networks(**case.arguments(weights=weights)).sum().backward()
     per_species = weights.grad.reshape(3, -1)
     assert per_species[0].any()
     assert per_species[2].any()
@@ -362,7 +400,7 @@ def test_missing_species_and_empty_batches():
     for sizes in ((), (0,), (0, 0)):
         empty = Case(sizes=sizes)
         f, w = empty.features.requires_grad_(), empty.networks.weights
-        energies = ops.networks(*empty.arguments(weights=w, sae=sae()))
+        energies = ops.networks(**empty.arguments(weights=w, sae=sae()))
         assert torch.equal(energies, torch.zeros(len(sizes), dtype=torch.float64))
         energies.sum().backward()
         assert not w.grad.any()
@@ -378,15 +416,15 @@ def test_layout_and_mode_do_not_matter(dtype):
 
     results = []
     for layout in (torch.clone, not_contiguous, row_stride, lambda x: x.t().contiguous().t()):
-        tensors = [layout(a.detach()) for a in case.arguments()[:5]]
-        f, w = tensors[0].requires_grad_(), tensors[4].requires_grad_()
-        energies = ops.networks(*tensors, sae(), *case.arguments()[6:])
+        arguments = each_tensor(layout, case.arguments(sae=sae()))
+        f, w = arguments["features"].requires_grad_(), arguments["parameters"].requires_grad_()
+        energies = ops.networks(**arguments)
         results.append((energies.detach(), *torch.autograd.grad((energies**2).sum(), (f, w))))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            energies = ops.networks(*case.arguments(weights=case.networks.weights, sae=sae()))
+            energies = ops.networks(**case.arguments(weights=case.networks.weights, sae=sae()))
             assert torch.equal(energies, results[0][0])
             assert not energies.requires_grad
 
@@ -396,13 +434,14 @@ def test_layout_and_mode_do_not_matter(dtype):
 
 def test_species_order_is_a_stable_sort():
     _, species, offsets = ragged([4, 0, 1, 9, 3], 4, 1)
-    rows, owners, starts = ops.species_order(species, offsets, 4)
+    order = ops.species_order(species, offsets, 4)
+    rows, owners, starts = order.tensors
     assert torch.equal(rows, torch.argsort(species, stable=True))
     assert torch.equal(owners, torch.repeat_interleave(torch.arange(5), offsets.diff())[rows])
     assert torch.equal(starts, torch.tensor([0, *torch.bincount(species, minlength=4).cumsum(0)]))
     again = ops.species_order(not_contiguous(species), not_contiguous(offsets), 4)
-    assert all(torch.equal(a, b) for a, b in zip(again, (rows, owners, starts), strict=True))
-    assert [t.tolist() for t in ops.species_order(species[:0], offsets[:1], 2)] == [[], [], [0, 0, 0]]
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors, order.tensors, strict=True))
+    assert [t.tolist() for t in ops.species_order(species[:0], offsets[:1], 2).tensors] == [[], [], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
@@ -419,10 +458,10 @@ def test_batches_cover_the_structures_in_their_order(batch_size):
             for a in range(int(offsets[s]), int(offsets[s + 1]))
         ]
         expected.sort(key=lambda entry: entry[0])  # stable
-        assert batch.rows.tolist() == [a for _, _, a in expected]
-        assert batch.owners.tolist() == [k for _, k, _ in expected]
+        assert batch.order.rows.tolist() == [a for _, _, a in expected]
+        assert batch.order.owners.tolist() == [k for _, k, _ in expected]
         kinds = [s for s, _, _ in expected]
-        assert batch.starts.tolist() == [0, *itertools.accumulate(kinds.count(s) for s in range(3))]
+        assert batch.order.starts.tolist() == [0, *itertools.accumulate(kinds.count(s) for s in range(3))]
 
 
 def test_no_structures_give_no_batches():
@@ -443,7 +482,7 @@ def test_batches_add_up_to_the_whole(dtype, rtol, atol):
     of_batches = [torch.zeros_like(g) for g in of_whole]
     for batch in ops.plan_batches(case.species, case.offsets, structures, 3, 3):
         n = len(batch.structures)
-        energies = networks.energies(case.features, batch.rows, batch.owners, batch.starts, n)
+        energies = networks.energies(case.features, *batch.order.tensors, n)
         assert torch.equal(energies, whole[batch.structures])
         loss = (slopes[batch.structures] * energies).sum()
         for total, part in zip(of_batches, torch.autograd.grad(loss, (case.features, networks.weights)), strict=True):
@@ -456,7 +495,7 @@ def test_a_structure_twice_in_a_batch_counts_twice():
     case = Case()
     case.features.requires_grad_()
     (batch,) = ops.plan_batches(case.species, case.offsets, torch.tensor([3, 0, 3]), 3, 3)
-    energies = case.networks.energies(case.features, batch.rows, batch.owners, batch.starts, 3)
+    energies = case.networks.energies(case.features, *batch.order.tensors, 3)
     whole = case.networks(case.features, case.species, case.offsets, torch.zeros(3, dtype=torch.float64))
     assert torch.equal(energies, whole[batch.structures])
     ours = torch.autograd.grad(energies.sum(), (case.features, case.networks.weights))
@@ -540,28 +579,31 @@ def test_opcheck(dtype, sizes):
     case = Case(dtype=dtype, sizes=sizes)
     n = case.n_structures
     check = torch.library.opcheck
-    check(OPS.networks.default, tuple(case.arguments(sae=sae())))
+    check(OPS.networks.default, raw(case.arguments(sae=sae())))
     f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
-    check(OPS.networks.default, tuple(case.arguments(f, w, sae())))
-    check(OPS.networks_forward.default, (*case.arguments(sae=sae()), False))
+    check(OPS.networks.default, raw(case.arguments(f, w, sae())))
+    check(OPS.networks_forward.default, raw(case.forward_arguments(False, sae=sae())))
     # `saved` has columns between those of its layers that are never written: two calls cannot be compared.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    check(OPS.networks_forward.default, (*case.arguments(sae=sae()), True), test_utils=utilities)
-    _, saved = OPS.networks_forward(*case.arguments(), True)
-    features, rows, owners, starts, parameters, _, *shape, _ = case.arguments()
+    check(OPS.networks_forward.default, raw(case.forward_arguments(True, sae=sae())), test_utils=utilities)
+
+    def turned(features: torch.Tensor) -> torch.Tensor:
+        return features.t().contiguous().t()
+
     for wanted in itertools.product((True, False), repeat=2):
-        arguments = (normal(n), features, rows, owners, starts, parameters, saved, *shape, *wanted)
-        check(OPS.networks_backward.default, arguments)
+        arguments = case.backward_arguments(wanted)
+        check(OPS.networks_backward.default, raw(arguments))
         # Sources in other layouts give outputs of the shapes and strides that the Meta kernel promises.
-        check(OPS.networks_backward.default, (arguments[0], features.t().contiguous().t(), *arguments[2:]))
-    tangents = normal(*features.shape, seed=4, dtype=dtype)
+        check(OPS.networks_backward.default, raw(changed(arguments, "features", turned)))
     for wanted in itertools.product((True, False), repeat=3):
-        arguments = (tangents, normal(n), features, rows, owners, starts, parameters, *shape, *wanted)
-        check(OPS.networks_second_backward.default, arguments)
-        check(OPS.networks_second_backward.default, (tangents.t().contiguous().t(), *arguments[1:]))
-    f, w = features.clone().requires_grad_(), parameters.clone().requires_grad_()
-    arguments = (normal(n).requires_grad_(), f, rows, owners, starts, w, saved, *shape, True, False)
-    check(OPS.networks_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        arguments = case.second_arguments(wanted)
+        check(OPS.networks_second_backward.default, raw(arguments))
+        check(OPS.networks_second_backward.default, raw(changed(arguments, "tangents", turned)))
+    arguments = case.backward_arguments((True, False))
+    for name in ("grad_energies", "features", "parameters"):
+        arguments = changed(arguments, name, lambda x: x.clone().requires_grad_())
+    check(OPS.networks_backward.default, raw(arguments), test_utils=("test_schema", "test_faketensor"))
+    check(OPS.energy_step.default, raw(case.step_arguments(normal(n), normal(n, seed=1).abs())))
     check(OPS.species_order.default, (case.species, case.offsets, 3))
     check(OPS.species_order.default, (not_contiguous(case.species), case.offsets, 3))
     # The shapes of its results depend on the values of its arguments: no fake tensors, hence no tracing.
@@ -575,57 +617,67 @@ def test_opcheck(dtype, sizes):
 def test_inner_ops_do_not_lose_gradients_in_silence():
     """networks_forward has no derivative of its own: whoever differentiates it must hear so."""
     case = Case()
-    energies, _ = OPS.networks_forward(*case.arguments(weights=case.networks.weights), True)
+    energies, _ = OPS.networks_forward(*raw(case.forward_arguments(True, weights=case.networks.weights)))
     with pytest.raises(RuntimeError, match="kinml_fast"):
         energies.sum().backward()
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "message"),
+    ("argument", "change", "message"),
     [
-        (0, lambda a: a.half(), "features must be float64 or float32, got Half"),
-        (0, lambda a: a[0], r"features must have shape \[n, D\], got \[7\]"),
-        (0, lambda a: a[:, 1:], "the network of species 0 takes 7 inputs, the features have 6"),
-        (0, lambda a: a.float(), "parameters is Double but features is Float; both must have one dtype"),
-        (1, lambda a: a.int(), "rows must be a one-dimensional int64 tensor, got Int"),
-        (2, lambda a: a[1:], "rows has 13 atoms, owners has 12"),
-        (3, lambda a: a[:-1], "3 layers and 2 species need 8 sizes, got 12"),
-        (3, lambda a: a[:0], "need -4 sizes|starts must|species need"),
-        (4, lambda a: a[1:], "the networks have 186 parameters, got 185"),
-        (4, lambda a: a.view(1, -1), r"parameters must be one flat tensor, got shape \[1, 186\]"),
-        (5, lambda a: sae().float(), r"sae must be float64 of shape \[3\], got Float of shape \[3\]"),
-        (5, lambda a: sae()[:2], r"sae must be float64 of shape \[3\], got Double of shape \[2\]"),
-        (5, lambda a: sae().clone().requires_grad_(), "sae has no gradient"),
-        (6, lambda a: a[:-1], "3 layers and 3 species need 12 sizes, got 11"),
-        (6, lambda a: [7, 5, 3, 2] * 3, "the last layer must have one output, that of species 0 has 2"),
-        (7, lambda a: [1, 7, 0], "unknown activation code 7"),
-        (7, lambda a: [], "0 layers and 3 species need"),
+        ("features", lambda a: a.half(), "features must be float64 or float32, got Half"),
+        ("features", lambda a: a[0], r"features must have shape \[n, D\], got \[7\]"),
+        ("features", lambda a: a[:, 1:], "the network of species 0 takes 7 inputs, the features have 6"),
+        ("features", lambda a: a.float(), "parameters is Double but features is Float; both must have one dtype"),
+        ("rows", lambda a: a.int(), "rows must be a one-dimensional int64 tensor, got Int"),
+        ("owners", lambda a: a[1:], "rows has 13 atoms, owners has 12"),
+        ("starts", lambda a: a[:-1], "for 3 species and 1 levels, the atoms are sorted by 2 species, of one level"),
+        ("starts", lambda a: a[:0], "for 3 species and 1 levels, the atoms are sorted by -1 species, of one level"),
+        ("parameters", lambda a: a[1:], "the networks have 186 parameters, got 185"),
+        ("parameters", lambda a: a.view(1, -1), r"parameters must be one flat tensor, got shape \[1, 186\]"),
+        ("sae", lambda a: sae().float(), r"sae must be float64 of shape \[3\], got Float of shape \[3\]"),
+        ("sae", lambda a: sae()[:2], r"sae must be float64 of shape \[3\], got Double of shape \[2\]"),
+        ("sae", lambda a: sae().clone().requires_grad_(), "sae has no gradient"),
+        ("networks", lambda a: a[:3], "the description of the networks must have at least 4 numbers, got 3"),
+        ("networks", lambda a: a[:-1], "1 levels, 3 species and 3 layers, which needs 19 numbers; it has 18"),
+        ("networks", lambda a: [1, 2, *a[2:-4]], "for 2 species and 1 levels, the atoms are sorted by 3 species"),
+        ("networks", lambda a: [2, *a[1:], *a[7:]], "for 3 species and 2 levels, the atoms are sorted by 3 species"),
+        (
+            "networks",
+            lambda a: [*a[:7], *[7, 5, 3, 2] * 3],
+            "the last layer must have one output, that of species 0 has 2",
+        ),
+        (
+            "networks",
+            lambda a: [*a[:7], *[7, 0, 3, 1] * 3],
+            "every layer must have at least one output, one of species 0",
+        ),
+        ("networks", lambda a: [*a[:4], 1, 7, 0, *a[7:]], "unknown activation code 7"),
+        ("networks", lambda a: [1, 3, 0, 1, 7, 7, 7], "1 levels, 3 species and 0 layers"),
     ],
 )
-def test_wrong_arguments_say_what_was_expected_and_what_came(place, change, message):
-    arguments = Case().arguments()
-    arguments[place] = change(arguments[place])
+def test_wrong_arguments_say_what_was_expected_and_what_came(argument, change, message):
+    arguments = changed(Case().arguments(), argument, change)
     with pytest.raises(RuntimeError, match=f"kinml_fast: .*({message})"):
-        ops.networks(*arguments)
+        ops.networks(**arguments)
 
 
 @ON_CPU
 @pytest.mark.parametrize(
-    ("place", "change", "message"),
+    ("argument", "change", "message"),
     [
-        (0, lambda a: a[:-1], r"rows\[\d+\] = 12 is not a row of the features, which have 12"),
-        (1, lambda a: a - 1, r"rows\[\d+\] = -1 is not a row of the features, which have 13"),
-        (2, lambda a: a + 1, r"owners\[\d+\] = 5 is not in \[0, 5\)"),
-        (2, lambda a: a - 1, r"owners\[\d+\] = -1 is not in \[0, 5\)"),
-        (3, lambda a: a + 1, "starts must begin with 0 and end with the number of rows, 13"),
-        (3, lambda a: torch.tensor([0, 9, 4, 13]), "starts must not decrease"),
+        ("features", lambda a: a[:-1], r"rows\[\d+\] = 12 is not a row of the features, which have 12"),
+        ("rows", lambda a: a - 1, r"rows\[\d+\] = -1 is not a row of the features, which have 13"),
+        ("owners", lambda a: a + 1, r"owners\[\d+\] = 5 is not in \[0, 5\)"),
+        ("owners", lambda a: a - 1, r"owners\[\d+\] = -1 is not in \[0, 5\)"),
+        ("starts", lambda a: a + 1, "starts must begin with 0 and end with the number of rows, 13"),
+        ("starts", lambda a: torch.tensor([0, 9, 4, 13]), "starts must not decrease"),
     ],
 )
-def test_wrong_values_say_what_was_expected_and_what_came(place, change, message):
-    arguments = Case().arguments()
-    arguments[place] = change(arguments[place])
+def test_wrong_values_say_what_was_expected_and_what_came(argument, change, message):
+    arguments = changed(Case().arguments(), argument, change)
     with pytest.raises(RuntimeError, match=f"kinml_fast: .*{message}"):
-        ops.networks(*arguments)
+        ops.networks(**arguments)
 
 
 @ON_CPU
@@ -656,67 +708,95 @@ def test_wrong_orders_say_what_was_expected_and_what_came():
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "message"),
+    ("argument", "change", "message"),
     [
-        (0, lambda a: a.float(), "tangents is Float but features is Double; both must have one dtype"),
-        (0, lambda a: a[:, 1:], r"tangents must have shape \[13, 7\], got \[13, 6\]"),
-        (0, lambda a: a[1:], r"tangents must have shape \[13, 7\], got \[12, 7\]"),
-        (1, lambda a: a.float(), r"grad_energies must be float64 of shape \[n_structures\]"),
-        (6, lambda a: a[1:], "the networks have 186 parameters, got 185"),
+        ("tangents", lambda a: a.float(), "tangents is Float but features is Double; both must have one dtype"),
+        ("tangents", lambda a: a[:, 1:], r"tangents must have shape \[13, 7\], got \[13, 6\]"),
+        ("tangents", lambda a: a[1:], r"tangents must have shape \[13, 7\], got \[12, 7\]"),
+        ("grad_energies", lambda a: a.float(), r"grad_energies must be float64 of shape \[n_structures\]"),
+        ("parameters", lambda a: a[1:], "the networks have 186 parameters, got 185"),
     ],
 )
-def test_wrong_arguments_of_second_derivatives(place, change, message):
-    features, rows, owners, starts, parameters, _, *shape, n = Case().arguments()
-    arguments = [normal(*features.shape), normal(n), features, rows, owners, starts, parameters, *shape]
-    arguments[place] = change(arguments[place])
+def test_wrong_arguments_of_second_derivatives(argument, change, message):
+    arguments = changed(Case().second_arguments(), argument, change)
     with pytest.raises(RuntimeError, match=f"kinml_fast: .*({message})"):
-        OPS.networks_second_backward(*arguments, True, True, True)
+        OPS.networks_second_backward(*raw(arguments))
 
 
 @ON_CPU
 def test_owners_beyond_the_gradients_of_energies():
-    features, rows, owners, starts, parameters, _, *shape, n = Case().arguments()
-    arguments = [normal(*features.shape), normal(n)[1:], features, rows, owners, starts, parameters, *shape]
+    arguments = changed(Case().second_arguments(), "grad_energies", lambda g: g[1:])
     with pytest.raises(RuntimeError, match=r"kinml_fast: .*owners\[\d+\] = 4 is not in \[0, 4\)"):
-        OPS.networks_second_backward(*arguments, True, True, True)
+        OPS.networks_second_backward(*raw(arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize(("weights", "scale"), [([1.0, 1.0, 1.0], 1.0), ([0.5, 0.0, 2.0], 3.0), ([0.0, 0.0, 0.0], 1.0)])
 def test_energy_step_equals_autograd(weights, scale, dtype, biases):
-    layers, species = [7, 5, 1], torch.tensor([0, 1, 1, 0, 1, 1, 0])
-    networks = SpeciesNetworks(("C", "H"), 11, layers, ["gaussian", "tanh", "identity"], biases, dtype)
-    offsets = torch.tensor([0, 3, 5, 7])
-    features = normal(7, 11, seed=3, dtype=dtype)
-    (batch,) = ops.plan_batches(species, offsets, torch.tensor([2, 0, 1]), 3, 2)
-    targets = normal(3, seed=4)
-    weights = torch.tensor(weights, dtype=torch.float64)
+    case = Case((7, 5, 1), ("gaussian", "tanh", "identity"), biases, dtype, 11, sizes=(3, 2, 2), n_species=2)
+    (batch,) = ops.plan_batches(case.species, case.offsets, torch.tensor([2, 0, 1]), 3, 2)
+    case.order = batch.order
+    targets, weights = normal(3, seed=4), torch.tensor(weights, dtype=torch.float64)
     counted = weights != 0
     targets[~counted] = float("nan")
 
-    residuals = networks.energies(features, batch.rows, batch.owners, batch.starts, 3) - targets
-    loss = scale * (weights[counted] * residuals[counted].square()).sum() / max(int(counted.sum()), 1)
-    loss.backward()
-    expected, networks.weights.grad = networks.weights.grad, None
+    flat = case.networks.weights.detach().clone().requires_grad_()
+    residuals = ops.networks(**case.arguments(weights=flat)) - targets
+    loss = (weights[counted] * residuals[counted].square()).sum() / max(int(counted.sum()), 1)
+    (expected,) = torch.autograd.grad(scale * loss, flat)
     assert expected.any() or not counted.any()
-    ours = torch.full((3,), float("nan"), dtype=torch.float64)
-    for _ in range(2):  # the gradient is overwritten, not added to
-        networks.energy_step(features, batch.rows, batch.owners, batch.starts, targets, weights, ours, scale)
+    arguments = case.step_arguments(targets, weights, scale)
+    for _ in range(2):  # what was there is overwritten, not added to
+        ops.energy_step(**arguments)
+    results = arguments["results"]
     tight = 1e-13 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(ours, residuals.detach(), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(networks.weights.grad, expected, rtol=tight, atol=tight)
+    torch.testing.assert_close(results.energy_residuals[0], residuals.detach(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(results.gradient, expected, rtol=tight, atol=tight)
+    assert results.losses[1] == 0
+    torch.testing.assert_close(results.losses[0], loss.detach(), rtol=1e-13, atol=1e-13)
 
 
-def test_wrong_arguments_of_the_energy_step():
+def test_energy_step_works_in_every_mode_and_layout():
     case = Case()
-    targets, weights, residuals = (torch.ones(5, dtype=torch.float64) for _ in range(3))
-    message = r"targets, weights and residuals must be contiguous float64 tensors of shape \[5\]"
-    for wrong in (
-        (targets, weights, residuals[:2]),
-        (targets, weights[:2], residuals),
-        (targets, weights.float(), residuals),
-        (targets, not_contiguous(weights), residuals),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            case.networks.energy_step(case.features, *case.order, *wrong)
+    arguments = case.step_arguments(normal(5), torch.ones(5, dtype=torch.float64))
+    ops.energy_step(**arguments)
+    expected = each_tensor(torch.clone, arguments["results"]).tensors
+    for name in ("features", "order", "parameters"):
+        arguments[name] = each_tensor(not_contiguous, arguments[name])
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            results = each_tensor(lambda x: torch.full_like(x, torch.nan), arguments["results"])
+            ops.energy_step(**{**arguments, "results": results, "parameters": case.networks.weights})
+            assert all(torch.equal(a, b) for a, b in zip(results.tensors, expected, strict=True))
+
+
+def test_energy_step_of_nothing():
+    case = Case(sizes=())
+    arguments = case.step_arguments(torch.zeros(0).double(), torch.zeros(0).double())
+    ops.energy_step(**arguments)
+    assert not arguments["results"].losses.any()
+    assert not arguments["results"].gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("energies", lambda t: None, "a loss needs energy_targets, got none"),
+        ("energies", lambda t: t[0], r"energy_targets must be .* of shape \[1, 5\], got Double of shape \[5\]"),
+        ("energies", lambda t: t.float(), r"energy_targets must be .* of shape \[1, 5\], got Float of shape"),
+        ("energy_weights", lambda w: w[:, :2], r"energy_weights must be .* of shape \[1, 5\], got Double of shape"),
+        ("energy_weights", lambda w: w.float(), r"energy_weights must be .* of shape \[1, 5\], got Float of shape"),
+        ("energy_weights", not_contiguous, r"energy_weights must be a contiguous float64 tensor of shape \[1, 5\]"),
+        ("scales", lambda s: None, "a loss needs scales, got none"),
+        ("counts", lambda c: c[:1], r"counts must be .* of shape \[2, 1\], got Double of shape \[1, 1\]"),
+        ("energy_residuals", lambda r: r[:, :2], r"energy_residuals must be .* of shape \[1, 5\], got Double of shape"),
+        ("losses", lambda x: x[:1], r"losses must be .* of shape \[2\], got Double of shape \[1\]"),
+        ("gradient", lambda g: g.float(), "gradient is Float but parameters is Double; both must have one dtype"),
+        ("force_errors", lambda _: torch.zeros(1, 5, 3).double(), "this step has 3 results, got 4"),
+    ],
+)
+def test_wrong_arguments_of_the_energy_step(argument, change, message):
+    arguments = Case().step_arguments(*(torch.ones(5, dtype=torch.float64) for _ in range(2)))
+    with pytest.raises(RuntimeError, match=f"^kinml_fast: .*{message}"):
+        ops.energy_step(**changed(arguments, argument, change))

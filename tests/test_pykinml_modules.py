@@ -17,7 +17,7 @@ from ase.optimize import BFGS
 from pykinml_helpers import errors, metrics, small
 from torch.utils.data import DataLoader
 
-from kinml_fast import KinMLCalculator, datasets, devices, reference
+from kinml_fast import KinMLCalculator, datasets, devices, ops, reference
 from kinml_fast.data import pykinml_hdf5, read, sqlite, stored
 from kinml_fast.data.selection import Selection
 from kinml_fast.deploy import model_file, pykinml_checkpoint
@@ -70,8 +70,8 @@ def molecules() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def in_pykinmls_form(x: torch.Tensor, species: torch.Tensor, offsets: torch.Tensor, model: EnergyModel) -> tuple:
     """Descriptors, Jacobians and molecules by species."""
     packed = model.aev.packed
-    vectors = torch.ops.kinml_fast.aev(x, species, offsets, packed)
-    jacobians = torch.ops.kinml_fast.aev_jacobian(x, species, offsets, 5, packed)
+    system = ops.System(x, species, offsets)
+    vectors, jacobians = ops.aev(system, packed), ops.aev_jacobian(system, 5, packed)
     owners = torch.repeat_interleave(torch.arange(2), offsets.diff())
     parts = [species == s for s in range(2)]
     return tuple([tensor[part].detach() for part in parts] for tensor in (vectors, jacobians, owners))

@@ -107,8 +107,11 @@ struct SystemArguments {
 
   template <class T>
   System<T> view() const {
+    // An empty tensor may have no address, but is there.
+    static constexpr T nothing = 0;
     const auto pointer = [](const at::Tensor& t) {
-      return t.defined() ? t.const_data_ptr<T>() : nullptr;
+      if (!t.defined()) return static_cast<const T*>(nullptr);
+      return t.numel() > 0 ? t.const_data_ptr<T>() : &nothing;
     };
     System<T> system;
     system.n_atoms = n_atoms();
@@ -120,7 +123,7 @@ struct SystemArguments {
     system.jacobian = pointer(jacobian);
     if (jacobian.defined()) system.columns = jacobian.size(2);
     if (structures.defined()) {
-      // An empty tensor may have no address; an empty choice is not all.
+      // An empty choice is not all.
       static constexpr int64_t none = 0;
       system.chosen = structures.numel() > 0 ? structures.const_data_ptr<int64_t>() : &none;
       system.n_chosen = structures.size(0);
@@ -213,7 +216,10 @@ struct LossArguments {
   // The list must outlive the object.
   LossArguments(const OptionalTensors& list, int64_t n_levels, int64_t n_structures,
                 int64_t n_atoms, bool with_forces, const at::Tensor& like)
-      : loss_{n_levels, n_structures, n_atoms} {
+      : loss_{} {
+    loss_.n_levels = n_levels;
+    loss_.n_structures = n_structures;
+    loss_.n_atoms = n_atoms;
     TORCH_CHECK(list.size() == kEntries, "kinml_fast: a loss has ", int(kEntries), " tensors, got ",
                 list.size());
     const auto numbers = [&](Place place, const char* name, at::IntArrayRef shape) {
@@ -227,7 +233,6 @@ struct LossArguments {
     loss_.energy_weights = numbers(kEnergyWeights, "energy_weights", {n_levels, n_structures});
     loss_.scales = numbers(kScales, "scales", {2});
     loss_.counts = numbers(kCounts, "counts", {2, n_levels});
-    loss_.forces = loss_.force_weights = nullptr;
     if (!with_forces || !entry(list, kForces).defined()) return;
     loss_.forces = numbers(kForces, "force_targets", {n_levels, n_atoms, 3});
     loss_.force_weights = numbers(kForceWeights, "force_weights", {n_levels, n_structures});
@@ -238,6 +243,13 @@ struct LossArguments {
  private:
   Loss loss_;
 };
+
+// Of how many structures a loss is, where it alone tells: those of its last dimension.
+inline int64_t structures_of(const OptionalTensors& loss) {
+  const at::Tensor targets = entry(loss, LossArguments::kEnergies);
+  TORCH_CHECK(targets.defined(), "kinml_fast: a loss needs energy_targets, got none");
+  return targets.dim() == 0 ? 0 : targets.size(-1);
+}
 
 // Where a step writes: losses, gradient, energy_residuals and, if it has forces, force_errors.
 struct StepResults {

@@ -47,6 +47,13 @@ variable_list variables_of(SystemList system) {
   for (size_t i = 0; i < system.size(); ++i) result.push_back(entry(system, i));
   return result;
 }
+// Those that a system has: autograd takes no undefined tensor for an input.
+variable_list inputs_of(SystemList system) {
+  variable_list result;
+  for (size_t i = 0; i < system.size(); ++i)
+    if (const Tensor t = entry(system, i); t.defined()) result.push_back(t);
+  return result;
+}
 OptionalTensors system_of(const variable_list& variables, size_t first = 0) {
   OptionalTensors system;
   for (size_t i = first; i < variables.size(); ++i)
@@ -344,8 +351,8 @@ Outputs energy_forces(SystemList system, T parameters, MaybeTensor sae, Doubles 
                       int64_t first_level) {
   if (at::GradMode::is_enabled()) {
     check_constant(sae);
-    for (const Tensor& t : variables_of(system))
-      TORCH_CHECK(!t.defined() || !t.requires_grad(),
+    for (const Tensor& t : inputs_of(system))
+      TORCH_CHECK(!t.requires_grad(),
                   "kinml_fast: energy_forces is differentiated with respect to the weights only; "
                   "for derivatives with respect to coordinates or descriptors differentiate the "
                   "energies of EnergyModel.forward");
@@ -355,8 +362,7 @@ Outputs energy_forces(SystemList system, T parameters, MaybeTensor sae, Doubles 
 }
 Tensor energy_forces_backward(T e, T f, SystemList system, T parameters, Doubles d, Ints networks,
                               int64_t first_level) {
-  const variable_list tensors = variables_of(system);
-  return EnergyForcesBackward::apply(e, f, Order(tensors), system, parameters, d, networks,
+  return EnergyForcesBackward::apply(e, f, inputs_of(system), system, parameters, d, networks,
                                      first_level);
 }
 

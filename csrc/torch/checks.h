@@ -130,6 +130,10 @@ inline void check_networks(const NetworkChain& chain, int64_t length,
       const int64_t inputs = length + (k > 0 ? 1 : 0);
       TORCH_CHECK(shape.size(s, 0) == inputs, "kinml_fast: the network of species ", s, " takes ",
                   shape.size(s, 0), " inputs, the features have ", inputs);
+      for (int64_t l = 1; l < shape.n_layers; ++l)
+        TORCH_CHECK(shape.size(s, l) >= 1,
+                    "kinml_fast: every layer must have at least one output, one of species ", s,
+                    " has ", shape.size(s, l));
       TORCH_CHECK(shape.size(s, shape.n_layers) == 1,
                   "kinml_fast: the last layer must have one output, that of species ", s, " has ",
                   shape.size(s, shape.n_layers));
