@@ -84,7 +84,7 @@ def test_ctest(build):
 def test_one_of_the_programs_of_ctest():
     """In the default selection for all of them: the installation has left most of what it is made from."""
     folder = cmake_build.build(["test_jacobian"], KINML_BUILD_TESTS="ON")
-    assert re.fullmatch(r"\d+ passed, 0 failed\n", run(folder / "tests" / "cpp" / "test_jacobian"))
+    assert re.search(r"^[1-9]\d* passed, 0 failed$", run(folder / "tests" / "cpp" / "test_jacobian"), re.MULTILINE)
 
 
 @pytest.mark.slow
