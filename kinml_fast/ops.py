@@ -282,9 +282,7 @@ def plan_batches(species: Tensor, offsets: Tensor, structures: Tensor, batch_siz
     lengths = firsts.diff().tolist()
     if not lengths:
         return []
-    parts = zip(
-        structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True
-    )
+    parts = zip(structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True)
     return [Batch(chosen, Order(*order)) for chosen, *order in parts]
 
 
