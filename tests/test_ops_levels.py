@@ -500,7 +500,8 @@ def test_wrong_arguments_say_what_was_expected_and_what_came():
     refused(r"first_level = -1 is not in \[0, 2\)", first_level=-1)
     refused("2 levels, 2 species and 3 layers, which needs 23 numbers; it has 22", networks=packed[:-1])
     refused("3 levels, 2 species and 3 layers, which needs 31 numbers; it has 23", networks=[3, *packed[1:]])
-    refused("4 levels, 1 species and 3 layers", networks=[4, 1, *packed[2:]], descriptor=[])
+    # As many numbers, read as those of four levels of one species.
+    refused("the network of species 0 takes 18 inputs, the features have 19", networks=[4, 1, *packed[2:]])
     refused(
         "the networks are for 1 species, the descriptor for 2",
         networks=[1, 1, *packed[2:11]],
