@@ -216,8 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
 
 void energy_step(const Tensor& features, at::TensorList order, const Tensor& parameters,
                  const OptionalTensors& loss_, at::TensorList results_, at::IntArrayRef networks) {
-  const Tensor targets = entry(loss_, LossArguments::kEnergies);
-  const int64_t n = targets.defined() ? targets.size(-1) : 0;
+  const int64_t n = structures_of(loss_);
   const LossArguments loss(loss_, 1, n, 0, false, parameters);
   const StepResults results(results_, false, 1, n, parameters);
   const auto [energies, saved] =
