@@ -60,12 +60,17 @@ INCLUDES = {
 SYSTEM_HEADERS = {
     "core": set(),
     "cpu": {"immintrin.h", "omp.h"},
-    "cuda": {"cuda_runtime.h", "cuda_runtime_api.h"},
+    "cuda": {"cuda_runtime.h", "cuda_runtime_api.h", "cub/device/device_radix_sort.cuh"},
 }
 """Headers besides the standard library's that a torch-free folder may include."""
 
-ONLY_IN = {"immintrin.h": "cpu/simd.h", "omp.h": "cpu/parallel.h", "thread": "cpu/parallel.h"}
-"""One file owns the intrinsics, one the threads."""
+ONLY_IN = {
+    "immintrin.h": "cpu/simd.h",
+    "omp.h": "cpu/parallel.h",
+    "thread": "cpu/parallel.h",
+    "cub/device/device_radix_sort.cuh": "cuda/sort.cu",
+}
+"""One file owns the intrinsics, one the threads, one the library that sorts."""
 
 
 class Import(NamedTuple):
@@ -163,7 +168,7 @@ def csrc_faults(path: Path, source: str) -> list[str]:
         if not include or folder not in INCLUDES:
             continue
         quote, name = include.groups()
-        if name in ONLY_IN and path.as_posix() != ONLY_IN[name] and folder in {"core", "cpu"}:
+        if name in ONLY_IN and path.as_posix() != ONLY_IN[name] and folder in SYSTEM_HEADERS:
             faults.append(f"{path}:{number}: includes {name}, which only {ONLY_IN[name]} may")
         if quote == '"':
             # Paths are relative to the including file or to csrc itself.

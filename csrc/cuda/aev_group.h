@@ -177,7 +177,8 @@ KINML_DEVICE void begin_chunk(const Warp& warp, const AevTables<T>& t, const Nei
     // derivative is the mean over all directions.
     const N square = one - cosine * cosine;
     const bool regular = value_of(square) >= kSmallest<T>;
-    const N safe = root(regular ? square : one);
+    using std::sqrt;
+    const N safe = sqrt(regular ? square : one);
     s.cosine()[i] = scale(T(0.5), cosine);
     s.sine()[i] = regular ? scale(T(0.5), safe) : zero;
     s.ratio()[i] = regular ? cosine / safe : zero;
@@ -195,7 +196,7 @@ KINML_DEVICE void fill_tables(const Warp& warp, const AevTables<T>& t, const Tri
   each_of_table(warp, n_angular + n_sections, n, [&](int row, int i) {
     N* const to = s.tables + row * kRow + i;
     if (row < n_angular) {
-      const N e = gauss(scale(t.angular_root_eta, s.mean()[i] - N(t.angular_shifts[row])));
+      const N e = gaussian(scale(t.angular_root_eta, s.mean()[i] - N(t.angular_shifts[row])));
       *to = kSlopes ? e : e * s.weight()[i];
       return;
     }
@@ -271,7 +272,7 @@ KINML_DEVICE void aev_row(const Warp& warp, const AevTables<T>& t, const Neighbo
   radial_part(
       warp, t, nb, s,
       [&](int k, int l) {
-        return nb.fc()[k] * gauss(scale(t.radial_root_eta, nb.r()[k] - N(t.radial_shifts[l])));
+        return nb.fc()[k] * gaussian(scale(t.radial_root_eta, nb.r()[k] - N(t.radial_shifts[l])));
       },
       [&](int base, int n) {
         warp.each(layout.radial_length(), [&](int item) {
@@ -317,7 +318,7 @@ KINML_DEVICE void radial_slopes(const Warp& warp, const AevTables<T>& t, const N
         int a = 0;
         while (k >= nb.first[a + 1]) ++a;
         const N x = nb.r()[k] - N(t.radial_shifts[l]);
-        const N e = gauss(scale(t.radial_root_eta, x));
+        const N e = gaussian(scale(t.radial_root_eta, x));
         return scale(g[layout.radial(a, l)],
                      e * (nb.slope()[k] + scale(T(-2) * t.radial_eta, x) * nb.fc()[k]));
       },

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../core/dual.h"
+#include "../core/gaussian.h"
 #include "../core/model.h"
 #include "group.h"
 #include "launch.h"
@@ -45,25 +46,6 @@ template <class T>
 KINML_HD Dual<T> scale(T a, Dual<T> x) {
   return {a * x.value, a * x.tangent};
 }
-template <class T>
-KINML_HD T root(T x) {
-  return std::sqrt(x);
-}
-template <class T>
-KINML_HD Dual<T> root(Dual<T> x) {
-  const T r = std::sqrt(x.value);
-  return {r, x.tangent / (r + r)};
-}
-// exp(-x^2)
-template <class T>
-KINML_HD T gauss(T x) {
-  return std::exp(-(x * x));
-}
-template <class T>
-KINML_HD Dual<T> gauss(Dual<T> x) {
-  const T g = std::exp(-(x.value * x.value));
-  return {g, T(-2) * x.value * g * x.tangent};
-}
 // x^y
 template <class T>
 KINML_HD T power(T x, T y) {
@@ -94,19 +76,13 @@ using PlainOf = typename aev_detail::Plain<N>::type;
 inline constexpr int kMaxShifts = 64;  // numbers of each list
 
 template <class T>
-struct AevNumbers {
-  int n_species = 0, n_radial = 0, n_angular = 0, n_sections = 0;
-  T radial_eta, radial_root_eta, radial_cutoff, radial_factor;
-  T angular_eta, angular_root_eta, angular_cutoff, angular_factor;
-  T beta, zeta;
-  int integer_zeta = -1;  // zeta when it is a whole number >= 1, else -1
-
-  KINML_HD AevLayout layout() const { return {n_species, n_radial, n_angular, n_sections}; }
+struct AevScales : AevNumbers<T> {
+  T radial_root_eta, angular_root_eta;
 };
 
 // Argument of a kernel.
 template <class T>
-struct AevArguments : AevNumbers<T> {
+struct AevArguments : AevScales<T> {
   T radial_shifts[kMaxShifts];
   T angular_shifts[kMaxShifts];
   T section_cos[kMaxShifts];
@@ -115,30 +91,15 @@ struct AevArguments : AevNumbers<T> {
 
 template <class T>
 AevArguments<T> aev_arguments(const AevParameters& p) {
-  const auto length = [](const std::vector<double>& list) {
-    if (list.size() > static_cast<std::size_t>(kMaxShifts))
+  for (const auto* list : {&p.radial_shifts, &p.angular_shifts, &p.sections})
+    if (list->size() > static_cast<std::size_t>(kMaxShifts))
       throw Error("an AEV on a GPU may have up to " + std::to_string(kMaxShifts) +
                   " radial shifts, angular shifts and sections each, not " +
-                  std::to_string(list.size()) + ".");
-    return static_cast<int>(list.size());
-  };
+                  std::to_string(list->size()) + ".");
   AevArguments<T> a{};
-  a.n_species = static_cast<int>(p.n_species);
-  a.n_radial = length(p.radial_shifts);
-  a.n_angular = length(p.angular_shifts);
-  a.n_sections = length(p.sections);
-  a.radial_eta = static_cast<T>(p.radial_eta);
+  static_cast<AevNumbers<T>&>(a) = aev_numbers<T>(p);
   a.radial_root_eta = static_cast<T>(std::sqrt(p.radial_eta));
-  a.radial_cutoff = static_cast<T>(p.radial_cutoff);
-  a.radial_factor = static_cast<T>(p.radial_factor);
-  a.angular_eta = static_cast<T>(p.angular_eta);
   a.angular_root_eta = static_cast<T>(std::sqrt(p.angular_eta));
-  a.angular_cutoff = static_cast<T>(p.angular_cutoff);
-  a.angular_factor = static_cast<T>(p.angular_factor);
-  a.beta = static_cast<T>(p.beta);
-  a.zeta = static_cast<T>(p.zeta);
-  const bool whole = p.zeta >= 1 && p.zeta <= 1024 && p.zeta == std::floor(p.zeta);
-  a.integer_zeta = whole ? static_cast<int>(p.zeta) : -1;
   for (int l = 0; l < a.n_radial; ++l) a.radial_shifts[l] = static_cast<T>(p.radial_shifts[l]);
   for (int l = 0; l < a.n_angular; ++l) a.angular_shifts[l] = static_cast<T>(p.angular_shifts[l]);
   for (int m = 0; m < a.n_sections; ++m) {
@@ -150,7 +111,7 @@ AevArguments<T> aev_arguments(const AevParameters& p) {
 
 // The same with the lists in the block's memory, where lanes may read different numbers at once.
 template <class T>
-struct AevTables : AevNumbers<T> {
+struct AevTables : AevScales<T> {
   T* radial_shifts;   // [n_radial]
   T* angular_shifts;  // [n_angular]
   T* section_cos;     // [n_sections]
@@ -160,7 +121,7 @@ struct AevTables : AevNumbers<T> {
 template <class T>
 KINML_HD AevTables<T> take_aev_tables(Pieces& pieces, const AevArguments<T>& a) {
   AevTables<T> t;
-  static_cast<AevNumbers<T>&>(t) = a;
+  static_cast<AevScales<T>&>(t) = a;
   t.radial_shifts = pieces.take<T>(a.n_radial);
   t.angular_shifts = pieces.take<T>(a.n_angular);
   t.section_cos = pieces.take<T>(a.n_sections);

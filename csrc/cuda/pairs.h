@@ -260,7 +260,8 @@ KINML_DEVICE void measure_neighbours(const Warp& warp, const AevTables<T>& t,
     // Coincident atoms have no direction: their unit vector and its derivatives are zero. A
     // distance that is not a number stays one.
     const bool coincident = kTiny<T> >= value_of(r2);
-    const N safe = root(coincident ? N(T(1)) : r2);
+    using std::sqrt;
+    const N safe = sqrt(coincident ? N(T(1)) : r2);
     const N inverse = coincident ? zero : N(T(1)) / safe;
     const N r = coincident ? zero : safe;
     n.ux()[k] = d.x * inverse;

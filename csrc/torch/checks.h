@@ -84,18 +84,6 @@ inline AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
   return p;
 }
 
-inline void check_network(const NetworkShape& shape, int64_t species, int64_t inputs) {
-  TORCH_CHECK(shape.size(species, 0) == inputs, "kinml_fast: the network of species ", species,
-              " takes ", shape.size(species, 0), " inputs, the features have ", inputs);
-  TORCH_CHECK(shape.size(species, shape.n_layers) == 1,
-              "kinml_fast: the last layer must have one output, ", "that of species ", species,
-              " has ", shape.size(species, shape.n_layers));
-}
-inline void check_activations(at::IntArrayRef activations) {
-  for (const int64_t a : activations)
-    TORCH_CHECK(a >= 0 && a <= 6, "kinml_fast: unknown activation code ", a);
-}
-
 // The chain of networks that `packed` describes: see the schema. The list must outlive it.
 inline NetworkChain unpack_networks(at::IntArrayRef packed) {
   constexpr size_t kHead = 4;
