@@ -173,7 +173,7 @@ class Loss:
     scales
         [2], factors of both terms.
     counts
-        [2, K], n_E,k and n_F,k: structures of the batch whose weight at level k is not 0, at least 1.
+        [2, K], n_E,k and n_F,k: structures of the batch whose weight at level k is not 0 (`count_weights`).
     """
 
     energies: Tensor
@@ -187,6 +187,23 @@ class Loss:
     def tensors(self) -> list[Tensor | None]:
         """What the ops take."""
         return [self.energies, self.energy_weights, self.forces, self.force_weights, self.scales, self.counts]
+
+
+def count_weights(energy_weights: Tensor, force_weights: Tensor, order: Tensor, size: int) -> Tensor:
+    """The ``counts`` [2, K] of `Loss` for each batch of an epoch: float64 [n_batches, 2, K].
+
+    Parameters
+    ----------
+    energy_weights, force_weights
+        [K, M] of a data set.
+    order
+        [n] int64, its structures in the order of the epoch.
+    size
+        Structures in a batch.
+    """
+    counted = torch.stack([energy_weights, force_weights])[..., order] != 0
+    room = torch.nn.functional.pad(counted, (0, -len(order) % size))
+    return room.unflatten(-1, (-1, size)).sum(-1, dtype=torch.float64).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)

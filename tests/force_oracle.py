@@ -104,7 +104,7 @@ def loss_terms(energies: Tensor, forces: Tensor, offsets: Tensor, loss: Loss) ->
     """L_E, L_F, energy residuals [K, n] and force errors [K, n, 3] of a batch, structure by structure."""
     residuals = energies - loss.energies
     counted = torch.where(loss.energy_weights == 0, 0.0, residuals)  # a target without weight may be NaN
-    of_energies = ((loss.energy_weights * counted.square()).sum(1) / loss.counts[0]).sum()
+    of_energies = ((loss.energy_weights * counted.square()).sum(1) / loss.counts[0].clamp(min=1)).sum()
     of_forces, errors = energies.new_zeros(()), residuals.new_zeros(*residuals.shape, 3)
     if loss.forces is None or not forces.numel():
         return of_energies, of_forces, residuals, errors

@@ -588,10 +588,7 @@ def test_weights_are_counted_for_each_batch(levels, size):
     order = torch.tensor([1, 3, 5, 0, 4])
     found = ops.count_weights(energy_weights, force_weights, order, size)
     expected = [
-        [
-            [max(1, int(sum(own[s] != 0 for s in batch))) for own in of_kind]
-            for of_kind in (energy_weights, force_weights)
-        ]
+        [[int(sum(own[s] != 0 for s in batch)) for own in of_kind] for of_kind in (energy_weights, force_weights)]
         for batch in order.split(size)
     ]
     assert found.dtype == torch.float64

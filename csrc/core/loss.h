@@ -23,7 +23,7 @@ struct Loss {
   const double* forces;          // [K, n_atoms, 3] targets; null, like their weights: no forces
   const double* force_weights;   // [K, n_structures] u
   const double* scales;          // [2]
-  const double* counts;          // [2, K] n_E,k and n_F,k, at least 1
+  const double* counts;          // [2, K] n_E,k and n_F,k
 
   // ---- energies: dE = E - target of structure s at level k
 
@@ -42,6 +42,11 @@ struct Loss {
   KINML_HD double energy_term(std::int64_t k, std::int64_t s, double residual) const {
     const double w = energy_weight(k, s);
     return w == 0 ? 0.0 : w * residual * residual;
+  }
+
+  // The share of level k in L_E, from the sum of these; 0 where nothing counts.
+  KINML_HD double energy_mean(std::int64_t k, double terms) const {
+    return counts[k] == 0 ? terms : terms / counts[k];
   }
 
   // ---- forces: dF = F - target of the components of structure s at level k
@@ -63,6 +68,10 @@ struct Loss {
                              std::int64_t components) const {
     const double u = force_weight(k, s);
     return u == 0 || components == 0 ? 0.0 : u * squares / static_cast<double>(components);
+  }
+  // The share of level k in L_F, likewise.
+  KINML_HD double force_mean(std::int64_t k, double terms) const {
+    return counts[n_levels + k] == 0 ? terms : terms / counts[n_levels + k];
   }
 };
 

@@ -285,8 +285,8 @@ struct BatchLoss {
         of_energies += loss.energy_term(k, s, residuals[place]);
         of_forces += loss.force_term(k, s, errors[3 * place + 1], components(i));
       }
-      losses[0] += of_energies / loss.counts[k];
-      losses[1] += of_forces / loss.counts[loss.n_levels + k];
+      losses[0] += loss.energy_mean(k, of_energies);
+      losses[1] += loss.force_mean(k, of_forces);
     }
   }
 };

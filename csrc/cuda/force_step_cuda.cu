@@ -652,8 +652,8 @@ struct FinishKernel {
           if (system.has_forces())
             forces += loss.force_term(k, s, errors[3 * (k * system.count() + i) + 1], components);
         }
-        of_energies += energies / loss.counts[k];
-        of_forces += forces / loss.counts[loss.n_levels + k];
+        of_energies += loss.energy_mean(k, energies);
+        of_forces += loss.force_mean(k, forces);
       }
       partial[lane] = of_energies;
       partial[kThreads + lane] = of_forces;

@@ -245,7 +245,7 @@ struct EnergyLossKernel {
     block.each(1, [&](int) {
       double sum = 0;
       for (int lane = 0; lane < kThreads; ++lane) sum += partial[lane];
-      losses[0] = sum / loss.counts[0];
+      losses[0] = loss.energy_mean(0, sum);
       losses[1] = 0;
     });
   }

@@ -354,7 +354,7 @@ void energy_step(const Tensor& features, at::TensorList order, const Tensor& par
       total += loss.energy_term(0, s, residual[s]);
     }
     double* losses = results.losses.mutable_data_ptr<double>();
-    losses[0] = total / loss.counts[0];
+    losses[0] = loss.energy_mean(0, total);
     losses[1] = 0;
     for (int64_t i = 0; i < net.n(); ++i)
       e[i] = static_cast<T>(loss.energy_slope(0, owner[i], residual[owner[i]]));

@@ -109,7 +109,6 @@ class Dataset:
         self.species, self.offsets = tensor(structures.species), tensor(structures.offsets)
         self.energies, self.forces, self.origin = tensor(targets), tensor(forces), tensor(origin)
         self.energy_weights, self.force_weights = tensor(energy_weights), tensor(force_weights)
-        self._weighted = tensor(np.stack([energy_weights, force_weights]) != 0, torch.float64)  # [2, K, M]
         self._order_seed = config.seed if config.shuffle else None
         self._atoms_known = np.repeat(self.known_forces, atoms, axis=1)
         self._first_atoms = structures.offsets
@@ -142,25 +141,6 @@ class Dataset:
         if self._order_seed is not None:
             order = np.random.default_rng([self._order_seed, epoch]).permutation(self.sizes["train"])
         return torch.from_numpy(order).to(self.origin.device)
-
-    def counts(self, order: Tensor, size: int) -> Tensor:
-        """How many structures of each batch have a weight.
-
-        Parameters
-        ----------
-        order
-            [n] int64, the structures of an epoch.
-        size
-            Structures in a batch.
-
-        Returns
-        -------
-        Tensor
-            float64 [n_batches, 2, K], of the weights in L_E and in L_F.
-        """
-        n_batches = -(-len(order) // size)
-        weighted = torch.nn.functional.pad(self._weighted[:, :, order], (0, n_batches * size - len(order)))
-        return weighted.view(2, self.levels, n_batches, size).sum(dim=-1).permute(2, 0, 1).contiguous()
 
     def numbers(self, with_forces: bool) -> list[str]:
         """How many structures each part has, and how many of them have energies of several levels, or forces."""

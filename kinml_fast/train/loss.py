@@ -107,7 +107,7 @@ class TaskWeights:
         Parameters
         ----------
         counts
-            [n_batches, 2, K], from `Dataset.counts`: a term without any weight is no term.
+            [n_batches, 2, K], of `ops.count_weights`: a term without any weight is no term.
         """
         rows = torch.ones(len(counts), len(self.names), dtype=torch.float64, device=counts.device)
         rows[:, :2] = counts.any(dim=-1)

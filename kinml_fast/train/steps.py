@@ -99,12 +99,13 @@ class PlannedStep:
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
         data, tasks, weights = self._data, self._tasks, self._networks.weights
-        gradient, counts = _gradient(weights), data.counts(order, size)
+        gradient = _gradient(weights)
+        counts = ops.count_weights(data.energy_weights, data.force_weights, order, size)
         parts = zip(
             ops.plan_batches(data.species, data.offsets, order, size, self._n_species),
             data.energies[0, order].split(size),
             data.energy_weights[0, order].split(size),
-            counts.clamp(min=1).unbind(0),
+            counts.unbind(0),
             errors.energies,
             strict=True,
         )
@@ -143,9 +144,10 @@ class FusedStep:
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
         data, tasks, weights = self._data, self._tasks, self._weights
-        gradient, counts = _gradient(weights), data.counts(order, size)
+        gradient = _gradient(weights)
+        counts = ops.count_weights(data.energy_weights, data.force_weights, order, size)
         targets = data.energies, data.energy_weights, data.forces, data.force_weights
-        parts = zip(order.split(size), counts.clamp(min=1).unbind(0), errors.energies, errors.forces, strict=True)
+        parts = zip(order.split(size), counts.unbind(0), errors.energies, errors.forces, strict=True)
         arguments = []
         for structures, own_counts, residuals, force_errors in parts:
             loss = ops.Loss(*targets, tasks.scales[:2], own_counts)
