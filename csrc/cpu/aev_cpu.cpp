@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "../core/aev_layout.h"
 #include "aev_environments.h"
 #include "guarded.h"
+#include "tile.h"
 
 namespace kinml::cpu {
 
@@ -92,77 +92,87 @@ void run_centres(const AevTables<T>& tables, Environments<T>& environments, cons
   }
 }
 
+// How the structures of a system are worked on: ranges of small ones, and large ones by themselves.
+struct Tasks {
+  std::vector<Range> small;  // that share a task
+  std::vector<std::int64_t> large;
+};
+template <class T>
+Tasks tasks_of(const System<T>& system) {
+  Tasks tasks;
+  std::int64_t atoms = 0;
+  for (std::int64_t s = 0; s < system.n_structures; ++s) {
+    const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
+    if (n > kLargeStructure) {
+      tasks.large.push_back(s);
+      atoms = kTaskAtoms;  // the next small structure begins a new range
+      continue;
+    }
+    if (tasks.small.empty() || atoms >= kTaskAtoms) {
+      tasks.small.push_back({s, s + 1});
+      atoms = n;
+    } else {
+      tasks.small.back().last = s + 1;
+      atoms += n;
+    }
+  }
+  return tasks;
+}
+
+template <class T>
+void set_structure(Environments<T>& environments, const System<T>& system, std::int64_t s) {
+  const std::int64_t first = system.offsets[s];
+  environments.set_structure(system.offsets[s + 1] - first, system.coordinates + 3 * first,
+                             system.species + first);
+}
+
+// One large structure by all threads: tasks of some centres; gradients in parts that are then added
+// in order. `whole` has the rows of its first atom.
+template <class T>
+void run_large(const AevTables<T>& tables, const System<T>& system, std::int64_t s,
+               const Task<T>& whole, int n_threads) {
+  const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
+  const std::int64_t wanted = (n + kTaskAtoms - 1) / kTaskAtoms;
+  const std::int64_t n_tasks = whole.to_coordinates() ? std::min(kParts, wanted) : wanted;
+  std::vector<T> parts(whole.to_coordinates() ? n_tasks * 3 * n : 0);
+  Environments<T> shared(tables);
+  set_structure(shared, system, s);
+  const auto some_centres = [&](std::int64_t item) {
+    Environments<T> environments(tables);
+    environments.share_structure(shared);
+    Task<T> task = whole;
+    if (task.to_coordinates()) task.out = parts.data() + item * 3 * n;
+    run_centres(tables, environments, task, item * n / n_tasks, (item + 1) * n / n_tasks);
+  };
+  guarded_parallel_for(n_tasks, n_threads, some_centres);
+  if (!whole.to_coordinates()) return;
+  const std::int64_t block = 4096;
+  parallel_for((3 * n + block - 1) / block, n_threads, [&](std::int64_t item) {
+    const std::int64_t end = std::min(3 * n, (item + 1) * block);
+    for (std::int64_t p = 0; p < n_tasks; ++p)
+      for (std::int64_t i = item * block; i < end; ++i) whole.out[i] += parts[p * 3 * n + i];
+  });
+}
+
 template <class T>
 void run(const AevParameters& parameters, const System<T>& system, Product product,
          const T* gradient, const T* tangent, std::int64_t columns, T* out, int n_threads) {
   const AevTableStorage<T> tables(parameters);
   const Task<T> all{product, parameters.length(), columns, gradient, tangent, out};
-  const auto set_structure = [&](Environments<T>& environments, std::int64_t s) {
-    const std::int64_t first = system.offsets[s];
-    environments.set_structure(system.offsets[s + 1] - first, system.coordinates + 3 * first,
-                               system.species + first);
-  };
   if (all.to_coordinates()) std::fill(out, out + 3 * system.offsets[system.n_structures], T(0));
-
-  // Small structures: tasks of whole structures.
-  struct Range {
-    std::int64_t first, last;
-  };
-  std::vector<Range> ranges;
-  std::vector<std::int64_t> large;
-  std::int64_t atoms = 0;
-  for (std::int64_t s = 0; s < system.n_structures; ++s) {
-    const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
-    if (n > kLargeStructure) {
-      large.push_back(s);
-      atoms = kTaskAtoms;  // the next small structure begins a new range
-      continue;
-    }
-    if (ranges.empty() || atoms >= kTaskAtoms) {
-      ranges.push_back({s, s + 1});
-      atoms = n;
-    } else {
-      ranges.back().last = s + 1;
-      atoms += n;
-    }
-  }
+  const Tasks tasks = tasks_of(system);
   const auto small_structures = [&](std::int64_t item) {
     Environments<T> environments(tables);
-    for (std::int64_t s = ranges[item].first; s < ranges[item].last; ++s) {
+    for (std::int64_t s = tasks.small[item].first; s < tasks.small[item].last; ++s) {
       const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
       if (n == 0) continue;
-      set_structure(environments, s);
+      set_structure(environments, system, s);
       run_centres(tables, environments, all.from(system.offsets[s]), 0, n);
     }
   };
-  guarded_parallel_for(static_cast<std::int64_t>(ranges.size()), n_threads, small_structures);
-
-  // Large structures: tasks of some centres; gradients in parts that are then added in order.
-  for (const std::int64_t s : large) {
-    const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
-    const std::int64_t wanted = (n + kTaskAtoms - 1) / kTaskAtoms;
-    const std::int64_t n_tasks = all.to_coordinates() ? std::min(kParts, wanted) : wanted;
-    std::vector<T> parts(all.to_coordinates() ? n_tasks * 3 * n : 0);
-    const Task<T> whole = all.from(system.offsets[s]);
-    Environments<T> shared(tables);
-    set_structure(shared, s);
-    const auto some_centres = [&](std::int64_t item) {
-      Environments<T> environments(tables);
-      environments.share_structure(shared);
-      Task<T> task = whole;
-      if (task.to_coordinates()) task.out = parts.data() + item * 3 * n;
-      run_centres(tables, environments, task, item * n / n_tasks, (item + 1) * n / n_tasks);
-    };
-    guarded_parallel_for(n_tasks, n_threads, some_centres);
-    if (all.to_coordinates()) {
-      const std::int64_t block = 4096;
-      parallel_for((3 * n + block - 1) / block, n_threads, [&](std::int64_t item) {
-        const std::int64_t end = std::min(3 * n, (item + 1) * block);
-        for (std::int64_t p = 0; p < n_tasks; ++p)
-          for (std::int64_t i = item * block; i < end; ++i) whole.out[i] += parts[p * 3 * n + i];
-      });
-    }
-  }
+  guarded_parallel_for(static_cast<std::int64_t>(tasks.small.size()), n_threads, small_structures);
+  for (const std::int64_t s : tasks.large)
+    run_large(tables, system, s, all.from(system.offsets[s]), n_threads);
 }
 
 }  // namespace
