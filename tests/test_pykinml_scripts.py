@@ -287,7 +287,7 @@ def test_two_levels_go_on_where_the_training_was(levels):
 def test_several_nodes_end_in_one_sentence(levels):
     text = run_script("train_multi_node", levels, expected=1, WORLD_SIZE="2", SLURM_PROCID="0")
     assert text.splitlines()[-1] == (
-        "kinml_fast.errors.InputError: training on several GPUs or nodes is not there yet: set args.ddp = False and "
+        "kinml_fast.errors.ConfigError: training on several GPUs or nodes is not there yet: set args.ddp = False and "
         "run one process, which trains on the CPU or on one GPU"
     )
 
