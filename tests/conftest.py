@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 
@@ -111,3 +112,13 @@ def on_device(device: torch.device) -> Iterator[None]:
     # Without a default device, torch's functions are called directly: tests on the CPU take no longer.
     with contextlib.nullcontext() if device.type == "cpu" else device:
         yield
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """What a test lets the package log to, such as a captured standard output, is closed when it ends."""
+    logger = logging.getLogger("kinml_fast")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers

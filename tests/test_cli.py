@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pty
 import re
@@ -22,16 +21,6 @@ from kinml_fast.cli import main
 from kinml_fast.deploy import model_file
 
 COMMAND = [sys.executable, "-m", "kinml_fast.cli"]
-
-
-@pytest.fixture(autouse=True)
-def quiet_logger():
-    """Each call of main adds a handler; a process calls it once."""
-    logger = logging.getLogger("kinml_fast")
-    before = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(before[0])
-    logger.handlers[:] = before[1]
 
 
 def complaint(capsys, *arguments):
