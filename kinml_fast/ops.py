@@ -123,11 +123,6 @@ class Model:
     descriptor: list[float]
     networks: list[int]
 
-    @property
-    def levels(self) -> int:
-        """K."""
-        return self.networks[0]
-
 
 @dataclass(frozen=True)
 class Order:
