@@ -184,21 +184,26 @@ class Loss:
         return [self.energies, self.energy_weights, self.forces, self.force_weights, self.scales, self.counts]
 
 
-def count_weights(energy_weights: Tensor, force_weights: Tensor, order: Tensor, size: int) -> Tensor:
+def weighted(energy_weights: Tensor, force_weights: Tensor) -> Tensor:
+    """1 where a weight [K, M] of a data set is not 0, [M + 1, 2, K] float64; the last row, of no structure, is 0."""
+    weights = torch.stack([energy_weights.T, force_weights.T], dim=1)
+    return torch.nn.functional.pad(weights, (0, 0, 0, 0, 0, 1)).ne_(0)
+
+
+def count_weights(weighted: Tensor, order: Tensor, size: int) -> Tensor:
     """The ``counts`` [2, K] of `Loss` for each batch of an epoch: float64 [n_batches, 2, K].
 
     Parameters
     ----------
-    energy_weights, force_weights
-        [K, M] of a data set.
+    weighted
+        What :func:`weighted` gave for the data set.
     order
         [n] int64, its structures in the order of the epoch.
     size
         Structures in a batch.
     """
-    counted = torch.stack([energy_weights, force_weights])[..., order] != 0
-    room = torch.nn.functional.pad(counted, (0, -len(order) % size))
-    return room.unflatten(-1, (-1, size)).sum(-1, dtype=torch.float64).permute(2, 0, 1).contiguous()
+    filled = torch.nn.functional.pad(order, (0, -len(order) % size), value=len(weighted) - 1)
+    return weighted.index_select(0, filled).unflatten(0, (-1, size)).sum(1)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
             n, n_structures = len(system.species), len(system.offsets) - 1
             targets, weights = normal(1, n_structures, seed=4), normal(1, n_structures, seed=6).abs()
             order, scales = torch.arange(n_structures).flip(0), torch.tensor([0.3, 0.7], dtype=torch.float64)
-            (counts,) = ops.count_weights(weights, weights, order, n_structures)
+            (counts,) = ops.count_weights(ops.weighted(weights, weights), order, n_structures)
             loss = Loss(targets, weights, normal(1, n, 3, seed=5), weights, scales, counts)
             losses, residuals, errors = (
                 torch.empty(shape, dtype=torch.float64) for shape in ((2,), (1, n_structures), (1, n_structures, 3))
@@ -87,7 +87,7 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         found |= dict(zip(names, seconds, strict=True))
 
     weights = normal(1, len(o) - 1, seed=7).abs()
-    (counts,) = ops.count_weights(weights, weights, torch.arange(len(o) - 1), len(o) - 1)
+    (counts,) = ops.count_weights(ops.weighted(weights, weights), torch.arange(len(o) - 1), len(o) - 1)
     flat, scales = networks.weights.detach(), torch.tensor([0.3, 0.0], dtype=torch.float64)
     loss = Loss(normal(1, len(o) - 1, seed=8), weights, None, None, scales, counts)
     written = StepResults(torch.empty(2).double(), torch.empty_like(flat), torch.empty_like(weights))

@@ -136,7 +136,7 @@ class Case:
             if force_weights[s] == 0:
                 forces[self.offsets[s] : self.offsets[s + 1]] = torch.nan  # never read
         of_energies, of_forces = energy_weights[None], force_weights[None]
-        counts = ops.count_weights(of_energies, of_forces, structures, max(1, len(structures)))
+        counts = ops.count_weights(ops.weighted(of_energies, of_forces), structures, max(1, len(structures)))
         counts = counts[0] if len(structures) else torch.ones(2, 1, dtype=torch.float64)
         scales = torch.tensor([0.3, 0.7], dtype=torch.float64)
         return Loss(normal(m, seed=5)[None], of_energies, forces[None], of_forces, scales, counts)
@@ -586,7 +586,7 @@ def test_weights_are_counted_for_each_batch(levels, size):
     weights = torch.tensor([[1, 0, 2, 0, 0.5, 1], [0, 0, 0, 3, 0, 0]], dtype=torch.float64)
     energy_weights, force_weights = weights[:levels], weights.flip(1)[:levels]
     order = torch.tensor([1, 3, 5, 0, 4])
-    found = ops.count_weights(energy_weights, force_weights, order, size)
+    found = ops.count_weights(ops.weighted(energy_weights, force_weights), order, size)
     expected = [
         [[int(sum(own[s] != 0 for s in batch)) for own in of_kind] for of_kind in (energy_weights, force_weights)]
         for batch in order.split(size)
@@ -598,7 +598,7 @@ def test_weights_are_counted_for_each_batch(levels, size):
 
 def test_an_epoch_of_nothing_has_no_counts():
     weights, nothing = torch.ones(2, 6, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    assert ops.count_weights(weights, weights, nothing, 4).shape == (0, 2, 2)
+    assert ops.count_weights(ops.weighted(weights, weights), nothing, 4).shape == (0, 2, 2)
 
 
 # ---- Errors --------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def step_arguments(made: EnergyModel, structures: list[int], system: System, wei
             targets[1][level, offsets[s] : offsets[s + 1]] = torch.nan
         if weights[0][level, s] == 0:
             targets[0][level, s] = torch.nan
-    (counts,) = ops.count_weights(*weights, batch, n)
+    (counts,) = ops.count_weights(ops.weighted(*weights), batch, n)
     losses, residuals, errors = (
         torch.full(shape, torch.nan, dtype=torch.float64) for shape in ((2,), (made.levels, n), (made.levels, n, 3))
     )

@@ -42,7 +42,7 @@ def test_structures_with_a_weight_are_counted_batch_by_batch(levels, size):
         [[np.count_nonzero(level[batch]) for level in weights] for weights in (data.energy_weights, data.force_weights)]
         for batch in order.split(size)
     ]
-    counts = ops.count_weights(data.energy_weights, data.force_weights, order, size)
+    counts = ops.count_weights(ops.weighted(data.energy_weights, data.force_weights), order, size)
     assert counts.dtype == torch.float64
     assert counts.tolist() == expected
     assert len({tuple(batch[1]) for batch in expected}) > 1 or size == 64

@@ -23,7 +23,7 @@ namespace kinml::cpu {
 inline constexpr int kMaxLanes = 16;
 
 // Centres whose sums over triples are in memory at one time.
-inline constexpr std::int64_t kCentresAtOnce = 8;
+inline constexpr std::int64_t kCentresAtOnce = 4;
 
 constexpr std::int64_t padded(std::int64_t n, std::int64_t lanes = kMaxLanes) {
   return (n + lanes - 1) / lanes * lanes;

@@ -25,11 +25,11 @@ class Scratch {
 
   template <class T>
   T* get(std::size_t count) {
-    const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    const std::size_t bytes = (count * sizeof(T) + kPage - 1) / kPage * kPage;
     if (bytes > size_ || (kExactMemory && bytes != size_)) {
       std::free(memory_);
       size_ = 0;
-      memory_ = std::aligned_alloc(64, bytes);
+      memory_ = std::aligned_alloc(kPage, bytes);
       if (memory_ == nullptr) throw std::bad_alloc();
       size_ = bytes;
     }
@@ -37,6 +37,7 @@ class Scratch {
   }
 
  private:
+  static constexpr std::size_t kPage = kExactMemory ? 64 : 4096;
   void* memory_ = nullptr;
   std::size_t size_ = 0;
 };

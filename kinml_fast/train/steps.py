@@ -94,26 +94,28 @@ class PlannedStep:
         assert system.features is not None
         self._features, self._networks, self._data, self._tasks = system.features, model.networks, data, tasks
         self._n_species = len(model.elements)
+        self._weighted = ops.weighted(data.energy_weights, data.force_weights)
         self._plans: dict[tuple[int, int, int], list[ops.Batch]] = {}
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
-        data, tasks, weights = self._data, self._tasks, self._networks.weights
-        gradient = _gradient(weights)
-        counts = ops.count_weights(data.energy_weights, data.force_weights, order, size)
+        data, networks = self._data, self._networks
+        weights, gradient = _training(networks.weights)
+        scales, losses = self._tasks.scales[:2], self._tasks.losses[:2]
+        counts = ops.count_weights(self._weighted, order, size)
         parts = zip(
             ops.plan_batches(data.species, data.offsets, order, size, self._n_species),
-            data.energies[0, order].split(size),
-            data.energy_weights[0, order].split(size),
+            data.energies[:, order].split(size, dim=1),
+            data.energy_weights[:, order].split(size, dim=1),
             counts.unbind(0),
             errors.energies,
             strict=True,
         )
         arguments = []
         for batch, targets, energy_weights, own_counts, residuals in parts:
-            loss = ops.Loss(targets[None], energy_weights[None], None, None, tasks.scales[:2], own_counts)
-            results = ops.StepResults(tasks.losses[:2], gradient, residuals)
-            arguments.append((self._features, batch.order, weights.detach(), loss, results, self._networks.packed))
+            loss = ops.Loss(targets, energy_weights, None, None, scales, own_counts)
+            results = ops.StepResults(losses, gradient, residuals)
+            arguments.append((self._features, batch.order, weights, loss, results, networks.packed))
         return Batches(arguments, counts)
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, None]:
@@ -140,19 +142,21 @@ class FusedStep:
     def __init__(self, system: ops.System, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
         self._system, self._weights, self._data, self._tasks = system, model.networks.weights, data, tasks
         self._model = ops.Model(model.aev.packed, model.networks.packed)
+        self._weighted = ops.weighted(data.energy_weights, data.force_weights)
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
-        data, tasks, weights = self._data, self._tasks, self._weights
-        gradient = _gradient(weights)
-        counts = ops.count_weights(data.energy_weights, data.force_weights, order, size)
+        data = self._data
+        weights, gradient = _training(self._weights)
+        scales, losses = self._tasks.scales[:2], self._tasks.losses[:2]
+        counts = ops.count_weights(self._weighted, order, size)
         targets = data.energies, data.energy_weights, data.forces, data.force_weights
         parts = zip(order.split(size), counts.unbind(0), errors.energies, errors.forces, strict=True)
         arguments = []
         for structures, own_counts, residuals, force_errors in parts:
-            loss = ops.Loss(*targets, tasks.scales[:2], own_counts)
-            results = ops.StepResults(tasks.losses[:2], gradient, residuals, force_errors)
-            arguments.append((self._system, structures, weights.detach(), loss, results, self._model))
+            loss = ops.Loss(*targets, scales, own_counts)
+            results = ops.StepResults(losses, gradient, residuals, force_errors)
+            arguments.append((self._system, structures, weights, loss, results, self._model))
         return Batches(arguments, counts)
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
@@ -168,8 +172,8 @@ class FusedStep:
             return torch.cat(energies, dim=1), torch.cat(forces, dim=1) if self._system.has_forces else None
 
 
-def _gradient(weights: Tensor) -> Tensor:
-    """Where a step writes the gradient of the weights."""
+def _training(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights, without autograd, and where a step writes their gradient."""
     if weights.grad is None:
         weights.grad = torch.empty_like(weights)
-    return weights.grad
+    return weights.detach(), weights.grad
