@@ -336,7 +336,7 @@ def energy_forces(
     Returns
     -------
     energies : Tensor
-        [R, n_structures] in eV, float64; with ``sae`` [R, S] added for each atom.
+        [R, n_structures] in eV, float64; with ``sae`` [R, S], for R = 1 also [S], added for each atom.
     forces : Tensor
         [R, n_atoms, 3], -dE/dx in eV/Å, of the parameters' dtype; [R, 0, 3] from stored descriptors without Jacobians.
 

@@ -176,7 +176,10 @@ struct ModelArguments {
     if (!sae_.has_value()) return;
     system.check_here(*sae_, "sae");
     sae = sae_->contiguous();
-    check_doubles(sae, "sae", shape<int64_t>({networks.n_species()}));
+    auto expected = shape<int64_t>({networks.n_species()});
+    if (n_levels() - first_level == 1 && sae.dim() + 1 == static_cast<int64_t>(expected.size()))
+      expected.erase(expected.end() - 2);  // R = 1 may be left out
+    check_doubles(sae, "sae", expected);
   }
 
   int64_t n_levels() const { return networks.n_levels(); }

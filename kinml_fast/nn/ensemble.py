@@ -126,7 +126,7 @@ class Ensemble(Potential):
         -----
         Not differentiable: for derivatives take those of :meth:`forward` or :meth:`member_level_energies`.
         """
-        sae = self.sae.unsqueeze(1) if self.levels == 1 else self.sae[:, -1:]
+        sae = self.sae if self.levels == 1 else self.sae[:, -1]
         energies, forces = self._fused(coordinates, species, offsets, sae, self.levels - 1)
         return energies.squeeze(1), forces.squeeze(1)
 
@@ -138,7 +138,7 @@ class Ensemble(Potential):
 
         Otherwise as :meth:`member_energies_and_forces`.
         """
-        return self._fused(coordinates, species, offsets, self.sae.unsqueeze(1) if self.levels == 1 else self.sae, 0)
+        return self._fused(coordinates, species, offsets, self.sae, 0)
 
     def _fused(
         self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, first_level: int

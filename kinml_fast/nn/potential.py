@@ -164,7 +164,7 @@ class EnergyModel(Potential):
         Both can be differentiated with respect to the weights, not with respect to the coordinates: for those, take
         the gradient of what :meth:`forward` gives.
         """
-        sae = self.sae.unsqueeze(0) if self.levels == 1 else self.sae[-1:]
+        sae = self.sae if self.levels == 1 else self.sae[-1]
         energies, forces = self._fused(coordinates, species, offsets, sae, self.levels - 1)
         return energies.squeeze(0), forces.squeeze(0)
 
@@ -174,8 +174,7 @@ class EnergyModel(Potential):
 
         Otherwise as :meth:`energies_and_forces`.
         """
-        sae = self.sae.unsqueeze(0) if self.levels == 1 else self.sae
-        return self._fused(coordinates, species, offsets, sae, 0)
+        return self._fused(coordinates, species, offsets, self.sae, 0)
 
     def _fused(
         self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, first_level: int
