@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kinml_fast.errors import ConfigError, InputError
+from kinml_fast.errors import ConfigError, InputError, RankError
 
 if TYPE_CHECKING:
     from kinml_fast.train.progress import Progress
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.arguments += rest
     try:
         options.command(options)
+    except RankError:
+        return USAGE_ERROR
     except InputError as error:
         return _complain(str(error))
     except OSError as error:
@@ -181,22 +184,22 @@ def _train(options: argparse.Namespace) -> None:
         raise ConfigError("kinml-fast train: give a configuration file, `example`, `forces`, or --resume RUN")
     if options.resume is not None and options.overwrite:
         raise ConfigError("kinml-fast train: --resume continues a run and --overwrite replaces one: give one of them")
-    from kinml_fast.train import config, runs
+    from kinml_fast.train import config, ranks, runs
 
-    progress = _show_log()
-    if options.resume is None:
-        path, *overrides = options.arguments
-        settings = config.load(path, overrides)
-        folder = settings.run
-    else:
+    with ranks.joined() as together:
+        progress = _show_log(quiet=not together.is_first)
         folder = options.resume
-    try:
-        if options.resume is None:
-            runs.start(settings, overwrite=options.overwrite, progress=progress)
-        else:
-            runs.resume(folder, options.arguments, progress=progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; continue with: kinml-fast train --resume {folder}") from None
+        try:
+            if options.resume is None:
+                path, *overrides = options.arguments
+                load = functools.partial(config.load, path, overrides)
+                settings = together.in_turn(load, load)
+                folder = settings.run
+                runs.start(settings, overwrite=options.overwrite, progress=progress, ranks=together)
+            else:
+                runs.resume(folder, options.arguments, progress=progress, ranks=together)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"; continue with: kinml-fast train --resume {folder}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -247,11 +250,17 @@ def _convert(options: argparse.Namespace) -> None:
     )
 
 
-def _show_log() -> Progress:
-    """Show what the package logs on standard output; how progress is shown depends on whether that is a terminal."""
+def _show_log(quiet: bool = False) -> Progress:
+    """Show what the package logs on standard output; how progress is shown depends on whether that is a terminal.
+
+    Of several processes that train together only one is not `quiet`.
+    """
     from kinml_fast.train import progress
 
     logger = logging.getLogger("kinml_fast")
+    if quiet:
+        logger.setLevel(logging.ERROR)
+        return progress.Progress()
     logger.setLevel(logging.INFO)
     if not sys.stdout.isatty():
         logger.addHandler(logging.StreamHandler(sys.stdout))

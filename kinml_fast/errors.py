@@ -28,6 +28,10 @@ class DeviceError(InputError):
     """A device that is not there or cannot be used, or memory that is too small."""
 
 
+class RankError(InputError):
+    """Another process of several that train together could not go on; it says why."""
+
+
 def first_line(error: Exception) -> str:
     """What an error says, cut to a line that fits into a sentence; its kind if it says nothing."""
     text = str(error).strip()

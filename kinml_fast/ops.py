@@ -362,6 +362,45 @@ def force_step(
     )
 
 
+def batch_parts(offsets: Tensor, structures: Tensor) -> Tensor:
+    """How `force_step` cuts a batch: bounds [P + 1] int64, places in ``structures``, that depend on the batch only.
+
+    Several processes that share a batch take some parts each: `force_step_parts`, then `force_step_join` when all parts
+    are known, give the bits of `force_step`. All three are for the CPU, and nothing in them can be differentiated.
+    """
+    return _OPS.batch_parts(offsets, structures)
+
+
+def force_step_parts(
+    system: System,
+    structures: Tensor,
+    bounds: Tensor,
+    parameters: Tensor,
+    loss: Loss,
+    gradients: Tensor,
+    energy_residuals: Tensor,
+    force_errors: Tensor,
+    model: Model,
+) -> None:
+    """The gradient of the loss of each of some parts of a batch; ``loss`` has the counts of the whole batch.
+
+    ``structures`` [n] are those of the parts, ``bounds`` [p + 1] the places where they begin and end. ``gradients``
+    [p, n_weights], ``energy_residuals`` [K, n] and ``force_errors`` [K, n, 3] are written.
+    """
+    results = [gradients, energy_residuals, force_errors]
+    _OPS.force_step_parts(
+        system.tensors, structures, bounds, parameters, loss.tensors, results, model.descriptor, model.networks
+    )
+
+
+def force_step_join(system: System, structures: Tensor, loss: Loss, gradients: Tensor, results: StepResults) -> None:
+    """Losses and gradient of a whole batch, from the ``gradients`` [P, n_weights] of all its parts in their order.
+
+    The residuals and errors in ``results`` are known; the losses and the gradient are written.
+    """
+    _OPS.force_step_join(system.tensors, structures, loss.tensors, gradients, results.tensors)
+
+
 # ---- optimizer ---------------------------------------------------------------------------------
 
 

@@ -15,9 +15,6 @@ namespace {
 
 using Index = std::int64_t;
 
-// Weight gradients are summed in at most so many parts, each by one thread at a time.
-constexpr Index kParts = 32;
-
 // ---- evaluation ---------------------------------------------------------------------------------
 
 // Where the outputs of energy_forces begin.
@@ -160,21 +157,15 @@ void add_single_atom_energies(const Model<T>& model, const System<T>& system,
 //   judge(energies, i, arrays, slopes)  from its energies [K] and, if known, arrays.forces, sets
 //                                       the slopes and arrays.force_slopes
 
-// gradient = that of the loss, in parts.
+// Gradients of the loss's share of each of some parts of a batch, `room` numbers apart.
 template <class T, class LossOf>
-void differentiate(const Model<T>& model, const System<T>& system, const LossOf& loss, T* gradient,
-                   int n_threads) {
+void differentiate(const Model<T>& model, const System<T>& system, const LossOf& loss,
+                   const std::vector<Range>& parts, T* gradients, Index room, int n_threads) {
   const NetworkChain& chain = model.networks;
-  const Index n_weights = chain.parameters(), K = chain.n_levels();
+  const Index K = chain.n_levels();
   const DescriptorSource<T> source(model.aev, system);
   const PackedChain<T> packed(chain, model.weights, n_threads);
-  const Range all{0, system.count()};
-  const Index wished = (count_atoms(system, all) + kTileAtoms - 1) / kTileAtoms;
-  const std::vector<Range> parts = cut(system, all, std::clamp<Index>(wished, 1, kParts));
-  const Index n_parts = static_cast<Index>(parts.size()), room = padded(n_weights);
-  thread_local Scratch memory;
-  T* const sums = memory.get<T>(n_parts * room);
-  guarded_parallel_for(n_parts, n_threads, [&](Index part) {
+  guarded_parallel_for(static_cast<Index>(parts.size()), n_threads, [&](Index part) {
     TileEnvironments<T> environments(source);
     bool add = false;
     for (const Range range : tiles_of(system, parts[part])) {
@@ -196,18 +187,37 @@ void differentiate(const Model<T>& model, const System<T>& system, const LossOf&
       const Descent<T> descent =
           descend(ascend(tile, packed, arrays, height, on_forces, arrays.gradients),
                   on_forces ? &descriptors : nullptr, judge);
-      weight_gradients(descent, sums + part * room, add);
+      weight_gradients(descent, gradients + part * room, add);
       add = true;
     }
   });
+}
+
+// gradient = sum of those of the parts, in their order
+template <class T>
+void sum_gradients(const T* gradients, Index n_parts, Index room, Index n_weights, T* gradient,
+                   int n_threads) {
   const Index block = 2048;
   parallel_for((n_weights + block - 1) / block, n_threads, [&](Index item) {
     const Index begin = item * block, end = std::min(n_weights, begin + block);
     if (n_parts == 0)
       std::fill(gradient + begin, gradient + end, T(0));
     else
-      KINML_CALL_KERNEL(sum_parts, sums + begin, n_parts, room, end - begin, gradient + begin);
+      KINML_CALL_KERNEL(sum_parts, gradients + begin, n_parts, room, end - begin, gradient + begin);
   });
+}
+
+// gradient = that of the loss
+template <class T, class LossOf>
+void differentiate(const Model<T>& model, const System<T>& system, const LossOf& loss, T* gradient,
+                   int n_threads) {
+  const Index n_weights = model.networks.parameters(), room = padded(n_weights);
+  const std::vector<Range> parts = parts_of(system);
+  const Index n_parts = static_cast<Index>(parts.size());
+  thread_local Scratch memory;
+  T* const gradients = memory.get<T>(n_parts * room);
+  differentiate(model, system, loss, parts, gradients, room, n_threads);
+  sum_gradients(gradients, n_parts, room, n_weights, gradient, n_threads);
 }
 
 // sum e E + sum r F, of outputs from first_level on.
@@ -325,13 +335,35 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
   batch.sum(losses);
 }
 
-#define KINML_INSTANTIATE(T)                                                                   \
-  template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t, double*, T*, \
-                                 int);                                                         \
-  template void energy_forces_backward<T>(const Model<T>&, const System<T>&, std::int64_t,     \
-                                          const double*, const T*, T*, int);                   \
-  template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,     \
-                              double*, double*, int);
+template <class T>
+void force_step_parts(const Model<T>& model, const System<T>& system, const Loss& loss,
+                      const std::int64_t* bounds, std::int64_t n_parts, T* gradients,
+                      double* residuals, double* errors, int n_threads) {
+  std::vector<Range> parts;
+  for (Index p = 0; p < n_parts; ++p) parts.push_back({bounds[p], bounds[p + 1]});
+  const BatchLoss<T> batch{system, loss, residuals, errors};
+  differentiate(model, system, batch, parts, gradients, model.networks.parameters(), n_threads);
+}
+
+template <class T>
+void force_step_join(const System<T>& system, const Loss& loss, const T* gradients,
+                     std::int64_t n_parts, std::int64_t n_weights, double* losses, T* gradient,
+                     double* residuals, double* errors, int n_threads) {
+  sum_gradients(gradients, n_parts, n_weights, n_weights, gradient, n_threads);
+  BatchLoss<T>{system, loss, residuals, errors}.sum(losses);
+}
+
+#define KINML_INSTANTIATE(T)                                                                       \
+  template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t, double*, T*,     \
+                                 int);                                                             \
+  template void energy_forces_backward<T>(const Model<T>&, const System<T>&, std::int64_t,         \
+                                          const double*, const T*, T*, int);                       \
+  template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,         \
+                              double*, double*, int);                                              \
+  template void force_step_parts<T>(const Model<T>&, const System<T>&, const Loss&,                \
+                                    const std::int64_t*, std::int64_t, T*, double*, double*, int); \
+  template void force_step_join<T>(const System<T>&, const Loss&, const T*, std::int64_t,          \
+                                   std::int64_t, double*, T*, double*, double*, int);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)
 #undef KINML_INSTANTIATE

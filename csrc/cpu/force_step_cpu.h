@@ -59,4 +59,23 @@ template <class T>
 void force_step(const Model<T>& model, const System<T>& system, const Loss& loss, double* losses,
                 T* gradient, double* residuals, double* errors, int n_threads);
 
+// The same in two calls, for a batch that several processes share. `tile.h` cuts it into parts that
+// depend on the batch only, and each process takes some of them: the result has the bits of
+// force_step for any number of processes.
+//
+// The first call is for structures of some parts, with the counts of the whole batch in the loss.
+// bounds     // [n_parts + 1] places among the chosen structures, from 0 on
+// gradients  // [n_parts, n_weights] each part's share
+// residuals, errors  // of these structures
+template <class T>
+void force_step_parts(const Model<T>& model, const System<T>& system, const Loss& loss,
+                      const std::int64_t* bounds, std::int64_t n_parts, T* gradients,
+                      double* residuals, double* errors, int n_threads);
+
+// The second is for the whole batch, with what the first calls gave, all parts in their order.
+template <class T>
+void force_step_join(const System<T>& system, const Loss& loss, const T* gradients,
+                     std::int64_t n_parts, std::int64_t n_weights, double* losses, T* gradient,
+                     double* residuals, double* errors, int n_threads);
+
 }  // namespace kinml::cpu

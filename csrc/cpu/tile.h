@@ -51,6 +51,17 @@ std::vector<Range> tiles_of(const System<T>& system, Range range) {
   return cut(system, range, (count_atoms(system, range) + kTileAtoms - 1) / kTileAtoms);
 }
 
+// Weight gradients are summed in at most so many parts of a batch, each by one thread at a time,
+// that depend on the batch only: then in their order.
+inline constexpr std::int64_t kParts = 32;
+
+template <class T>
+std::vector<Range> parts_of(const System<T>& system) {
+  const Range all{0, system.count()};
+  const std::int64_t wished = (count_atoms(system, all) + kTileAtoms - 1) / kTileAtoms;
+  return cut(system, all, std::clamp<std::int64_t>(wished, 1, kParts));
+}
+
 // n atoms in rows, structure after structure, and their order by species: place p has row rows[p].
 struct SpeciesOrder {
   std::vector<std::int64_t> starts;  // [n_species + 1] places of each species

@@ -17,7 +17,8 @@ TORCH_LIBRARY_IMPL(kinml_fast, CUDA, m) {
   for (const char* name :
        {"aev", "aev_vjp", "aev_jvp", "aev_hvp", "aev_jacobian", "species_order", "plan_batches",
         "networks", "networks_forward", "networks_backward", "networks_second_backward",
-        "energy_step", "energy_forces", "energy_forces_backward", "force_step", "adam_step"})
+        "energy_step", "energy_forces", "energy_forces_backward", "force_step", "batch_parts",
+        "force_step_parts", "force_step_join", "adam_step"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda>());
 }
 

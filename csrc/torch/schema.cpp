@@ -104,6 +104,20 @@ TORCH_LIBRARY(kinml_fast, m) {
       "force_step(Tensor?[] system, Tensor structures, Tensor parameters, Tensor?[] loss, "
       "Tensor(a!)[] results, float[] descriptor, int[] networks) -> ()");
 
+  // The same in parts, for a batch that several processes share (kinml_fast/ops.py); on the CPU.
+  // Bounds [P + 1] int64 of a batch's parts, places in `structures`, which depend on the batch only.
+  m.def("batch_parts(Tensor offsets, Tensor structures) -> Tensor");
+  // Of structures that are some parts of a batch. Results: gradients [parts, n], energy_residuals,
+  // force_errors.
+  m.def(
+      "force_step_parts(Tensor?[] system, Tensor structures, Tensor bounds, Tensor parameters, "
+      "Tensor?[] loss, Tensor(a!)[] results, float[] descriptor, int[] networks) -> ()");
+  // Of the whole batch, from gradients [P, n] of all parts. Results as of force_step, where
+  // residuals and errors are given.
+  m.def(
+      "force_step_join(Tensor?[] system, Tensor structures, Tensor?[] loss, Tensor gradients, "
+      "Tensor(a!)[] results) -> ()");
+
   // ---- optimizer
 
   // One step of Adam or AdamW (csrc/core/adam.h) on a flat parameter, in place; largest for

@@ -96,6 +96,10 @@ class Rhythm:
             raise KeyboardInterrupt
         self._next = min(self._drawing.moment, self._saving.moment)
 
+    def interrupt(self) -> None:
+        """Let the next `tick` save and end the run."""
+        self.interrupted, self._next = True, -math.inf
+
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Ctrl-C takes effect between two batches; pressed twice, at once."""
@@ -106,7 +110,7 @@ class Rhythm:
 
         def interrupt(number: int, frame: object) -> None:
             signal.signal(signal.SIGINT, before)
-            self.interrupted, self._next = True, -math.inf
+            self.interrupt()
 
         signal.signal(signal.SIGINT, interrupt)
         try:

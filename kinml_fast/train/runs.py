@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kinml_fast import devices
+from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.train import config as configuration
 from kinml_fast.train import ensembles
@@ -14,13 +15,16 @@ from kinml_fast.train.config import Config
 from kinml_fast.train.ensembles import EnsembleSummary
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
+from kinml_fast.train.ranks import ALONE, Ranks
 from kinml_fast.train.results import Summary
 from kinml_fast.train.single import begin, fit, go_on, prepare, prepared_before
 
 log = logging.getLogger(__name__)
 
 
-def start(config: Config, *, overwrite: bool = False, progress: Progress | None = None) -> Summary | EnsembleSummary:
+def start(
+    config: Config, *, overwrite: bool = False, progress: Progress | None = None, ranks: Ranks = ALONE
+) -> Summary | EnsembleSummary:
     """Prepare the data, initialise the model or take the one to start from, and train it, in a new run folder.
 
     Parameters
@@ -31,6 +35,8 @@ def start(config: Config, *, overwrite: bool = False, progress: Progress | None 
         Replace an earlier run in the folder.
     progress
         What shows the progress; by default log lines.
+    ranks
+        The processes that train together; each of them calls this.
 
     Raises
     ------
@@ -39,20 +45,25 @@ def start(config: Config, *, overwrite: bool = False, progress: Progress | None 
     """
     folder = RunFolder(config.run)
     devices.resolve(config.training.device)  # says now what is wrong with it
+    _check_shared(config, ranks)
     config, origin = begin(config)
-    folder.create(overwrite)
-    configuration.save(config, folder.config)
-    with folder.logged():
-        for sentence in config.ignored():
-            log.warning("%s", sentence)
-        data = prepare(config)
+
+    def begun() -> Prepared:
+        folder.create(overwrite)
+        configuration.save(config, folder.config)
+        with folder.logged():
+            for sentence in config.ignored():
+                log.warning("%s", sentence)
+            return prepare(config)
+
+    data = ranks.in_turn(begun, lambda: prepared_before(config))
     if config.ensemble.members > 1:
         return ensembles.train(config, data, progress)
-    return fit(config, data, origin, progress)
+    return fit(config, data, origin, progress, ranks=ranks)
 
 
 def resume(
-    path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None
+    path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None, ranks: Ranks = ALONE
 ) -> Summary | EnsembleSummary:
     """Continue a run from its last checkpoint, or an ensemble with the members that are not at their end.
 
@@ -82,16 +93,35 @@ def resume(
     if config.start != before.start:
         raise ConfigError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
     devices.resolve(config.training.device)
+    _check_shared(config, ranks)
     here = config.model_copy(update={"run": str(folder)})  # it may have moved
-    folder.sweep()
     if max(before.ensemble.members, config.ensemble.members) > 1:
+        folder.sweep()
         return ensembles.resume(before, here, lambda: configuration.save(config, folder.config), progress)
-    folder.make()
     if not folder.last.exists():
         here, origin = begin(here)
-        with folder.logged():
-            data = prepare(here)
-        return fit(here, data, origin, progress, resume=True)
+        data = ranks.in_turn(lambda: _again(here, folder, prepare), lambda: prepared_before(here))
+        return fit(here, data, origin, progress, resume=True, ranks=ranks)
+    data = ranks.in_turn(lambda: _again(here, folder, prepared_before), lambda: prepared_before(here))
+    return go_on(here, data, progress, lambda: configuration.save(config, folder.config), ranks)
+
+
+def _again(config: Config, folder: RunFolder, read: Callable[[Config], Prepared]) -> Prepared:
+    """Clear up in the folder of a run that was cut off, and read its data."""
+    folder.sweep()
+    folder.make()
     with folder.logged():
-        data = prepared_before(here)
-    return go_on(here, data, progress, lambda: configuration.save(config, folder.config))
+        return read(config)
+
+
+def _check_shared(config: Config, ranks: Ranks) -> None:
+    """Refuse what several processes cannot do together."""
+    if ranks.alone:
+        return
+    if config.ensemble.members > 1:
+        raise ConfigError(
+            "several processes cannot train an ensemble together yet: start one, with ensemble.processes=N, or set "
+            "ensemble.members=1"
+        )
+    if devices.resolve(config.training.device).type != "cpu":
+        raise ConfigError("several processes train on CPUs only as yet: set training.device=cpu, or start one process")

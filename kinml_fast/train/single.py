@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from kinml_fast.train.config import Config
 from kinml_fast.train.continued import Origin
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
+from kinml_fast.train.ranks import ALONE, Ranks
 from kinml_fast.train.results import Summary
 from kinml_fast.train.trainer import Trainer
 
@@ -34,14 +36,19 @@ def prepared_before(config: Config) -> Prepared:
 
 
 def go_on(
-    config: Config, data: Prepared, progress: Progress | None = None, accepted: Callable[[], None] | None = None
+    config: Config,
+    data: Prepared,
+    progress: Progress | None = None,
+    accepted: Callable[[], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Summary:
     """Train on from the last checkpoint in the configuration's folder.
 
-    `accepted` is called when the checkpoint has turned out to fit data and configuration.
+    `accepted` is called, in the first of several processes, when the checkpoint has turned out to fit data and
+    configuration.
     """
     folder, given = RunFolder(config.run), _given(config, data)
-    with folder.logged():
+    with _logged(folder, ranks):
         if config.start.model is None:
             model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
         else:
@@ -51,9 +58,16 @@ def go_on(
         _move(model, config)
     _seed_others(config)
     trainer = Trainer(
-        model, given, config.training, folder.path, resume=True, progress=progress, freeze=config.start.freeze
+        model,
+        given,
+        config.training,
+        folder.path,
+        resume=True,
+        progress=progress,
+        freeze=config.start.freeze,
+        ranks=ranks,
     )
-    if accepted is not None:
+    if accepted is not None and ranks.is_first:
         accepted()
     return trainer.fit()
 
@@ -78,11 +92,16 @@ def begin(config: Config) -> tuple[Config, Origin | None]:
 
 
 def fit(
-    config: Config, data: Prepared, origin: Origin | None, progress: Progress | None = None, resume: bool = False
+    config: Config,
+    data: Prepared,
+    origin: Origin | None,
+    progress: Progress | None = None,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Summary:
     """Train from the beginning, in a folder that is there."""
     folder = RunFolder(config.run)
-    with folder.logged():
+    with _logged(folder, ranks):
         if origin is None:
             model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
         else:
@@ -102,6 +121,7 @@ def fit(
             progress=progress,
             freeze=config.start.freeze,
             origin=origin if config.start.optimizer == "keep" else None,
+            ranks=ranks,
         )
         if origin is not None:
             residuals = trainer.evaluate("validation", config.training.loss.forces)
@@ -164,6 +184,11 @@ def make_model(
         fidelities=fidelities,
         baseline=baseline,
     )
+
+
+def _logged(folder: RunFolder, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    """One process writes the log."""
+    return folder.logged() if ranks.is_first else contextlib.nullcontext()
 
 
 def _given(config: Config, data: Prepared) -> TrainingData:

@@ -67,16 +67,23 @@ class Step(Protocol):
         """
 
 
-def make_step(model: EnergyModel, data: Dataset, tasks: TaskWeights, config: TrainingConfig, with_forces: bool) -> Step:
+def make_step(
+    model: EnergyModel,
+    data: Dataset,
+    tasks: TaskWeights,
+    config: TrainingConfig,
+    with_forces: bool,
+    planned: bool = True,
+) -> PlannedStep | FusedStep:
     """What trains and evaluates a model on energies, or on energies and forces.
 
-    Descriptors that it keeps are computed or read here.
+    Descriptors that it keeps are computed or read here. A `PlannedStep` only if `planned` is given.
     """
     started = time.monotonic()
     if with_forces and not (config.loss.forces and config.jacobian == "stored"):
         return FusedStep(ops.System(data.coordinates, data.species, data.offsets), model, data, tasks)
     # A plan of batches makes a GPU wait.
-    planned = not with_forces and data.levels == 1 and data.origin.device.type == "cpu"
+    planned = planned and not with_forces and data.levels == 1 and data.origin.device.type == "cpu"
     found = data.descriptors(model, jacobian=with_forces)
     system = ops.System(None, data.species, data.offsets, found.features, found.jacobian)
     step = (PlannedStep if planned else FusedStep)(system, model, data, tasks)

@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kinml_fast.data.split import PARTS
 from kinml_fast.data.training_data import TrainingData
-from kinml_fast.errors import DeviceError, first_line
+from kinml_fast.errors import ConfigError, DeviceError, first_line
 from kinml_fast.nn import EnergyModel
-from kinml_fast.train import continued, results
+from kinml_fast.train import checkpoint, continued, results
 from kinml_fast.train.captured import EpochRecorder
 from kinml_fast.train.config import TrainingConfig
 from kinml_fast.train.dataset import Dataset
@@ -25,10 +25,12 @@ from kinml_fast.train.judge import Judge
 from kinml_fast.train.loss import ExtraLoss, ExtraLosses, LossBatch, TaskWeights
 from kinml_fast.train.metrics import LevelErrors, Residuals, Row, level_columns, level_values
 from kinml_fast.train.progress import Progress
+from kinml_fast.train.ranks import ALONE, Ranks
 from kinml_fast.train.results import Summary
 from kinml_fast.train.rhythm import SYSTEM_CLOCK, Clock, Rhythm
+from kinml_fast.train.shared import SharedStep
 from kinml_fast.train.state import RunState
-from kinml_fast.train.steps import Step, make_step
+from kinml_fast.train.steps import FusedStep, Step, make_step
 from kinml_fast.train.store import RunStore
 from kinml_fast.train.update import Update
 
@@ -67,6 +69,8 @@ class Trainer:
         the run goes on with; see `continued.keep_state`. A resumed run has a state already.
     clock
         Tells the time in seconds, by which the progress is shown and checkpoints are written.
+    ranks
+        The processes that train this model together, on CPUs (`ranks.joined`); the first of them writes the folder.
 
     Attributes
     ----------
@@ -99,19 +103,24 @@ class Trainer:
         freeze: Sequence[str] = (),
         origin: continued.Origin | None = None,
         clock: Clock = SYSTEM_CLOCK,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.config = config or TrainingConfig()
-        self.folder = None if folder is None else RunFolder(folder)
+        place = None if folder is None else RunFolder(folder)
+        self.folder = place if ranks.is_first else None
         self.progress = progress or Progress()
         self.data = Dataset(model, data, self.config)
         self._steps: dict[bool, Step] = {}
-        self._clock, self._rhythm = clock, Rhythm(clock, self.config.checkpoint_seconds)
+        self._clock, self._rhythm, self._ranks = clock, Rhythm(clock, self.config.checkpoint_seconds), ranks
+        if not ranks.alone and (extra_losses or model.sae.device.type != "cpu"):
+            what = "extra_losses" if extra_losses else "training.device other than cpu"
+            raise ConfigError(f"{what} and several processes do not go together yet: use one process")
 
         tasks = TaskWeights(self.config.loss, list(extra_losses or {}), model.sae.device)
         self._extra = ExtraLosses(extra_losses, model, tasks) if extra_losses else None
         self._update = Update(model, self.config, tasks, freeze)
-        resuming = resume and self.folder is not None and self.folder.last.exists()
+        resuming = resume and place is not None and place.last.exists()
         if origin is not None and not resuming:
             continued.keep_state(origin, model, self.config, self._update)
         self._judge = Judge(self.config, self.data.levels, model)
@@ -123,6 +132,8 @@ class Trainer:
         if self.folder is not None:
             columns = level_columns(model.fidelities) + tasks.columns()
             self._store = RunStore(self.folder, self._state, columns, resume=resume, overwrite=overwrite)
+        elif resuming and place is not None:
+            self._state.restore(place.last, checkpoint.load(place.last))
         self._update.hold()
 
     @property
@@ -148,6 +159,7 @@ class Trainer:
             On Ctrl-C, after last.pt was written; a second Ctrl-C does not wait for that.
         """
         started = self._clock()
+        self._ranks.wait()  # until all have read what was there
         with contextlib.ExitStack() as stack:
             stack.enter_context(_threads(self.config.threads))
             stack.enter_context(_memory_explained(self.config))
@@ -172,7 +184,13 @@ class Trainer:
     def step(self, with_forces: bool) -> Step:
         """What trains an epoch on energies, or on energies and forces, and evaluates."""
         if with_forces not in self._steps:
-            self._steps[with_forces] = make_step(self.model, self.data, self._update.tasks, self.config, with_forces)
+            given = self.model, self.data, self._update.tasks, self.config, with_forces
+            step = make_step(*given, planned=self._ranks.alone)
+            if not self._ranks.alone:
+                assert isinstance(step, FusedStep)
+                self._steps[with_forces] = SharedStep(step, self._ranks, self._rhythm)
+            else:
+                self._steps[with_forces] = step
         return self._steps[with_forces]
 
     def train_epoch(self) -> Row:
@@ -221,7 +239,7 @@ class Trainer:
                 extra.add(LossBatch(self.data.origin[structures], *self.data.gather(structures)))
             update.step(terms[number])
             state.batch += 1
-            if rhythm.due():
+            if step.due if isinstance(step, SharedStep) else rhythm.due():
                 self._tick(n_batches, started)
 
     def _tick(self, n_batches: int, started: float) -> None:
