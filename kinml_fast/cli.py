@@ -192,8 +192,7 @@ def _train(options: argparse.Namespace) -> None:
         try:
             if options.resume is None:
                 path, *overrides = options.arguments
-                load = functools.partial(config.load, path, overrides)
-                settings = together.in_turn(load, load)
+                settings = together.in_turn(functools.partial(config.load, path, overrides))
                 folder = settings.run
                 runs.start(settings, overwrite=options.overwrite, progress=progress, ranks=together)
             else:

@@ -692,7 +692,7 @@ OF_SAE = [
         lambda e: e[:, :1],
         r"sae must be a contiguous float64 tensor of shape \[1, 2\], got Double of shape \[1, 1\]",
     ),
-    ("sae", lambda e: e[0], r"sae must be a contiguous float64 tensor of shape \[1, 2\], got Double of shape \[2\]"),
+    ("sae", lambda e: e[0, :1], r"sae must be a contiguous float64 tensor of shape \[2\], got Double of shape \[1\]"),
     ("sae", lambda e: e.float(), r"sae must be a contiguous float64 tensor of shape \[1, 2\], got Float of shape"),
 ]
 WRONG = [

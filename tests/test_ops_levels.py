@@ -485,7 +485,7 @@ def test_wrong_fidelities(settings, message):
 
 def test_single_atom_energies_of_one_level_need_no_dimension_for_levels():
     made = model(2)
-    found = [ops.energy_forces(**{**arguments(made, 1), "sae": sae}) for sae in (made.sae[1:], made.sae[1])]
+    found = [ops.energy_forces(**{**arguments(made, first_level=1), "sae": sae}) for sae in (made.sae[1:], made.sae[1])]
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 

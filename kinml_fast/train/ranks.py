@@ -59,8 +59,8 @@ class Ranks:
         dist.all_gather_into_tensor(gathered, tensor)
         return gathered
 
-    def in_turn(self, first: Callable[[], _Result], others: Callable[[], _Result]) -> _Result:
-        """Call a function in the first process, and when it is done another one, which reads its files, elsewhere.
+    def in_turn(self, first: Callable[[], _Result], others: Callable[[], _Result] | None = None) -> _Result:
+        """Call a function in the first process, and when it is done the same or another one elsewhere.
 
         Raises
         ------
@@ -80,7 +80,7 @@ class Ranks:
         if not self.is_first:
             if failed.item():
                 raise RankError("the first process could not go on")
-            result = others()
+            result = (others or first)()
         return result
 
     def wait(self) -> None:

@@ -12,6 +12,7 @@ from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.train import config as configuration
 from kinml_fast.train import ensembles
 from kinml_fast.train.config import Config
+from kinml_fast.train.continued import Origin
 from kinml_fast.train.ensembles import EnsembleSummary
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
@@ -44,9 +45,13 @@ def start(
         Whatever is wrong with the folder, the data or the configuration.
     """
     folder = RunFolder(config.run)
-    devices.resolve(config.training.device)  # says now what is wrong with it
-    _check_shared(config, ranks)
-    config, origin = begin(config)
+
+    def opened() -> tuple[Config, Origin | None]:
+        devices.resolve(config.training.device)  # says now what is wrong with it
+        _check_shared(config, ranks)
+        return begin(config)
+
+    config, origin = ranks.in_turn(opened)
 
     def begun() -> Prepared:
         folder.create(overwrite)
@@ -73,6 +78,8 @@ def resume(
         The run folder.
     overrides
         `key=value`; see `config.CHANGEABLE` for what may change.
+    progress, ranks
+        As for `start`; the run may have been started by another number of processes.
 
     Raises
     ------
@@ -80,6 +87,21 @@ def resume(
         No run is there, or its checkpoint is damaged or does not fit its configuration and data.
     """
     folder = RunFolder(path)
+    before, config = ranks.in_turn(lambda: _reopened(folder, overrides, ranks))
+    here = config.model_copy(update={"run": str(folder)})  # it may have moved
+    if max(before.ensemble.members, config.ensemble.members) > 1:
+        folder.sweep()
+        return ensembles.resume(before, here, lambda: configuration.save(config, folder.config), progress)
+    if not folder.last.exists():
+        here, origin = begin(here)
+        data = ranks.in_turn(lambda: _again(here, folder, prepare), lambda: prepared_before(here))
+        return fit(here, data, origin, progress, resume=True, ranks=ranks)
+    data = ranks.in_turn(lambda: _again(here, folder, prepared_before), lambda: prepared_before(here))
+    return go_on(here, data, progress, lambda: configuration.save(config, folder.config), ranks)
+
+
+def _reopened(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> tuple[Config, Config]:
+    """The configuration of the run in a folder, as it was and as it goes on."""
     if not folder.config.exists():
         raise InputError(f"{folder}: holds no run ({folder.config.name} is missing): start one with a configuration")
     values = configuration.read_yaml(folder.config)
@@ -94,16 +116,7 @@ def resume(
         raise ConfigError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
     devices.resolve(config.training.device)
     _check_shared(config, ranks)
-    here = config.model_copy(update={"run": str(folder)})  # it may have moved
-    if max(before.ensemble.members, config.ensemble.members) > 1:
-        folder.sweep()
-        return ensembles.resume(before, here, lambda: configuration.save(config, folder.config), progress)
-    if not folder.last.exists():
-        here, origin = begin(here)
-        data = ranks.in_turn(lambda: _again(here, folder, prepare), lambda: prepared_before(here))
-        return fit(here, data, origin, progress, resume=True, ranks=ranks)
-    data = ranks.in_turn(lambda: _again(here, folder, prepared_before), lambda: prepared_before(here))
-    return go_on(here, data, progress, lambda: configuration.save(config, folder.config), ranks)
+    return before, config
 
 
 def _again(config: Config, folder: RunFolder, read: Callable[[Config], Prepared]) -> Prepared:
