@@ -56,7 +56,7 @@ class Ranks:
         if self.alone:
             return tensor
         gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor)
+        dist.all_gather(list(gathered.chunk(self.size)), tensor)
         return gathered
 
     def in_turn(self, first: Callable[[], _Result], others: Callable[[], _Result] | None = None) -> _Result:
