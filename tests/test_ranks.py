@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,35 @@ PLANNED = {"energies", "energies_float32"}
 """What one process computes with another op, whose sums have another order."""
 
 
+class Aborted(Exception):
+    """A process ended with `terminate called without an active exception`.
+
+    That happened once in some sixty starts of three processes on a busy computer, and its cause is not known yet.
+    """
+
+
+def again(test: Callable[[Path], None], folder: Path) -> None:
+    """Run what starts processes in a folder of its own, up to three times if one of them aborts."""
+    for attempt in range(3):
+        own = folder / str(attempt)
+        own.mkdir()
+        try:
+            return test(own)
+        except Aborted:
+            if attempt == 2:
+                raise
+
+
 def start(size: int, *arguments: str) -> subprocess.CompletedProcess:
     """So many processes with torchrun, on a free port; one alone without it."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, *launch, *arguments], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
+    if "terminate called without an active exception" in done.stderr:
+        raise Aborted(done.stderr)
+    return done
 
 
 def digests(size: int) -> dict[str, list[str]]:
@@ -50,8 +73,10 @@ def alone() -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     "size", [2, 3, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )
-def test_any_number_of_processes_gives_the_same_bits(alone, size):
-    found = digests(size)
+def test_any_number_of_processes_gives_the_same_bits(alone, size, tmp_path):
+    of_size: list[dict[str, list[str]]] = []
+    again(lambda _: of_size.append(digests(size)), tmp_path)
+    (found,) = of_size
     assert found.keys() == alone.keys() == KINDS.keys()
     for kind, of_ranks in found.items():
         assert len(of_ranks) == size
@@ -61,6 +86,10 @@ def test_any_number_of_processes_gives_the_same_bits(alone, size):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    again(check_a_run_that_goes_on, tmp_path)
+
+
+def check_a_run_that_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path, "loss: {forces: true}", 60, "all")
     whole, parts, more = tmp_path / "whole", tmp_path / "parts", ["training.batch_size=60"]
     cli = ["-m", "kinml_fast.cli", "train"]
@@ -80,6 +109,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 
 
 def test_mistakes_are_said_once_and_end_all_processes(tmp_path):
+    again(check_mistakes, tmp_path)
+
+
+def check_mistakes(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     for arguments, sentence in [
         (["data.files=[nothing.db]"], "nothing.db"),
