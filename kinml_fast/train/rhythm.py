@@ -49,7 +49,7 @@ class Rhythm:
     flushing : Deadline
         When the rows of the table are to be written out.
     interrupted : bool
-        Whether the user has pressed Ctrl-C.
+        Whether the user has pressed Ctrl-C; with several processes, in any of them before the last batch.
     """
 
     def __init__(self, clock: Clock, checkpoint_seconds: float) -> None:
@@ -58,7 +58,8 @@ class Rhythm:
         self._saving = Deadline(clock, checkpoint_seconds)
         self.flushing = Deadline(clock, _SECONDS_BETWEEN_FLUSHES)
         self._next = math.inf  # of drawing and saving: all that is looked at after each batch
-        self.interrupted = False
+        self.interrupted = self._asked = False
+        self._agreed: bool | None = None
 
     def begin(self) -> None:
         """The run starts: it is drawn at once."""
@@ -68,8 +69,16 @@ class Rhythm:
         self._next = min(self._drawing.moment, self._saving.moment)
 
     def due(self) -> bool:
-        """Whether there is something to do between two batches, for `tick`."""
-        return self._clock() >= self._next
+        """Whether there is something to do between two batches, for `tick`: what several processes agreed on."""
+        return self._clock() >= self._next if self._agreed is None else self._agreed
+
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether this process itself has something to do, and whether it was asked to end."""
+        return self._clock() >= self._next, self._asked
+
+    def agree(self, due: bool, end: bool) -> None:
+        """Go by what any of several processes wishes, so that all of them pause, or end, after the same batch."""
+        self._agreed, self.interrupted = due or end, end
 
     def tick(self, draw: Callable[[], None], save: Callable[[], None] | None) -> None:
         """Do what is due.
@@ -96,10 +105,6 @@ class Rhythm:
             raise KeyboardInterrupt
         self._next = min(self._drawing.moment, self._saving.moment)
 
-    def interrupt(self) -> None:
-        """Let the next `tick` save and end the run."""
-        self.interrupted, self._next = True, -math.inf
-
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Ctrl-C takes effect between two batches; pressed twice, at once."""
@@ -110,7 +115,8 @@ class Rhythm:
 
         def interrupt(number: int, frame: object) -> None:
             signal.signal(signal.SIGINT, before)
-            self.interrupt()
+            self._asked, self._next = True, -math.inf
+            self.interrupted = self.interrupted or self._agreed is None
 
         signal.signal(signal.SIGINT, interrupt)
         try:

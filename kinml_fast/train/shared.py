@@ -39,17 +39,11 @@ class SharedStep:
     ranks
         The processes.
     rhythm
-        Says whether this process has something to do between two batches; one that is interrupted interrupts all.
-
-    Attributes
-    ----------
-    due : bool
-        Whether any process had something to do when the last batch began.
+        Of this process; learns what all processes wish to do between two batches.
     """
 
     def __init__(self, step: FusedStep, ranks: Ranks, rhythm: Rhythm) -> None:
         self._step, self._ranks, self._rhythm = step, ranks, rhythm
-        self.due = False
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
@@ -87,13 +81,11 @@ class SharedStep:
         known = torch.zeros(4 * levels * count + 2, dtype=torch.float64)
         numbers = known[:-2].view(levels, count, 4)
         numbers[:, own, 0], numbers[:, own, 1:] = residuals, errors
-        known[-2], known[-1] = self._rhythm.due(), self._rhythm.interrupted
+        known[-2], known[-1] = self._rhythm.wishes()
         ranks.add(known)
         results.energy_residuals.copy_(numbers[..., 0])
         results.force_errors.copy_(numbers[..., 1:])
-        self.due = bool(known[-2])
-        if known[-1]:
-            self._rhythm.interrupt()
+        self._rhythm.agree(bool(known[-2]), bool(known[-1]))
         gathered = ranks.gather(gradients).view(ranks.size, -1, len(weights))
         everyone = (Ranks(rank, ranks.size).share(share.n_parts) for rank in range(ranks.size))
         rows = torch.cat([rows[: last - first] for rows, (first, last) in zip(gathered, everyone, strict=True)])

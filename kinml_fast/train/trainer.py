@@ -239,7 +239,7 @@ class Trainer:
                 extra.add(LossBatch(self.data.origin[structures], *self.data.gather(structures)))
             update.step(terms[number])
             state.batch += 1
-            if step.due if isinstance(step, SharedStep) else rhythm.due():
+            if rhythm.due():
                 self._tick(n_batches, started)
 
     def _tick(self, n_batches: int, started: float) -> None:
