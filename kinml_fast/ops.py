@@ -330,13 +330,13 @@ def force_step(
     )
 
 
-def message_bytes(system: System, structures: Tensor, n_levels: int, n_weights: int, n_ranks: int) -> int:
+def message_bytes(system: System, structures: Tensor, loss: Loss, parameters: Tensor, n_ranks: int) -> int:
     """How many bytes a process says of its share of a batch, `force_step_share`; all processes as many.
 
     Several processes that share a batch each compute a share, send it to all others, and join what all have sent: the
     bits of `force_step` for any number of them.
     """
-    return _OPS.message_bytes(system.tensors, structures, n_levels, n_weights, n_ranks)
+    return _OPS.message_bytes(system.tensors, structures, loss.tensors, parameters, n_ranks)
 
 
 def force_step_share(

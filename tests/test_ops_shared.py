@@ -50,8 +50,7 @@ class Case:
 
 def messages_of(case: Case, size: int) -> torch.Tensor:
     """What processes say of the batch."""
-    levels, n_weights = len(case.weight), len(case.weights)
-    length = ops.message_bytes(case.system, case.structures, levels, n_weights, size)
+    length = ops.message_bytes(case.system, case.structures, case.loss, case.weights, size)
     assert length % 64 == 0
     messages = torch.full((size, length), 255, dtype=torch.uint8)  # NaN
     for rank in range(size):
@@ -110,7 +109,7 @@ def test_wrong_messages_are_refused():
 def test_structures_that_do_not_exist_have_no_message():
     case = Case(torch.float64, 1)
     with pytest.raises(RuntimeError, match=r"structures\[1\] = 10 is not in \[0, 10\)"):
-        ops.message_bytes(case.system, torch.tensor([0, 10]), 1, 5, 2)
+        ops.message_bytes(case.system, torch.tensor([0, 10]), case.loss, case.weights, 2)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -120,7 +119,7 @@ def test_opcheck(size):
     packed, results = (case.model.descriptor, case.model.networks), case.results()
     messages = messages_of(case, size)
     step = case.system.tensors, case.structures
-    check(OPS.message_bytes.default, (*step, 2, len(case.weights), size), test_utils=own)
+    check(OPS.message_bytes.default, (*step, case.loss.tensors, case.weights, size), test_utils=own)
     shared = (*step, case.weights, case.loss.tensors, messages[0], *packed, 0, size)
     check(OPS.force_step_share.default, shared, test_utils=own)
     check(OPS.force_step_join.default, (*step, case.loss.tensors, messages, results.tensors), test_utils=own)

@@ -87,7 +87,7 @@ void evaluate_tiles(const Model<T>& model, const System<T>& system, const Output
   for (Index m = 0; m < model.n_members; ++m)
     members.emplace_back(chain, model.weights + m * chain.parameters(), system.has_forces(),
                          n_threads);
-  const std::vector<Range> tiles = tiles_of(system, {0, system.count()});
+  const std::vector<Range> tiles = tiles_of(system, {0, system.count()}, system.has_forces());
   guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index tile) {
     TileEnvironments<T> environments(source);
     evaluate_tile(members, Tile<T>(system, tiles[tile], chain.n_species()), environments, out);
@@ -158,6 +158,7 @@ void add_single_atom_energies(const Model<T>& model, const System<T>& system,
 
 // A loss, as `differentiate` asks for it:
 //   kForces                             whether `judge` has to know the forces
+//   with_forces()                       whether it is a loss of forces, too
 //   on_forces(i)                        whether it depends on the forces of chosen structure i
 //   judge(energies, i, arrays, slopes)  from its energies [K] and, if known, arrays.forces, sets
 //                                       the slopes and arrays.force_slopes
@@ -174,7 +175,7 @@ void differentiate(const Model<T>& model, const System<T>& system, const LossOf&
   guarded_parallel_for(static_cast<Index>(parts.size()), n_threads, [&](Index part) {
     TileEnvironments<T> environments(source);
     bool add = false;
-    for (const Range range : tiles_of(system, parts[part])) {
+    for (const Range range : tiles_of(system, parts[part], loss.with_forces())) {
       bool on_forces = false;
       for (Index i = range.first; i < range.last; ++i) on_forces = on_forces || loss.on_forces(i);
       const Tile<T> tile(system, range, chain.n_species());
@@ -242,7 +243,7 @@ void differentiate(const Model<T>& model, const System<T>& system, const LossOf&
 template <class T, class LossOf>
 void differentiate(const Model<T>& model, const System<T>& system, const LossOf& loss, T* gradient,
                    int n_threads) {
-  const std::vector<Range> parts = parts_of(system);
+  const std::vector<Range> parts = parts_of(system, loss.with_forces());
   if (parts.empty())
     std::fill_n(gradient, model.networks.parameters(), T(0));
   else
@@ -259,7 +260,8 @@ struct GivenSlopes {
   const double* e;  // [R, count]
   const T* r;       // [R, n_atoms, 3]
 
-  bool on_forces(Index) const { return system.has_forces(); }
+  bool with_forces() const { return system.has_forces(); }
+  bool on_forces(Index) const { return with_forces(); }
   void judge(const double*, Index i, const TileArrays<T>& arrays, StructureSlopes& slopes) const {
     const Index s = system.structure(i), begin = system.offsets[s], end = system.offsets[s + 1];
     for (Index k = 0; k < arrays.n_levels; ++k) {
@@ -282,6 +284,7 @@ struct BatchLoss {
   double* residuals;  // [K, count]
   double* errors;     // [K, count, 3]
 
+  bool with_forces() const { return loss.forces != nullptr; }
   Index components(Index i) const { return 3 * count_atoms(system, {i, i + 1}); }
   // A structure without atoms counts, but has nothing to add.
   bool on_forces(Index k, Index i) const {
@@ -366,15 +369,16 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
 }
 
 template <class T>
-std::int64_t message_bytes(const System<T>& system, std::int64_t n_levels, std::int64_t n_weights,
+std::int64_t message_bytes(const System<T>& system, const Loss& loss, std::int64_t n_weights,
                            std::int64_t n_ranks) {
-  return message_of<T>(shares_of(parts_of(system), n_ranks), n_levels, n_weights).bytes;
+  const std::vector<Range> parts = parts_of(system, loss.forces != nullptr);
+  return message_of<T>(shares_of(parts, n_ranks), loss.n_levels, n_weights).bytes;
 }
 
 template <class T>
 void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,
                       std::int64_t rank, std::int64_t n_ranks, std::byte* message, int n_threads) {
-  const std::vector<Range> parts = parts_of(system);
+  const std::vector<Range> parts = parts_of(system, loss.forces != nullptr);
   const std::vector<BatchShare> shares = shares_of(parts, n_ranks);
   const Message layout =
       message_of<T>(shares, model.networks.n_levels(), model.networks.parameters());
@@ -398,7 +402,8 @@ template <class T>
 void force_step_join(const System<T>& system, const Loss& loss, const std::byte* messages,
                      std::int64_t n_ranks, std::int64_t n_weights, double* losses, T* gradient,
                      double* residuals, double* errors, int n_threads) {
-  const std::vector<BatchShare> shares = shares_of(parts_of(system), n_ranks);
+  const std::vector<BatchShare> shares =
+      shares_of(parts_of(system, loss.forces != nullptr), n_ranks);
   const Message layout = message_of<T>(shares, loss.n_levels, n_weights);
   std::vector<const T*> nodes;
   std::vector<Index> firsts{0};
@@ -430,8 +435,9 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
                                           const double*, const T*, T*, int);                      \
   template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,        \
                               double*, double*, int);                                             \
-  template std::int64_t message_bytes<T>(const System<T>&, std::int64_t, std::int64_t,            \
+  template std::int64_t message_bytes<T>(const System<T>&, const Loss&, std::int64_t,             \
                                          std::int64_t);                                           \
+                                                                                                  \
   template void force_step_share<T>(const Model<T>&, const System<T>&, const Loss&, std::int64_t, \
                                     std::int64_t, std::byte*, int);                               \
   template void force_step_join<T>(const System<T>&, const Loss&, const std::byte*, std::int64_t, \

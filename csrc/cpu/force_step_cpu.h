@@ -66,7 +66,7 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
 //
 // How long a message is, in bytes: a multiple of 64, like the place where it begins.
 template <class T>
-std::int64_t message_bytes(const System<T>& system, std::int64_t n_levels, std::int64_t n_weights,
+std::int64_t message_bytes(const System<T>& system, const Loss& loss, std::int64_t n_weights,
                            std::int64_t n_ranks);
 template <class T>
 void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,

@@ -43,16 +43,16 @@ std::vector<Range> cut(const System<T>& system, Range range, std::int64_t pieces
 }
 
 // How many tiles a range makes. More atoms in a tile make the products with the weights faster and
-// leave the cache sooner, which environments fill besides.
+// leave the cache sooner, which what forces need fills besides.
 template <class T>
-std::int64_t count_tiles(const System<T>& system, Range range) {
-  const std::int64_t atoms = system.has_forces() ? 64 : 128;
+std::int64_t count_tiles(const System<T>& system, Range range, bool forces) {
+  const std::int64_t atoms = forces ? 64 : 128;
   return (count_atoms(system, range) + atoms - 1) / atoms;
 }
 
 template <class T>
-std::vector<Range> tiles_of(const System<T>& system, Range range) {
-  return cut(system, range, count_tiles(system, range));
+std::vector<Range> tiles_of(const System<T>& system, Range range, bool forces) {
+  return cut(system, range, count_tiles(system, range, forces));
 }
 
 // Weight gradients are summed in parts of a batch, each by one thread at a time, that depend on the
@@ -61,9 +61,9 @@ std::vector<Range> tiles_of(const System<T>& system, Range range) {
 inline constexpr std::int64_t kParts = 32, kTilesOfPart = 16, kMostParts = 1024;
 
 template <class T>
-std::vector<Range> parts_of(const System<T>& system) {
+std::vector<Range> parts_of(const System<T>& system, bool forces) {
   const Range all{0, system.count()};
-  const std::int64_t tiles = count_tiles(system, all);
+  const std::int64_t tiles = count_tiles(system, all, forces);
   const std::int64_t large = std::clamp(tiles / kTilesOfPart, kParts, kMostParts);
   return cut(system, all, std::min(tiles, large));
 }

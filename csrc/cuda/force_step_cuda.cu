@@ -952,9 +952,9 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
 }
 
 template <class T>
-std::int64_t message_bytes(const System<T>& system, std::int64_t n_levels, std::int64_t n_weights,
+std::int64_t message_bytes(const System<T>& system, const Loss& loss, std::int64_t n_weights,
                            std::int64_t n_ranks) {
-  return message_of<T>(system.count(), n_levels, n_weights, n_ranks).bytes;
+  return message_of<T>(system.count(), loss.n_levels, n_weights, n_ranks).bytes;
 }
 
 template <class T>
@@ -1010,7 +1010,7 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
                                           const T*, T*, char*, Stream);                            \
   template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,         \
                               double*, double*, char*, Stream);                                    \
-  template Index message_bytes<T>(const System<T>&, Index, Index, Index);                          \
+  template Index message_bytes<T>(const System<T>&, const Loss&, Index, Index);                    \
   template Index force_step_share_workspace<T>(const Model<T>&, const System<T>&, Index, Index);   \
   template void force_step_share<T>(const Model<T>&, const System<T>&, const Loss&, Index, Index,  \
                                     std::byte*, char*, Stream);                                    \

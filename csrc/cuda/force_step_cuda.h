@@ -54,7 +54,7 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
 // The same for a batch that n_ranks processes share, see csrc/cpu/force_step_cpu.h. The parts of a
 // batch are those of the blocks, which depend on its number of structures alone.
 template <class T>
-std::int64_t message_bytes(const System<T>& system, std::int64_t n_levels, std::int64_t n_weights,
+std::int64_t message_bytes(const System<T>& system, const Loss& loss, std::int64_t n_weights,
                            std::int64_t n_ranks);
 template <class T>
 std::int64_t force_step_share_workspace(const Model<T>& model, const System<T>& system,

@@ -247,6 +247,14 @@ struct LossArguments {
   Loss loss_;
 };
 
+// Of how many levels a loss is, where it alone tells.
+inline int64_t levels_of(const OptionalTensors& loss) {
+  const at::Tensor targets = entry(loss, LossArguments::kEnergies);
+  TORCH_CHECK(targets.defined() && targets.dim() == 2,
+              "kinml_fast: a loss needs energy_targets of shape [levels, n_structures]");
+  return targets.size(0);
+}
+
 // Where a step writes: losses, gradient, energy_residuals, force_errors.
 struct StepResults {
   at::Tensor losses, gradient, energy_residuals, force_errors;

@@ -95,14 +95,18 @@ struct ForceOps {
   }
 
   static int64_t message_bytes(const OptionalTensors& system_, const at::Tensor& structures,
-                               int64_t n_levels, int64_t n_weights, int64_t n_ranks) {
+                               const OptionalTensors& loss_, const at::Tensor& parameters,
+                               int64_t n_ranks) {
     const SystemArguments system(system_, structures);
     Backend::check_values(system, std::numeric_limits<int64_t>::max());
     check_ranks(0, n_ranks);
+    const LossArguments loss(loss_, levels_of(loss_), system.n_structures(), system.n_atoms(),
+                             system.has_forces(), parameters);
     int64_t bytes = 0;
-    with_type(system.numbers(), [&](auto zero) {
+    with_type(parameters, [&](auto zero) {
       using T = decltype(zero);
-      bytes = Backend::template message_bytes<T>(system.view<T>(), n_levels, n_weights, n_ranks);
+      bytes = Backend::template message_bytes<T>(system.view<T>(), loss.view(), parameters.numel(),
+                                                 n_ranks);
     });
     return bytes;
   }
@@ -122,7 +126,7 @@ struct ForceOps {
       using T = decltype(zero);
       const System<T> view = system.view<T>();
       check_messages(message, system,
-                     {Backend::template message_bytes<T>(view, model.n_levels(),
+                     {Backend::template message_bytes<T>(view, loss.view(),
                                                          model.parameters.numel(), n_ranks)});
       Backend::template force_step_share<T>(model.view<T>(), view, loss.view(), rank, n_ranks,
                                             static_cast<std::byte*>(message.mutable_data_ptr()),
@@ -138,10 +142,7 @@ struct ForceOps {
     TORCH_CHECK(results_.size() > 1, "kinml_fast: this step has 4 results, got ", results_.size());
     const at::Tensor gradient = results_[1];
     check_same_type(gradient, "gradient", system.numbers(), system.name());
-    const at::Tensor targets = entry(loss_, LossArguments::kEnergies);
-    TORCH_CHECK(targets.defined() && targets.dim() == 2,
-                "kinml_fast: a loss needs energy_targets of shape [levels, n_structures]");
-    const int64_t n_levels = targets.size(0);
+    const int64_t n_levels = levels_of(loss_);
     const LossArguments loss(loss_, n_levels, system.n_structures(), system.n_atoms(),
                              system.has_forces(), gradient);
     const StepResults results(results_, n_levels, system.count(), gradient);
@@ -153,7 +154,7 @@ struct ForceOps {
       const System<T> view = system.view<T>();
       check_messages(
           messages, system,
-          {n_ranks, Backend::template message_bytes<T>(view, n_levels, n_weights, n_ranks)});
+          {n_ranks, Backend::template message_bytes<T>(view, loss.view(), n_weights, n_ranks)});
       Backend::template force_step_join<T>(
           view, loss.view(), static_cast<const std::byte*>(messages.const_data_ptr()), n_ranks,
           n_weights, results.losses.mutable_data_ptr<double>(),

@@ -44,9 +44,9 @@ struct CudaBackend {
     });
   }
   template <class T>
-  static int64_t message_bytes(const System<T>& system, int64_t n_levels, int64_t n_weights,
+  static int64_t message_bytes(const System<T>& system, const Loss& loss, int64_t n_weights,
                                int64_t n_ranks) {
-    return cuda::message_bytes<T>(system, n_levels, n_weights, n_ranks);
+    return cuda::message_bytes<T>(system, loss, n_weights, n_ranks);
   }
   template <class T>
   static void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,

@@ -95,7 +95,7 @@ TORCH_LIBRARY(kinml_fast, m) {
   // The same in two calls, for a batch that n_ranks processes share (kinml_fast/ops.py).
   // How many bytes a message has.
   m.def(
-      "message_bytes(Tensor?[] system, Tensor structures, int n_levels, int n_weights, "
+      "message_bytes(Tensor?[] system, Tensor structures, Tensor?[] loss, Tensor parameters, "
       "int n_ranks) -> int");
   // What a process says of its share of a batch: message [bytes] uint8, whose last two numbers
   // (float64) are the caller's.

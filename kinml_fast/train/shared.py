@@ -53,7 +53,7 @@ class SharedStep:
         """See `Step`."""
         found = self._step.batches(order, size, errors)
         lengths = [
-            ops.message_bytes(system, structures, len(loss.energies), len(weights), self._ranks.size)
+            ops.message_bytes(system, structures, loss, weights, self._ranks.size)
             for system, structures, weights, loss, *_ in found.arguments
         ]
         needed = (self._ranks.size + 1) * max(lengths, default=0) + _ALIGNMENT
