@@ -21,7 +21,7 @@ from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import Config, TrainingConfig
-from kinml_fast.train.metrics import Residuals
+from kinml_fast.train.metrics import ResidualSums
 from kinml_fast.train.update import Update
 
 log = logging.getLogger(__name__)
@@ -250,22 +250,23 @@ def keep_sae(
         log.info("single-atom energies of the start model are kept%s, eV%s: %s", others, of_level, values)
 
 
-def say_first_errors(model: EnergyModel, residuals: Sequence[Residuals], sae_kept: bool) -> None:
-    """Log how good the model is on the validation set before any training, by its residuals at each level."""
+def say_first_errors(model: EnergyModel, sums: Sequence[ResidualSums], sae_kept: bool) -> None:
+    """Log how good the model is on the validation set before any training, by sums of residuals at each level."""
     several = len(model.fidelities) > 1
-    for fidelity, of_level in zip(model.fidelities, residuals, strict=True):
+    for fidelity, of_level in zip(model.fidelities, sums, strict=True):
         name = f" of fidelity {fidelity}" if several else ""
         energy, forces = of_level.errors()
         if energy is None:
             continue
         text = f"{energy.rmse:.4f} kcal/mol" + ("" if forces is None else f" and {forces.rmse:.4f} kcal/mol/Å")
         log.info("before training: validation RMSE%s %s", name, text)
-        if sae_kept and abs(of_level.energies.mean()) > _FAR_OFF:
+        mean = of_level.energies.total / of_level.energies.count
+        if sae_kept and abs(mean) > _FAR_OFF:
             log.warning(
                 "the energies%s of the validation set are %.3f eV away from the start model's on average, as those of "
                 "another level of theory are: start.sae=data takes single-atom energies from the data",
                 name,
-                -of_level.energies.mean(),
+                -mean,
             )
 
 

@@ -124,8 +124,8 @@ def fit(
             ranks=ranks,
         )
         if origin is not None:
-            residuals = trainer.evaluate("validation", config.training.loss.forces)
-            continued.say_first_errors(model, residuals, config.start.sae == "keep")
+            sums = trainer.evaluate("validation", config.training.loss.forces)
+            continued.say_first_errors(model, sums, config.start.sae == "keep")
     return trainer.fit()
 
 
