@@ -70,6 +70,30 @@ class Piece:
         return Piece(structures, self.origin[indices], None if self.weights is None else self.weights[indices])
 
 
+def join(pieces: Sequence[Piece]) -> Piece:
+    """One piece of several of the same elements and levels, of which all or none have forces, and weights."""
+    parts = [piece.structures for piece in pieces]
+
+    def joined(name: str, axis: int) -> np.ndarray | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays, axis=axis)
+
+    shifts = np.cumsum([0] + [int(part.offsets[-1]) for part in parts])
+    structures = Structures.trusted(
+        elements=parts[0].elements,
+        species=joined("species", 0),
+        coordinates=joined("coordinates", 0),
+        offsets=np.concatenate([[0], *(p.offsets[1:] + s for p, s in zip(parts, shifts, strict=False))]),
+        energies=joined("energies", -1),
+        forces=joined("forces", -2),
+        labels=tuple(label for part in parts for label in part.labels),
+    )
+    weights = [piece.weights for piece in pieces if piece.weights is not None]
+    return Piece(
+        structures, np.concatenate([piece.origin for piece in pieces]), np.concatenate(weights) if weights else None
+    )
+
+
 @dataclass(frozen=True)
 class _Block:
     """What a block holds: structures, atoms, bytes of labels."""
@@ -311,62 +335,11 @@ class BlockFile:
         InputError
             A block is damaged, or cannot be read.
         """
-        blocks, levels = [self._blocks[i] for i in numbers], self.levels
-        old = 0 if before is None else len(before)
-        old_atoms = 0 if before is None else len(before.structures.species)
-        n = old + sum(block.structures for block in blocks)
-        m = old_atoms + sum(block.atoms for block in blocks)
-        energies, forces = np.empty((levels, n)), np.empty((levels, m, 3)) if self._layout.forces else None
-        coordinates, species, sizes = np.empty((m, 3)), np.empty(m, dtype=np.int64), np.empty(n, dtype=np.int64)
-        origin, weights = np.empty(n, dtype=np.int64), np.empty(n) if self._layout.weights else None
-        labels: list[str] = []
-        joined = {
-            "energies": energies,
-            "forces": forces,
-            "coordinates": coordinates,
-            "species": species,
-            "sizes": sizes,
-            "origin": origin,
-            "weights": weights,
-        }
+        return join([*([] if before is None else [before]), *(self._piece(int(number)) for number in numbers)])
 
-        def put(first: int, first_atom: int, values: Mapping[str, np.ndarray | None]) -> None:
-            for name, value in values.items():
-                target = joined[name]
-                if target is None or value is None:
-                    continue
-                if name in ("coordinates", "species"):
-                    target[first_atom : first_atom + len(value)] = value
-                elif name == "forces":
-                    target[:, first_atom : first_atom + value.shape[1]] = value
-                else:
-                    target[..., first : first + value.shape[-1]] = value
-
-        if before is not None:
-            s = before.structures
-            labels += s.labels
-            assert s.energies is not None
-            own = {"coordinates": s.coordinates, "species": s.species, "sizes": s.sizes, "origin": before.origin}
-            own |= {"energies": s.energies.reshape(levels, -1), "weights": before.weights}
-            put(0, 0, own | {"forces": None if s.forces is None else s.forces.reshape(levels, -1, 3)})
-        place, atom = old, old_atoms
-        for number, block in zip(numbers, blocks, strict=True):
-            values = self._read_one(int(number), block)
-            labels += values.pop("labels").tobytes().decode().split("\n")
-            put(place, atom, values)
-            place, atom = place + block.structures, atom + block.atoms
-        structures = Structures.trusted(
-            elements=self.elements,
-            species=species,
-            coordinates=coordinates,
-            offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-            energies=energies if levels > 1 else energies[0],
-            forces=forces if forces is None or levels > 1 else forces[0],
-            labels=tuple(labels),
-        )
-        return Piece(structures, origin, weights)
-
-    def _read_one(self, number: int, block: _Block) -> dict[str, np.ndarray]:
+    def _piece(self, number: int) -> Piece:
+        """The structures of a block."""
+        block = self._blocks[number]
         data = self._bytes(int(self._places[number]), int(self._lengths[number]))
         if not self._checked[number]:
             if zlib.crc32(data) != block.checksum:
@@ -377,7 +350,17 @@ class BlockFile:
             count = int(np.prod(shape))
             values[name] = np.frombuffer(data, kind, count, place).reshape(shape)
             place += count * np.dtype(kind).itemsize
-        return values
+        forces, several = values.get("forces"), self.levels > 1
+        structures = Structures.trusted(
+            elements=self.elements,
+            species=values["species"].astype(np.int64),
+            coordinates=values["coordinates"],
+            offsets=np.concatenate([[0], np.cumsum(values["sizes"], dtype=np.int64)]),
+            energies=values["energies"] if several else values["energies"][0],
+            forces=forces if forces is None or several else forces[0],
+            labels=tuple(values["labels"].tobytes().decode().split("\n")),
+        )
+        return Piece(structures, values["origin"], values.get("weights"))
 
     def _bytes(self, place: int, length: int) -> bytes:
         """Exactly so many bytes of the file."""
