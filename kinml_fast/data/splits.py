@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,13 +57,14 @@ class SplitFile:
 class Census:
     """What a division of structures goes by.
 
-    `names` are the formulas, ascending, and `formula` [n] says which of them each structure has; `known_energies` is
-    bool [K, n]; `labels` are empty where they are not needed.
+    `names` are the formulas, ascending, and `formula` [n] says which of them each structure has; `known_energies` and
+    `known_forces` are bool [K, n]; `labels` are empty where they are not needed.
     """
 
     names: tuple[str, ...]
     formula: np.ndarray
     known_energies: np.ndarray
+    known_forces: np.ndarray
     labels: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -75,7 +76,8 @@ class Census:
         if isinstance(structures, Census):
             return structures
         names, formula = np.unique(np.array(structures.formulas(), dtype=str), return_inverse=True)
-        return cls(tuple(names.tolist()), formula.ravel(), structures.known_energies, structures.labels)
+        known = structures.known_energies, structures.known_forces
+        return cls(tuple(names.tolist()), formula.ravel(), *known, structures.labels)
 
 
 def make_split(
@@ -193,14 +195,17 @@ def write_tvtmsk(path: str | os.PathLike, structures: Structures, split: Split) 
         Two structures have the same label, or the file cannot be written.
     """
     _index_of_labels(structures)
-    energies = _highest_energies(structures)
-    lines = []
-    for part in PARTS:
-        for i in getattr(split, part).tolist():
-            energy = repr(float(energies[i]))
-            lines.append(f"{structures.labels[i]} {_MASKS[part]} {energy} {part}\n")
-    with replacing(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    energies = highest_energies(structures)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as text:
+        for part in PARTS:
+            indices = getattr(split, part)
+            text.writelines(lines((structures.labels[i] for i in indices.tolist()), energies[indices], part))
+
+
+def lines(labels: Iterable[str], energies: np.ndarray, part: str) -> Iterator[str]:
+    """The lines of a split file for structures of one part with these energies, those of the highest known level."""
+    for label, energy in zip(labels, energies.tolist(), strict=True):
+        yield f"{label} {_MASKS[part]} {energy!r} {part}\n"
 
 
 def table(structures: Structures | Census, split: Split, limit: int = 20) -> str:
@@ -223,7 +228,9 @@ def table(structures: Structures | Census, split: Split, limit: int = 20) -> str
     )
 
 
-def level_table(structures: Structures, split: Split, fidelities: Sequence[int], baseline: int | None = None) -> str:
+def level_table(
+    structures: Structures | Census, split: Split, fidelities: Sequence[int], baseline: int | None = None
+) -> str:
     """How many structures of each part have which level, and how many have forces there, as lines of text."""
     names = [f"fidelity {fidelity}" for fidelity in fidelities]
     if baseline is not None:
@@ -327,7 +334,7 @@ def _without_empty(split: Split, source: str, test_wanted: bool) -> Split:
     return split
 
 
-def _highest_energies(structures: Structures) -> np.ndarray:
+def highest_energies(structures: Structures) -> np.ndarray:
     """Of each structure the energy of the highest level that is known, float64 [n_structures], eV; NaN without any."""
     if structures.energies is None:
         return np.full(len(structures), np.nan)
