@@ -1,6 +1,6 @@
 """Data larger than memory: makes them, and trains on them from disk or from memory. Prints JSON.
 
-python large.py make FILE STRUCTURES              # C5H5 bent at random, energies and forces of Morse bonds: 0.5 GB a million
+python large.py make FILE STRUCTURES              # C5H5 bent at random, Morse bonds: 0.5 GB a million
 python large.py train FILE --threads N [--memory] [--cold] [--epochs 1]
 torchrun --nproc-per-node=2 large.py train FILE   # by several processes; each prints
 """

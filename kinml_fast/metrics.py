@@ -67,7 +67,7 @@ class ErrorSums:
     @property
     def is_finite(self) -> bool:
         """Whether no residual was infinite or NaN."""
-        return math.isfinite(self.largest)
+        return math.isfinite(self.absolute) and math.isfinite(self.largest)
 
     def errors(self) -> Errors:
         """The errors of all that was added, in kcal/mol (or kcal/mol/Å)."""

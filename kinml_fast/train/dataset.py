@@ -77,8 +77,8 @@ class Dataset(abc.ABC):
         """The training structures in the order of an epoch, int64: it depends on the seed and the epoch only."""
 
     @abc.abstractmethod
-    def epoch(self, epoch: int, size: int, done: int = 0) -> Iterator[Stretch]:
-        """An epoch in batches of so many structures, from the stretch on in which the batch `done` is, or ends."""
+    def epoch(self, epoch: int, size: int, first: int = 0) -> Iterator[Stretch]:
+        """An epoch in batches of so many structures, from the stretch on that begins with the batch `first`."""
 
     @abc.abstractmethod
     def windows(self, part: str) -> Iterator[tuple[Window, slice]]:
@@ -208,7 +208,9 @@ class InMemory(Dataset):
             model.sae.copy_(_of_elements(data.sae, data.structures.elements, model.elements))
         weights = _weights(data)[origin]
         source = data.source if config.jacobian == "stored" else None
-        self.whole = window = Window(model, Piece(structures, origin, weights), config, source)
+        sae = model.sae.view(self.levels, -1).cpu().numpy()
+        window = Window(Piece(structures, origin, weights), sae, model.dtype, config, source)
+        self.whole = window.to(model.sae.device)
         self._order_seed = config.seed if config.shuffle else None
         train, atoms = self.range("train"), structures.sizes
         force_weights = window.force_weights.cpu().numpy()
@@ -236,12 +238,12 @@ class InMemory(Dataset):
             return np.arange(self.sizes["train"])
         return np.random.default_rng([self._order_seed, epoch]).permutation(self.sizes["train"])
 
-    def epoch(self, epoch: int, size: int, done: int = 0) -> Iterator[Stretch]:
+    def epoch(self, epoch: int, size: int, first: int = 0) -> Iterator[Stretch]:
         """See `Dataset`. A stretch is as long as an epoch that a GPU records, which is most of them."""
         assert self.whole is not None
         order = torch.from_numpy(self.order(epoch)).to(self.whole.origin.device)
         for number, some in enumerate(order.split(MOST_STEPS * size)):
-            if done <= (number + 1) * MOST_STEPS:
+            if number * MOST_STEPS >= first:
                 yield Stretch(self.whole, some, number * MOST_STEPS)
 
     def windows(self, part: str) -> Iterator[tuple[Window, slice]]:
@@ -267,7 +269,8 @@ class OnDisk(Dataset):
                 "data that are read from disk and training.jacobian=stored do not go together: set "
                 "training.jacobian=recompute, or data.on_disk=false"
             )
-        self._file, self._model, self._config = data.file, model, config
+        self._file, self._config = data.file, config
+        self._elements, self._dtype, self._device = model.elements, model.dtype, model.sae.device
         self.sizes, self.levels, self._fidelities = data.file.sizes, data.file.levels, model.fidelities
         _check_sizes(self.sizes)
         self.known_energies, self.known_forces = data.file.known_energies, data.file.known_forces
@@ -275,6 +278,7 @@ class OnDisk(Dataset):
         self._species = np.array([_place(element, model, data) for element in data.elements], dtype=np.int64)
         if data.sae is not None:
             model.sae.copy_(_of_elements(data.sae, data.elements, model.elements))
+        self._sae = model.sae.view(self.levels, -1).cpu().numpy()
         factors = config.loss.level_weights or [1.0] * self.levels
         self.trained_components = [
             count if factor else 0 for count, factor in zip(data.file.components, factors, strict=True)
@@ -292,32 +296,33 @@ class OnDisk(Dataset):
             found.append(places[self._shuffled(epoch, number, len(places))])
         return np.concatenate(found)
 
-    def epoch(self, epoch: int, size: int, done: int = 0) -> Iterator[Stretch]:
+    def epoch(self, epoch: int, size: int, first: int = 0) -> Iterator[Stretch]:
         """See `Dataset`."""
-        return _ahead(self._stretches(epoch, size, done))
+        for stretch in _ahead(self._stretches(epoch, size, first)):
+            window, order = stretch.window.to(self._device), stretch.order.to(self._device)
+            yield Stretch(window, order, stretch.first)
 
-    def _stretches(self, epoch: int, size: int, done: int) -> Iterator[Stretch]:
+    def _stretches(self, epoch: int, size: int, first: int) -> Iterator[Stretch]:
+        """Those of an epoch, which are not on the device yet."""
         numbers, structures, _ = self._file.blocks("train")
         groups = self._groups(epoch)
         counts = [int(structures[blocks].sum()) for blocks in groups]
         # The first structure of each window in the order of the epoch, and the batch that it is in.
-        firsts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        batches = [*(firsts[:-1] // size).tolist(), self.batches(size)]
+        places = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        batches = [*(places[:-1] // size).tolist(), self.batches(size)]
         left: Piece | None = None
         for number, blocks in enumerate(groups):
-            if batches[number + 1] < done:
-                # What it leaves to the next window is needed if that is the one to go on in.
-                after = batches[number + 2]
-                if after < done or firsts[number + 1] % size == 0:
-                    left = None
-                    continue
+            # Of a window that is done, what it leaves to the next one may be needed.
+            leaves = int(places[number + 1] % size) if number < len(groups) - 1 else 0
+            if batches[number] < first and (not leaves or batches[number + 1] < first):
+                continue
             old = 0 if left is None else len(left)
             piece = self._file.read(numbers[blocks].tolist(), left)
             order = np.concatenate([np.arange(old), old + self._shuffled(epoch, number, counts[number])])
-            whole = len(order) - (int(firsts[number + 1] % size) if number < len(groups) - 1 else 0)
-            left = piece.select(order[whole:]) if whole < len(order) else None
-            if batches[number + 1] >= done:
-                yield Stretch(self._window(piece), self._tensor(order[:whole]), batches[number])
+            whole = len(order) - leaves
+            left = piece.select(order[whole:]) if leaves else None
+            if batches[number] >= first:
+                yield Stretch(self._window(piece), torch.from_numpy(order[:whole]), batches[number])
 
     def _groups(self, epoch: int) -> list[np.ndarray]:
         """The blocks of each window of an epoch, as places among those of the training part."""
@@ -346,7 +351,8 @@ class OnDisk(Dataset):
 
     def windows(self, part: str) -> Iterator[tuple[Window, slice]]:
         """See `Dataset`."""
-        return _ahead(self._windows(part))
+        for window, where in _ahead(self._windows(part)):
+            yield window.to(self._device), where
 
     def _windows(self, part: str) -> Iterator[tuple[Window, slice]]:
         numbers, _, lengths = self._file.blocks(part)
@@ -360,7 +366,7 @@ class OnDisk(Dataset):
     def _window(self, piece: Piece) -> Window:
         s = piece.structures
         structures = Structures.trusted(
-            elements=self._model.elements,
+            elements=self._elements,
             species=self._species[s.species],
             coordinates=s.coordinates,
             offsets=s.offsets,
@@ -368,10 +374,9 @@ class OnDisk(Dataset):
             forces=s.forces,
             labels=s.labels,
         )
-        return Window(self._model, Piece(structures, piece.origin, piece.weights), self._config, lasting=False)
-
-    def _tensor(self, order: np.ndarray) -> Tensor:
-        return torch.from_numpy(order).to(self._model.sae.device)
+        read = Piece(structures, piece.origin, piece.weights)
+        window = Window(read, self._sae, self._dtype, self._config, lasting=False)
+        return window.pinned() if self._device.type == "cuda" else window
 
 
 def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:

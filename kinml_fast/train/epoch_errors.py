@@ -33,6 +33,8 @@ class EpochErrors:
     energies, forces : list of Tensor
         For each batch of n structures of the present stretch [K, n] and [K, n, 3], float64: the `energy_residuals` and
         `force_errors` of `ops.force_step`. Steps write into them.
+    first : int
+        Number of the first batch of the present stretch in the epoch.
     """
 
     def __init__(self, levels: int, size: int, device: torch.device) -> None:
@@ -45,7 +47,7 @@ class EpochErrors:
 
     def clear(self) -> None:
         """Begin an epoch: nothing is known."""
-        self._first = 0
+        self.first = 0
         self._energy_sums = [ErrorSums() for _ in range(self._levels)]
         self._force_sums = [ErrorSums() for _ in range(self._levels)]
 
@@ -67,7 +69,7 @@ class EpochErrors:
             options: dict[str, Any] = {"dtype": torch.float64, "device": self._device}
             self.energies = [torch.zeros(self._levels, n, **options) for n in sizes]
             self.forces = [torch.zeros(self._levels, n, 3, **options) for n in sizes]
-        self._first, self._known = first, known
+        self.first, self._known = first, known
         if not with_forces:
             for errors in self.forces:
                 errors.zero_()
@@ -85,7 +87,7 @@ class EpochErrors:
             for level in range(self._levels):
                 self._energy_sums[level].add(energies[level, self._known[level]])
                 self._force_sums[level].add_groups(forces[level], 0)
-        self._first += len(self.energies)
+        self.first += len(self.energies)
 
     def of_levels(self, components: Sequence[int], with_forces: bool) -> list[LevelErrors]:
         """The errors of a whole epoch at each level of theory.
@@ -109,17 +111,17 @@ class EpochErrors:
         """Whether all errors of the first batches of the epoch are finite, as far as they are known."""
         if self._given is not None:
             return True  # as it was when it was saved
-        energies, forces = self._joined(batches - self._first)
+        energies, forces = self._joined(batches - self.first)
         known = torch.from_numpy(self._known[:, : energies.shape[1]]).to(energies.device)
         before = all(sums.is_finite for sums in (*self._energy_sums, *self._force_sums))
         return before and bool(torch.isfinite(energies[known]).all() and torch.isfinite(forces).all())
 
-    def state_dict(self, batches: int) -> dict[str, Tensor]:
+    def state_dict(self, batches: int) -> dict[str, Any]:
         """Those of the first batches of the epoch as a checkpoint keeps them.
 
         What is of one level has no dimension of levels.
         """
-        energies, forces = self._given or self._joined(batches - self._first)
+        energies, forces = self._given or self._joined(batches - self.first)
         if self._levels == 1:
             energies, forces = energies[0], forces[0]
         sums = [[one.numbers() for one in of_kind] for of_kind in (self._energy_sums, self._force_sums)]
@@ -127,10 +129,12 @@ class EpochErrors:
             "residuals": energies,
             "force_errors": forces,
             "error_sums": torch.tensor(sums, dtype=torch.float64),
+            "first_batch": self.first,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave; the stretch that it was in begins next."""
+        """Take over what `state_dict` gave; the stretch that it was in begins next, with the batch `first`."""
+        self.first = state["first_batch"]
         energies, forces = state["residuals"], state["force_errors"]
         self._given = energies.view(self._levels, -1), forces.view(self._levels, -1, 3)
         of_kinds = state["error_sums"].view(2, self._levels, -1).tolist()

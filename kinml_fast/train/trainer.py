@@ -212,7 +212,7 @@ class Trainer:
         if with_forces:
             self._steps.pop(False, None)  # what an energy-only phase kept takes memory
         tasks.begin(with_forces)
-        for stretch in self.data.epoch(epoch, self.config.batch_size, state.batch):
+        for stretch in self.data.epoch(epoch, self.config.batch_size, state.errors.first):
             known = stretch.window.known_energies[:, stretch.order.cpu().numpy()]
             state.errors.begin(stretch.first, known, with_forces)
             self._run_batches(self.step(with_forces, stretch.window), stretch, started)

@@ -1,4 +1,4 @@
-"""Structures as tensors on the model's device: what steps read."""
+"""Structures as tensors: what steps read."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train.config import TrainingConfig
 
+_TENSORS = (
+    "coordinates",
+    "species",
+    "offsets",
+    "energies",
+    "forces",
+    "energy_weights",
+    "force_weights",
+    "origin",
+)
+
 
 class Window:
     """M structures of a run with N atoms: all of them, or some that are in memory for a while.
@@ -23,10 +34,12 @@ class Window:
 
     Parameters
     ----------
-    model
-        Its precision, device and single-atom energies.
     piece
         The structures, their elements in the order of the model's.
+    sae
+        The model's single-atom energies, float64 [K, n_elements].
+    dtype
+        The model's precision.
     config
         What the energies of a structure weigh.
     source
@@ -52,8 +65,9 @@ class Window:
 
     def __init__(
         self,
-        model: EnergyModel,
         piece: Piece,
+        sae: np.ndarray,
+        dtype: torch.dtype,
         config: TrainingConfig,
         source: DescriptorSource | None = None,
         lasting: bool = True,
@@ -65,9 +79,8 @@ class Window:
         self._structures, self._source = structures, source
         self.levels = structures.levels
         self.known_energies, self.known_forces = structures.known_energies, structures.known_forces
-        sae = model.sae.view(self.levels, 1, -1).cpu().numpy()
         assert structures.energies is not None
-        targets = structures.energies.reshape(self.levels, -1) - (structures.counts() * sae).sum(axis=-1)
+        targets = structures.energies.reshape(self.levels, -1) - (structures.counts() * sae[:, None]).sum(axis=-1)
         if structures.forces is None:
             forces = np.full((self.levels, self.n_atoms, 3), np.nan)
         else:
@@ -77,19 +90,30 @@ class Window:
         energy_weights = (weights / atoms**2 if config.loss.energy_per_atom else weights) * factors
         energy_weights = energy_weights * self.known_energies
         force_weights = weights * factors * self.known_forces
-
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(model.sae.device)
-
+        tensor = torch.from_numpy
         self.coordinates = None
         if structures.coordinates is not None:
             # By numpy: a thread that reads ahead must not wake those of torch.
-            kind = np.float32 if model.dtype == torch.float32 else np.float64
+            kind = np.float32 if dtype == torch.float32 else np.float64
             self.coordinates = tensor(structures.coordinates.astype(kind, copy=False))
         self.species, self.offsets = tensor(structures.species), tensor(structures.offsets)
         self.energies, self.forces, self.origin = tensor(targets), tensor(forces), tensor(piece.origin)
         self.energy_weights, self.force_weights = tensor(energy_weights), tensor(force_weights)
         self._first_atoms = structures.offsets
+
+    def pinned(self) -> Window:
+        """The same in memory from which a GPU copies while others compute."""
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.pin_memory())
+        return self
+
+    def to(self, device: torch.device) -> Window:
+        """The same, moved to a device; what only Python looks at stays."""
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device, non_blocking=True))
+        return self
 
     def __len__(self) -> int:
         return len(self.labels)
