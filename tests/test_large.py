@@ -6,6 +6,8 @@ import errno
 import itertools
 import json
 import os
+import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from pretend_gpu import GPU, pretended
 from test_ranks import again, start
 from training_helpers import (
     Killed,
@@ -27,7 +30,7 @@ from training_helpers import (
     write_config,
 )
 
-from kinml_fast import cli
+from kinml_fast import cli, datasets
 from kinml_fast.data import blocks, large, prepared
 from kinml_fast.data.blocks import BlockFile, Piece
 from kinml_fast.data.large import LargeData
@@ -38,6 +41,7 @@ from kinml_fast.errors import DataError, InputError
 from kinml_fast.train import Trainer, TrainingConfig, checkpoint, dataset
 from kinml_fast.train.dataset import InMemory, OnDisk
 
+ROOT = Path(__file__).parent.parent
 FORCES = {"loss": {"forces": True}}
 
 
@@ -111,10 +115,13 @@ def test_a_damaged_file_is_one_sentence(place, small, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[int(place * len(raw))] ^= 4
     path.write_bytes(raw)
+
+    def read() -> None:
+        file = BlockFile(path)
+        file.read(np.concatenate([file.blocks(part)[0] for part in PARTS]).tolist())
+
     with pytest.raises(DataError, match=r"data\.blocks: is (damaged|no data set) .*: run kinml-fast prepare again$"):
-        for part in PARTS:
-            file = BlockFile(path)
-            file.read(file.blocks(part)[0].tolist())
+        read()
 
 
 @pytest.mark.parametrize("length", [0, 10, 25, 0.5, -1])
@@ -265,6 +272,19 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_with_the_same_bits(stop_at, sma
     assert checkpoint.load(cut / "checkpoints" / "last.pt")["residuals"].numel() < 20
     Trainer(model(), data, config, cut, resume=True).fit()
     assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize("kind", ["forces", "learned", "some epochs"])
+def test_windows_are_copied_to_a_gpu(kind, small, tmp_path):
+    keys, form = KINDS[kind]
+    data, made = on_disk(training_data(**form), tmp_path), [model(), model()]
+    here = Trainer(made[0], data, settings(**keys)).fit()
+    with pretended():
+        there = Trainer(made[1].to(GPU), data, settings(**keys)).fit()
+    torch.testing.assert_close(
+        made[1].networks.weights.detach().cpu(), made[0].networks.weights.detach(), rtol=1e-9, atol=0
+    )
+    assert there.errors["test"].rmse == pytest.approx(here.errors["test"].rmse, rel=1e-9)
 
 
 def test_a_checkpoint_belongs_to_its_data(small, tmp_path):
@@ -450,6 +470,15 @@ def test_what_needs_all_data_in_memory_is_refused(other, tmp_path, capsys):
     assert f"data.on_disk does not go together with {other.partition('=')[0]}" in capsys.readouterr().err
 
 
+def test_python_of_the_page_runs(tmp_path):
+    page = (ROOT / "docs" / "large_data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    (tmp_path / "data").mkdir()
+    shutil.copy(datasets.path("C3H3.db"), tmp_path / "data")
+    exec(block, {"model": model(), "config": settings()})
+    assert (tmp_path / "runs" / "large" / "model.pt").exists()
+
+
 def test_several_processes_give_the_same_bits_from_disk(tmp_path):
     again(check_several_processes, tmp_path)
 
@@ -457,7 +486,8 @@ def test_several_processes_give_the_same_bits_from_disk(tmp_path):
 def check_several_processes(tmp_path: Path) -> None:
     config = write_config(tmp_path, "loss: {forces: true}", 60, "all")
     program = (
-        "import sys; from kinml_fast.data import blocks; from kinml_fast.train import dataset; from kinml_fast import cli;"
+        "import sys\nfrom kinml_fast import cli\nfrom kinml_fast.data import blocks\n"
+        "from kinml_fast.train import dataset\n"
         "blocks.BLOCK_BYTES, dataset.WINDOW_BYTES = 4000, 15000; sys.exit(cli.main(sys.argv[1:]))"
     )
     (tmp_path / "program.py").write_text(program)
@@ -472,7 +502,7 @@ def check_several_processes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path):
     """Peak memory after an epoch of so many structures, of which the latter take 63 MB more than the former."""
-    program = Path(__file__).parent.parent / "benchmarks" / "large.py"
+    program = ROOT / "benchmarks" / "large.py"
     peaks = []
     for count in (100_000, 220_000):
         path = tmp_path / f"{count}.blocks"
