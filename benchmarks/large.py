@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from process import peak_memory
 
-from kinml_fast.data import blocks
+from kinml_fast.data import blocks, read
 from kinml_fast.data.blocks import BlockFile, Piece
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.split import PARTS, Split
@@ -61,9 +61,7 @@ def bent(template: Structures, first: int, count: int, seed: int) -> Structures:
 
 
 def make(path: Path, count: int) -> None:
-    from tasks import c5h5
-
-    template = c5h5().select([0])
+    template = read("shipped:C5H5.db").select([0])
     sizes = {"train": count - 2 * (count // 20), "validation": count // 20, "test": count // 20}
 
     def pieces() -> Iterator[tuple[str, Piece]]:
