@@ -30,7 +30,7 @@ from kinml_fast.train.results import Comparisons, Summary
 from kinml_fast.train.rhythm import SYSTEM_CLOCK, Clock, Rhythm
 from kinml_fast.train.shared import SharedStep
 from kinml_fast.train.state import RunState
-from kinml_fast.train.steps import FusedStep, Step, make_step
+from kinml_fast.train.steps import Step, make_step
 from kinml_fast.train.store import RunStore
 from kinml_fast.train.update import Update
 from kinml_fast.train.window import Window
@@ -188,11 +188,8 @@ class Trainer:
         """What trains on energies, or on energies and forces, of the structures of a window, and evaluates."""
         if window.lasting and with_forces in self._steps:
             return self._steps[with_forces]
-        given = self.model, window, self._update.tasks, self.config, with_forces
-        step: Step = make_step(*given, planned=self._ranks.alone)
-        if not self._ranks.alone:
-            assert isinstance(step, FusedStep)
-            step = SharedStep(step, self._ranks, self._rhythm)
+        fused = make_step(self.model, window, self._update.tasks, self.config, with_forces)
+        step = fused if self._ranks.alone else SharedStep(fused, self._ranks, self._rhythm)
         if window.lasting:
             self._steps[with_forces] = step
         return step
