@@ -72,8 +72,10 @@ def test_step(benchmark, terms, batch, dtype):
     settings = TrainingConfig(batch_size=batch, dtype=dtype, loss=loss, jacobian=jacobian)
     trainer = Trainer(model(kind).to(GPU), data(count), settings)
     trainer.train_epoch()
-    order, errors = trainer.data.order(1), EpochErrors(1, count, batch, torch.device(GPU))
-    epoch = CapturedEpoch(trainer.step(with_forces), trainer.optimizer, errors, count, batch, order.device)
+    order, errors = torch.from_numpy(trainer.data.order(1)).to(GPU), EpochErrors(1, batch, torch.device(GPU))
+    errors.begin(0, np.ones((1, count), dtype=bool), with_forces)
+    step = trainer.step(with_forces, trainer.data.whole)
+    epoch = CapturedEpoch(step, trainer.optimizer, errors, count, batch, order.device)
     row = f"training step, {terms}, {batch:,} C5H5"
     timed(benchmark, row, dtype, lambda: epoch.run(order), 5, steps=count // batch, atoms=10 * batch, **info)
 

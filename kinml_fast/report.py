@@ -11,7 +11,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError
-from kinml_fast.metrics import Errors, r_squared
+from kinml_fast.metrics import Errors, ErrorSums
 from kinml_fast.units import KCAL_PER_MOL
 
 # matplotlib takes half a second to import, and most of what imports this module draws only at its end.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Comparison = tuple[Sequence[str], np.ndarray, np.ndarray]
 """Labels, reference and predicted values (eV or eV/Å) of one split, all of one length."""
 
-Lower = Mapping[int, tuple[Mapping[str, Comparison], Mapping[str, Comparison]]]
+Lower = Mapping[int, tuple[Mapping[str, "Comparison | Compared"], Mapping[str, "Comparison | Compared"]]]
 """Comparisons of energies and of forces at lower levels of theory, by fidelity."""
 
 COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
@@ -61,6 +61,8 @@ _STYLE: dict[Any, Any] = {  # keys are literals for type checkers
 _DRAWN = 20_000
 """Points of a parity plot; of more, a random choice and the worst ones are drawn. The errors count all."""
 _WORST_DRAWN = 100
+KEPT = 1 << 18
+"""Values of one quantity in one split that are kept for its plot; of more, a random choice and the worst ones."""
 _COLOURED_BY_DENSITY = 500
 """From this number of points on their colour shows how many lie in one place."""
 
@@ -103,11 +105,90 @@ class ErrorRow:
     worst: str
 
 
+class Compared:
+    """Reference and predicted values of one quantity in one split, which come piece by piece.
+
+    All count in the errors; to be drawn at most KEPT of them are kept. A `Comparison` is the same in one piece.
+    """
+
+    def __init__(self) -> None:
+        self._sums = ErrorSums()
+        self._worst, self._largest = "", -1.0
+        self._mean = self._spread = 0.0
+        self._ranges = np.array([[np.inf, -np.inf]] * 2)  # of finite reference and predicted values
+        self._kept: list[np.ndarray] = []
+        self._rng = np.random.default_rng(0)
+
+    @classmethod
+    def of(cls, comparison: Comparison | Compared) -> Compared:
+        """Those of a comparison."""
+        if isinstance(comparison, Compared):
+            return comparison
+        labels, reference, predicted = comparison
+        if not len(labels) == len(reference) == len(predicted):
+            raise ValueError(f"{len(labels)} labels, {len(reference)} reference and {len(predicted)} predicted values")
+        compared = cls()
+        compared.add(labels.__getitem__, reference, predicted)
+        return compared
+
+    def __len__(self) -> int:
+        return self._sums.count
+
+    def add(self, label: Callable[[int], str], reference: np.ndarray, predicted: np.ndarray) -> None:
+        """Count more values, eV or eV/Å; `label` says what the structure of the i-th of them is called."""
+        reference, predicted = np.asarray(reference, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+        count = len(reference)
+        if not count:
+            return
+        residual = predicted - reference
+        worst = int(np.argmax(np.abs(residual)))
+        if not abs(residual[worst]) <= self._largest and not math.isnan(self._largest):
+            self._worst, self._largest = label(worst), float(abs(residual[worst]))
+        # Sum of squared distances from the mean, of two groups together.
+        mean, before = float(reference.mean()), self._sums.count
+        spread = float(np.square(reference - mean).sum())
+        self._spread += spread + (mean - self._mean) ** 2 * before * count / (before + count)
+        self._mean = mean if not before else self._mean + (mean - self._mean) * count / (before + count)
+        self._sums.add(residual)
+        for place, values in enumerate((reference, predicted)):
+            finite = values[np.isfinite(values)]
+            self._ranges[place, 0] = min(self._ranges[place, 0], finite.min(initial=np.inf))
+            self._ranges[place, 1] = max(self._ranges[place, 1], finite.max(initial=-np.inf))
+        self._kept.append(np.stack([reference, predicted, self._rng.random(count)]))
+        if sum(part.shape[1] for part in self._kept) > 2 * KEPT:
+            self._thin()
+
+    def _thin(self) -> None:
+        """Keep those with the lowest of the random numbers, and the worst ones."""
+        values = np.concatenate(self._kept, axis=1)
+        if values.shape[1] > KEPT + _WORST_DRAWN:
+            drawn = np.argpartition(values[2], KEPT)[:KEPT]
+            worst = np.argpartition(np.abs(values[1] - values[0]), -_WORST_DRAWN)[-_WORST_DRAWN:]
+            values = values[:, np.union1d(drawn, worst)]
+        self._kept = [values]
+
+    @property
+    def drawn(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reference and predicted values that are kept."""
+        self._thin()
+        return self._kept[0][0], self._kept[0][1]
+
+    @property
+    def ranges(self) -> np.ndarray | None:
+        """Lowest and highest of the finite reference and predicted values, [2, 2]; None where there are none."""
+        return self._ranges if (self._ranges[:, 0] <= self._ranges[:, 1]).all() else None
+
+    def row(self, split: str, quantity: Quantity) -> ErrorRow:
+        """The errors of all values."""
+        r2 = 1 - self._sums.square / self._spread if self._spread > 0 else float("nan")
+        return ErrorRow(split, quantity, self._sums.count, self._sums.errors(), r2, self._worst)
+
+
 def write_report(
     folder: str | os.PathLike,
     metrics_csv: str | os.PathLike,
-    energies: Mapping[str, Comparison],
-    forces: Mapping[str, Comparison] | None = None,
+    energies: Mapping[str, Comparison | Compared],
+    forces: Mapping[str, Comparison | Compared] | None = None,
     best: int | None = None,
     lower: Lower | None = None,
 ) -> list[ErrorRow]:
@@ -197,8 +278,8 @@ def write_member_curves(
 
 def write_parity(
     folder: str | os.PathLike,
-    energies: Mapping[str, Comparison],
-    forces: Mapping[str, Comparison] | None = None,
+    energies: Mapping[str, Comparison | Compared],
+    forces: Mapping[str, Comparison | Compared] | None = None,
     lower: Lower | None = None,
 ) -> list[ErrorRow]:
     """Write parity plots and errors.csv: what `write_report` does without learning curves."""
@@ -207,7 +288,9 @@ def write_parity(
     highest = (None, (energies, forces or {}))
     for fidelity, (of_energies, of_forces) in [highest, *(lower or {}).items()]:
         quantities = {
-            quantity if fidelity is None else replace(quantity, fidelity=fidelity): comparisons
+            quantity if fidelity is None else replace(quantity, fidelity=fidelity): {
+                split: Compared.of(comparison) for split, comparison in comparisons.items()
+            }
             for quantity, comparisons in ((ENERGY, of_energies), (FORCES, of_forces))
         }
         rows += _write_parity_of_level(folder, quantities)
@@ -217,20 +300,20 @@ def write_parity(
     return rows
 
 
-def _write_parity_of_level(folder: Path, quantities: Mapping[Quantity, Mapping[str, Comparison]]) -> list[ErrorRow]:
+def _write_parity_of_level(folder: Path, quantities: Mapping[Quantity, Mapping[str, Compared]]) -> list[ErrorRow]:
     energies = next(iter(quantities.values()))
-    splits = [split for split in energies if len(energies[split][1])]
+    splits = [split for split in energies if len(energies[split])]
     rows = [
-        _error_row(split, quantity, *comparisons[split])
+        comparisons[split].row(split, quantity)
         for split in splits
         for quantity, comparisons in quantities.items()
-        if split in comparisons and len(comparisons[split][1])
+        if split in comparisons and len(comparisons[split])
     ]
     with _style():
         limits = {quantity: _limits(quantity, comparisons) for quantity, comparisons in quantities.items()}
         for split in splits:
             of_split = [row for row in rows if row.split == split]
-            panels = [(row, *quantities[row.quantity][split][1:], limits[row.quantity]) for row in of_split]
+            panels = [(row, *quantities[row.quantity][split].drawn, limits[row.quantity]) for row in of_split]
             _save(draw_parity(split, panels), folder / f"parity_{split}{of_split[0].quantity.suffix}.png")
     return rows
 
@@ -421,34 +504,16 @@ def _density(x: np.ndarray, residual: np.ndarray, bins: int = 64) -> np.ndarray:
     return np.sqrt(density / density.max())
 
 
-def _limits(quantity: Quantity, comparisons: Mapping[str, Comparison]) -> tuple[float, float, float]:
+def _limits(quantity: Quantity, comparisons: Mapping[str, Compared]) -> tuple[float, float, float]:
     """The zero of the axis and its ends, the same for all splits, so that their plots can be laid side by side."""
-    values = [np.asarray(v, dtype=np.float64) * KCAL_PER_MOL for c in comparisons.values() for v in c[1:] if len(v)]
-    references = [np.asarray(c[1], dtype=np.float64) * KCAL_PER_MOL for c in comparisons.values() if len(c[1])]
-    if not values or not all(np.isfinite(v).any() for v in values):
+    ranges = [comparison.ranges for comparison in comparisons.values() if len(comparison)]
+    known = np.array([x for x in ranges if x is not None]) * KCAL_PER_MOL
+    if not len(known) or len(known) < len(ranges):
         return 0.0, -1.0, 1.0
-    zero = float(min(np.nanmin(v) for v in references)) if quantity.relative else 0.0
-    finite = np.concatenate(values)
-    finite = finite[np.isfinite(finite)] - zero
-    margin = 0.04 * max(float(np.ptp(finite)), 1e-6)
-    return zero, float(finite.min()) - margin, float(finite.max()) + margin
-
-
-def _error_row(
-    split: str, quantity: Quantity, labels: Sequence[str], reference: np.ndarray, predicted: np.ndarray
-) -> ErrorRow:
-    reference, predicted = np.asarray(reference, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    if not len(labels) == len(reference) == len(predicted):
-        raise ValueError(f"{split}: {len(labels)} labels, {len(reference)} reference and {len(predicted)} predicted")
-    residual = predicted - reference
-    return ErrorRow(
-        split=split,
-        quantity=quantity,
-        count=len(residual),
-        errors=Errors.of(residual),
-        r2=r_squared(reference, predicted),
-        worst=labels[int(np.argmax(np.abs(residual)))],
-    )
+    zero = float(known[:, 0, 0].min()) if quantity.relative else 0.0
+    lowest, highest = float(known[..., 0].min()) - zero, float(known[..., 1].max()) - zero
+    margin = 0.04 * max(highest - lowest, 1e-6)
+    return zero, lowest - margin, highest + margin
 
 
 def _mark_best(

@@ -42,7 +42,7 @@ def trained(kind: str, ranks: Ranks) -> tuple[Trainer, list]:
     trainer = Trainer(made, data, config, ranks=ranks, freeze=freeze)
     trainer.prepare()
     said = [{k: v for k, v in trainer.train_epoch().values().items() if k not in TIMES} for _ in range(3)]
-    return trainer, [*said, *(residuals.errors() for residuals in trainer.evaluate("validation", config.loss.forces))]
+    return trainer, [*said, *(sums.errors() for sums in trainer.evaluate("validation", config.loss.forces))]
 
 
 def main() -> None:

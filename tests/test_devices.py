@@ -100,7 +100,7 @@ def test_too_little_memory_is_one_sentence(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nMore lines.")
 
     trainer = Trainer(model(), training_data(), TrainingConfig(epochs=1, batch_size=7))
-    monkeypatch.setattr(trainer.step(False), "run", full)
+    monkeypatch.setattr(trainer.step(False, trainer.data.whole), "run", full)
     with pytest.raises(InputError, match=r"^the GPU is out of memory \(CUDA out .*GiB\.\): try batches half") as caught:
         trainer.fit()
     assert "(training.batch_size=3 training.validation_batch_size=500 " in str(caught.value)

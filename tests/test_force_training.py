@@ -360,7 +360,7 @@ def test_a_run_that_diverges_says_so(tmp_path, loss):
 def test_descriptors_are_kept_only_while_energies_are_trained_on_alone():
     trainer = Trainer(model(), training_data(forces="all"), settings(loss={"forces_from": 1, "forces_until": 2}))
     trainer.prepare()
-    kept = weakref.ref(trainer.step(False))
+    kept = weakref.ref(trainer.step(False, trainer.data.whole))
     trainer.train_epoch()
     assert kept() is not None
     trainer.train_epoch()

@@ -432,7 +432,7 @@ def test_descriptors_are_kept_only_while_energies_are_trained_on_alone():
     chosen = settings(loss={"forces_from": 1, "forces_until": 2})
     trainer = Trainer(model(fidelities=(0, 1)), level_data(), chosen)
     trainer.prepare()
-    kept = weakref.ref(trainer.step(False))
+    kept = weakref.ref(trainer.step(False, trainer.data.whole))
     assert isinstance(kept(), FusedStep)
     trainer.train_epoch()
     assert kept() is not None

@@ -5,30 +5,31 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from training_helpers import level_data, model, training_data
+from training_helpers import assert_same_bits, level_data, model, training_data
 
 from kinml_fast import ops
 from kinml_fast.metrics import Errors
 from kinml_fast.train import TrainingConfig
-from kinml_fast.train.dataset import Dataset
+from kinml_fast.train.dataset import InMemory
 from kinml_fast.train.epoch_errors import EpochErrors
 from kinml_fast.train.judge import Judge
 from kinml_fast.train.rhythm import Rhythm
+from kinml_fast.units import KCAL_PER_MOL
 
 CPU = torch.device("cpu")
 
 
-def dataset(levels: int) -> Dataset:
+def dataset(levels: int) -> InMemory:
     """40 training structures, of which some lack forces or levels."""
     config = TrainingConfig(batch_size=7, loss={"forces": True})
     if levels == 1:
-        return Dataset(model(), training_data(forces="some"), config)
-    return Dataset(model(fidelities=tuple(range(levels))), level_data(levels=levels, forces="some"), config)
+        return InMemory(model(), training_data(forces="some"), config)
+    return InMemory(model(fidelities=tuple(range(levels))), level_data(levels=levels, forces="some"), config)
 
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_data_have_the_dimension_of_levels_always(levels):
-    data = dataset(levels)
+    data = dataset(levels).whole
     assert data.energies.shape == data.energy_weights.shape == data.force_weights.shape == (levels, 60)
     assert data.forces.shape == (levels, data.n_atoms, 3)
 
@@ -36,8 +37,7 @@ def test_data_have_the_dimension_of_levels_always(levels):
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("size", [7, 20, 64])
 def test_structures_with_a_weight_are_counted_batch_by_batch(levels, size):
-    data = dataset(levels)
-    order = data.order(3)
+    order, data = torch.from_numpy(dataset(levels).order(3)), dataset(levels).whole
     expected = [
         [[np.count_nonzero(level[batch]) for level in weights] for weights in (data.energy_weights, data.force_weights)]
         for batch in order.split(size)
@@ -53,22 +53,88 @@ def test_an_order_depends_on_seed_and_epoch_only():
     assert data.order(2).tolist() == dataset(1).order(2).tolist() != data.order(1).tolist()
 
 
+class Epoch:
+    """Errors of three stretches of 4, 8 and 7 structures, in batches of 4, with and without a break."""
+
+    def __init__(self, levels: int) -> None:
+        rng = np.random.default_rng(0)
+        self.levels, self.sizes = levels, (4, 8, 7)
+        self.energies = [rng.normal(size=(levels, n)) for n in self.sizes]
+        self.forces = [rng.random((levels, n, 3)) for n in self.sizes]
+        self.known = [rng.random((levels, n)) < 0.8 for n in self.sizes]
+
+    def run(self, errors: EpochErrors, done: int = 0, stop: int | None = None, with_forces: bool = True) -> None:
+        """Do the batches from `done` on, up to `stop`."""
+        first, begun = 0, errors.first
+        for energies, forces, known in zip(self.energies, self.forces, self.known, strict=True):
+            batches = -(-energies.shape[1] // 4)
+            if first >= begun:
+                errors.begin(first, known, with_forces)
+                for number in range(max(done - first, 0), batches):
+                    if first + number == stop:
+                        return
+                    some = slice(4 * number, 4 * number + 4)
+                    errors.energies[number].copy_(torch.from_numpy(energies[:, some]))
+                    if with_forces:
+                        errors.forces[number].copy_(torch.from_numpy(forces[:, some]))
+                errors.end()
+            first += batches
+
+
 @pytest.mark.parametrize("levels", [1, 2])
-def test_errors_of_an_epoch_come_back_from_a_checkpoint(levels):
-    errors = EpochErrors(levels, 10, 4, CPU)
-    for number, (energies, forces) in enumerate(zip(errors.energies, errors.forces, strict=True)):
-        energies.fill_(number + 1)
-        forces.fill_(10 * (number + 1))
-    state = errors.state_dict(2)
+def test_errors_of_an_epoch_are_those_of_all_its_structures(levels):
+    epoch, errors = Epoch(levels), EpochErrors(levels, 4, CPU)
+    epoch.run(errors)
+    energies, forces, known = (np.concatenate(x, axis=1) for x in (epoch.energies, epoch.forces, epoch.known))
+    for level, (energy, force) in enumerate(errors.of_levels([30] * levels, True)):
+        expected = Errors.of(energies[level, known[level]])
+        assert (energy.mae, energy.rmse, energy.max) == pytest.approx((expected.mae, expected.rmse, expected.max))
+        sums = forces[level].sum(axis=0)
+        assert force.mae / KCAL_PER_MOL == pytest.approx(sums[0] / 30)
+        assert force.rmse / KCAL_PER_MOL == pytest.approx((sums[1] / 30) ** 0.5)
+        assert force.max / KCAL_PER_MOL == forces[level, :, 2].max()
+    assert [of_level[1] for of_level in errors.of_levels([30] * levels, False)] == [None] * levels
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("stop", range(5))
+def test_errors_of_an_epoch_come_back_from_a_checkpoint(levels, stop):
+    epoch, whole, cut, again = Epoch(levels), *(EpochErrors(levels, 4, CPU) for _ in range(3))
+    epoch.run(whole)
+    epoch.run(cut, stop=stop)
+    assert cut.is_finite(stop)
+    state = cut.state_dict(stop)
     leading = () if levels == 1 else (2,)
-    assert (state["residuals"].shape, state["force_errors"].shape) == ((*leading, 8), (*leading, 8, 3))
-    again = EpochErrors(levels, 10, 4, CPU)
+    kept = 4 * (stop - cut.first)
+    assert cut.first == {0: 0, 1: 1, 2: 1, 3: 3, 4: 3}[stop]
+    assert (state["residuals"].shape, state["force_errors"].shape) == ((*leading, kept), (*leading, kept, 3))
     again.load_state_dict(state)
-    assert all(torch.equal(*pair) for pair in zip(again.joined(2), errors.joined(2), strict=True))
-    assert not again.energies[2].any()
-    again.load_state_dict(errors.state_dict(0))
-    again.clear_forces()
-    assert not again.joined()[1].any()
+    assert_same_bits(again.state_dict(stop), state)  # saved again before anything was done
+    epoch.run(again, done=stop)
+    assert again.of_levels([30] * levels, True) == whole.of_levels([30] * levels, True)
+
+
+def test_errors_that_are_not_finite_show_in_every_stretch():
+    epoch = Epoch(1)
+    epoch.known[0][:] = epoch.known[2][:] = True
+    for stretch, (first, last) in {0: (1, 5), 2: (4, 5)}.items():
+        for values in (epoch.energies, epoch.forces):
+            before, values[stretch].ravel()[0] = values[stretch].ravel()[0], np.nan
+            errors = EpochErrors(1, 4, CPU)
+            for batches in range(first, last + 1):
+                epoch.run(errors, stop=batches)
+                assert not errors.is_finite(batches)
+                errors.clear()
+            values[stretch].ravel()[0] = before
+
+
+def test_an_epoch_without_forces_has_no_errors_of_an_earlier_one():
+    epoch, errors = Epoch(1), EpochErrors(1, 4, CPU)
+    epoch.run(errors)
+    errors.clear()
+    epoch.run(errors, stop=1, with_forces=False)
+    assert not errors.state_dict(1)["force_errors"].any()
+    assert not errors.state_dict(1)["error_sums"][1].any()
 
 
 class Moments:

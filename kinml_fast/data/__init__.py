@@ -2,10 +2,12 @@
 
 `Selection` says what to take of files; `read` gives `Structures`; a `Split` divides them; `TrainingData` are both with
 single-atom energies and weights, and `prepare` makes `Prepared`, training data of files that are recognised on the next
-run. `kinml_fast.train` makes of them its `Dataset`, the tensors of a run.
+run. `LargeData` are training data in a file, read while they are needed. `kinml_fast.train` makes of either its
+`Dataset`, the tensors of a run.
 """
 
 from kinml_fast.data.fidelities import join as join_fidelities
+from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared, prepare
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.sources import DescriptorSource, read
@@ -17,6 +19,7 @@ from kinml_fast.data.training_data import TrainingData
 
 __all__ = [
     "DescriptorSource",
+    "LargeData",
     "Prepared",
     "Selection",
     "Split",

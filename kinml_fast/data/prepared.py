@@ -102,31 +102,11 @@ def prepare(
     InputError
         As the functions named; `path` is one of the data files; the file cannot be written (nothing is changed then).
     """
-    paths = expand(files)
-    digests = {path: file_digest(path) for path in paths}
-    # As JSON has them, so that they are equal to what is read back.
-    settings = json.loads(
-        json.dumps(
-            selection.settings()
-            | {
-                "split": [float(amount) for amount in split],
-                "split_seed": int(split_seed),
-                "sae": _plain(sae),
-                "weights": list(weights.items()) if isinstance(weights, Mapping) else weights is not None,
-                "descriptor": dict(descriptor or {}),
-            }
-        )
-    )
-    others = {"split": split_file, "weights": None if isinstance(weights, Mapping) else weights}
-    digest = _digest(digests, others, settings)
-    source = DescriptorSource(
-        settings["descriptor"].get("backend", "native"),
-        tuple((path.resolve(), digests[path]) for path in paths if is_hdf5(path)),
-    )
+    given = split, split_file, split_seed, sae, weights, descriptor
+    paths, source, settings, digest = recognise(files, selection, *given)
     if path is not None:
         path = Path(path)
-        if path.resolve() in [p.resolve() for p in paths]:
-            raise ConfigError(f"{path}: is one of the data files and would be overwritten: name another file")
+        check_path(path, paths)
         ready = _up_to_date(path, digest)
         if ready is not None:
             return replace(ready, source=source)  # the files may have moved
@@ -138,7 +118,7 @@ def prepare(
         raise DataError(f"{split_file}: {error}") from error
     loss_weights = None if weights is None else weights_module.resolve(weights, structures.labels)
     chosen = splits.make_split(structures, split, split_seed, split_file, dropped)
-    _check_levels(structures, chosen, selection.fidelities)
+    check_levels(structures.known_energies, chosen, selection.fidelities)
     used = np.sort(chosen.used)
     if len(used) < len(structures):
         structures = structures.select(used)
@@ -165,6 +145,46 @@ def prepare(
     if path is not None:
         save(path, result)
     return result
+
+
+def recognise(
+    files: str | os.PathLike | Sequence[str | os.PathLike],
+    selection: Selection,
+    split: Sequence[float],
+    split_file: str | os.PathLike | None,
+    split_seed: int,
+    sae: str | Mapping[str, float] | Sequence[str | Mapping[str, float]],
+    weights: str | os.PathLike | Mapping[str, float] | None,
+    descriptor: Mapping[str, object] | None,
+) -> tuple[list[Path], DescriptorSource, dict[str, Any], str]:
+    """The files of what `prepare` was called with, the descriptors in them, plain settings, and the hash of it all."""
+    paths = expand(files)
+    digests = {path: file_digest(path) for path in paths}
+    # As JSON has them, so that they are equal to what is read back.
+    settings = json.loads(
+        json.dumps(
+            selection.settings()
+            | {
+                "split": [float(amount) for amount in split],
+                "split_seed": int(split_seed),
+                "sae": _plain(sae),
+                "weights": list(weights.items()) if isinstance(weights, Mapping) else weights is not None,
+                "descriptor": dict(descriptor or {}),
+            }
+        )
+    )
+    others = {"split": split_file, "weights": None if isinstance(weights, Mapping) else weights}
+    source = DescriptorSource(
+        settings["descriptor"].get("backend", "native"),
+        tuple((path.resolve(), digests[path]) for path in paths if is_hdf5(path)),
+    )
+    return paths, source, settings, _digest(digests, others, settings)
+
+
+def check_path(path: Path, files: Sequence[Path]) -> None:
+    """Refuse to write prepared data over one of the files that they are made from."""
+    if path.resolve() in [p.resolve() for p in files]:
+        raise ConfigError(f"{path}: is one of the data files and would be overwritten: name another file")
 
 
 def save(path: str | os.PathLike, prepared: Prepared) -> None:
@@ -270,9 +290,11 @@ def _plain(setting: object) -> object:
     )
 
 
-def _check_levels(structures: Structures, split: Split, fidelities: Sequence[int]) -> None:
-    """Each level must be trained on somewhere, and the highest, which a model is judged by, validated."""
-    known = structures.known_energies
+def check_levels(known: np.ndarray, split: Split, fidelities: Sequence[int]) -> None:
+    """Each level must be trained on somewhere, and the highest, which a model is judged by, validated.
+
+    `known` is bool [K, n_structures]: which structures have an energy at each level.
+    """
     for fidelity, at_level in zip(fidelities, known, strict=True):
         if not at_level[split.train].any():
             raise DataError(

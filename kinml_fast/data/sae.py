@@ -32,7 +32,11 @@ _log = logging.getLogger(__name__)
 
 
 def fit(
-    counts: np.ndarray, energies: np.ndarray, elements: Sequence[str], start: np.ndarray | None = None
+    counts: np.ndarray,
+    energies: np.ndarray,
+    elements: Sequence[str],
+    start: np.ndarray | None = None,
+    multiplicity: np.ndarray | None = None,
 ) -> np.ndarray:
     """Least squares of energies on numbers of atoms, within bounds around a guess.
 
@@ -58,6 +62,8 @@ def fit(
         Chemical symbols of the columns.
     start
         Where a free fit may start, float64 [n_elements], eV: SAEs of a lower level, or 0 for differences of levels.
+    multiplicity
+        [n_structures]: how many structures of these counts have the energy as their mean; None: one each.
 
     Returns
     -------
@@ -73,12 +79,14 @@ def fit(
     if len(counts) == 0:
         raise DataError("no structures to fit single-atom energies to: enlarge the training part")
     # Structures with the same counts only enter through their mean: as many equations as formulas.
-    rows, inverse, multiplicity = np.unique(counts, axis=0, return_inverse=True, return_counts=True)
+    each = np.ones(len(counts)) if multiplicity is None else np.asarray(multiplicity, dtype=np.float64)
+    rows, inverse = np.unique(counts, axis=0, return_inverse=True)
     inverse = inverse.ravel()
+    multiplicity = np.bincount(inverse, weights=each)
 
     def misfit(sae: np.ndarray) -> tuple[np.ndarray, float]:
         # What is left of each formula's mean energy, and its root mean square over the structures, eV.
-        left = np.bincount(inverse, weights=energies - counts @ sae) / multiplicity
+        left = np.bincount(inverse, weights=(energies - counts @ sae) * each) / multiplicity
         return left, float(np.sqrt(np.average(left**2, weights=multiplicity)))
 
     known = np.array([element in GUESSES for element in elements])
@@ -121,12 +129,13 @@ def resolve(
     energies: np.ndarray,
     elements: Sequence[str],
     start: np.ndarray | None = None,
+    multiplicity: np.ndarray | None = None,
 ) -> np.ndarray:
     """SAEs by a setting: "fit", "none" (all 0), or energies by element (eV).
 
     Parameters
     ----------
-    counts, energies, elements, start
+    counts, energies, elements, start, multiplicity
         As for `fit`; used by "fit" only.
 
     Returns
@@ -140,7 +149,7 @@ def resolve(
         Another word, an element of the data without an energy, something that is no element or no number.
     """
     if setting == "fit":
-        return fit(counts, energies, elements, start)
+        return fit(counts, energies, elements, start, multiplicity)
     if setting == "none":
         return np.zeros(len(elements))
     if not isinstance(setting, Mapping):
@@ -162,6 +171,7 @@ def resolve_levels(
     energies: np.ndarray,
     elements: Sequence[str],
     start: np.ndarray | None = None,
+    multiplicity: np.ndarray | None = None,
 ) -> np.ndarray:
     """SAEs of one or several levels of theory, each fitted to the structures that have it.
 
@@ -177,6 +187,8 @@ def resolve_levels(
         Chemical symbols of the columns.
     start
         Of the lowest level, see `fit`; a higher one may start at the SAEs of the one below.
+    multiplicity
+        Like `energies`, see `fit`.
 
     Returns
     -------
@@ -197,7 +209,9 @@ def resolve_levels(
             "for each, lowest first, or one for all"
         )
     found = [] if start is None else [start]
-    for setting, at_level in zip(several, by_level, strict=True):
+    each = np.ones_like(by_level) if multiplicity is None else multiplicity.reshape(by_level.shape)
+    for setting, at_level, of_level in zip(several, by_level, each, strict=True):
         known = ~np.isnan(at_level)
-        found.append(resolve(setting, counts[known], at_level[known], elements, found[-1] if found else None))
+        given = counts[known], at_level[known], elements, found[-1] if found else None, of_level[known]
+        found.append(resolve(setting, *given))
     return found[-1] if energies.ndim == 1 else np.stack(found[-levels:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -86,10 +86,7 @@ def read_and_drop(
         paths = list(group)
         if reader is pykinml_hdf5:
             if len(selection.fidelities_read) > 1:
-                raise DataError(
-                    f"{first_few(paths)}: has energies of one level, but those of the fidelities "
-                    f"{' and '.join(map(str, selection.fidelities_read))} are asked for: take databases or XYZ files"
-                )
+                raise _one_level(paths, selection)
             parts.append(pykinml_hdf5.read(paths, selection.elements))
         elif reader is xyz:
             parts.append(xyz.read(paths, selection))
@@ -103,11 +100,51 @@ def read_and_drop(
             "none of the structures that are asked for is in one of the data files: name their files"
         )
     structures = concatenate(parts, selection.elements)
-    for fidelity, known in zip(selection.fidelities_read, structures.known_energies, strict=True):
-        if not known.any():
-            raise DataError(_absent(fidelity, expand(files)))
+    absent(selection, [bool(at_level.any()) for at_level in structures.known_energies], expand(files))
     structures, dropped = complete(structures, selection)
     return (structures if selection.baseline is None else difference(structures)), dropped
+
+
+def pieces(files: Sequence[Path], selection: Selection, size: int) -> Iterator[Structures]:
+    """What `read` reads, about `size` structures at a time, with the levels `selection.fidelities_read`.
+
+    Structures that lack a level are there still. The selection has no ids. Files of one name, which have one level
+    each, and PyKinML's HDF5 files are read as a whole.
+
+    Raises
+    ------
+    InputError
+        As `read`, where it is found in the piece that is read.
+    """
+    for reader, group in itertools.groupby(files, key=_reader):
+        paths = list(group)
+        if reader is pykinml_hdf5:
+            if len(selection.fidelities_read) > 1:
+                raise _one_level(paths, selection)
+            yield pykinml_hdf5.read(paths, selection.elements)
+            continue
+        by_name: dict[str, list[Path]] = {}
+        for path in paths:
+            by_name.setdefault(path.stem if reader is sqlite else path.name, []).append(path)
+        for same_name in by_name.values():
+            if len(same_name) > 1:
+                yield reader.read(same_name, selection)
+            else:
+                yield from reader.pieces(same_name[0], selection, size)
+
+
+def absent(selection: Selection, known: Sequence[bool], files: Sequence[Path]) -> None:
+    """Refuse data without any energy of a level of `selection.fidelities_read`; `known` says which are there."""
+    for fidelity, is_known in zip(selection.fidelities_read, known, strict=True):
+        if not is_known:
+            raise DataError(_absent(fidelity, files))
+
+
+def _one_level(paths: Sequence[Path], selection: Selection) -> DataError:
+    return DataError(
+        f"{first_few(paths)}: has energies of one level, but those of the fidelities "
+        f"{' and '.join(map(str, selection.fidelities_read))} are asked for: take databases or XYZ files"
+    )
 
 
 def _absent(fidelity: int, paths: Sequence[Path]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,35 @@ class SplitFile:
         return SplitFile(self.path, tuple(self.labels[i] for i in kept), self.masks[kept], parts)
 
 
+@dataclass(frozen=True, eq=False)
+class Census:
+    """What a division of structures goes by.
+
+    `names` are the formulas, ascending, and `formula` [n] says which of them each structure has; `known_energies` and
+    `known_forces` are bool [K, n]; `labels` are empty where they are not needed.
+    """
+
+    names: tuple[str, ...]
+    formula: np.ndarray
+    known_energies: np.ndarray
+    known_forces: np.ndarray
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.formula)
+
+    @classmethod
+    def of(cls, structures: Structures | Census) -> Census:
+        """That of structures."""
+        if isinstance(structures, Census):
+            return structures
+        names, formula = np.unique(np.array(structures.formulas(), dtype=str), return_inverse=True)
+        known = structures.known_energies, structures.known_forces
+        return cls(tuple(names.tolist()), formula.ravel(), *known, structures.labels)
+
+
 def make_split(
-    structures: Structures,
+    structures: Structures | Census,
     amounts: Sequence[float],
     seed: int = 0,
     split_file: str | os.PathLike | None = None,
@@ -86,6 +113,7 @@ def make_split(
         More is asked for than there is, a part comes out empty (test may be 0 if that is what `amounts` say), a
         malformed line, a label that is not among the structures.
     """
+    structures = Census.of(structures)
     amounts = _checked_amounts(amounts)
     rng = np.random.default_rng(seed)
     if split_file is None:
@@ -167,19 +195,23 @@ def write_tvtmsk(path: str | os.PathLike, structures: Structures, split: Split) 
         Two structures have the same label, or the file cannot be written.
     """
     _index_of_labels(structures)
-    energies = _highest_energies(structures)
-    lines = []
-    for part in PARTS:
-        for i in getattr(split, part).tolist():
-            energy = repr(float(energies[i]))
-            lines.append(f"{structures.labels[i]} {_MASKS[part]} {energy} {part}\n")
-    with replacing(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    energies = highest_energies(structures)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as text:
+        for part in PARTS:
+            indices = getattr(split, part)
+            text.writelines(lines((structures.labels[i] for i in indices.tolist()), energies[indices], part))
 
 
-def table(structures: Structures, split: Split, limit: int = 20) -> str:
+def lines(labels: Iterable[str], energies: np.ndarray, part: str) -> Iterator[str]:
+    """The lines of a split file for structures of one part with these energies, those of the highest known level."""
+    for label, energy in zip(labels, energies.tolist(), strict=True):
+        yield f"{label} {_MASKS[part]} {energy!r} {part}\n"
+
+
+def table(structures: Structures | Census, split: Split, limit: int = 20) -> str:
     """How many structures of each formula are in each part, as lines of text with a total; at most `limit` formulas."""
-    formulas, group = np.unique(structures.formulas(), return_inverse=True)
+    census = Census.of(structures)
+    formulas, group = census.names, census.formula
     columns = [np.bincount(group[getattr(split, part)], minlength=len(formulas)) for part in PARTS]
     columns.append(np.bincount(group, minlength=len(formulas)) - sum(columns))
     rows = [(str(name), *(int(column[i]) for column in columns)) for i, name in enumerate(formulas)]
@@ -196,7 +228,9 @@ def table(structures: Structures, split: Split, limit: int = 20) -> str:
     )
 
 
-def level_table(structures: Structures, split: Split, fidelities: Sequence[int], baseline: int | None = None) -> str:
+def level_table(
+    structures: Structures | Census, split: Split, fidelities: Sequence[int], baseline: int | None = None
+) -> str:
     """How many structures of each part have which level, and how many have forces there, as lines of text."""
     names = [f"fidelity {fidelity}" for fidelity in fidelities]
     if baseline is not None:
@@ -250,18 +284,17 @@ def _totals(amounts: tuple[float, float, float], available: int, source: str) ->
 
 
 def _stratified(
-    structures: Structures, candidates: np.ndarray, totals: tuple[int, int, int], rng: np.random.Generator
+    structures: Census, candidates: np.ndarray, totals: tuple[int, int, int], rng: np.random.Generator
 ) -> list[np.ndarray]:
     # Part after part takes its share of what is left of each stratum; so none can give more than it has. Strata are
     # the sets of levels that structures have, and within each the formulas.
     kinds = np.zeros(len(structures), dtype=np.int64)
-    if structures.levels > 1:
+    if len(structures.known_energies) > 1:
         kinds = np.unique(structures.known_energies, axis=1, return_inverse=True)[1].ravel()
-    formulas = np.array(structures.formulas())
     strata = []
     for kind in np.unique(kinds[candidates]):
         members = candidates[kinds[candidates] == kind]
-        _, formula = np.unique(formulas[members], return_inverse=True)
+        _, formula = np.unique(structures.formula[members], return_inverse=True)
         strata.append([rng.permutation(members[formula == i]) for i in range(formula.max() + 1)])
     chosen = []
     for total in totals:
@@ -301,7 +334,7 @@ def _without_empty(split: Split, source: str, test_wanted: bool) -> Split:
     return split
 
 
-def _highest_energies(structures: Structures) -> np.ndarray:
+def highest_energies(structures: Structures) -> np.ndarray:
     """Of each structure the energy of the highest level that is known, float64 [n_structures], eV; NaN without any."""
     if structures.energies is None:
         return np.full(len(structures), np.nan)
@@ -312,7 +345,7 @@ def _highest_energies(structures: Structures) -> np.ndarray:
     return energies
 
 
-def _index_of_labels(structures: Structures) -> dict[str, int]:
+def _index_of_labels(structures: Structures | Census) -> dict[str, int]:
     index = {label: i for i, label in enumerate(structures.labels)}
     if len(index) < len(structures):
         twice = next(label for i, label in enumerate(structures.labels) if index[label] != i)
@@ -320,7 +353,7 @@ def _index_of_labels(structures: Structures) -> dict[str, int]:
     return index
 
 
-def _indices(structures: Structures, file: SplitFile) -> np.ndarray:
+def _indices(structures: Census, file: SplitFile) -> np.ndarray:
     index = _index_of_labels(structures)
     unknown = [label for label in file.labels if label not in index]
     if unknown:

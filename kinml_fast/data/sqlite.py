@@ -7,6 +7,7 @@ follows a `_`, `-` or `.` in the name only tells files apart (`C5H5_run2.db`). A
 
 from __future__ import annotations
 
+import bisect
 import io
 import logging
 import os
@@ -135,6 +136,33 @@ def read(files: str | os.PathLike | Sequence[str | os.PathLike], selection: Sele
             f"({_described(selection)}): widen it"
         )
     return concatenate(parts, selection.elements)
+
+
+def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
+    """What `read` gives of one database, about `size` structures at a time; not more of it is in memory.
+
+    Raises
+    ------
+    InputError
+        As `read`, where it is found in the piece that is read.
+    """
+    symbols = formula_symbols(path.stem, str(path))
+    condition, values = _of_geometries(selection)
+    fidelities = selection.fidelities_read
+    with _opened(path) as database:
+        _check_tables(path, database, symbols)
+        _check_fidelities([path], selection, [_fidelities(database)])
+        # Sorting large rows is SQLite's business: it does so in a temporary file.
+        geometries = database.execute(*_geometries(fidelities, condition, values))
+        energies = database.execute(*_energies(fidelities, condition, values))
+        known: list[tuple] = []
+        while some := geometries.fetchmany(size):
+            last = some[-1][0]
+            while (not known or known[-1][0] <= last) and (rows := energies.fetchmany(size)):
+                known += rows
+            count = bisect.bisect_right([row[0] for row in known], last)
+            yield _built(path, symbols, selection, some, known[:count])
+            known = known[count:]
 
 
 def fidelities(path: Path) -> list[int]:
@@ -293,15 +321,20 @@ def _check_ids(paths: Sequence[Path], selection: Selection, ids: frozenset[int],
 
 def _read_one(path: Path, selection: Selection, ids: frozenset[int] | None) -> tuple[Structures | None, list[int]]:
     """The structures that are selected, if any are, and fidelities of the file: at least those of the selection."""
-    wanted = selection.fidelities_read
     symbols = formula_symbols(path.stem, str(path))
-    order = element_order(symbols, selection.elements, str(path))
     geometries, energies, present = _query(path, symbols, selection)
     if ids is not None:
         geometries = [row for row in geometries if row[0] in ids]
         energies = [row for row in energies if row[0] in ids]
-    if not geometries:
-        return None, present
+    return _built(path, symbols, selection, geometries, energies) if geometries else None, present
+
+
+def _built(
+    path: Path, symbols: tuple[str, ...], selection: Selection, geometries: Sequence[tuple], energies: Sequence[tuple]
+) -> Structures:
+    """Structures of rows (id, geometry) and rows (id, fidelity, E, force), as `_query` gives them."""
+    wanted = selection.fidelities_read
+    order = element_order(symbols, selection.elements, str(path))
     numbers, blobs = zip(*geometries, strict=True)
     stem = path.stem
     labels = tuple(f"{stem}/{number}" for number in numbers)
@@ -330,7 +363,7 @@ def _read_one(path: Path, selection: Selection, ids: frozenset[int] | None) -> t
     if len(wanted) == 1:
         values, of_levels = values[0], None if of_levels is None else of_levels[0]
     try:
-        return Structures.of_one_formula(symbols, coordinates, values, of_levels, labels, order), present
+        return Structures.of_one_formula(symbols, coordinates, values, of_levels, labels, order)
     except InputError as error:
         raise DataError(str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}") from error
 
@@ -350,23 +383,28 @@ def _query(path: Path, symbols: tuple[str, ...], selection: Selection) -> tuple[
     """Rows (id, geometry), rows (id, fidelity, E, force) of these ids, both in the order of the ids, and fidelities."""
     condition, values = _of_geometries(selection)
     fidelities = selection.fidelities_read
-    wanted = f"energy.fidelity IN ({', '.join('?' * len(fidelities))})"
     with _opened(path) as database:
         _check_tables(path, database, symbols)
-        energies = database.execute(
-            "SELECT xyz.id, energy.fidelity, energy.E, energy.force FROM energy JOIN xyz ON xyz.id = energy.xyz_id "
-            f"WHERE {wanted} AND {condition} ORDER BY xyz.id",
-            [*fidelities, *values],
-        ).fetchall()
-        geometries = database.execute(
-            f"SELECT xyz.id, xyz.geom FROM xyz WHERE {condition} AND xyz.id IN "
-            f"(SELECT xyz_id FROM energy WHERE {wanted}) ORDER BY xyz.id",
-            [*values, *fidelities],
-        ).fetchall()
+        energies = database.execute(*_energies(fidelities, condition, values)).fetchall()
+        geometries = database.execute(*_geometries(fidelities, condition, values)).fetchall()
         present = {row[1] for row in energies}
         if len(present) < len(fidelities):  # more of them need not be looked for
             present = set(_fidelities(database))
     return geometries, energies, sorted(present)
+
+
+def _energies(fidelities: Sequence[int], condition: str, values: Sequence[Any]) -> tuple[str, list]:
+    return (
+        "SELECT xyz.id, energy.fidelity, energy.E, energy.force FROM energy JOIN xyz ON xyz.id = energy.xyz_id "
+        f"WHERE energy.fidelity IN ({', '.join('?' * len(fidelities))}) AND {condition} ORDER BY xyz.id"
+    ), [*fidelities, *values]
+
+
+def _geometries(fidelities: Sequence[int], condition: str, values: Sequence[Any]) -> tuple[str, list]:
+    return (
+        f"SELECT xyz.id, xyz.geom FROM xyz WHERE {condition} AND xyz.id IN (SELECT xyz_id FROM energy WHERE "
+        f"energy.fidelity IN ({', '.join('?' * len(fidelities))})) ORDER BY xyz.id"
+    ), [*values, *fidelities]
 
 
 @contextmanager

@@ -39,3 +39,8 @@ class TrainingData:
     sae: np.ndarray | None = None
     weights: np.ndarray | None = None
     source: DescriptorSource = field(default_factory=DescriptorSource)
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        """In the order of `sae`."""
+        return self.structures.elements

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +75,22 @@ def read(
     return concatenate(parts, selection.elements)
 
 
+def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
+    """What `read` gives of one file, at most `size` structures at a time; not more of it is in memory.
+
+    Raises
+    ------
+    InputError
+        As `read`, where it is found in the piece that is read.
+    """
+    energy_keys = _keys("energy", selection.energy_key, selection, [path])
+    keys = list(zip(energy_keys, _keys("forces", selection.forces_key, selection, [path]), strict=True))
+    frames, first = _frames(path), 0
+    while some := list(itertools.islice(frames, size)):
+        yield _built(path, some, keys, selection.elements, True, first)
+        first += len(some)
+
+
 def _keys(
     name: str, key: str | Sequence[str] | None, selection: Selection, paths: Sequence[Path]
 ) -> Sequence[str | None]:
@@ -105,11 +122,23 @@ def _read_one(
     frames = list(_frames(path))
     if not frames:
         raise DataError(f"{path}: contains no structures: take a file with data")
+    return _built(path, frames, keys, elements, labelled, 0)
+
+
+def _built(
+    path: Path,
+    frames: Sequence[Atoms],
+    keys: Sequence[tuple[str | None, str | None]],
+    elements: Sequence[str] | None,
+    labelled: bool,
+    first: int,
+) -> Structures:
+    """Structures of frames, before which there are `first` others in the file."""
     label = _file_label(path)
-    labels = tuple(f"{label}/{i}" for i in range(1, len(frames) + 1))
+    labels = tuple(f"{label}/{first + i}" for i in range(1, len(frames) + 1))
     energies, forces = None, None
     if labelled:
-        energies, forces = _energies_and_forces(path, frames, keys)
+        energies, forces = _energies_and_forces(path, frames, keys, first)
         if len(keys) == 1:
             energies, forces = energies[0], None if forces is None else forces[0]
     numbers = np.concatenate([frame.numbers for frame in frames])
@@ -147,14 +176,14 @@ def _frames(path: Path) -> Iterator[Atoms]:
 
 
 def _energies_and_forces(
-    path: Path, frames: Sequence[Atoms], keys: Sequence[tuple[str | None, str | None]]
+    path: Path, frames: Sequence[Atoms], keys: Sequence[tuple[str | None, str | None]], first: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Energies [K, n_frames] and forces [K, n_atoms, 3], NaN where there are none; None instead of no forces at all."""
     energies = np.full((len(keys), len(frames)), np.nan)
     offsets = np.cumsum([0] + [len(frame) for frame in frames])
     forces = np.full((len(keys), offsets[-1], 3), np.nan)
     for i, frame in enumerate(frames):
-        where = f"{path}: frame {i + 1}"
+        where = f"{path}: frame {first + i + 1}"
         values = _values(frame)
         # Of several levels a frame may lack some, but not all.
         present = [k for k, (key, _) in enumerate(keys) if key in values] if len(keys) > 1 else [0]

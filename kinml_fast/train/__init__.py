@@ -1,10 +1,10 @@
 """Training: from a configuration to a model file.
 
 `runs` starts and resumes what a configuration describes: one model (`single`) or an ensemble (`ensembles`, `members`,
-`member_program`). `trainer` goes through the epochs with objects that have one subject each: `dataset` the structures
-as tensors, `steps` a batch forward and backward, `update` how the weights move, `judge` which ones are the best,
-`state` where the run is, `store` the run on disk, `rhythm` what is due by the clock, `captured` epochs as graphs on a
-GPU, `results` what is said at the end.
+`member_program`). `trainer` goes through the epochs with objects that have one subject each: `dataset` the structures,
+`window` those of them that are in memory as tensors, `steps` a batch forward and backward, `update` how the weights
+move, `judge` which ones are the best, `state` where the run is, `store` the run on disk, `rhythm` what is due by the
+clock, `captured` epochs as graphs on a GPU, `results` what is said at the end.
 
 Inside, energies, forces, weights and errors have a leading dimension of K levels of theory, also for K = 1; files and
 what a user gets have none where there is one level.

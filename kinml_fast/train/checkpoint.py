@@ -15,7 +15,7 @@ from kinml_fast.data.files import replacing
 from kinml_fast.errors import ModelError, first_line
 
 FORMAT = "kinml_fast checkpoint"
-VERSION = 2
+VERSION = 3
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:

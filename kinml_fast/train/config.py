@@ -80,7 +80,11 @@ class DataConfig(Section):
     elements: list[str] | None = None
     """Order of the elements in the descriptor; null: those present, alphabetically."""
     prepared: str | None = None
-    """HDF5 file that keeps the prepared data set; null: prepared.h5 in the run folder."""
+    """HDF5 file that keeps the prepared data set; null: prepared.h5 in the run folder. Of data that are read from disk
+    the name ends in .blocks."""
+    on_disk: bool | Literal["auto"] = "auto"
+    """Read the structures from disk while training, in little memory, and shuffle them by blocks (docs/large_data.md);
+    auto: if the data files of all processes on this computer take more than a quarter of the memory that is free."""
 
     @field_validator("split")
     @classmethod

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kinml_fast.data import sae
+from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import ConfigError, ModelError, first_line
@@ -21,7 +22,7 @@ from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
 from kinml_fast.train.config import Config, TrainingConfig
-from kinml_fast.train.metrics import Residuals
+from kinml_fast.train.metrics import ResidualSums
 from kinml_fast.train.update import Update
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,9 @@ def _is_of_aevmod(p: AEVParameters) -> bool:
     return AEVParameters.aevmod(p.elements, *numbers, (p.radial_cutoff, p.angular_cutoff), p.beta) == p
 
 
-def model_for(origin: Origin, data: Prepared, elements: Sequence[str], dtype: torch.dtype, seed: int) -> EnergyModel:
+def model_for(
+    origin: Origin, data: Prepared | LargeData, elements: Sequence[str], dtype: torch.dtype, seed: int
+) -> EnergyModel:
     """The model to begin with, which also knows the elements and levels of the data.
 
     Parameters
@@ -213,7 +216,7 @@ def model_for(origin: Origin, data: Prepared, elements: Sequence[str], dtype: to
 
 
 def keep_sae(
-    model: EnergyModel, origin: Origin, setting: str | Mapping[str, float] | Sequence[Any], data: Prepared
+    model: EnergyModel, origin: Origin, setting: str | Mapping[str, float] | Sequence[Any], data: Prepared | LargeData
 ) -> None:
     """Give a model single-atom energies for what is new to it, with those of the start model unchanged.
 
@@ -232,16 +235,23 @@ def keep_sae(
     n_old, n_levels = len(origin.model.elements), len(origin.model.fidelities)
     energies = model.sae.view(len(model.fidelities), -1)
     new = model.elements[n_old:]
-    fitted = np.concatenate([data.split.train, data.split.validation])
-    chosen = data.structures.with_elements(model.elements).select(fitted)
-    if new and chosen.energies is not None:
+    if new and isinstance(data, LargeData):
+        raise ConfigError(
+            f"{origin.path}: does not know {', '.join(new)}, whose single-atom energies cannot be fitted to data that "
+            "are read from disk yet: set start.sae=data, or data.on_disk=false"
+        )
+    if new and isinstance(data, Prepared):
+        fitted = np.concatenate([data.split.train, data.split.validation])
+        chosen = data.structures.with_elements(model.elements).select(fitted)
+        assert chosen.energies is not None
         counts = chosen.counts()
         left = (
             chosen.energies.reshape(len(model.fidelities), -1) - energies[:, :n_old].cpu().numpy() @ counts[:, :n_old].T
         )
         energies[:, n_old:] = torch.from_numpy(sae.resolve_levels(setting, counts[:, n_old:], left, new))
     for level in range(n_levels, len(model.fidelities)):
-        given = dict(zip(data.structures.elements, data.sae[level].tolist(), strict=True))
+        assert data.sae is not None
+        given = dict(zip(data.elements, data.sae[level].tolist(), strict=True))
         energies[level] = torch.tensor([given.get(element, 0.0) for element in model.elements], dtype=torch.float64)
     others = " and others added" if energies.numel() > origin.model.sae.numel() else ""
     for fidelity, shifts in zip(model.fidelities, energies.tolist(), strict=True):
@@ -250,22 +260,23 @@ def keep_sae(
         log.info("single-atom energies of the start model are kept%s, eV%s: %s", others, of_level, values)
 
 
-def say_first_errors(model: EnergyModel, residuals: Sequence[Residuals], sae_kept: bool) -> None:
-    """Log how good the model is on the validation set before any training, by its residuals at each level."""
+def say_first_errors(model: EnergyModel, sums: Sequence[ResidualSums], sae_kept: bool) -> None:
+    """Log how good the model is on the validation set before any training, by sums of residuals at each level."""
     several = len(model.fidelities) > 1
-    for fidelity, of_level in zip(model.fidelities, residuals, strict=True):
+    for fidelity, of_level in zip(model.fidelities, sums, strict=True):
         name = f" of fidelity {fidelity}" if several else ""
         energy, forces = of_level.errors()
         if energy is None:
             continue
         text = f"{energy.rmse:.4f} kcal/mol" + ("" if forces is None else f" and {forces.rmse:.4f} kcal/mol/Å")
         log.info("before training: validation RMSE%s %s", name, text)
-        if sae_kept and abs(of_level.energies.mean()) > _FAR_OFF:
+        mean = of_level.energies.total / of_level.energies.count
+        if sae_kept and abs(mean) > _FAR_OFF:
             log.warning(
                 "the energies%s of the validation set are %.3f eV away from the start model's on average, as those of "
                 "another level of theory are: start.sae=data takes single-atom energies from the data",
                 name,
-                -of_level.energies.mean(),
+                -mean,
             )
 
 

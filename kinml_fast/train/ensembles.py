@@ -121,6 +121,7 @@ def resume(
         begun = any(member.last.exists() for member in folder.members())
         data = single.prepared_before(config) if begun else single.prepare(config)
     accepted()
+    assert isinstance(data, Prepared)
     return train(config, data, progress)
 
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kinml_fast.metrics import Errors
-from kinml_fast.train.metrics import LevelErrors, Residuals
+from kinml_fast.metrics import ErrorSums
+from kinml_fast.train.metrics import LevelErrors
 
 
 class EpochErrors:
-    """Residuals of the energies and errors of the forces, each before the update from its batch, batch by batch.
+    """Residuals of the energies and errors of the forces, each before the update from its batch.
+
+    An epoch goes through its structures stretch by stretch. Those of the present one are kept batch by batch; of those
+    before it there are sums.
 
     Parameters
     ----------
     levels
         K, levels of theory.
-    count
-        Structures in an epoch.
     size
         Structures in a batch.
     device
@@ -30,63 +31,118 @@ class EpochErrors:
     Attributes
     ----------
     energies, forces : list of Tensor
-        For each batch of n structures [K, n] and [K, n, 3], float64: the `energy_residuals` and `force_errors` of
-        `ops.force_step`. Steps write into them.
+        For each batch of n structures of the present stretch [K, n] and [K, n, 3], float64: the `energy_residuals` and
+        `force_errors` of `ops.force_step`. Steps write into them.
+    first : int
+        Number of the first batch of the present stretch in the epoch.
     """
 
-    def __init__(self, levels: int, count: int, size: int, device: torch.device) -> None:
-        self._levels = levels
-        sizes = [min(size, count - first) for first in range(0, count, size)]
-        self.energies = [torch.zeros(levels, n, dtype=torch.float64, device=device) for n in sizes]
-        self.forces = [torch.zeros(levels, n, 3, dtype=torch.float64, device=device) for n in sizes]
+    def __init__(self, levels: int, size: int, device: torch.device) -> None:
+        self._levels, self._size, self._device = levels, size, device
+        self.energies: list[Tensor] = []
+        self.forces: list[Tensor] = []
+        self._known = np.zeros((levels, 0), dtype=bool)
+        self._given: tuple[Tensor, Tensor] | None = None
+        self.clear()
 
-    def clear_forces(self) -> None:
-        """Forget the errors of forces, for an epoch that has none."""
-        for errors in self.forces:
-            errors.zero_()
+    def clear(self) -> None:
+        """Begin an epoch: nothing is known."""
+        self.first = 0
+        self._energy_sums = [ErrorSums() for _ in range(self._levels)]
+        self._force_sums = [ErrorSums() for _ in range(self._levels)]
 
-    def joined(self, batches: int | None = None) -> tuple[Tensor, Tensor]:
-        """Those of the first batches, of all by default, in one tensor each: [K, n] and [K, n, 3]."""
-        if batches == 0:
-            return self.energies[0][:, :0].clone(), self.forces[0][:, :0].clone()
-        return torch.cat(self.energies[:batches], dim=1), torch.cat(self.forces[:batches], dim=1)
+    def begin(self, first: int, known: np.ndarray, with_forces: bool) -> None:
+        """Begin a stretch, or take up the one that a checkpoint was written in.
 
-    def of_levels(self, known: np.ndarray, components: Sequence[int], with_forces: bool) -> list[LevelErrors]:
+        Parameters
+        ----------
+        first
+            Number of its first batch in the epoch.
+        known
+            bool [K, n]: which of its structures, in the order of the epoch, have energies.
+        with_forces
+            Whether steps write errors of forces; otherwise there are none.
+        """
+        count = known.shape[1]
+        if count != self._known.shape[1]:
+            sizes = [min(self._size, count - place) for place in range(0, count, self._size)]
+            options: dict[str, Any] = {"dtype": torch.float64, "device": self._device}
+            self.energies = [torch.zeros(self._levels, n, **options) for n in sizes]
+            self.forces = [torch.zeros(self._levels, n, 3, **options) for n in sizes]
+        self.first, self._known = first, known
+        if not with_forces:
+            for errors in self.forces:
+                errors.zero_()
+        if self._given is not None:
+            (energies, forces), self._given = self._given, None
+            for number in range(-(-energies.shape[1] // self._size)):
+                some = slice(number * self._size, (number + 1) * self._size)
+                self.energies[number].copy_(energies[:, some])
+                self.forces[number].copy_(forces[:, some])
+
+    def end(self) -> None:
+        """All batches of the stretch are done: only its sums are kept."""
+        energies, forces = (errors.cpu().numpy() for errors in self._joined(len(self.energies)))
+        with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
+            for level in range(self._levels):
+                self._energy_sums[level].add(energies[level, self._known[level]])
+                self._force_sums[level].add_groups(forces[level], 0)
+        self.first += len(self.energies)
+
+    def of_levels(self, components: Sequence[int], with_forces: bool) -> list[LevelErrors]:
         """The errors of a whole epoch at each level of theory.
 
         Parameters
         ----------
-        known
-            bool [K, n]: which structures, in the order of the epoch, have energies.
         components
             [K]: how many force components were trained on.
         with_forces
             Whether the epoch trained on forces.
         """
         found: list[LevelErrors] = []
-        energies, forces = (errors.cpu().numpy() for errors in self.joined())
-        for residuals, sums, has_energy, count in zip(energies, forces, known, components, strict=True):
-            energy, _ = Residuals(residuals[has_energy], None).errors()
-            with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
-                found.append((energy, Errors.of_sums(sums, count) if with_forces and count else None))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for energy, forces, count in zip(self._energy_sums, self._force_sums, components, strict=True):
+                forces.count = count
+                with_both = with_forces and count
+                found.append((energy.errors() if energy.count else None, forces.errors() if with_both else None))
         return found
 
-    def state_dict(self, batches: int) -> dict[str, Tensor]:
-        """Those of the first batches as a checkpoint keeps them: of one level without the dimension of levels."""
-        energies, forces = self.joined(batches)
+    def is_finite(self, batches: int) -> bool:
+        """Whether all errors of the first batches of the epoch are finite, as far as they are known."""
+        if self._given is not None:
+            return True  # as it was when it was saved
+        energies, forces = self._joined(batches - self.first)
+        known = torch.from_numpy(self._known[:, : energies.shape[1]]).to(energies.device)
+        before = all(sums.is_finite for sums in (*self._energy_sums, *self._force_sums))
+        return before and bool(torch.isfinite(energies[known]).all() and torch.isfinite(forces).all())
+
+    def state_dict(self, batches: int) -> dict[str, Any]:
+        """Those of the first batches of the epoch as a checkpoint keeps them.
+
+        What is of one level has no dimension of levels.
+        """
+        energies, forces = self._given or self._joined(batches - self.first)
         if self._levels == 1:
             energies, forces = energies[0], forces[0]
-        return {"residuals": energies, "force_errors": forces}
+        sums = [[one.numbers() for one in of_kind] for of_kind in (self._energy_sums, self._force_sums)]
+        return {
+            "residuals": energies,
+            "force_errors": forces,
+            "error_sums": torch.tensor(sums, dtype=torch.float64),
+            "first_batch": self.first,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave; the stretch that it was in begins next, with the batch `first`."""
+        self.first = state["first_batch"]
         energies, forces = state["residuals"], state["force_errors"]
-        energies, forces = energies.view(self._levels, -1), forces.view(self._levels, -1, 3)
-        first = 0
-        for batch_energies, batch_forces in zip(self.energies, self.forces, strict=True):
-            end = first + batch_energies.shape[1]
-            if end > energies.shape[1]:
-                break
-            batch_energies.copy_(energies[:, first:end])
-            batch_forces.copy_(forces[:, first:end])
-            first = end
+        self._given = energies.view(self._levels, -1), forces.view(self._levels, -1, 3)
+        of_kinds = state["error_sums"].view(2, self._levels, -1).tolist()
+        self._energy_sums, self._force_sums = ([ErrorSums.of_numbers(row) for row in rows] for rows in of_kinds)
+
+    def _joined(self, batches: int) -> tuple[Tensor, Tensor]:
+        """Those of the first batches of the stretch in one tensor each: [K, n] and [K, n, 3]."""
+        if batches <= 0:
+            empty = torch.zeros(self._levels, 0, dtype=torch.float64, device=self._device)
+            return empty, empty.new_zeros(self._levels, 0, 3)
+        return torch.cat(self.energies[:batches], dim=1), torch.cat(self.forces[:batches], dim=1)

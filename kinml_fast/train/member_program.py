@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import torch
 
+from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import InputError
 from kinml_fast.train import config as configuration
 from kinml_fast.train.folder import RunFolder
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str]) -> int:
         config = config.model_copy(update={"run": run})
         if config.training.threads is None:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.ensemble.processes))
-        summary = train_member(config, prepared_before(config), int(number), progress)
+        data = prepared_before(config)
+        assert isinstance(data, Prepared)
+        summary = train_member(config, data, int(number), progress)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2

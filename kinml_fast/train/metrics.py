@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kinml_fast.errors import InputError
-from kinml_fast.metrics import Errors
+from kinml_fast.metrics import Errors, ErrorSums
 
 COLUMNS = (
     "epoch",
@@ -39,7 +39,7 @@ LevelErrors = tuple[Errors | None, Errors | None]
 
 
 class Residuals(NamedTuple):
-    """Predicted minus reference, where the latter is known, of a part of the data at one level of theory.
+    """Predicted minus reference, where the latter is known, of some structures at one level of theory.
 
     `energies` [n] in eV, `forces` [n_atoms, 3] in eV/Å or None if not asked for; float64.
     """
@@ -47,10 +47,26 @@ class Residuals(NamedTuple):
     energies: np.ndarray
     forces: np.ndarray | None
 
+
+@dataclass
+class ResidualSums:
+    """Sums of the residuals of a part of the data at one level of theory; of forces None if not asked for."""
+
+    energies: ErrorSums = field(default_factory=ErrorSums)
+    forces: ErrorSums | None = None
+
+    def add(self, residuals: Residuals) -> None:
+        """Count the residuals of some more structures."""
+        with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
+            self.energies.add(residuals.energies)
+            if residuals.forces is not None:
+                self.forces = self.forces or ErrorSums()
+                self.forces.add(residuals.forces)
+
     def errors(self) -> LevelErrors:
         """In kcal/mol and kcal/mol/Å; None where nothing is known."""
-        with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
-            energy, forces = (None if x is None or not x.size else Errors.of(x) for x in self)
+        with np.errstate(over="ignore", invalid="ignore"):
+            energy, forces = (x.errors() if x is not None and x.count else None for x in (self.energies, self.forces))
         return energy, forces
 
 

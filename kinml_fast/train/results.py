@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from kinml_fast import report
 from kinml_fast.metrics import Errors
-from kinml_fast.train.dataset import Dataset
 from kinml_fast.train.folder import RunFolder
-from kinml_fast.train.metrics import Residuals
+from kinml_fast.train.metrics import Residuals, ResidualSums
+from kinml_fast.train.window import Window
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,16 @@ class Summary:
     @classmethod
     def of(
         cls,
-        residuals: Mapping[str, Sequence[Residuals]],
+        sums: Mapping[str, Sequence[ResidualSums]],
         fidelities: Sequence[int],
         epochs: int,
         best_epoch: int,
         seconds: float,
     ) -> Summary:
-        """The summary of a run by the residuals of each part at each of its levels of theory, lowest first."""
+        """The summary of a run by the sums of residuals of each part at each of its levels of theory, lowest first."""
         found = []
         for level in range(len(fidelities)):
-            errors = {part: of_levels[level].errors() for part, of_levels in residuals.items()}
+            errors = {part: of_levels[level].errors() for part, of_levels in sums.items()}
             energies = {part: energy for part, (energy, _) in errors.items() if energy is not None}
             forces = {part: of_forces for part, (_, of_forces) in errors.items() if of_forces is not None}
             found.append((energies, forces))
@@ -60,44 +62,41 @@ class Summary:
         return cls(**{**values, **found})
 
 
-def write_report(
-    folder: RunFolder,
-    data: Dataset,
-    fidelities: Sequence[int],
-    residuals: Mapping[str, Sequence[Residuals]],
-    best_epoch: int,
-) -> str:
-    """Draw curves and predictions into the run folder, and write the table of errors.
+class Comparisons:
+    """The best model's predictions of each part at each of so many levels of theory, for the report of a run."""
 
-    Parameters
-    ----------
-    folder
-        Of the run; its metrics.csv is written.
-    data
-        Says what the structures are called and what the reference values are.
-    fidelities
-        Names of the levels of theory, lowest first.
-    residuals
-        Of each part at each level, by the best model.
-    best_epoch
-        Is marked.
+    def __init__(self, levels: int) -> None:
+        self._energies: list[dict[str, report.Compared]] = [{} for _ in range(levels)]
+        self._forces: list[dict[str, report.Compared]] = [{} for _ in range(levels)]
 
-    Returns
-    -------
-    str
-        The table.
-    """
-
-    comparisons = []
-    for level in range(data.levels):
-        energies, forces = {}, {}
-        for part, of_levels in residuals.items():
-            found = of_levels[level]
-            labels, reference = data.known_reference(part, level)
-            energies[part] = (labels, reference, reference + found.energies)
+    def add(self, part: str, window: Window, where: slice, residuals: Sequence[Residuals]) -> None:
+        """Count the residuals at each level of some structures of a part."""
+        for level, found in enumerate(residuals):
+            labels, reference = window.known_reference(where, level)
+            of_energies = self._energies[level].setdefault(part, report.Compared())
+            of_energies.add(labels.__getitem__, reference, reference + found.energies)
             if found.forces is not None and found.forces.size:
-                labels, reference = data.known_force_reference(part, level)
-                forces[part] = (labels, reference, reference + found.forces.ravel())
-        comparisons.append((energies, forces))
-    lower = dict(zip(fidelities[:-1], comparisons[:-1], strict=True))
-    return report.table(report.write_report(folder.report, folder.metrics, *comparisons[-1], best_epoch, lower))
+                places, reference = window.known_force_reference(where, level)
+                of_forces = self._forces[level].setdefault(part, report.Compared())
+                name = _names(window.labels, places)
+                of_forces.add(name, reference, reference + found.forces.ravel())
+
+    def write(self, folder: RunFolder, fidelities: Sequence[int], best_epoch: int) -> str:
+        """Draw curves and predictions into the run folder, write the table of errors there, and return it.
+
+        Parameters
+        ----------
+        folder
+            Of the run; its metrics.csv is written.
+        fidelities
+            Names of the levels of theory, lowest first.
+        best_epoch
+            Is marked.
+        """
+        *of_lower, highest = zip(self._energies, self._forces, strict=True)
+        lower = dict(zip(fidelities[:-1], of_lower, strict=True))
+        return report.table(report.write_report(folder.report, folder.metrics, *highest, best_epoch, lower))
+
+
+def _names(labels: Sequence[str], places: np.ndarray) -> Callable[[int], str]:
+    return lambda i: labels[int(places[i])]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kinml_fast import devices
+from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.train import config as configuration
@@ -18,7 +19,7 @@ from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.ranks import ALONE, Ranks
 from kinml_fast.train.results import Summary
-from kinml_fast.train.single import begin, fit, go_on, prepare, prepared_before
+from kinml_fast.train.single import begin, fit, go_on, prepare, prepared_before, settled
 
 log = logging.getLogger(__name__)
 
@@ -53,16 +54,19 @@ def start(
 
     config, origin = ranks.in_turn(opened)
 
-    def begun() -> Prepared:
+    def begun() -> Prepared | LargeData:
         folder.create(overwrite)
-        configuration.save(config, folder.config)
         with folder.logged():
+            known = settled(config, ranks.size)
+            configuration.save(known, folder.config)
             for sentence in config.ignored():
                 log.warning("%s", sentence)
-            return prepare(config)
+            return prepare(known)
 
-    data = ranks.in_turn(begun, lambda: prepared_before(config))
+    # What was settled is in the file.
+    data = ranks.in_turn(begun, lambda: prepared_before(configuration.load(folder.config)))
     if config.ensemble.members > 1:
+        assert isinstance(data, Prepared)
         return ensembles.train(config, data, progress)
     return fit(config, data, origin, progress, ranks=ranks)
 
@@ -119,7 +123,7 @@ def _reopened(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> tupl
     return before, config
 
 
-def _again(config: Config, folder: RunFolder, read: Callable[[Config], Prepared]) -> Prepared:
+def _again(config: Config, folder: RunFolder, read: Callable[[Config], Prepared | LargeData]) -> Prepared | LargeData:
     """Clear up in the folder of a run that was cut off, and read its data."""
     folder.sweep()
     folder.make()

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from kinml_fast import devices
-from kinml_fast.data import prepared, splits, weights
+from kinml_fast.data import large, prepared, splits, stored, weights
+from kinml_fast.data.files import expand
+from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.training_data import TrainingData
 from kinml_fast.errors import ConfigError, InputError
@@ -28,16 +30,20 @@ from kinml_fast.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+_SHARE_OF_MEMORY = 0.25  # that data files may take: reading and preparing them takes several times as much
 
-def prepared_before(config: Config) -> Prepared:
+
+def prepared_before(config: Config) -> Prepared | LargeData:
     """The data of a run that has begun: its own copy, so that it goes on from any working folder."""
     copy = _prepared_path(config, RunFolder(config.run))
+    if config.data.on_disk is True and _blocks(copy).exists():
+        return large.load(_blocks(copy))
     return prepared.load(copy) if copy.exists() else prepare(config)
 
 
 def go_on(
     config: Config,
-    data: Prepared,
+    data: Prepared | LargeData,
     progress: Progress | None = None,
     accepted: Callable[[], None] | None = None,
     ranks: Ranks = ALONE,
@@ -50,7 +56,7 @@ def go_on(
     folder, given = RunFolder(config.run), _given(config, data)
     with _logged(folder, ranks):
         if config.start.model is None:
-            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
+            model = make_model(config, data.elements, data.fidelities, data.baseline)
         else:
             # The start model may be gone; elements that were added to it are in the checkpoint, too.
             origin = continued.load(folder.last)
@@ -93,7 +99,7 @@ def begin(config: Config) -> tuple[Config, Origin | None]:
 
 def fit(
     config: Config,
-    data: Prepared,
+    data: Prepared | LargeData,
     origin: Origin | None,
     progress: Progress | None = None,
     resume: bool = False,
@@ -103,9 +109,9 @@ def fit(
     folder = RunFolder(config.run)
     with _logged(folder, ranks):
         if origin is None:
-            model = make_model(config, data.structures.elements, data.fidelities, data.baseline)
+            model = make_model(config, data.elements, data.fidelities, data.baseline)
         else:
-            elements, dtype = config.data.elements or data.structures.elements, getattr(torch, config.training.dtype)
+            elements, dtype = config.data.elements or data.elements, getattr(torch, config.training.dtype)
             model = continued.model_for(origin, data, elements, dtype, config.network.seed)
             if config.start.sae == "keep":
                 continued.keep_sae(model, origin, config.data.sae, data)
@@ -124,41 +130,83 @@ def fit(
             ranks=ranks,
         )
         if origin is not None:
-            residuals = trainer.evaluate("validation", config.training.loss.forces)
-            continued.say_first_errors(model, residuals, config.start.sae == "keep")
+            sums = trainer.evaluate("validation", config.training.loss.forces)
+            continued.say_first_errors(model, sums, config.start.sae == "keep")
     return trainer.fit()
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config) -> Prepared | LargeData:
     """The prepared data of a configuration: read, checked, divided and saved, or taken from the last time.
 
     The division is also written to split.txt in the run folder, which `data.split_file` of another run can name.
     """
-    folder = RunFolder(config.run)
+    config, folder = settled(config), RunFolder(config.run)
     path = _prepared_path(config, folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be made ({error.strerror}): choose another folder") from error
-    data = prepared.prepare(
-        config.data.files,
-        config.data.selection,
-        **config.data.model_dump(include={"split", "split_file", "split_seed", "sae", "weights"}),
-        descriptor=config.descriptor.model_dump(),
-        path=path,
-    )
-    log.info("%s", splits.table(data.structures, data.split))
+    settings = config.data.model_dump(include={"split", "split_file", "split_seed", "sae", "weights"})
+    settings["descriptor"] = config.descriptor.model_dump()
+    files, selection = config.data.files, config.data.selection
+    data: Prepared | LargeData
+    if not config.data.on_disk:
+        data = prepared.prepare(files, selection, **settings, path=path)
+        tables = [splits.table(data.structures, data.split)]
+        if len(data.fidelities) > 1 or data.baseline is not None:
+            tables.append(splits.level_table(data.structures, data.split, data.fidelities, data.baseline))
+    else:
+        data = large.prepare(files, selection, **settings, path=_blocks(path))
+        tables = list(data.tables)
     folder.path.mkdir(parents=True, exist_ok=True)
-    splits.write_tvtmsk(folder.split, data.structures, data.split)
+    if isinstance(data, LargeData):
+        large.write_split(folder.split, data)
+    else:
+        splits.write_tvtmsk(folder.split, data.structures, data.split)
+    for table in tables:
+        log.info("%s", table)
     several = len(data.fidelities) > 1
-    if several or data.baseline is not None:
-        log.info("%s", splits.level_table(data.structures, data.split, data.fidelities, data.baseline))
+    assert data.sae is not None
     for fidelity, sae in zip(data.fidelities, data.sae.reshape(len(data.fidelities), -1), strict=True):
-        energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.structures.elements, sae, strict=True))
+        energies = ", ".join(f"{e} {v:.6f}" for e, v in zip(data.elements, sae, strict=True))
         log.info("single-atom energies%s, eV: %s", f" of fidelity {fidelity}" if several else "", energies)
-    if data.weights is not None:
+    if isinstance(data, Prepared) and data.weights is not None:
         log.info("weights in the loss: %s", weights.table(data.weights))
     return data
+
+
+def settled(config: Config, processes: int = 1) -> Config:
+    """The configuration with data.on_disk decided.
+
+    Parameters
+    ----------
+    config
+        The run.
+    processes
+        How many on this computer are to have the data.
+
+    Raises
+    ------
+    InputError
+        They are to be read from disk, but the configuration asks for what needs all of them in memory.
+    """
+    why = ""
+    if config.ensemble.members > 1:
+        why = "ensemble.members > 1"
+    elif config.training.jacobian == "stored":
+        why = "training.jacobian = stored"
+    if config.data.on_disk is True and why:
+        raise ConfigError(f"data.on_disk does not go together with {why} yet: leave one of them out")
+    if config.data.on_disk != "auto":
+        return config
+    on_disk = False
+    available = stored.available_memory()
+    if not why and available is not None:
+        size = sum(path.stat().st_size for path in expand(config.data.files))
+        on_disk = size * processes > _SHARE_OF_MEMORY * available
+    if on_disk:
+        log.info("the data files take %.1f GB: the structures are read from disk while training", size / 1e9)
+    return config.model_copy(update={"data": config.data.model_copy(update={"on_disk": on_disk})})
 
 
 def make_model(
@@ -191,10 +239,12 @@ def _logged(folder: RunFolder, ranks: Ranks) -> contextlib.AbstractContextManage
     return folder.logged() if ranks.is_first else contextlib.nullcontext()
 
 
-def _given(config: Config, data: Prepared) -> TrainingData:
+def _given(config: Config, data: Prepared | LargeData) -> TrainingData | LargeData:
     """The data for a trainer, without single-atom energies where the model keeps those of the one it starts from."""
     if config.start.model is None or config.start.sae != "keep":
         return data
+    if isinstance(data, LargeData):
+        return LargeData(data.file, None)
     return TrainingData(data.structures, data.split, None, data.weights, data.source)
 
 
@@ -210,6 +260,11 @@ def _seed_others(config: Config) -> None:
     """Seed the generators that training does not use but whose states it keeps, so that equal runs are wholly equal."""
     random.seed(config.training.seed)
     np.random.seed(config.training.seed % 2**32)  # noqa: NPY002
+
+
+def _blocks(path: Path) -> Path:
+    """Where data that are read from disk are, instead of a file of prepared data."""
+    return path.with_suffix(".blocks")
 
 
 def _prepared_path(config: Config, folder: RunFolder) -> Path:

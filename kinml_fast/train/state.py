@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kinml_fast.errors import ConfigError, DataError, InputError, ModelError, first_line
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train import checkpoint
@@ -47,15 +45,12 @@ class RunState:
         self._data = data
         self.epoch = self.batch = self.metrics_length = 0
         self.elapsed = 0.0
-        self.errors = EpochErrors(data.levels, data.sizes["train"], config.batch_size, data.origin.device)
+        self.errors = EpochErrors(data.levels, config.batch_size, model.sae.device)
 
     @property
     def is_finite(self) -> bool:
         """Whether all errors of the epoch so far are finite, as far as they are known."""
-        energies, forces = self.errors.joined(self.batch)
-        order = self._data.order(self.epoch)[: energies.shape[1]].cpu().numpy()
-        known = torch.from_numpy(self._data.known_energies[:, order]).to(energies.device)
-        return bool(torch.isfinite(energies[known]).all() and torch.isfinite(forces).all())
+        return self.errors.is_finite(self.batch)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""

@@ -1,8 +1,8 @@
 """What trains on a batch and predicts: forward and backward pass in one call, without autograd.
 
 `FusedStep` is one op for a batch: for any number of levels of theory, on CPUs and GPUs, for energies and forces or for
-energies alone, from coordinates or stored descriptors. A trainer calls `batches` once an epoch and `run` with the
-arguments of each batch: what need not be done in each step is done there.
+energies alone, from coordinates or stored descriptors. A trainer calls `batches` once for each stretch of an epoch,
+which mostly is all of it, and `run` with the arguments of each batch: what need not be done in each step is done there.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from kinml_fast import ops
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train.config import TrainingConfig
-from kinml_fast.train.dataset import Dataset
 from kinml_fast.train.epoch_errors import EpochErrors
 from kinml_fast.train.loss import TaskWeights
+from kinml_fast.train.window import Window
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of an epoch.
+    """The batches of a stretch of an epoch.
 
     `arguments` are those of `Step.run` for each; `counts` [n_batches, 2, K] float64 says how many of its structures
     have a weight in L_E and in L_F.
@@ -46,16 +46,16 @@ class Step(Protocol):
         """Forward and backward pass of a batch: the gradient and the losses of the task weights are written."""
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
-        """Everything of an epoch that does not depend on the weights.
+        """Everything of some consecutive batches that does not depend on the weights.
 
         Parameters
         ----------
         order
-            [n] int64, the training structures in the order of the epoch.
+            [n] int64, the training structures in the order of the epoch: places in the window of the step.
         size
             Structures in a batch.
         errors
-            Receives the energy residuals and force errors.
+            Receives the energy residuals and force errors: those of a stretch of as many structures.
         """
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
@@ -68,32 +68,36 @@ class Step(Protocol):
 
 def make_step(
     model: EnergyModel,
-    data: Dataset,
+    data: Window,
     tasks: TaskWeights,
     config: TrainingConfig,
     with_forces: bool,
 ) -> FusedStep:
-    """What trains and evaluates a model on energies, or on energies and forces.
+    """What trains and evaluates a model on the energies, or on energies and forces, of the structures of a window.
 
-    Descriptors that it keeps are computed or read here.
+    Descriptors that it keeps are computed or read here; of a window that does not last none are kept.
     """
     started = time.monotonic()
-    if with_forces and not (config.loss.forces and config.jacobian == "stored"):
-        return FusedStep(ops.System(data.coordinates, data.species, data.offsets), model, data, tasks)
+    if not data.lasting or (with_forces and not (config.loss.forces and config.jacobian == "stored")):
+        system = ops.System(data.coordinates, data.species, data.offsets)
+        return FusedStep(system, model, data, tasks, with_forces)
     found = data.descriptors(model, jacobian=with_forces)
     system = ops.System(None, data.species, data.offsets, found.features, found.jacobian)
-    step = FusedStep(system, model, data, tasks)
+    step = FusedStep(system, model, data, tasks, with_forces)
     kept = "descriptors and Jacobians" if with_forces else "descriptors"
     log.info("%s of %d atoms in %.2f s", kept, data.n_atoms, time.monotonic() - started)
     return step
 
 
 class FusedStep:
-    """Energies, and forces if the system gives them, of any number of levels of theory, with one op for a batch."""
+    """Energies, or energies and forces, of any number of levels of theory, with one op for a batch."""
 
     run = staticmethod(ops.force_step)
 
-    def __init__(self, system: ops.System, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
+    def __init__(
+        self, system: ops.System, model: EnergyModel, data: Window, tasks: TaskWeights, with_forces: bool
+    ) -> None:
+        self._with_forces = with_forces
         self._system, self._weights, self._data, self._tasks = system, model.networks.weights, data, tasks
         self._model = ops.Model(model.aev.packed, model.networks.packed)
         self._weighted = ops.weighted(data.energy_weights, data.force_weights)
@@ -104,7 +108,8 @@ class FusedStep:
         weights, gradient = _training(self._weights)
         scales, losses = self._tasks.scales[:2], self._tasks.losses[:2]
         counts = ops.count_weights(self._weighted, order, size)
-        targets = data.energies, data.energy_weights, data.forces, data.force_weights
+        forces, force_weights = (data.forces, data.force_weights) if self._with_forces else (None, None)
+        targets = data.energies, data.energy_weights, forces, force_weights
         parts = zip(order.split(size), counts.unbind(0), errors.energies, errors.forces, strict=True)
         arguments = []
         for structures, own_counts, residuals, force_errors in parts:
@@ -120,10 +125,13 @@ class FusedStep:
         with torch.inference_mode():
             for low in range(first, last, size):
                 some = self._system.between(low, min(low + size, last))
+                if not self._with_forces and some.features is None:
+                    features = ops.aev(some, self._model.descriptor)  # forces would take more than the rest
+                    some = ops.System(None, some.species, some.offsets, features)
                 energy, force = ops.energy_forces(some, weights, None, self._model)
                 energies.append(energy)
                 forces.append(force)
-            return torch.cat(energies, dim=1), torch.cat(forces, dim=1) if self._system.has_forces else None
+            return torch.cat(energies, dim=1), torch.cat(forces, dim=1) if self._with_forces else None
 
 
 def _training(weights: Tensor) -> tuple[Tensor, Tensor]:

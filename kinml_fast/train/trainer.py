@@ -9,30 +9,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from kinml_fast.data.large import LargeData
 from kinml_fast.data.split import PARTS
 from kinml_fast.data.training_data import TrainingData
 from kinml_fast.errors import ConfigError, DeviceError, first_line
 from kinml_fast.nn import EnergyModel
-from kinml_fast.train import checkpoint, continued, results
+from kinml_fast.train import checkpoint, continued
 from kinml_fast.train.captured import EpochRecorder
 from kinml_fast.train.config import TrainingConfig
-from kinml_fast.train.dataset import Dataset
+from kinml_fast.train.dataset import Stretch, make_dataset
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.judge import Judge
 from kinml_fast.train.loss import ExtraLoss, ExtraLosses, LossBatch, TaskWeights
-from kinml_fast.train.metrics import LevelErrors, Residuals, Row, level_columns, level_values
+from kinml_fast.train.metrics import LevelErrors, Residuals, ResidualSums, Row, level_columns, level_values
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.ranks import ALONE, Ranks
-from kinml_fast.train.results import Summary
+from kinml_fast.train.results import Comparisons, Summary
 from kinml_fast.train.rhythm import SYSTEM_CLOCK, Clock, Rhythm
 from kinml_fast.train.shared import SharedStep
 from kinml_fast.train.state import RunState
 from kinml_fast.train.steps import Step, make_step
 from kinml_fast.train.store import RunStore
 from kinml_fast.train.update import Update
+from kinml_fast.train.window import Window
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Trainer:
     model
         Initialised; trained in place.
     data
-        Structures, split, and single-atom energies for the model.
+        Structures, split, and single-atom energies for the model; in memory, or in a file that they are read from while
+        the run goes (docs/large_data.md).
     config
         How to train.
     folder
@@ -79,7 +81,7 @@ class Trainer:
     folder : RunFolder or None
     progress : Progress
     data : Dataset
-        The structures as the steps read them.
+        The structures, in windows that the steps read.
 
     Raises
     ------
@@ -92,7 +94,7 @@ class Trainer:
     def __init__(
         self,
         model: EnergyModel,
-        data: TrainingData,
+        data: TrainingData | LargeData,
         config: TrainingConfig | None = None,
         folder: str | Path | None = None,
         *,
@@ -110,7 +112,7 @@ class Trainer:
         place = None if folder is None else RunFolder(folder)
         self.folder = place if ranks.is_first else None
         self.progress = progress or Progress()
-        self.data = Dataset(model, data, self.config)
+        self.data = make_dataset(model, data, self.config)
         self._steps: dict[bool, Step] = {}
         self._clock, self._rhythm, self._ranks = clock, Rhythm(clock, self.config.checkpoint_seconds), ranks
         if not ranks.alone and (extra_losses or model.sae.device.type != "cpu"):
@@ -179,14 +181,18 @@ class Trainer:
         """Compute what the first epoch needs and keeps in memory, such as descriptors; `fit` begins with this."""
         for sentence in self.data.numbers(self.config.loss.forces):
             log.info("%s", sentence)
-        self.step(self.config.loss.has_forces(self._state.epoch))
+        if self.data.whole is not None:
+            self.step(self.config.loss.has_forces(self._state.epoch), self.data.whole)
 
-    def step(self, with_forces: bool) -> Step:
-        """What trains an epoch on energies, or on energies and forces, and evaluates."""
-        if with_forces not in self._steps:
-            step = make_step(self.model, self.data, self._update.tasks, self.config, with_forces)
-            self._steps[with_forces] = step if self._ranks.alone else SharedStep(step, self._ranks, self._rhythm)
-        return self._steps[with_forces]
+    def step(self, with_forces: bool, window: Window) -> Step:
+        """What trains on energies, or on energies and forces, of the structures of a window, and evaluates."""
+        if window.lasting and with_forces in self._steps:
+            return self._steps[with_forces]
+        fused = make_step(self.model, window, self._update.tasks, self.config, with_forces)
+        step = fused if self._ranks.alone else SharedStep(fused, self._ranks, self._rhythm)
+        if window.lasting:
+            self._steps[with_forces] = step
+        return step
 
     def train_epoch(self) -> Row:
         """Go through the training structures once, or through what is left of a resumed epoch.
@@ -202,36 +208,37 @@ class Trainer:
         started = self._clock() - state.elapsed
         if with_forces:
             self._steps.pop(False, None)  # what an energy-only phase kept takes memory
-        else:
-            state.errors.clear_forces()
-        order = self.data.order(epoch)
         tasks.begin(with_forces)
-        self._run_batches(self.step(with_forces), order, started)
+        for stretch in self.data.epoch(epoch, self.config.batch_size, state.errors.first):
+            known = stretch.window.known_energies[:, stretch.order.cpu().numpy()]
+            state.errors.begin(stretch.first, known, with_forces)
+            self._run_batches(self.step(with_forces, stretch.window), stretch, started)
+            state.errors.end()
         state.epoch, state.batch, state.elapsed = epoch + 1, 0, 0.0
-        known = self.data.known_energies[:, order.cpu().numpy()]
-        errors = state.errors.of_levels(known, self.data.trained_components, with_forces)
+        errors = state.errors.of_levels(self.data.trained_components, with_forces)
+        state.errors.clear()
         return self._row("train", epoch, lr, errors, self._clock() - started, tasks.row())
 
-    def _run_batches(self, step: Step, order: Tensor, started: float) -> None:
-        """Train on the batches of an epoch that are not done; its first one was begun at `started`."""
+    def _run_batches(self, step: Step, stretch: Stretch, started: float) -> None:
+        """Train on the batches of a stretch that are not done; the epoch's first one was begun at `started`."""
         state, update, extra, rhythm = self._state, self._update, self._extra, self._rhythm
-        size, learning = self.config.batch_size, update.tasks.learning
-        if extra is None and not learning and state.batch == 0:
+        size, learning, order = self.config.batch_size, update.tasks.learning, stretch.order
+        n_batches = self.data.batches(size)
+        if extra is None and not learning and state.batch == 0 and stretch.window.lasting:
             recorded = self._recorder.recorded(step)
             if recorded is not None:
                 recorded.run(order)
-                state.batch = -(-len(order) // size)
+                state.batch = n_batches
                 if rhythm.due():
-                    self._tick(state.batch, started)
+                    self._tick(n_batches, started)
                 return
         batches = step.batches(order, size, state.errors)
-        n_batches = len(batches.arguments)
-        terms = update.tasks.terms(batches.counts) if learning else [None] * n_batches
-        for number in range(state.batch, n_batches):
+        terms = update.tasks.terms(batches.counts) if learning else [None] * len(batches.arguments)
+        for number in range(state.batch - stretch.first, len(batches.arguments)):
             step.run(*batches.arguments[number])
             if extra is not None:
                 structures = order[number * size : (number + 1) * size]
-                extra.add(LossBatch(self.data.origin[structures], *self.data.gather(structures)))
+                extra.add(LossBatch(stretch.window.origin[structures], *stretch.window.gather(structures)))
             update.step(terms[number])
             state.batch += 1
             if rhythm.due():
@@ -284,29 +291,39 @@ class Trainer:
             self._store.flush()
             self._rhythm.flushing.restart()
 
-    def evaluate(self, part: str, with_forces: bool = False) -> list[Residuals]:
-        """Residuals of a part with the present weights at each level of theory, lowest first."""
-        data, where = self.data, self.data.range(part)
+    def evaluate(self, part: str, with_forces: bool = False) -> list[ResidualSums]:
+        """Sums of the residuals of a part with the present weights at each level of theory, lowest first."""
+        sums = [ResidualSums() for _ in range(self.data.levels)]
+        for _, _, residuals in self._residuals(part, with_forces):
+            for of_level, found in zip(sums, residuals, strict=True):
+                of_level.add(found)
+        return sums
+
+    def _residuals(
+        self, part: str, with_forces: bool, forces_too: bool = False
+    ) -> Iterator[tuple[Window, slice, list[Residuals]]]:
+        """The residuals of a part at each level, window by window, and which structures of the window they are of.
+
+        With `forces_too` forces are those of a step that trains on them, and energies those of one that does not.
+        """
         size = self.config.validation_batch_size if part == "validation" else self.config.test_batch_size
-        energies, forces = self.step(with_forces).predict(where.start, where.stop, size)
-        of_energies = (energies - data.energies[:, where]).cpu().numpy()
-        found = [
-            Residuals(residuals[known], None)
-            for residuals, known in zip(of_energies, data.known_energies[:, where], strict=True)
-        ]
-        if forces is None:
-            return found
-        atoms, known_atoms = data.atoms(part)
-        of_forces = (forces.double() - data.forces[:, atoms]).cpu().numpy()
-        return [
-            of_level._replace(forces=residuals[known])
-            for of_level, residuals, known in zip(found, of_forces, known_atoms, strict=True)
-        ]
+        for window, where in self.data.windows(part):
+            energies, forces = self.step(with_forces, window).predict(where.start, where.stop, size)
+            if forces_too:
+                forces = self.step(True, window).predict(where.start, where.stop, size)[1]
+            of_energies = (energies - window.energies[:, where]).cpu().numpy()
+            known = zip(of_energies, window.known_energies[:, where], strict=True)
+            found = [Residuals(residuals[is_known], None) for residuals, is_known in known]
+            if forces is not None:
+                of_forces = (forces.double() - window.forces[:, window.atoms(where)]).cpu().numpy()
+                of_levels = zip(found, of_forces, window.known_components(where), strict=True)
+                found = [of_level._replace(forces=residuals[is_known]) for of_level, residuals, is_known in of_levels]
+            yield window, where, found
 
     def _evaluated_row(self, part: str, epoch: int, lr: float) -> tuple[Row, list[LevelErrors]]:
         """The row of a part of the data with the present weights, and the errors of each level."""
         started = self._clock()
-        errors = [residuals.errors() for residuals in self.evaluate(part, self.config.loss.forces)]
+        errors = [sums.errors() for sums in self.evaluate(part, self.config.loss.forces)]
         return self._row(part, epoch, lr, errors, self._clock() - started), errors
 
     def _row(
@@ -325,20 +342,29 @@ class Trainer:
     def _finish(self, started: float) -> Summary:
         self.model.load_state_dict(self._judge.best.weights)
         parts = [part for part in PARTS if self.data.sizes[part]]
-        residuals = {part: self.evaluate(part, self.config.loss.forces) for part in parts}
-        if not self.config.loss.forces and self.data.known_forces.any() and self.data.coordinates is not None:
-            # Forces that were not trained on are reported all the same.
-            for part in parts:
-                both = zip(residuals[part], self.evaluate(part, True), strict=True)
-                residuals[part] = [energies._replace(forces=found.forces) for energies, found in both]
-        if self.folder is not None and self._state.epoch > 0:
-            self._report(self.folder, residuals)
+        with_forces, reported = self.config.loss.forces, self.folder is not None and self._state.epoch > 0
+        # Forces that were not trained on are reported all the same.
+        forces_too = not with_forces and self.data.has_forces and self._has_coordinates
+        comparisons = Comparisons(self.data.levels)
+        sums = {part: [ResidualSums() for _ in range(self.data.levels)] for part in parts}
+        for part in parts:
+            for window, where, residuals in self._residuals(part, with_forces, forces_too):
+                for of_level, found in zip(sums[part], residuals, strict=True):
+                    of_level.add(found)
+                if reported:
+                    comparisons.add(part, window, where, residuals)
+        if self.folder is not None and reported:
+            self._report(self.folder, comparisons)
         seconds = self._clock() - started
-        return Summary.of(residuals, self.model.fidelities, self._state.epoch, self._judge.best.epoch, seconds)
+        return Summary.of(sums, self.model.fidelities, self._state.epoch, self._judge.best.epoch, seconds)
 
-    def _report(self, folder: RunFolder, residuals: Mapping[str, Sequence[Residuals]]) -> None:
+    @property
+    def _has_coordinates(self) -> bool:
+        return self.data.whole is None or self.data.whole.coordinates is not None
+
+    def _report(self, folder: RunFolder, comparisons: Comparisons) -> None:
         best = self._judge.best.epoch
-        table = results.write_report(folder, self.data, self.model.fidelities, residuals, best)
+        table = comparisons.write(folder, self.model.fidelities, best)
         log.info("best epoch %d of %d, %s:\n%s", best, self._state.epoch, folder, table)
 
 
