@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import socket
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from kinml_fast.errors import ConfigError
 
@@ -146,6 +149,24 @@ def _of_slurm(environment: Mapping[str, str]) -> Meeting | None:
         port,
         seconds(environment),
     )
+
+
+def of_children(rank: int, size: int, environment: Mapping[str, str]) -> Meeting:
+    """What processes are told that one program has started on this computer: MASTER_ADDR and MASTER_PORT need not be.
+
+    The port then follows from that program, so that those of another one meet elsewhere.
+    """
+    if "MASTER_PORT" in environment:
+        port = _port(environment["MASTER_PORT"])
+    else:
+        parent = os.getppid()
+        try:
+            began = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        except OSError:
+            began = ""
+        port = port_of(zlib.crc32(f"{socket.gethostname()} {parent} {began}".encode()))
+    address = environment.get("MASTER_ADDR", "localhost")
+    return Meeting(rank, size, rank, address, port, seconds(environment))
 
 
 def port_of(number: int) -> int:
