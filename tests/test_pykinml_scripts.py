@@ -284,21 +284,6 @@ def test_two_levels_go_on_where_the_training_was(levels):
     assert rest[3, "test FRMSE_lf"] == whole[9, "test FRMSE_lf"]
 
 
-def test_several_nodes_end_in_one_sentence(levels):
-    text = run_script("train_multi_node", levels, expected=1, WORLD_SIZE="2", SLURM_PROCID="0")
-    assert text.splitlines()[-1] == (
-        "kinml_fast.errors.ConfigError: training on several GPUs or nodes is not there yet: set args.ddp = False and "
-        "run one process, which trains on the CPU or on one GPU"
-    )
-
-
-@pytest.mark.parametrize("name", ["train_single_fid", "train_delta", "train_multi_fid"])
-def test_ddp_ends_in_one_sentence_before_anything_is_done(levels, name):
-    with pytest.raises(InputError, match=r"args.ddp = True is not allowed: training on several GPUs or nodes is not"):
-        run_here(name, levels, ("ddp = False", "ddp = True"))
-    assert not list(levels.glob("*_0_1"))
-
-
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [

@@ -32,6 +32,11 @@ SCHEDULERS = ("rop", "exp", "step")
 ALIASES = {"cutoff_radius": "cuttoff_radius", "tv": "tvt"}
 """Names that the manual uses for arguments that PyKinML calls otherwise."""
 
+
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 _YES = {"action": argparse.BooleanOptionalAction}
 _PARSER: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("-if --fidlevel", {"type": int, "default": 1}, "level of theory; the higher one of two"),
@@ -78,7 +83,11 @@ _PARSER: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("--delta", {**_YES, "default": False}, "train on differences of two levels of theory"),
     ("--multi_fid", {**_YES, "default": False}, "train on two levels of theory"),
     ("--ddp", {**_YES, "default": False}, "several processes, one for each of --gpus"),
-    ("--gpus", {"nargs": "+", "default": [0]}, "indices of the GPUs; cpu cpu for two processes on the CPU"),
+    (
+        "--gpus",
+        {"nargs": "+", "type": _number_or_word, "default": [0]},
+        "indices of the GPUs; cpu cpu for two processes on the CPU",
+    ),
     ("-c --num_cores", {"type": int, "default": 4}, "half the number of threads; scripts set those themselves"),
     ("--beta", {"type": float, "default": 0.95}, "factor of the cosine in the descriptor"),
     ("-R_c --cuttoff-radius", {"type": float, "nargs": "+", "default": [5.2, 3.8]}, "radial and angular cutoff, Å"),
@@ -141,6 +150,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.load_model and args.load_model_name is None:
         raise ConfigError("args.load_model is True and args.load_model_name is None: give the path of a checkpoint")
+    if hasattr(args, "gpu"):
+        device_of(args.gpu)  # says what is wrong with it
     if args.ddp and "cpu" not in gpus(args) and (reason := devices.why_no_gpu()):
         raise DeviceError(
             f"args.ddp is True and args.gpus is {args.gpus!r}, but {reason}; or set args.gpus = ['cpu', 'cpu'] and "
@@ -231,6 +242,7 @@ def configuration(args: argparse.Namespace) -> Config:
             "batch_size": int(args.tr_batch_size),
             "validation_batch_size": int(args.vl_batch_size),
             "test_batch_size": int(args.ts_batch_size),
+            "per_rank": ["batch_size"] if args.ddp else [],
             "shuffle": False,
             "jacobian": "stored" if args.input_data_type == "aev" else "recompute",
             "loss": _loss(args),

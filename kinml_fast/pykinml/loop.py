@@ -190,9 +190,11 @@ class Loop:
             "scheduler": scheduler_settings(self.lr_scheduler),
             "save_every": self.save_every,
             "test_every": 1,
-            **{_SIZES[part]: joint_batch_size(loader) for part, loader in self.loaders.items()},
+            **{_SIZES[part]: loader.batch_size or 1 for part, loader in self.loaders.items()},
+            "per_rank": ["batch_size"] if isinstance(self.loaders["train"].sampler, DistributedSampler) else [],
         }
-        return configurations.from_dict(values, "args")
+        config = configurations.from_dict(values, "args")
+        return config.model_copy(update={"training": config.training.for_ranks(present().size)})
 
     def _write_parameters(self, file: TextIO) -> None:
         for name, parameter in self.model.named_parameters():
@@ -258,12 +260,6 @@ def joint_order(sampler: DistributedSampler) -> list[int]:
     alone: DistributedSampler = DistributedSampler(sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed)
     alone.set_epoch(sampler.epoch)
     return list(alone)
-
-
-def joint_batch_size(loader: DataLoader) -> int:
-    """The structures in a batch of all processes together."""
-    size = loader.batch_size or 1
-    return size * loader.sampler.num_replicas if isinstance(loader.sampler, DistributedSampler) else size
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -194,12 +194,12 @@ def hosts(text: str) -> list[str]:
     ConfigError
         It is no such list.
     """
-    if not re.fullmatch(f"{_HOST}(?:,{_HOST})*", text):
-        raise ConfigError(f"{text!r} is no host list of SLURM, like node[01-03,07]: set MASTER_ADDR to the first node")
     names: list[str] = []
-    for host in re.finditer(_HOST, text):
+    for host in re.finditer(_HOST, text if re.fullmatch(f"{_HOST}(?:,{_HOST})*", text) else ""):
         parts = re.findall(r"\[(.*?)\]|([^\[]+)", host[0])
         names += map("".join, itertools.product(*(_numbers(ranges) if ranges else [plain] for ranges, plain in parts)))
+    if not names:
+        raise ConfigError(f"{text!r} is no host list of SLURM, like node[01-03,07]: set MASTER_ADDR to the first node")
     return names
 
 
