@@ -657,7 +657,7 @@ def test_what_cannot_be_trained(tmp_path):
         with pytest.raises(InputError, match=message):
             make(**changes).train(1)
     args.gpus, args.ddp = ["cpu", "cpu"], True
-    with pytest.raises(InputError, match="args.ddp is True, but no processes have joined: call trainer.ddp_setup"):
+    with pytest.raises(InputError, match=r"args.ddp is True, but no processes have joined: call trainer.ddp_setup"):
         prepper.load_train_objs(args)
 
 
