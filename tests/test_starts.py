@@ -13,7 +13,7 @@ from rank_helpers import again, free_port, sentences, start, together
 from training_helpers import model, rows, training_data, write_config
 
 from kinml_fast import devices
-from kinml_fast.errors import ConfigError, DeviceError
+from kinml_fast.errors import ConfigError, DeviceError, RankError
 from kinml_fast.train import Trainer, TrainingConfig, meeting
 from kinml_fast.train.meeting import Meeting, found, hosts
 from kinml_fast.train.ranks import Ranks, joined
@@ -98,8 +98,11 @@ def test_what_is_no_group_is_one_process(variables):
         ({**TORCHRUN, meeting.SECONDS: "0"}, "give a number of seconds"),
         (without(SRUN, "SLURM_PROCID"), "task of SLURM, but SLURM_PROCID is not set: start .* with srun, or set WORLD"),
         (without(SRUN, "SLURM_STEP_ID"), "SLURM_STEP_ID is not set"),
-        (without(SRUN, "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"), "SLURM_NTASKS is not set"),
-        (without(SRUN, "SLURM_NODELIST", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"), "SLURM_NODELIST, SLURM_JOB_ID is not"),
+        ({**without(SRUN, "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"), "SLURM_PROCID": "0"}, "SLURM_NTASKS is not set"),
+        (
+            {**without(SRUN, "SLURM_NODELIST", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"), "SLURM_PROCID": "0"},
+            "SLURM_NODELIST, SLURM_JOB_ID is not",
+        ),
         ({**SRUN, "SLURM_STEP_NODELIST": "node[1-"}, r"'node\[1-' is no host list of SLURM, .*: set MASTER_ADDR"),
     ],
 )
@@ -107,6 +110,12 @@ def test_variables_that_are_not_whole_are_one_sentence(variables, sentence):
     with pytest.raises(ConfigError, match=sentence) as caught, joined(variables):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_variables_that_all_lack_are_said_by_the_first():
+    for variables in (without(SRUN, "SLURM_JOB_ID"), without(TORCHRUN, "MASTER_ADDR")):
+        with pytest.raises(RankError):
+            found(variables)
 
 
 @pytest.mark.parametrize(

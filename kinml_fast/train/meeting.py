@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kinml_fast.errors import ConfigError
+from kinml_fast.errors import ConfigError, RankError
 
 SECONDS = "KINML_RENDEZVOUS_SECONDS"
 """The variable that says how long processes wait for one another at the start."""
@@ -84,6 +84,8 @@ def found(environment: Mapping[str, str]) -> Meeting | None:
     ------
     ConfigError
         Only a part of the variables is there, or one is no number.
+    RankError
+        The first is so, and the first process says it.
     """
     if "WORLD_SIZE" in environment:
         return _of_torchrun(environment)
@@ -96,8 +98,9 @@ def _of_torchrun(environment: Mapping[str, str]) -> Meeting | None:
         return None
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is set but {', '.join(missing)} not: start the processes with torchrun, or unset WORLD_SIZE"
+        raise _incomplete(
+            environment.get("RANK"),
+            f"WORLD_SIZE is set but {', '.join(missing)} not: start the processes with torchrun, or unset WORLD_SIZE",
         )
     rank = environment["RANK"]
     return Meeting(
@@ -131,9 +134,11 @@ def _of_slurm(environment: Mapping[str, str]) -> Meeting | None:
         values["SLURM_JOB_ID"] = first("SLURM_JOB_ID", "SLURM_JOBID")
     known = {name: value for name, value in values.items() if value is not None}
     if missing := [name for name in values if name not in known]:
-        raise ConfigError(
+        # Without a number of the step the first task takes itself for a script, so that the others have to say it.
+        raise _incomplete(
+            known.get("SLURM_PROCID") if "SLURM_STEP_ID" in known else None,
             f"this is a task of SLURM, but {', '.join(missing)} is not set: start the processes with srun, or set "
-            "WORLD_SIZE=1 to train in each of them alone"
+            "WORLD_SIZE=1 to train in each of them alone",
         )
     nodes = known.pop("SLURM_NODELIST", None)
     numbers = {name: _number(name, value) for name, value in known.items()}
@@ -149,6 +154,11 @@ def _of_slurm(environment: Mapping[str, str]) -> Meeting | None:
         port,
         seconds(environment),
     )
+
+
+def _incomplete(rank: str | None, sentence: str) -> ConfigError | RankError:
+    """What a process of this rank raises where variables lack, as they do for all: the first one says it."""
+    return ConfigError(sentence) if rank in (None, "0") else RankError(sentence)
 
 
 def of_children(rank: int, size: int, environment: Mapping[str, str]) -> Meeting:
