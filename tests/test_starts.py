@@ -302,6 +302,18 @@ def check_two_agents(tmp_path: Path) -> None:
     assert rows(tmp_path / "nodes") == rows(tmp_path / "one")
 
 
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_find_one_another(tmp_path):
+    again(check_second_attempt, tmp_path)
+
+
+def check_second_attempt(tmp_path: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=1")
+    (done,) = together([[*launch, str(TESTS / "restart_program.py")]])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "attempt 1: 3 processes"
+
+
 def test_a_loop_of_ones_own_with_torchs_data_parallel(tmp_path):
     again(check_own_loop, tmp_path)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -190,7 +192,10 @@ def join(place: Meeting) -> dist.Store:
     try:
         place.wait()  # torch would say more, and worse, of what is in the way
         timeout = timedelta(seconds=place.seconds)
+        store: dist.Store
         store = dist.TCPStore(place.address, place.port, place.size, place.opens, timeout, multi_tenant=True)
+        if place.agent:
+            store = _of_this_attempt(store, place)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
     except (RuntimeError, ValueError, OSError) as error:
         reason = first_line(error).rstrip(".")
@@ -201,6 +206,30 @@ def join(place: Meeting) -> dist.Store:
         )
         raise (InputError if place.local == 0 else RankError)(sentence) from error
     return store
+
+
+def _of_this_attempt(store: dist.Store, place: Meeting) -> dist.Store:
+    """A part of the store of torchrun's agent without what earlier attempts have left there, such as old addresses.
+
+    The first process numbers the attempt. Each of the others asks it with a word of its own, which no old answer fits:
+    agents count restarts, but not all of them count the same.
+    """
+    if place.rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"kinml_fast asks {place.rank}", word)
+        number = store.get(f"kinml_fast answer {word}").decode()  # waits
+        store.add(f"kinml_fast joined {number}", 1)
+        return dist.PrefixStore(f"kinml_fast {number}", store)
+    number = str(store.add("kinml_fast attempts", 1))
+    end = time.monotonic() + place.seconds
+    while (joined := store.add(f"kinml_fast joined {number}", 0)) < place.size - 1:
+        for asks in (f"kinml_fast asks {rank}" for rank in range(1, place.size)):
+            if store.check([asks]):
+                store.set(f"kinml_fast answer {store.get(asks).decode()}", number)
+        if time.monotonic() > end:
+            raise RuntimeError(f"{joined + 1} of them came")
+        time.sleep(0.02)
+    return dist.PrefixStore(f"kinml_fast {number}", store)
 
 
 def _is_said_here(error: Exception, store: dist.Store) -> bool:
