@@ -13,7 +13,7 @@ from rank_helpers import again, free_port, sentences, start, together
 from training_helpers import model, rows, training_data, write_config
 
 from kinml_fast import devices
-from kinml_fast.errors import ConfigError, DeviceError, RankError
+from kinml_fast.errors import ConfigError, DeviceError, InputError, RankError
 from kinml_fast.train import Trainer, TrainingConfig, meeting
 from kinml_fast.train.meeting import Meeting, found, hosts
 from kinml_fast.train.ranks import Ranks, joined
@@ -255,35 +255,29 @@ def check_tasks_of_slurm(tmp_path: Path) -> None:
     assert "holds a run already" in sentences(*both)[0]
 
 
-def test_processes_that_do_not_find_one_another(tmp_path):
-    again(check_lost, tmp_path)
-
-
-def check_lost(tmp_path: Path) -> None:
-    config = str(write_config(tmp_path))
-    few = {"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), meeting.SECONDS: "1"}
+def test_processes_that_do_not_find_one_another():
+    few = {"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), meeting.SECONDS: "0.5"}
     nowhere = {**few, "MASTER_ADDR": "nowhere.invalid"}
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        variables = [
-            {**few, "RANK": "0", "LOCAL_RANK": "0"},  # waits for those that were not started
-            {**nowhere, "RANK": "0", "LOCAL_RANK": "0"},
-            {**nowhere, "RANK": "2", "LOCAL_RANK": "0"},  # the first one of another computer
-            {**nowhere, "RANK": "3", "LOCAL_RANK": "1"},  # leaves saying it to that one
-            {**few, "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])},
-        ]
-        done = together([[*TRAIN, config]] * len(variables), variables)
-    assert [one.returncode for one in done] == [2] * len(variables), done
-    said = [sentences(one) for one in done]
-    assert [len(of_one) for of_one in said] == [1, 1, 1, 0, 1]
-    for (sentence,) in (of_one for of_one in said if of_one):
-        assert sentence.startswith("the 4 processes have not found one another at ")
-        assert sentence.endswith(f"or {meeting.SECONDS} to a longer time")
-    assert "1/4 clients joined" in said[0][0]
-    assert "nowhere.invalid" in said[2][0]
-    assert "in use" in said[4][0]
-    assert not (tmp_path / "run").exists()
+        for variables, reason in [
+            ({**few, "RANK": "0"}, "1/4 clients joined"),  # waits for those that were not started
+            ({**few, "RANK": "2", "LOCAL_RANK": "0"}, "refused"),  # the first one of another computer
+            ({**nowhere, "RANK": "0"}, "nowhere.invalid:"),
+            ({**nowhere, "RANK": "2", "LOCAL_RANK": "0"}, "nowhere.invalid:"),
+            ({**few, "RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}, "in use"),
+        ]:
+            with pytest.raises(InputError, match=reason) as caught, joined(variables):
+                pass
+            assert not isinstance(caught.value, RankError)
+            sentence = str(caught.value)
+            assert sentence.startswith("the 4 processes have not found one another at ")
+            assert sentence.endswith(f"or {meeting.SECONDS} to a longer time")
+            assert "\n" not in sentence
+    # Another one on the same computer leaves saying it to the first one there.
+    with pytest.raises(RankError), joined({**nowhere, "RANK": "3", "LOCAL_RANK": "1"}):
+        pass
 
 
 @pytest.mark.slow
