@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from pykinml_helpers import small
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kinml_fast.pykinml import multi_fid_loop, prepper, trainer
 from kinml_fast.pykinml.arguments import Arguments
+from kinml_fast.train import Trainer
 
 KINDS: dict[str, dict[str, Any]] = {
     "energies": {},
@@ -47,7 +49,8 @@ def train(rank: int, folder: Path, ports: dict[str, str]) -> None:
         args = arguments(folder, kind)
         args.pre_saved, args.data_path = True, args.savenm
         target = multi_fid_loop if args.multi_fid else trainer
-        target.spawned_trainer(rank, args, 2)
+        with mock.patch.object(Trainer, "_report"):
+            target.spawned_trainer(rank, args, 2)
     os.environ["MASTER_PORT"] = ports["own"]
     args = arguments(folder, "energies")
     args.pre_saved, args.data_path = True, args.savenm

@@ -16,7 +16,7 @@ from kinml_fast import devices
 from kinml_fast.errors import ConfigError, DeviceError, InputError, RankError
 from kinml_fast.train import Trainer, TrainingConfig, meeting
 from kinml_fast.train.meeting import Meeting, found, hosts
-from kinml_fast.train.ranks import Ranks, joined
+from kinml_fast.train.ranks import ALONE, Ranks, joined, present
 
 TESTS = Path(__file__).parent
 TRAIN = ("-m", "kinml_fast.cli", "train")
@@ -163,7 +163,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
     assert second.device("cuda") == second.device("auto") == torch.device("cuda:1")
-    with pytest.raises(DeviceError, match="process 2 on this computer needs cuda:2, but there are only 2 GPUs: start"):
+    with pytest.raises(DeviceError, match="process 2 on this computer needs cuda:2, but the last GPU is cuda:1: start"):
         Ranks(6, 8, 2).device("auto")
     with pytest.raises(DeviceError, match=r"training.device is cuda:1, but several processes take a GPU each: give"):
         second.device("cuda:1")
@@ -171,6 +171,15 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
     with pytest.raises(DeviceError, match="has no NCCL"):
         second.device("cuda")
+
+
+def test_a_group_that_has_nothing_for_the_cpu_is_refused(monkeypatch):
+    assert present() is ALONE
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: "cuda:nccl")
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
+    with pytest.raises(ConfigError, match=r"called with the backend nccl, .* give it gloo, or cpu:gloo,cuda:nccl"):
+        present()
 
 
 # ---- per rank -----------------------------------------------------------------------------------

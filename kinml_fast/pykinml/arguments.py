@@ -24,8 +24,6 @@ from kinml_fast.train.ranks import present
 
 log = logging.getLogger(__name__)
 
-_HANDLER = logging.StreamHandler(sys.stdout)
-
 ACTIVATIONS = ("gaussian", "tanh", "identity", "relu", "silu")
 OPTIMIZERS = {"Adam": "adam", "AdamW": "adamw", "SGD": "sgd"}
 SCHEDULERS = ("rop", "exp", "step")
@@ -287,6 +285,10 @@ def several(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
+class _Shown(logging.StreamHandler):
+    """What `show_log` shows the log by, and no script of its own."""
+
+
 def show_log() -> None:
     """Show what the package logs on standard output, as PyKinML prints, unless the script has set up its own log.
 
@@ -294,10 +296,12 @@ def show_log() -> None:
     """
     logger = logging.getLogger("kinml_fast")
     if not logger.hasHandlers():
-        _HANDLER.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(_HANDLER)
-    if _HANDLER in logger.handlers:
-        logger.setLevel(logging.INFO if present().is_first else logging.ERROR)
+        handler = _Shown(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    if not present().is_first and any(isinstance(handler, _Shown) for handler in logger.handlers):
+        logger.setLevel(logging.ERROR)
 
 
 @functools.cache

@@ -416,6 +416,8 @@ class TrainingConfig(Section):
 
     def for_ranks(self, size: int) -> TrainingConfig:
         """The same for all of so many processes together: what per_rank names is multiplied, and it names nothing."""
+        if not self.per_rank:
+            return self
         changes: dict[str, Any] = {"per_rank": []}
         if "batch_size" in self.per_rank:
             changes["batch_size"] = size * self.batch_size

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kinml_fast import devices
-from kinml_fast.errors import DeviceError, InputError, RankError, first_line
+from kinml_fast.errors import ConfigError, DeviceError, InputError, RankError, first_line
 from kinml_fast.train import meeting
 from kinml_fast.train.meeting import Meeting
 
@@ -75,8 +75,8 @@ class Ranks:
             return torch.device("cpu")
         if self.local >= torch.cuda.device_count():
             raise DeviceError(
-                f"process {self.local} on this computer needs cuda:{self.local}, but there are only "
-                f"{torch.cuda.device_count()} GPUs: start as many processes as there are GPUs, or set "
+                f"process {self.local} on this computer needs cuda:{self.local}, but the last GPU is "
+                f"cuda:{torch.cuda.device_count() - 1}: start as many processes as there are GPUs, or set "
                 "training.device=cpu"
             )
         if not dist.is_nccl_available():
@@ -140,9 +140,20 @@ _SAID, _SAID_SECONDS = "kinml_fast said", 10
 
 
 def present() -> Ranks:
-    """This process among those that a program has joined by itself, with torch.distributed; alone without any."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """This process among those that a program has joined by itself, with torch.distributed; alone without any.
+
+    Raises
+    ------
+    ConfigError
+        They can exchange nothing that is in the memory of the CPU.
+    """
+    if not dist.is_initialized():
         return ALONE
+    if "cpu:" not in dist.get_backend_config():
+        raise ConfigError(
+            f"init_process_group was called with the backend {dist.get_backend()}, which has nothing for the CPU: give "
+            "it gloo, or cpu:gloo,cuda:nccl"
+        )
     rank = dist.get_rank()
     return Ranks(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
 
