@@ -220,19 +220,18 @@ class StepResults:
         [K, n] float64, receives predicted - target in the order of the batch; NaN where a target is NaN.
     force_errors
         [K, n, 3] float64, receives the sum, the sum of squares and the largest of the absolute errors of each
-        structure's force components; zeros where its force weight is 0. None for `energy_step`.
+        structure's force components; zeros where its force weight is 0.
     """
 
     losses: Tensor
     gradient: Tensor
     energy_residuals: Tensor
-    force_errors: Tensor | None = None
+    force_errors: Tensor
 
     @cached_property
     def tensors(self) -> list[Tensor]:
         """What the ops take."""
-        results = [self.losses, self.gradient, self.energy_residuals]
-        return results if self.force_errors is None else [*results, self.force_errors]
+        return [self.losses, self.gradient, self.energy_residuals, self.force_errors]
 
 
 # ---- atomic environment vectors ----------------------------------------------------------------
@@ -280,26 +279,6 @@ def species_order(species: Tensor, offsets: Tensor, n_species: int) -> Order:
     return Order(*_OPS.species_order(species, offsets, n_species))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some structures of a data set, their atoms sorted by species."""
-
-    structures: Tensor
-    """[n] indices into the data set"""
-    order: Order
-    """owners are places within the batch"""
-
-
-def plan_batches(species: Tensor, offsets: Tensor, structures: Tensor, batch_size: int, n_species: int) -> list[Batch]:
-    """Cut ``structures`` (indices, in the order of an epoch) into batches with their atoms sorted by species."""
-    rows, owners, starts, firsts = _OPS.plan_batches(species, offsets, structures, batch_size, n_species)
-    lengths = firsts.diff().tolist()
-    if not lengths:
-        return []
-    parts = zip(structures.split(batch_size), rows.split(lengths), owners.split(lengths), starts.unbind(0), strict=True)
-    return [Batch(chosen, Order(*order)) for chosen, *order in parts]
-
-
 def networks(
     features: Tensor, order: Order, parameters: Tensor, sae: Tensor | None, networks: list[int], n_structures: int
 ) -> Tensor:
@@ -312,17 +291,6 @@ def networks(
     ``parameters`` as in :class:`Model`.
     """
     return _OPS.networks(features, order.tensors, parameters, sae, networks, n_structures)
-
-
-def energy_step(
-    features: Tensor, order: Order, parameters: Tensor, loss: Loss, results: StepResults, networks: list[int]
-) -> None:
-    """Forward and backward pass of a training batch on energies of one level, in one call and without autograd.
-
-    ``features``, ``order``, ``parameters`` and ``networks`` as in :func:`networks`; ``loss`` is that of the batch's
-    structures, in their order, and has no forces.
-    """
-    _OPS.energy_step(features, order.tensors, parameters, loss.tensors, results.tensors, networks)
 
 
 # ---- energies and forces in one pass over the molecules ----------------------------------------
@@ -362,43 +330,45 @@ def force_step(
     )
 
 
-def batch_parts(offsets: Tensor, structures: Tensor) -> Tensor:
-    """How `force_step` cuts a batch: bounds [P + 1] int64, places in ``structures``, that depend on the batch only.
+def message_bytes(system: System, structures: Tensor, n_levels: int, n_weights: int, n_ranks: int) -> int:
+    """How many bytes a process says of its share of a batch, `force_step_share`; all processes as many.
 
-    Several processes that share a batch take some parts each: `force_step_parts`, then `force_step_join` when all parts
-    are known, give the bits of `force_step`. All three are for the CPU, and nothing in them can be differentiated.
+    Several processes that share a batch each compute a share, send it to all others, and join what all have sent: the
+    bits of `force_step` for any number of them.
     """
-    return _OPS.batch_parts(offsets, structures)
+    return _OPS.message_bytes(system.tensors, structures, n_levels, n_weights, n_ranks)
 
 
-def force_step_parts(
+def force_step_share(
     system: System,
     structures: Tensor,
-    bounds: Tensor,
     parameters: Tensor,
     loss: Loss,
-    gradients: Tensor,
-    energy_residuals: Tensor,
-    force_errors: Tensor,
+    message: Tensor,
     model: Model,
+    rank: int,
+    n_ranks: int,
 ) -> None:
-    """The gradient of the loss of each of some parts of a batch; ``loss`` has the counts of the whole batch.
+    """The share of process ``rank`` of a batch; arguments are of the whole batch, as of `force_step`.
 
-    ``structures`` [n] are those of the parts, ``bounds`` [p + 1] the places where they begin and end. ``gradients``
-    [p, n_weights], ``energy_residuals`` [K, n] and ``force_errors`` [K, n, 3] are written.
+    ``message`` [`message_bytes`] uint8 is written, but for its last 16 bytes: two float64 numbers of the caller's.
     """
-    results = [gradients, energy_residuals, force_errors]
-    _OPS.force_step_parts(
-        system.tensors, structures, bounds, parameters, loss.tensors, results, model.descriptor, model.networks
+    _OPS.force_step_share(
+        system.tensors,
+        structures,
+        parameters,
+        loss.tensors,
+        message,
+        model.descriptor,
+        model.networks,
+        rank,
+        n_ranks,
     )
 
 
-def force_step_join(system: System, structures: Tensor, loss: Loss, gradients: Tensor, results: StepResults) -> None:
-    """Losses and gradient of a whole batch, from the ``gradients`` [P, n_weights] of all its parts in their order.
-
-    The residuals and errors in ``results`` are known; the losses and the gradient are written.
-    """
-    _OPS.force_step_join(system.tensors, structures, loss.tensors, gradients, results.tensors)
+def force_step_join(system: System, structures: Tensor, loss: Loss, messages: Tensor, results: StepResults) -> None:
+    """The results of `force_step` from the ``messages`` [n_ranks, `message_bytes`] of all processes."""
+    _OPS.force_step_join(system.tensors, structures, loss.tensors, messages, results.tensors)
 
 
 # ---- optimizer ---------------------------------------------------------------------------------

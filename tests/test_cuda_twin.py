@@ -21,7 +21,7 @@ pytestmark = [
 # What runs here in some minutes; KINML_TWIN=1 pytest -m '' runs everything so. Each line: arguments of pytest.
 SUBSET = [
     ["test_ops_adam.py", "test_ops_networks.py"],
-    ["test_ops_forces.py", "test_ops_levels.py"],
+    ["test_ops_forces.py", "test_ops_levels.py", "test_ops_shared.py"],
     # Without those of hundreds of atoms, which take minutes (test_large_and_small_structures_in_one_batch fails there:
     # together they go another way than alone, to the same numbers but not the same bits), and without descriptors for
     # which the CPU has series of its own.
@@ -32,10 +32,6 @@ SUBSET = [
         *("test_stored_training.py", "-k", "published_run or plain_loop or ten_epochs"),
     ],
 ]
-
-
-ONLY_CPU = {"batch_parts", "force_step_parts", "force_step_join"}
-"""Ops that are not there for GPUs."""
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +49,7 @@ def test_ops_of_the_gpu_are_all_in_the_twin(twin):
     """Every op of the schema is there for a GPU, and takes the CPU's place."""
     text = (TESTS.parent / "csrc" / "torch" / "schema.cpp").read_text()
     defined = set(re.findall(r'm\.def\(\s*"(\w+)\(', text))
-    assert defined > ONLY_CPU
-    expected = sorted(defined - ONLY_CPU)
+    expected = sorted(defined)
     code = "import build_twin; build_twin.load(); print('replaced:', *build_twin.replaced_ops())"
     environment = {**twin, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -64,8 +64,6 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     features = normal(len(z), 30, seed=3, dtype=dtype).requires_grad_()
     order = ops.species_order(z, o, 3)
     found |= dict(zip(("rows", "owners", "starts"), order.tensors, strict=True))
-    for b, batch in enumerate(ops.plan_batches(z, o, torch.arange(len(o) - 1).flip(0), 17, 3)):
-        found |= dict(zip((f"rows {b}", f"owners {b}", f"starts {b}"), batch.order.tensors, strict=True))
     for activation in ACTIVATIONS:
         torch.manual_seed(0)
         networks = SpeciesNetworks(("C", "H", "O"), 30, (50, 20, 1), [activation, activation, "identity"], dtype=dtype)
@@ -90,9 +88,11 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     (counts,) = ops.count_weights(ops.weighted(weights, weights), torch.arange(len(o) - 1), len(o) - 1)
     flat, scales = networks.weights.detach(), torch.tensor([0.3, 0.0], dtype=torch.float64)
     loss = Loss(normal(1, len(o) - 1, seed=8), weights, None, None, scales, counts)
-    written = StepResults(torch.empty(2).double(), torch.empty_like(flat), torch.empty_like(weights))
-    ops.energy_step(features.detach(), order, flat, loss, written, networks.packed)
-    names = ("energy step losses", "energy step gradient", "energy step residuals")
+    errors = weights.new_empty(*weights.shape, 3)
+    written = StepResults(torch.empty(2).double(), torch.empty_like(flat), torch.empty_like(weights), errors)
+    stored = System(None, z, o, features.detach())
+    ops.force_step(stored, torch.arange(len(o) - 1).flip(0), flat, loss, written, Model([], networks.packed))
+    names = ("energy step losses", "energy step gradient", "energy step residuals", "energy step errors")
     found |= dict(zip(names, written.tensors, strict=True))
 
     torch.manual_seed(0)

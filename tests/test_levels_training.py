@@ -218,7 +218,7 @@ def test_ten_epochs_from_stored_jacobians(source, levels):
 
 
 def test_energy_steps_of_one_level_and_of_several_agree():
-    """The plan of energy-only training and the general step are two ways of the same sums."""
+    """A level that does not count changes nothing."""
     data = level_data(12, 2, "none", MIXED)
     one = TrainingData(data.structures.level(0), data.split, LEVEL_SAE[0])
     chosen = settings(loss={"forces": False, "level_weights": [1.0, 0.0]}, score={"level_weights": [1.0, 0.0]})

@@ -13,7 +13,7 @@ from op_helpers import ON_CPU, changed, each_tensor, normal, not_contiguous, rag
 from kinml_fast import ops, reference
 from kinml_fast.errors import InputError
 from kinml_fast.nn import ACTIVATIONS, SpeciesNetworks
-from kinml_fast.ops import Loss, StepResults
+from kinml_fast.ops import Order
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -111,19 +111,15 @@ class Case:
             "wanted": list(wanted),
         }
 
-    def step_arguments(self, targets: torch.Tensor, weights: torch.Tensor, scale: float = 1.0) -> dict[str, Any]:
-        """Those of energy_step; the results are full of NaN."""
-        n, own = self.n_structures, self.arguments()
-        count = max(1, int(torch.count_nonzero(weights)))
-        counts = torch.tensor([[count], [1]], dtype=torch.float64)
-        scales = torch.tensor([scale, torch.nan], dtype=torch.float64)  # there are no forces to scale
-        losses, residuals = (torch.full(shape, torch.nan, dtype=torch.float64) for shape in ((2,), (1, n)))
-        return {
-            **{name: own[name] for name in ("features", "order", "parameters")},
-            "loss": Loss(targets[None], weights[None], None, None, scales, counts),
-            "results": StepResults(losses, torch.full_like(own["parameters"], torch.nan), residuals),
-            "networks": own["networks"],
-        }
+    def order_of(self, structures: torch.Tensor) -> Order:
+        """The order of the atoms of some structures, which may come twice."""
+        owners = torch.repeat_interleave(torch.arange(len(structures)), self.offsets.diff()[structures])
+        ranges = [torch.arange(self.offsets[s], self.offsets[s + 1]) for s in structures.tolist()]
+        atoms = torch.cat(ranges)
+        by_species = torch.argsort(self.species[atoms], stable=True)
+        counts = torch.bincount(self.species[atoms], minlength=len(self.networks.elements))
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return Order(atoms[by_species], owners[by_species], starts)
 
     def expected(self, features=None, weights=None) -> torch.Tensor:
         """Energies without single-atom energies by the oracle."""
@@ -327,15 +323,15 @@ def test_second_derivatives_of_unusual_batches():
         assert not any(t.any() for t in found)
     # A structure twice in a batch, another not at all.
     case = Case()
-    (batch,) = ops.plan_batches(case.species, case.offsets, torch.tensor([3, 0, 3]), 3, 3)
+    structures = torch.tensor([3, 0, 3])
     zero = torch.zeros(3, dtype=torch.float64)
     of_batch = lambda f, w: torch.func.functional_call(  # noqa: E731
         case.networks, {"weights": w}, (f, case.species, case.offsets, zero)
-    )[batch.structures]
+    )[structures]
     expected = second_derivatives(of_batch, (case.features, case.networks.weights), 3)
 
     def ours_of(f, w):
-        return ops.networks(**{**case.arguments(f, w), "order": batch.order, "n_structures": 3})
+        return ops.networks(**{**case.arguments(f, w), "order": case.order_of(structures), "n_structures": 3})
 
     ours = second_derivatives(ours_of, (case.features, case.networks.weights), 3)
     for a, b in zip(ours, expected, strict=True):
@@ -444,31 +440,6 @@ def test_species_order_is_a_stable_sort():
     assert [t.tolist() for t in ops.species_order(species[:0], offsets[:1], 2).tensors] == [[], [], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
-def test_batches_cover_the_structures_in_their_order(batch_size):
-    _, species, offsets = ragged([4, 0, 1, 9, 3, 5, 2], 3, 2)
-    structures = torch.tensor([6, 0, 3, 1, 5, 2])  # 4 is not part of this epoch
-    batches = ops.plan_batches(species, offsets, structures, batch_size, 3)
-    assert len(batches) == -(-6 // batch_size)
-    assert torch.equal(torch.cat([b.structures for b in batches]), structures)
-    for batch in batches:
-        expected = [
-            (int(species[a]), k, a)
-            for k, s in enumerate(batch.structures.tolist())
-            for a in range(int(offsets[s]), int(offsets[s + 1]))
-        ]
-        expected.sort(key=lambda entry: entry[0])  # stable
-        assert batch.order.rows.tolist() == [a for _, _, a in expected]
-        assert batch.order.owners.tolist() == [k for _, k, _ in expected]
-        kinds = [s for s, _, _ in expected]
-        assert batch.order.starts.tolist() == [0, *itertools.accumulate(kinds.count(s) for s in range(3))]
-
-
-def test_no_structures_give_no_batches():
-    _, species, offsets = ragged([4, 2], 2, 2)
-    assert ops.plan_batches(species, offsets, torch.zeros(0, dtype=torch.int64), 5, 2) == []
-
-
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), TOLERANCES)
 def test_batches_add_up_to_the_whole(dtype, rtol, atol):
     """Energies of the batches are bit for bit those of the whole set; gradients add up to the whole's."""
@@ -480,11 +451,10 @@ def test_batches_add_up_to_the_whole(dtype, rtol, atol):
     of_whole = torch.autograd.grad((slopes * whole).sum(), (case.features, networks.weights))
     structures = torch.tensor([5, 7, 0, 3, 2, 6, 1, 4])
     of_batches = [torch.zeros_like(g) for g in of_whole]
-    for batch in ops.plan_batches(case.species, case.offsets, structures, 3, 3):
-        n = len(batch.structures)
-        energies = networks.energies(case.features, *batch.order.tensors, n)
-        assert torch.equal(energies, whole[batch.structures])
-        loss = (slopes[batch.structures] * energies).sum()
+    for batch in structures.split(3):
+        energies = networks.energies(case.features, *case.order_of(batch).tensors, len(batch))
+        assert torch.equal(energies, whole[batch])
+        loss = (slopes[batch] * energies).sum()
         for total, part in zip(of_batches, torch.autograd.grad(loss, (case.features, networks.weights)), strict=True):
             total += part
     for total, part in zip(of_batches, of_whole, strict=True):
@@ -494,12 +464,12 @@ def test_batches_add_up_to_the_whole(dtype, rtol, atol):
 def test_a_structure_twice_in_a_batch_counts_twice():
     case = Case()
     case.features.requires_grad_()
-    (batch,) = ops.plan_batches(case.species, case.offsets, torch.tensor([3, 0, 3]), 3, 3)
-    energies = case.networks.energies(case.features, *batch.order.tensors, 3)
+    structures = torch.tensor([3, 0, 3])
+    energies = case.networks.energies(case.features, *case.order_of(structures).tensors, 3)
     whole = case.networks(case.features, case.species, case.offsets, torch.zeros(3, dtype=torch.float64))
-    assert torch.equal(energies, whole[batch.structures])
+    assert torch.equal(energies, whole[structures])
     ours = torch.autograd.grad(energies.sum(), (case.features, case.networks.weights))
-    expected = torch.autograd.grad(whole[batch.structures].sum(), (case.features, case.networks.weights))
+    expected = torch.autograd.grad(whole[structures].sum(), (case.features, case.networks.weights))
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -577,7 +547,6 @@ def test_wrong_architectures_are_explained(change, message):
 @pytest.mark.parametrize("sizes", [(4, 1, 0, 6), ()])
 def test_opcheck(dtype, sizes):
     case = Case(dtype=dtype, sizes=sizes)
-    n = case.n_structures
     check = torch.library.opcheck
     check(OPS.networks.default, raw(case.arguments(sae=sae())))
     f, w = case.features.clone().requires_grad_(), case.networks.weights.detach().clone().requires_grad_()
@@ -603,15 +572,8 @@ def test_opcheck(dtype, sizes):
     for name in ("grad_energies", "features", "parameters"):
         arguments = changed(arguments, name, lambda x: x.clone().requires_grad_())
     check(OPS.networks_backward.default, raw(arguments), test_utils=("test_schema", "test_faketensor"))
-    check(OPS.energy_step.default, raw(case.step_arguments(normal(n), normal(n, seed=1).abs())))
     check(OPS.species_order.default, (case.species, case.offsets, 3))
     check(OPS.species_order.default, (not_contiguous(case.species), case.offsets, 3))
-    # The shapes of its results depend on the values of its arguments: no fake tensors, hence no tracing.
-    check(
-        OPS.plan_batches.default,
-        (case.species, case.offsets, torch.arange(n), 3, 3),
-        test_utils=("test_schema", "test_autograd_registration"),
-    )
 
 
 def test_inner_ops_do_not_lose_gradients_in_silence():
@@ -683,28 +645,18 @@ def test_wrong_values_say_what_was_expected_and_what_came(argument, change, mess
 @ON_CPU
 def test_wrong_values_of_orders_say_what_was_expected_and_what_came():
     _, species, offsets = ragged([4, 2], 2, 2)
-    structures = torch.tensor([0, 1])
     with pytest.raises(RuntimeError, match=r"species\[\d\] = 1 is not in \[0, 1\)"):
         ops.species_order(species, offsets, 1)
     with pytest.raises(RuntimeError, match="end with the number of atoms, 6"):
         ops.species_order(species, offsets[:-1], 2)
-    with pytest.raises(RuntimeError, match=r"structures\[1\] = 2 is not in \[0, 2\)"):
-        ops.plan_batches(species, offsets, structures * 2, 2, 2)
-    with pytest.raises(RuntimeError, match=r"structures\[0\] = -1 is not in \[0, 2\)"):
-        ops.plan_batches(species, offsets, structures - 1, 2, 2)
 
 
 def test_wrong_orders_say_what_was_expected_and_what_came():
     _, species, offsets = ragged([4, 2], 2, 2)
-    structures = torch.tensor([0, 1])
     with pytest.raises(RuntimeError, match="n_species must be at least 1, got 0"):
         ops.species_order(species, offsets, 0)
     with pytest.raises(RuntimeError, match="species must be a one-dimensional int64 tensor, got Int"):
         ops.species_order(species.int(), offsets, 2)
-    with pytest.raises(RuntimeError, match="batch_size must be at least 1, got 0"):
-        ops.plan_batches(species, offsets, structures, 0, 2)
-    with pytest.raises(RuntimeError, match="structures must be a one-dimensional int64 tensor, got Double"):
-        ops.plan_batches(species, offsets, structures.double(), 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -728,75 +680,3 @@ def test_owners_beyond_the_gradients_of_energies():
     arguments = changed(Case().second_arguments(), "grad_energies", lambda g: g[1:])
     with pytest.raises(RuntimeError, match=r"kinml_fast: .*owners\[\d+\] = 4 is not in \[0, 4\)"):
         OPS.networks_second_backward(*raw(arguments))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("biases", [True, False])
-@pytest.mark.parametrize(("weights", "scale"), [([1.0, 1.0, 1.0], 1.0), ([0.5, 0.0, 2.0], 3.0), ([0.0, 0.0, 0.0], 1.0)])
-def test_energy_step_equals_autograd(weights, scale, dtype, biases):
-    case = Case((7, 5, 1), ("gaussian", "tanh", "identity"), biases, dtype, 11, sizes=(3, 2, 2), n_species=2)
-    (batch,) = ops.plan_batches(case.species, case.offsets, torch.tensor([2, 0, 1]), 3, 2)
-    case.order = batch.order
-    targets, weights = normal(3, seed=4), torch.tensor(weights, dtype=torch.float64)
-    counted = weights != 0
-    targets[~counted] = float("nan")
-
-    flat = case.networks.weights.detach().clone().requires_grad_()
-    residuals = ops.networks(**case.arguments(weights=flat)) - targets
-    loss = (weights[counted] * residuals[counted].square()).sum() / max(int(counted.sum()), 1)
-    (expected,) = torch.autograd.grad(scale * loss, flat)
-    assert expected.any() or not counted.any()
-    arguments = case.step_arguments(targets, weights, scale)
-    for _ in range(2):  # what was there is overwritten, not added to
-        ops.energy_step(**arguments)
-    results = arguments["results"]
-    tight = 1e-13 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(results.energy_residuals[0], residuals.detach(), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(results.gradient, expected, rtol=tight, atol=tight)
-    assert results.losses[1] == 0
-    torch.testing.assert_close(results.losses[0], loss.detach(), rtol=1e-13, atol=1e-13)
-
-
-def test_energy_step_works_in_every_mode_and_layout():
-    case = Case()
-    arguments = case.step_arguments(normal(5), torch.ones(5, dtype=torch.float64))
-    ops.energy_step(**arguments)
-    expected = each_tensor(torch.clone, arguments["results"]).tensors
-    for name in ("features", "order", "parameters"):
-        arguments[name] = each_tensor(not_contiguous, arguments[name])
-    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with mode():
-            results = each_tensor(lambda x: torch.full_like(x, torch.nan), arguments["results"])
-            ops.energy_step(**{**arguments, "results": results, "parameters": case.networks.weights})
-            assert all(torch.equal(a, b) for a, b in zip(results.tensors, expected, strict=True))
-
-
-def test_energy_step_of_nothing():
-    case = Case(sizes=())
-    arguments = case.step_arguments(torch.zeros(0).double(), torch.zeros(0).double())
-    ops.energy_step(**arguments)
-    assert not arguments["results"].losses.any()
-    assert not arguments["results"].gradient.any()
-
-
-@pytest.mark.parametrize(
-    ("argument", "change", "message"),
-    [
-        ("energies", lambda t: None, "a loss needs energy_targets, got none"),
-        ("energies", lambda t: t[0], r"energy_targets must be .* of shape \[1, 5\], got Double of shape \[5\]"),
-        ("energies", lambda t: t.float(), r"energy_targets must be .* of shape \[1, 5\], got Float of shape"),
-        ("energy_weights", lambda w: w[:, :2], r"energy_weights must be .* of shape \[1, 5\], got Double of shape"),
-        ("energy_weights", lambda w: w.float(), r"energy_weights must be .* of shape \[1, 5\], got Float of shape"),
-        ("energy_weights", not_contiguous, r"energy_weights must be a contiguous float64 tensor of shape \[1, 5\]"),
-        ("scales", lambda s: None, "a loss needs scales, got none"),
-        ("counts", lambda c: c[:1], r"counts must be .* of shape \[2, 1\], got Double of shape \[1, 1\]"),
-        ("energy_residuals", lambda r: r[:, :2], r"energy_residuals must be .* of shape \[1, 5\], got Double of shape"),
-        ("losses", lambda x: x[:1], r"losses must be .* of shape \[2\], got Double of shape \[1\]"),
-        ("gradient", lambda g: g.float(), "gradient is Float but parameters is Double; both must have one dtype"),
-        ("force_errors", lambda _: torch.zeros(1, 5, 3).double(), "this step has 3 results, got 4"),
-    ],
-)
-def test_wrong_arguments_of_the_energy_step(argument, change, message):
-    arguments = Case().step_arguments(*(torch.ones(5, dtype=torch.float64) for _ in range(2)))
-    with pytest.raises(RuntimeError, match=f"^kinml_fast: .*{message}"):
-        ops.energy_step(**changed(arguments, argument, change))

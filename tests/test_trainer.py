@@ -26,7 +26,7 @@ from training_helpers import (
     training_data,
 )
 
-from kinml_fast import ops, report
+from kinml_fast import report
 from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import model_file
@@ -666,10 +666,3 @@ def test_live_progress_draws_a_line():
     assert "validation RMSE" in drawn
     assert "structures/s" in drawn
     assert "0:00 left" in drawn
-
-
-def test_planned_batches_are_what_the_trainer_expects():
-    data = training_data()
-    species, offsets = torch.from_numpy(data.structures.species), torch.from_numpy(data.structures.offsets)
-    batches = ops.plan_batches(species, offsets, torch.arange(10), 4, 2)
-    assert [len(batch.structures) for batch in batches] == [4, 4, 2]

@@ -53,10 +53,13 @@ template <class T>
 class PackedChain {
  public:
   // The chain must outlive the object, the weights need not.
-  PackedChain(const NetworkChain& chain, const T* weights, int n_threads) : chain_(chain) {
+  // with_gradients: whether any pass gives derivatives with respect to the descriptors.
+  PackedChain(const NetworkChain& chain, const T* weights, bool with_gradients, int n_threads)
+      : chain_(chain) {
+    const bool of_features = with_gradients || chain.n_levels() > 1;
     for (std::int64_t k = 0; k < chain.n_levels(); ++k) {
-      levels_.push_back(
-          std::make_unique<const PackedNetworks<T>>(chain.shapes[k], weights, n_threads));
+      levels_.push_back(std::make_unique<const PackedNetworks<T>>(chain.shapes[k], weights,
+                                                                  n_threads, of_features));
       weights += chain.parameters_of(k);
     }
   }
@@ -76,12 +79,21 @@ class PackedChain {
 
 // ---- memory -------------------------------------------------------------------------------------
 
+// What the networks read of the atoms: of that at place p, features + rows[p] * stride.
+template <class T>
+struct TileInputs {
+  const T* features;
+  std::int64_t stride;
+  const std::int64_t* rows;
+};
+
 // What the passes keep of a tile, in the thread's memory: one at a time.
 template <class T>
 class TileArrays {
  public:
   std::int64_t n_levels, length, stride;  // K, D, and from row to row of a matrix
   T* features;                            // [n, stride] a, and eps of the level below
+  TileInputs<T> inputs;                   // these, or stored ones where nothing else has such rows
   std::vector<T*> gradients;              // [K] matrices [n, stride] for g_k
   std::vector<T*> outputs;                // as many further matrices as were asked for
   std::vector<T*> output_forces;          // and rooms for their forces [3 most_atoms]
@@ -101,6 +113,7 @@ class TileArrays {
                                             n_levels * network_memory_ + 2 * (1 + n_levels) * n_ +
                                             (2 * n_levels + n_outputs) * room_);
     features = take(matrix);
+    inputs = {features, stride, tile.order().rows.data()};
     for (std::int64_t k = 0; k < n_levels; ++k) gradients.push_back(take(matrix));
     for (std::int64_t j = 0; j < n_outputs; ++j) outputs.push_back(take(matrix));
     for (std::int64_t j = 0; j < n_outputs; ++j) output_forces.push_back(take(room_));
@@ -160,9 +173,9 @@ struct Ascent {
 template <class T>
 NetworkTile<T> network_tile(const Tile<T>& tile, const TileArrays<T>& arrays, std::int64_t k,
                             bool second) {
-  return {arrays.features,
-          arrays.stride,
-          tile.order().rows.data(),
+  return {arrays.inputs.features,
+          arrays.inputs.stride,
+          arrays.inputs.rows,
           tile.order().starts.data(),
           arrays.network_memory(k),
           nullptr,

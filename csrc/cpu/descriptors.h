@@ -46,15 +46,16 @@ class TileEnvironments {
 template <class T>
 class TileDescriptors {
  public:
-  // Writes the descriptors: [n_atoms, D] in rows `stride` numbers apart, like all matrices here.
-  // Environments of a tile before are lost.
+  // Writes the descriptors: [n_atoms, D] in rows `stride` numbers apart, like all matrices here;
+  // not to null, for stored ones that are read where they are. Environments of a tile before are
+  // lost.
   TileDescriptors(const Tile<T>& tile, TileEnvironments<T>& environments, std::int64_t length,
                   std::int64_t stride, T* rows)
       : tile_(tile), environments_(environments), length_(length), stride_(stride) {
-    if (environments_.stored())
-      copy(rows);
-    else
+    if (!environments_.stored())
       compute(rows);
+    else if (rows != nullptr)
+      copy(rows);
   }
 
   // out [3 atoms(i)] = -J^T g of structure i; g: the tile's matrix

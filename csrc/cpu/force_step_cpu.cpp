@@ -1,6 +1,7 @@
 #include "force_step_cpu.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "aev_cpu.h"
@@ -8,6 +9,7 @@
 #include "descriptors.h"
 #include "force_step_kernels.h"
 #include "guarded.h"
+#include "shares.h"
 
 namespace kinml::cpu {
 
@@ -48,8 +50,10 @@ void evaluate_tile(const std::vector<PackedChain<T>>& members, const Tile<T>& ti
                         n_outputs >= TileDescriptors<T>::kMany;
   TileArrays<T> arrays(chain, tile, members[0].tile_memory(tile.n_atoms()),
                        together ? n_outputs : 0);
+  const bool in_place = environments.stored() && K == 1 && !with_forces;
+  if (in_place) arrays.inputs = {tile.system().features, arrays.length, tile.placed_atoms()};
   const TileDescriptors<T> descriptors(tile, environments, arrays.length, arrays.stride,
-                                       arrays.features);
+                                       in_place ? nullptr : arrays.features);
   for (Index m = 0; m < n_members; ++m) {
     std::vector<T*> gradients = arrays.gradients;
     for (Index k = out.first_level; together && k < K; ++k)
@@ -81,7 +85,8 @@ void evaluate_tiles(const Model<T>& model, const System<T>& system, const Output
   const DescriptorSource<T> source(model.aev, system);
   std::vector<PackedChain<T>> members;
   for (Index m = 0; m < model.n_members; ++m)
-    members.emplace_back(chain, model.weights + m * chain.parameters(), n_threads);
+    members.emplace_back(chain, model.weights + m * chain.parameters(), system.has_forces(),
+                         n_threads);
   const std::vector<Range> tiles = tiles_of(system, {0, system.count()});
   guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index tile) {
     TileEnvironments<T> environments(source);
@@ -157,14 +162,15 @@ void add_single_atom_energies(const Model<T>& model, const System<T>& system,
 //   judge(energies, i, arrays, slopes)  from its energies [K] and, if known, arrays.forces, sets
 //                                       the slopes and arrays.force_slopes
 
-// Gradients of the loss's share of each of some parts of a batch, `room` numbers apart.
+// Gradients [n_weights] of the loss's share of each of some parts of a batch.
 template <class T, class LossOf>
 void differentiate(const Model<T>& model, const System<T>& system, const LossOf& loss,
-                   const std::vector<Range>& parts, T* gradients, Index room, int n_threads) {
+                   const std::vector<Range>& parts, const std::vector<T*>& gradients,
+                   int n_threads) {
   const NetworkChain& chain = model.networks;
   const Index K = chain.n_levels();
   const DescriptorSource<T> source(model.aev, system);
-  const PackedChain<T> packed(chain, model.weights, n_threads);
+  const PackedChain<T> packed(chain, model.weights, system.has_forces(), n_threads);
   guarded_parallel_for(static_cast<Index>(parts.size()), n_threads, [&](Index part) {
     TileEnvironments<T> environments(source);
     bool add = false;
@@ -173,8 +179,10 @@ void differentiate(const Model<T>& model, const System<T>& system, const LossOf&
       for (Index i = range.first; i < range.last; ++i) on_forces = on_forces || loss.on_forces(i);
       const Tile<T> tile(system, range, chain.n_species());
       TileArrays<T> arrays(chain, tile, packed.tile_memory(tile.n_atoms()));
+      const bool in_place = environments.stored() && K == 1 && !on_forces;
+      if (in_place) arrays.inputs = {system.features, arrays.length, tile.placed_atoms()};
       const TileDescriptors<T> descriptors(tile, environments, arrays.length, arrays.stride,
-                                           arrays.features);
+                                           in_place ? nullptr : arrays.features);
       const bool forces = on_forces && LossOf::kForces;
       const Height height = !on_forces        ? Height::energies
                             : forces || K > 1 ? Height::gradients
@@ -187,37 +195,59 @@ void differentiate(const Model<T>& model, const System<T>& system, const LossOf&
       const Descent<T> descent =
           descend(ascend(tile, packed, arrays, height, on_forces, arrays.gradients),
                   on_forces ? &descriptors : nullptr, judge);
-      weight_gradients(descent, gradients + part * room, add);
+      weight_gradients(descent, gradients[part], add);
       add = true;
     }
   });
 }
 
-// gradient = sum of those of the parts, in their order
+// gradient = sum of nodes of the tree (core/shares.h), which together are one: node r holds the parts
+// firsts[r] .. firsts[r + 1]
 template <class T>
-void sum_gradients(const T* gradients, Index n_parts, Index room, Index n_weights, T* gradient,
-                   int n_threads) {
-  const Index block = 2048;
+void sum_nodes(const std::vector<const T*>& nodes, const std::vector<Index>& firsts,
+               Index n_weights, T* gradient, int n_threads) {
+  const Index block = 2048, n_nodes = static_cast<Index>(nodes.size());
   parallel_for((n_weights + block - 1) / block, n_threads, [&](Index item) {
-    const Index begin = item * block, end = std::min(n_weights, begin + block);
-    if (n_parts == 0)
-      std::fill(gradient + begin, gradient + end, T(0));
-    else
-      KINML_CALL_KERNEL(sum_parts, gradients + begin, n_parts, room, end - begin, gradient + begin);
+    const Index begin = item * block, count = std::min(block, n_weights - begin);
+    std::vector<const T*> rows(nodes);
+    for (const T*& row : rows) row += begin;
+    KINML_CALL_KERNEL(sum_tree, rows.data(), firsts.data(), n_nodes, count, gradient + begin);
   });
+}
+
+// Gradients [n_weights] of nodes that hold these parts, which are numbered from firsts[0] on.
+template <class T, class LossOf>
+void differentiate(const Model<T>& model, const System<T>& system, const LossOf& loss,
+                   const std::vector<Range>& parts, const std::vector<Index>& firsts,
+                   const std::vector<T*>& nodes, int n_threads) {
+  const Index n_weights = model.networks.parameters(), room = padded(n_weights);
+  thread_local Scratch memory;
+  T* const numbers = memory.get<T>(parts.size() * room);
+  std::vector<T*> gradients;
+  const auto size = [&](std::size_t node) { return firsts[node + 1] - firsts[node]; };
+  for (std::size_t node = 0; node < nodes.size(); ++node)
+    for (Index part = 0; part < size(node); ++part)
+      gradients.push_back(size(node) == 1 ? nodes[node] : numbers + gradients.size() * room);
+  differentiate(model, system, loss, parts, gradients, n_threads);
+  for (std::size_t node = 0; node < nodes.size(); ++node) {
+    if (size(node) == 1) continue;
+    const auto first = gradients.begin() + (firsts[node] - firsts[0]);
+    std::vector<Index> leaves(size(node) + 1);
+    std::iota(leaves.begin(), leaves.end(), Index(0));
+    sum_nodes<T>({first, first + size(node)}, leaves, n_weights, nodes[node], n_threads);
+  }
 }
 
 // gradient = that of the loss
 template <class T, class LossOf>
 void differentiate(const Model<T>& model, const System<T>& system, const LossOf& loss, T* gradient,
                    int n_threads) {
-  const Index n_weights = model.networks.parameters(), room = padded(n_weights);
   const std::vector<Range> parts = parts_of(system);
-  const Index n_parts = static_cast<Index>(parts.size());
-  thread_local Scratch memory;
-  T* const gradients = memory.get<T>(n_parts * room);
-  differentiate(model, system, loss, parts, gradients, room, n_threads);
-  sum_gradients(gradients, n_parts, room, n_weights, gradient, n_threads);
+  if (parts.empty())
+    std::fill_n(gradient, model.networks.parameters(), T(0));
+  else
+    differentiate(model, system, loss, parts, {0, static_cast<Index>(parts.size())}, {gradient},
+                  n_threads);
 }
 
 // sum e E + sum r F, of outputs from first_level on.
@@ -336,33 +366,75 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
 }
 
 template <class T>
-void force_step_parts(const Model<T>& model, const System<T>& system, const Loss& loss,
-                      const std::int64_t* bounds, std::int64_t n_parts, T* gradients,
-                      double* residuals, double* errors, int n_threads) {
-  std::vector<Range> parts;
-  for (Index p = 0; p < n_parts; ++p) parts.push_back({bounds[p], bounds[p + 1]});
-  const BatchLoss<T> batch{system, loss, residuals, errors};
-  differentiate(model, system, batch, parts, gradients, model.networks.parameters(), n_threads);
+std::int64_t message_bytes(const System<T>& system, std::int64_t n_levels, std::int64_t n_weights,
+                           std::int64_t n_ranks) {
+  return message_of<T>(shares_of(parts_of(system), n_ranks), n_levels, n_weights).bytes;
 }
 
 template <class T>
-void force_step_join(const System<T>& system, const Loss& loss, const T* gradients,
-                     std::int64_t n_parts, std::int64_t n_weights, double* losses, T* gradient,
+void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,
+                      std::int64_t rank, std::int64_t n_ranks, std::byte* message, int n_threads) {
+  const std::vector<Range> parts = parts_of(system);
+  const std::vector<BatchShare> shares = shares_of(parts, n_ranks);
+  const Message layout =
+      message_of<T>(shares, model.networks.n_levels(), model.networks.parameters());
+  const auto& [own, structures, firsts] = shares[rank];
+  if (own.count() == 0) return;
+  System<T> some = system;
+  some.chosen = system.chosen + structures.first;
+  some.n_chosen = structures.last - structures.first;
+  std::vector<Range> of_some;
+  for (Index p = own.first; p < own.last; ++p)
+    of_some.push_back({parts[p].first - structures.first, parts[p].last - structures.first});
+  std::vector<T*> nodes;
+  for (std::size_t node = 0; node + 1 < firsts.size(); ++node)
+    nodes.push_back(layout.gradient<T>(message, node));
+  const BatchLoss<T> batch{some, loss, layout.energy_residuals(message),
+                           layout.force_errors(message)};
+  differentiate(model, some, batch, of_some, firsts, nodes, n_threads);
+}
+
+template <class T>
+void force_step_join(const System<T>& system, const Loss& loss, const std::byte* messages,
+                     std::int64_t n_ranks, std::int64_t n_weights, double* losses, T* gradient,
                      double* residuals, double* errors, int n_threads) {
-  sum_gradients(gradients, n_parts, n_weights, n_weights, gradient, n_threads);
+  const std::vector<BatchShare> shares = shares_of(parts_of(system), n_ranks);
+  const Message layout = message_of<T>(shares, loss.n_levels, n_weights);
+  std::vector<const T*> nodes;
+  std::vector<Index> firsts{0};
+  for (Index rank = 0; rank < n_ranks; ++rank) {
+    const auto& [parts, structures, of_rank] = shares[rank];
+    const std::byte* const message = messages + rank * layout.bytes;
+    for (std::size_t node = 0; node + 1 < of_rank.size(); ++node) {
+      nodes.push_back(layout.gradient<T>(message, node));
+      firsts.push_back(of_rank[node + 1]);
+    }
+    const Index n = structures.last - structures.first;
+    for (Index k = 0; k < loss.n_levels; ++k) {
+      const Index to = k * system.count() + structures.first;
+      std::copy_n(layout.energy_residuals(message) + k * n, n, residuals + to);
+      std::copy_n(layout.force_errors(message) + 3 * k * n, 3 * n, errors + 3 * to);
+    }
+  }
+  if (nodes.empty())
+    std::fill_n(gradient, n_weights, T(0));
+  else
+    sum_nodes(nodes, firsts, n_weights, gradient, n_threads);
   BatchLoss<T>{system, loss, residuals, errors}.sum(losses);
 }
 
-#define KINML_INSTANTIATE(T)                                                                       \
-  template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t, double*, T*,     \
-                                 int);                                                             \
-  template void energy_forces_backward<T>(const Model<T>&, const System<T>&, std::int64_t,         \
-                                          const double*, const T*, T*, int);                       \
-  template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,         \
-                              double*, double*, int);                                              \
-  template void force_step_parts<T>(const Model<T>&, const System<T>&, const Loss&,                \
-                                    const std::int64_t*, std::int64_t, T*, double*, double*, int); \
-  template void force_step_join<T>(const System<T>&, const Loss&, const T*, std::int64_t,          \
+#define KINML_INSTANTIATE(T)                                                                      \
+  template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t, double*, T*,    \
+                                 int);                                                            \
+  template void energy_forces_backward<T>(const Model<T>&, const System<T>&, std::int64_t,        \
+                                          const double*, const T*, T*, int);                      \
+  template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,        \
+                              double*, double*, int);                                             \
+  template std::int64_t message_bytes<T>(const System<T>&, std::int64_t, std::int64_t,            \
+                                         std::int64_t);                                           \
+  template void force_step_share<T>(const Model<T>&, const System<T>&, const Loss&, std::int64_t, \
+                                    std::int64_t, std::byte*, int);                               \
+  template void force_step_join<T>(const System<T>&, const Loss&, const std::byte*, std::int64_t, \
                                    std::int64_t, double*, T*, double*, double*, int);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)

@@ -8,8 +8,8 @@
 //   structure by structure v = -J r                                then dL/dw is the gradient of
 //   sum_i e f(a_i) + grad f(a_i) . v_i      tangents along v, one pass backwards (forward over
 //                                           reverse: exact, as cheap as two passes)
-// Weight gradients are summed in parts that depend on the batch only and then added in order: the
-// result has the same bits for any number of threads.
+// Weight gradients are summed in parts that depend on the batch only and then added in the order of
+// a tree: the result has the same bits for any number of threads, and of processes.
 //
 // Several levels of theory, lowest first, have a chain of networks (NetworkLevels). Level k has the
 // atomic energies eps_k = eps_{k-1} + f_k(a, eps_{k-1}), eps_{-1} = 0, and with p_k = df_k/da and
@@ -22,6 +22,7 @@
 // q_k f_k + grad f_k . (U_k, T_k) with respect to eps_{k-1}.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../core/loss.h"
@@ -59,23 +60,21 @@ template <class T>
 void force_step(const Model<T>& model, const System<T>& system, const Loss& loss, double* losses,
                 T* gradient, double* residuals, double* errors, int n_threads);
 
-// The same in two calls, for a batch that several processes share. `tile.h` cuts it into parts that
-// depend on the batch only, and each process takes some of them: the result has the bits of
-// force_step for any number of processes.
+// The same in two calls, for a batch that n_ranks processes share (core/shares.h): each computes its
+// share, sends the others what it says of it, and joins what all have sent. The result has the bits
+// of force_step for any number of processes. The system is the whole batch, of chosen structures.
 //
-// The first call is for structures of some parts, with the counts of the whole batch in the loss.
-// bounds     // [n_parts + 1] places among the chosen structures, from 0 on
-// gradients  // [n_parts, n_weights] each part's share
-// residuals, errors  // of these structures
+// How long a message is, in bytes: a multiple of 64, like the place where it begins.
 template <class T>
-void force_step_parts(const Model<T>& model, const System<T>& system, const Loss& loss,
-                      const std::int64_t* bounds, std::int64_t n_parts, T* gradients,
-                      double* residuals, double* errors, int n_threads);
-
-// The second is for the whole batch, with what the first calls gave, all parts in their order.
+std::int64_t message_bytes(const System<T>& system, std::int64_t n_levels, std::int64_t n_weights,
+                           std::int64_t n_ranks);
 template <class T>
-void force_step_join(const System<T>& system, const Loss& loss, const T* gradients,
-                     std::int64_t n_parts, std::int64_t n_weights, double* losses, T* gradient,
+void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,
+                      std::int64_t rank, std::int64_t n_ranks, std::byte* message, int n_threads);
+// messages  // [n_ranks, message_bytes]
+template <class T>
+void force_step_join(const System<T>& system, const Loss& loss, const std::byte* messages,
+                     std::int64_t n_ranks, std::int64_t n_weights, double* losses, T* gradient,
                      double* residuals, double* errors, int n_threads);
 
 }  // namespace kinml::cpu

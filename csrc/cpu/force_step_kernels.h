@@ -6,9 +6,10 @@
 #include "dispatch.h"
 
 namespace kinml {
-// out[i] = parts[0][i] + parts[1][i] + ... in this order, for i < n; part p begins at p * stride.
-KINML_DECLARE_KERNEL(void, sum_parts, const double* parts, std::int64_t n_parts,
-                     std::int64_t stride, std::int64_t n, double* out)
-KINML_DECLARE_KERNEL(void, sum_parts, const float* parts, std::int64_t n_parts, std::int64_t stride,
-                     std::int64_t n, float* out)
+// The sum of n_rows >= 1 nodes of a tree in its order (core/shares.h): out[i] for i < n. rows[r] is
+// the node of parts firsts[r] .. firsts[r + 1]; together they are a node.
+KINML_DECLARE_KERNEL(void, sum_tree, const double* const* rows, const std::int64_t* firsts,
+                     std::int64_t n_rows, std::int64_t n, double* out)
+KINML_DECLARE_KERNEL(void, sum_tree, const float* const* rows, const std::int64_t* firsts,
+                     std::int64_t n_rows, std::int64_t n, float* out)
 }  // namespace kinml

@@ -258,10 +258,10 @@ void networks_backward(const NetworkShape& shape, const T* parameters, const T* 
 
 template <class T>
 struct PackedNetworks<T>::State {
-  State(const NetworkShape& shape, const T* parameters, int n_threads)
+  State(const NetworkShape& shape, const T* parameters, int n_threads, bool of_features)
       : layout(shape, nullptr,
-               Layout::for_forward | Layout::for_backward | Layout::for_grad_features |
-                   Layout::for_grad_last) {
+               Layout::for_forward | Layout::for_backward |
+                   (of_features ? Layout::for_grad_features | Layout::for_grad_last : 0)) {
     buffer.swap(kept());
     packed = buffer.template get<T>(layout.packed());
     KINML_CALL_KERNEL(networks_pack, plan(), parameters, packed, n_threads);
@@ -284,8 +284,9 @@ struct PackedNetworks<T>::State {
 };
 
 template <class T>
-PackedNetworks<T>::PackedNetworks(const NetworkShape& shape, const T* parameters, int n_threads)
-    : state_(new State(shape, parameters, n_threads)) {}
+PackedNetworks<T>::PackedNetworks(const NetworkShape& shape, const T* parameters, int n_threads,
+                                  bool of_features)
+    : state_(new State(shape, parameters, n_threads, of_features)) {}
 template <class T>
 PackedNetworks<T>::~PackedNetworks() = default;
 

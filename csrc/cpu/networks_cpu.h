@@ -81,8 +81,10 @@ struct NetworkTile {
 template <class T>
 class PackedNetworks {
  public:
-  // shape's arrays must outlive the object, the parameters need not.
-  PackedNetworks(const NetworkShape& shape, const T* parameters, int n_threads);
+  // shape's arrays must outlive the object, the parameters need not. Without `of_features` no pass
+  // may be asked for grad_features or grad_last.
+  PackedNetworks(const NetworkShape& shape, const T* parameters, int n_threads,
+                 bool of_features = true);
   ~PackedNetworks();
   PackedNetworks(const PackedNetworks&) = delete;
   PackedNetworks& operator=(const PackedNetworks&) = delete;

@@ -42,24 +42,30 @@ std::vector<Range> cut(const System<T>& system, Range range, std::int64_t pieces
   return result;
 }
 
-// Atoms of a tile, about; more make the products with the weights a little faster and leave the
-// cache sooner.
-inline constexpr std::int64_t kTileAtoms = 64;
+// How many tiles a range makes. More atoms in a tile make the products with the weights faster and
+// leave the cache sooner, which environments fill besides.
+template <class T>
+std::int64_t count_tiles(const System<T>& system, Range range) {
+  const std::int64_t atoms = system.has_forces() ? 64 : 128;
+  return (count_atoms(system, range) + atoms - 1) / atoms;
+}
 
 template <class T>
 std::vector<Range> tiles_of(const System<T>& system, Range range) {
-  return cut(system, range, (count_atoms(system, range) + kTileAtoms - 1) / kTileAtoms);
+  return cut(system, range, count_tiles(system, range));
 }
 
-// Weight gradients are summed in at most so many parts of a batch, each by one thread at a time,
-// that depend on the batch only: then in their order.
-inline constexpr std::int64_t kParts = 32;
+// Weight gradients are summed in parts of a batch, each by one thread at a time, that depend on the
+// batch only: a part is a tile, or of more than so many tiles, so many of them. Then the parts are
+// summed as the leaves of a tree (core/shares.h).
+inline constexpr std::int64_t kParts = 32, kTilesOfPart = 16, kMostParts = 1024;
 
 template <class T>
 std::vector<Range> parts_of(const System<T>& system) {
   const Range all{0, system.count()};
-  const std::int64_t wished = (count_atoms(system, all) + kTileAtoms - 1) / kTileAtoms;
-  return cut(system, all, std::clamp<std::int64_t>(wished, 1, kParts));
+  const std::int64_t tiles = count_tiles(system, all);
+  const std::int64_t large = std::clamp(tiles / kTilesOfPart, kParts, kMostParts);
+  return cut(system, all, std::min(tiles, large));
 }
 
 // n atoms in rows, structure after structure, and their order by species: place p has row rows[p].
@@ -88,8 +94,12 @@ class Tile {
         atoms_(row_atoms()),
         order_(n_species, n_atoms(), [&](auto row) { return system.species[atoms_[row]]; }),
         owners_(n_atoms()),
-        places_(n_atoms()) {
-    for (std::int64_t place = 0; place < n_atoms(); ++place) places_[order_.rows[place]] = place;
+        places_(n_atoms()),
+        placed_atoms_(n_atoms()) {
+    for (std::int64_t place = 0; place < n_atoms(); ++place) {
+      places_[order_.rows[place]] = place;
+      placed_atoms_[place] = atoms_[order_.rows[place]];
+    }
     for (std::int64_t i = 0; i < count(); ++i)
       for (std::int64_t row = first_row(i); row < first_row(i + 1); ++row)
         owners_[places_[row]] = i;
@@ -116,6 +126,8 @@ class Tile {
   const SpeciesOrder& order() const { return order_; }
   std::int64_t owner(std::int64_t place) const { return owners_[place]; }
   std::int64_t place(std::int64_t row) const { return places_[row]; }
+  // [n] the system's atoms, by place
+  const std::int64_t* placed_atoms() const { return placed_atoms_.data(); }
 
  private:
   static std::vector<std::int64_t> firsts(const System<T>& system, Range range) {
@@ -138,6 +150,7 @@ class Tile {
   SpeciesOrder order_;
   std::vector<std::int64_t> owners_;  // [n] structures, by place
   std::vector<std::int64_t> places_;  // [n] by row
+  std::vector<std::int64_t> placed_atoms_;
 };
 
 }  // namespace kinml::cpu

@@ -3,6 +3,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../core/shares.h"
 #include "aev_group.h"
 #include "chain_group.h"
 #include "large_structures.h"
@@ -20,7 +21,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kForceRows = 32;         // atoms of a tile
 constexpr int kForceStructures = 32;   // structures of a tile, at most
-constexpr int kForceBlocks = 256;      // at most: their weight gradients are summed in order
+constexpr int kForceBlocks = 256;      // parts of a batch (core/shares.h), at most
 constexpr int kFewNeighbours = 48;     // for which there is memory on the chip
 constexpr int kMostNeighbours = 1024;  // within the cutoff of an atom; more give NaN
 constexpr int kLanes = 8;              // in which the errors of a structure's forces are summed
@@ -106,6 +107,32 @@ struct Memory {
   int most_neighbours = 0;
 };
 
+// How a batch is cut into parts: by its number of structures alone. Part p is that of block
+// p - first; structures are counted from the first one of these blocks on.
+struct BatchParts {
+  Index count = 0;    // structures of the whole batch
+  Index n_parts = 0;  // of the whole batch
+  Parts of_blocks{};  // those that are computed
+
+  static BatchParts of(Index count) {
+    const Index n_parts = count < kForceBlocks ? count : kForceBlocks;
+    return {count, n_parts, {0, n_parts}};
+  }
+  static BatchParts of(Index count, Index rank, Index n_ranks) {
+    BatchParts parts = of(count);
+    parts.of_blocks = parts_of_rank(parts.n_parts, rank, n_ranks);
+    return parts;
+  }
+  // The first structure of a part of the batch.
+  KINML_HD Index begin(Index part) const { return n_parts == 0 ? 0 : count * part / n_parts; }
+  KINML_HD Index n_blocks() const { return of_blocks.count(); }
+  KINML_HD Index structures() const { return begin(of_blocks.last) - begin(of_blocks.first); }
+  // Of the structures that are computed, the first one of a block.
+  KINML_HD Index begin_of_block(Index block) const {
+    return begin(of_blocks.first + block) - begin(of_blocks.first);
+  }
+};
+
 // Structures of a batch that a tile holds: so many from `first` on, of n atoms together.
 struct TileStructures {
   Index first;
@@ -143,7 +170,7 @@ struct ForceKernel {
   System<T> system;
   const T* packed;  // [n_members, plan.packed]
   Memory memory;
-  Index n_blocks = 0;
+  BatchParts parts;
   int first_level = 0;  // of the outputs, and of e and r
   Evaluation<T> evaluation{};
   Differentiation<T> differentiation{};
@@ -179,8 +206,8 @@ struct ForceKernel {
     T* const gradient =
         kGradient ? differentiation.parts + block.index() * Index(plan.parameters) : nullptr;
     if (kGradient) block.each(plan.parameters, [&](int i) { gradient[i] = 0; });
-    const Index last = system.count() * (block.index() + 1) / n_blocks;
-    Index i = system.count() * block.index() / n_blocks;
+    const Index last = parts.begin_of_block(block.index() + 1);
+    Index i = parts.begin_of_block(block.index());
     while (i < last) {
       // As many structures as have room together, or one.
       TileStructures structures{i, 0, 0};
@@ -613,11 +640,77 @@ struct ForceKernel {
   }
 };
 
-// Adds the parts of the gradient and, in the last block, the losses of residuals and errors.
+struct Add {
+  template <class T>
+  KINML_HD T operator()(T left, T right, int) const {
+    return left + right;
+  }
+};
+
+// The nodes of a process's parts, from the parts: numbers [nodes, n_weights] of its message.
+template <class T>
+struct NodesKernel {
+  static constexpr int kThreads = cuda::kThreads;
+  const T* parts;  // [own.count(), n_weights]
+  Parts own;
+  Index n_parts, n_weights;
+  T* nodes;
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    block.each(kThreads, [&](int item) {
+      const Index i = Index(block.index()) * kThreads + item;
+      if (i >= n_weights) return;
+      T* to = nodes + i;
+      for (Index first = own.first; first < own.last; to += n_weights) {
+        const Index end = node_end(first, own, n_parts);
+        TreeSum<T> tree;
+        for (; first < end; ++first)
+          tree.push(parts[(first - own.first) * n_weights + i], 1, Add());
+        *to = tree.total(Add());
+      }
+    });
+  }
+};
+
+// Residuals and errors of the whole batch, from the messages of all processes.
+struct GatherKernel {
+  static constexpr int kThreads = cuda::kThreads;
+  const std::byte* messages;
+  Message layout;
+  BatchParts parts;
+  Index n_ranks, n_levels;
+  double *residuals, *errors;
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    block.each(kThreads, [&](int item) {
+      const Index i = Index(block.index()) * kThreads + item;  // a structure of the batch
+      if (i >= parts.count) return;
+      Index rank = 0, first = 0, end = 0;
+      for (; rank < n_ranks; ++rank) {
+        const Parts own = parts_of_rank(parts.n_parts, rank, n_ranks);
+        first = parts.begin(own.first);
+        end = parts.begin(own.last);
+        if (i < end) break;
+      }
+      const std::byte* const message = messages + rank * layout.bytes;
+      for (Index k = 0; k < n_levels; ++k) {
+        const Index from = k * (end - first) + i - first, to = k * parts.count + i;
+        residuals[to] = layout.energy_residuals(message)[from];
+        for (int e = 0; e < 3; ++e) errors[3 * to + e] = layout.force_errors(message)[3 * from + e];
+      }
+    });
+  }
+};
+
+// Adds the parts of the gradient, or the nodes that processes sent, and, in the last block, the
+// losses of residuals and errors.
 template <class T>
 struct FinishKernel {
   static constexpr int kThreads = cuda::kThreads;
-  const T* parts;
+  const T* parts;             // [n_parts, n_parameters]; null: there are messages
+  const std::byte* messages;  // of n_ranks processes
+  Message layout;
+  Index n_ranks;
   Index n_parts, n_parameters;
   T* gradient;
   System<T> system;
@@ -628,11 +721,30 @@ struct FinishKernel {
   KINML_HD Index pieces() const { return blocks_for(n_parameters, kThreads); }
 
   KINML_DEVICE void operator()(const Block& block) const {
-    if (block.index() < pieces())
-      sum_piece(block, parts, n_parts, n_parameters, Index(block.index()) * kThreads, kThreads,
-                gradient);
-    else
+    if (block.index() >= pieces()) {
       sum_losses(block);
+      return;
+    }
+    block.each(kThreads, [&](int item) {
+      const Index i = Index(block.index()) * kThreads + item;
+      if (i < n_parameters) gradient[i] = n_parts == 0 ? T(0) : sum(i);
+    });
+  }
+  KINML_DEVICE T sum(Index i) const {
+    TreeSum<T> tree;
+    for (Index part = 0; parts != nullptr && part < n_parts; ++part)
+      tree.push(parts[part * n_parameters + i], 1, Add());
+    for (Index rank = 0; parts == nullptr && rank < n_ranks; ++rank) {
+      const Parts own = parts_of_rank(n_parts, rank, n_ranks);
+      Index node = 0;
+      for (Index first = own.first; first < own.last; ++node) {
+        const Index end = node_end(first, own, n_parts);
+        const T* const numbers = layout.gradient<T>(messages + rank * layout.bytes, node);
+        tree.push(numbers[i], end - first, Add());
+        first = end;
+      }
+    }
+    return tree.total(Add());
   }
   KINML_DEVICE void sum_losses(const Block& block) const {
     double* const partial = reinterpret_cast<double*>(block.memory());  // [2, kThreads]
@@ -682,13 +794,18 @@ struct Workspace {
   T* minus_r = nullptr;
   Memory memory;
   std::int64_t on_chip = 0;  // bytes of a block
-  Index n_blocks;
+  BatchParts batch;
   std::int64_t bytes;
 
   Workspace(const ChainPlan& plan, const Model<T>& model, const System<T>& system, bool gradient,
-            char* begin) {
+            char* begin)
+      : Workspace(plan, model, system, BatchParts::of(system.count()), gradient, begin) {}
+
+  Workspace(const ChainPlan& plan, const Model<T>& model, const System<T>& system,
+            const BatchParts& of_batch, bool gradient, char* begin)
+      : batch(of_batch) {
     const AevArguments<T> aev = arguments_of(model, system);
-    n_blocks = system.count() < kForceBlocks ? system.count() : kForceBlocks;
+    const Index n_blocks = batch.n_blocks();
     Pieces pieces(begin), tile_pieces(nullptr);
     packed = pieces.take<T>(model.n_members * plan.packed);
     if (gradient) {
@@ -723,7 +840,7 @@ template <class T, bool kGradient>
 ForceKernel<T, kGradient> force_kernel(const ChainPlan& plan, const Model<T>& model,
                                        const System<T>& system, const Workspace<T>& space) {
   ForceKernel<T, kGradient> kernel{
-      plan, arguments_of(model, system), system, space.packed, space.memory, space.n_blocks};
+      plan, arguments_of(model, system), system, space.packed, space.memory, space.batch};
   kernel.differentiation.minus_r = space.minus_r;
   kernel.differentiation.parts = space.parts;
   return kernel;
@@ -734,7 +851,28 @@ template <class T>
 void differentiate(const Model<T>& model, const Workspace<T>& space,
                    const ForceKernel<T, true>& kernel, Stream stream) {
   pack_networks(kernel.plan, model.weights, 1, space.packed, stream);
-  launch(kernel, space.n_blocks, stream, {space.on_chip});
+  launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
+}
+
+template <class T>
+Message message_of(Index count, Index n_levels, Index n_weights, Index n_ranks) {
+  Index nodes = 0, structures = 0;
+  for (Index rank = 0; rank < n_ranks; ++rank) {
+    const BatchParts parts = BatchParts::of(count, rank, n_ranks);
+    const Index own = count_nodes(parts.of_blocks, parts.n_parts);
+    nodes = own > nodes ? own : nodes;
+    structures = parts.structures() > structures ? parts.structures() : structures;
+  }
+  return Message::of(nodes, structures, n_levels, n_weights, sizeof(T));
+}
+
+// The structures of a batch that are one process's.
+template <class T>
+System<T> of_share(const System<T>& system, const BatchParts& parts) {
+  System<T> some = system;
+  some.chosen = system.chosen + parts.begin(parts.of_blocks.first);
+  some.n_chosen = parts.structures();
+  return some;
 }
 
 }  // namespace
@@ -748,6 +886,13 @@ std::int64_t energy_forces_workspace(const Model<T>& model, const System<T>& sys
 template <class T>
 std::int64_t force_step_workspace(const Model<T>& model, const System<T>& system) {
   return Workspace<T>(plan_chain(model.networks), model, system, true, nullptr).bytes;
+}
+template <class T>
+std::int64_t force_step_share_workspace(const Model<T>& model, const System<T>& system,
+                                        std::int64_t rank, std::int64_t n_ranks) {
+  const BatchParts parts = BatchParts::of(system.count(), rank, n_ranks);
+  const ChainPlan plan = plan_chain(model.networks);
+  return Workspace<T>(plan, model, of_share(system, parts), parts, true, nullptr).bytes;
 }
 
 template <class T>
@@ -763,7 +908,7 @@ void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t 
   ForceKernel<T, false> kernel = force_kernel<T, false>(plan, model, system, space);
   kernel.first_level = static_cast<int>(first_level);
   kernel.evaluation = {model.n_members, model.sae, energies, forces};
-  launch(kernel, space.n_blocks, stream, {space.on_chip});
+  launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
 }
 
 template <class T>
@@ -777,8 +922,8 @@ void energy_forces_backward(const Model<T>& model, const System<T>& system,
   kernel.differentiation.e = e;
   kernel.differentiation.r = r;
   differentiate(model, space, kernel, stream);
-  sum_parts(static_cast<const T*>(space.parts), space.n_blocks, Index(plan.parameters), gradient,
-            stream);
+  sum_parts(static_cast<const T*>(space.parts), space.batch.n_blocks(), Index(plan.parameters),
+            gradient, stream);
 }
 
 template <class T>
@@ -791,8 +936,68 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
   kernel.differentiation.residuals = residuals;
   kernel.differentiation.errors = errors;
   differentiate(model, space, kernel, stream);
-  const FinishKernel<T> finish{space.parts, space.n_blocks, plan.parameters, gradient, system,
-                               loss,        residuals,      errors,          losses};
+  const FinishKernel<T> finish{.parts = space.parts,
+                               .messages = nullptr,
+                               .layout = {},
+                               .n_ranks = 1,
+                               .n_parts = space.batch.n_parts,
+                               .n_parameters = plan.parameters,
+                               .gradient = gradient,
+                               .system = system,
+                               .loss = loss,
+                               .residuals = residuals,
+                               .errors = errors,
+                               .losses = losses};
+  launch(finish, finish.pieces() + 1, stream, {finish.memory()});
+}
+
+template <class T>
+std::int64_t message_bytes(const System<T>& system, std::int64_t n_levels, std::int64_t n_weights,
+                           std::int64_t n_ranks) {
+  return message_of<T>(system.count(), n_levels, n_weights, n_ranks).bytes;
+}
+
+template <class T>
+void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,
+                      std::int64_t rank, std::int64_t n_ranks, std::byte* message, char* workspace,
+                      Stream stream) {
+  const BatchParts parts = BatchParts::of(system.count(), rank, n_ranks);
+  if (parts.n_blocks() == 0) return;
+  const ChainPlan plan = plan_chain(model.networks);
+  const Message layout = message_of<T>(system.count(), plan.n_levels, plan.parameters, n_ranks);
+  const System<T> some = of_share(system, parts);
+  const Workspace<T> space(plan, model, some, parts, true, workspace);
+  ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, some, space);
+  kernel.differentiation.loss = loss;
+  kernel.differentiation.residuals = layout.energy_residuals(message);
+  kernel.differentiation.errors = layout.force_errors(message);
+  differentiate(model, space, kernel, stream);
+  launch(NodesKernel<T>{space.parts, parts.of_blocks, parts.n_parts, plan.parameters,
+                        layout.gradient<T>(message, 0)},
+         blocks_for(plan.parameters, kThreads), stream);
+}
+
+template <class T>
+void force_step_join(const System<T>& system, const Loss& loss, const std::byte* messages,
+                     std::int64_t n_ranks, std::int64_t n_weights, double* losses, T* gradient,
+                     double* residuals, double* errors, Stream stream) {
+  const BatchParts parts = BatchParts::of(system.count());
+  const Message layout = message_of<T>(system.count(), loss.n_levels, n_weights, n_ranks);
+  if (parts.count > 0)
+    launch(GatherKernel{messages, layout, parts, n_ranks, loss.n_levels, residuals, errors},
+           blocks_for(parts.count, kThreads), stream);
+  const FinishKernel<T> finish{.parts = nullptr,
+                               .messages = messages,
+                               .layout = layout,
+                               .n_ranks = n_ranks,
+                               .n_parts = parts.n_parts,
+                               .n_parameters = n_weights,
+                               .gradient = gradient,
+                               .system = system,
+                               .loss = loss,
+                               .residuals = residuals,
+                               .errors = errors,
+                               .losses = losses};
   launch(finish, finish.pieces() + 1, stream, {finish.memory()});
 }
 
@@ -804,7 +1009,13 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
   template void energy_forces_backward<T>(const Model<T>&, const System<T>&, Index, const double*, \
                                           const T*, T*, char*, Stream);                            \
   template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,         \
-                              double*, double*, char*, Stream);
+                              double*, double*, char*, Stream);                                    \
+  template Index message_bytes<T>(const System<T>&, Index, Index, Index);                          \
+  template Index force_step_share_workspace<T>(const Model<T>&, const System<T>&, Index, Index);   \
+  template void force_step_share<T>(const Model<T>&, const System<T>&, const Loss&, Index, Index,  \
+                                    std::byte*, char*, Stream);                                    \
+  template void force_step_join<T>(const System<T>&, const Loss&, const std::byte*, Index, Index,  \
+                                   double*, T*, double*, double*, Stream);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)
 #undef KINML_INSTANTIATE

@@ -11,6 +11,7 @@
 // Indices are not checked beforehand: a structure or a species that does not exist gives NaN.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../core/loss.h"
@@ -49,5 +50,22 @@ void energy_forces_backward(const Model<T>& model, const System<T>& system,
 template <class T>
 void force_step(const Model<T>& model, const System<T>& system, const Loss& loss, double* losses,
                 T* gradient, double* residuals, double* errors, char* workspace, Stream stream);
+
+// The same for a batch that n_ranks processes share, see csrc/cpu/force_step_cpu.h. The parts of a
+// batch are those of the blocks, which depend on its number of structures alone.
+template <class T>
+std::int64_t message_bytes(const System<T>& system, std::int64_t n_levels, std::int64_t n_weights,
+                           std::int64_t n_ranks);
+template <class T>
+std::int64_t force_step_share_workspace(const Model<T>& model, const System<T>& system,
+                                        std::int64_t rank, std::int64_t n_ranks);
+template <class T>
+void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,
+                      std::int64_t rank, std::int64_t n_ranks, std::byte* message, char* workspace,
+                      Stream stream);
+template <class T>
+void force_step_join(const System<T>& system, const Loss& loss, const std::byte* messages,
+                     std::int64_t n_ranks, std::int64_t n_weights, double* losses, T* gradient,
+                     double* residuals, double* errors, Stream stream);
 
 }  // namespace kinml::cuda

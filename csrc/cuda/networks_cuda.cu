@@ -223,34 +223,6 @@ struct SumPartsKernel {
   }
 };
 
-// One block.
-struct EnergyLossKernel {
-  static constexpr int kThreads = cuda::kThreads;
-  Loss loss;
-  const double* energies;
-  double *residuals, *slopes, *losses;
-
-  KINML_DEVICE void operator()(const Block& block) const {
-    double* const partial = reinterpret_cast<double*>(block.memory());  // [kThreads]
-    block.each(kThreads, [&](int lane) {
-      double sum = 0;
-      for (Index s = lane; s < loss.n_structures; s += kThreads) {
-        const double residual = loss.energy_residual(0, s, energies[s]);
-        residuals[s] = residual;
-        slopes[s] = loss.energy_slope(0, s, residual);
-        sum += loss.energy_term(0, s, residual);
-      }
-      partial[lane] = sum;
-    });
-    block.each(1, [&](int) {
-      double sum = 0;
-      for (int lane = 0; lane < kThreads; ++lane) sum += partial[lane];
-      losses[0] = loss.energy_mean(0, sum);
-      losses[1] = 0;
-    });
-  }
-};
-
 Index round_up(Index bytes) {
   return (bytes + 15) / 16 * 16;
 }
@@ -344,12 +316,6 @@ void sum_by_structure(const T* values, const StructureAtoms& atoms, const std::i
                       int n_species, const double* shifts, double* sums, Stream stream) {
   launch(SumByStructureKernel<T>{values, atoms, starts, n_species, shifts, sums},
          blocks_for(atoms.n_structures, kThreads), stream);
-}
-
-void energy_loss(const Loss& loss, const double* energies, double* residuals, double* slopes,
-                 double* losses, Stream stream) {
-  launch(EnergyLossKernel{loss, energies, residuals, slopes, losses}, 1, stream,
-         {kThreads * Index(sizeof(double))});
 }
 
 template <class T>

@@ -5,7 +5,6 @@
 // are not checked beforehand: a row or an owner that does not exist gives NaN.
 #pragma once
 
-#include "../core/loss.h"
 #include "network_plan.h"
 
 namespace kinml::cuda {
@@ -104,13 +103,6 @@ struct StructureAtoms {
 template <class T>
 void sum_by_structure(const T* values, const StructureAtoms& atoms, const std::int64_t* starts,
                       int n_species, const double* shifts, double* sums, Stream stream);
-
-// The loss on the energies of a batch (core/loss.h), of one level.
-// energies, residuals  // [loss.n_structures], may be the same memory
-// slopes               // [loss.n_structures] d(loss)/dE
-// losses               // [2] L_E, 0
-void energy_loss(const Loss& loss, const double* energies, double* residuals, double* slopes,
-                 double* losses, Stream stream);
 
 // sums[i] = sum over parts, in order, of parts[part][i]
 template <class T>

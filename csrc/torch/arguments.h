@@ -247,32 +247,20 @@ struct LossArguments {
   Loss loss_;
 };
 
-// Of how many structures a loss is, where it alone tells: those of its last dimension.
-inline int64_t structures_of(const OptionalTensors& loss) {
-  const at::Tensor targets = entry(loss, LossArguments::kEnergies);
-  TORCH_CHECK(targets.defined(), "kinml_fast: a loss needs energy_targets, got none");
-  return targets.dim() == 0 ? 0 : targets.size(-1);
-}
-
-// Where a step writes: losses, gradient, energy_residuals and, if it has forces, force_errors.
+// Where a step writes: losses, gradient, energy_residuals, force_errors.
 struct StepResults {
   at::Tensor losses, gradient, energy_residuals, force_errors;
 
   // Of n_levels levels and n structures.
-  StepResults(at::TensorList list, bool forces, int64_t n_levels, int64_t n,
-              const at::Tensor& parameters) {
-    const size_t entries = forces ? 4 : 3;
-    TORCH_CHECK(list.size() == entries, "kinml_fast: this step has ", entries, " results, got ",
-                list.size());
+  StepResults(at::TensorList list, int64_t n_levels, int64_t n, const at::Tensor& parameters) {
+    TORCH_CHECK(list.size() == 4, "kinml_fast: this step has 4 results, got ", list.size());
     losses = list[0];
     gradient = list[1];
     energy_residuals = list[2];
     check_doubles(losses, "losses", {2});
     check_doubles(energy_residuals, "energy_residuals", {n_levels, n});
-    if (forces) {
-      force_errors = list[3];
-      check_doubles(force_errors, "force_errors", {n_levels, n, 3});
-    }
+    force_errors = list[3];
+    check_doubles(force_errors, "force_errors", {n_levels, n, 3});
     check_same_type(gradient, "gradient", parameters, "parameters");
     TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
                 "kinml_fast: gradient must be contiguous and have the shape of parameters, ",

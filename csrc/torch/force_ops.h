@@ -4,15 +4,20 @@
 //   check_values(SystemArguments, n_species)   may look at values of indices
 //   energy_forces<T>(Model, System, first_level, energies, forces, like)   as the entries of
 //   energy_forces_backward<T>(...), force_step<T>(...)   csrc/cpu/force_step_cpu.h, with a tensor
-//                                                        on the device instead of threads
+//   message_bytes<T>(...), force_step_share<T>(...)      on the device instead of threads
+//   force_step_join<T>(...)
 #pragma once
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <cstddef>
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <tuple>
 
+#include "../core/shares.h"
 #include "arguments.h"
 
 namespace kinml::ops {
@@ -78,7 +83,7 @@ struct ForceOps {
     check_one_member(model);
     const LossArguments loss(loss_, model.n_levels(), system.n_structures(), system.n_atoms(),
                              system.has_forces(), model.parameters);
-    const StepResults results(results_, true, model.n_levels(), system.count(), model.parameters);
+    const StepResults results(results_, model.n_levels(), system.count(), model.parameters);
     with_type(model.parameters, [&](auto zero) {
       using T = decltype(zero);
       Backend::template force_step<T>(
@@ -89,13 +94,101 @@ struct ForceOps {
     });
   }
 
+  static int64_t message_bytes(const OptionalTensors& system_, const at::Tensor& structures,
+                               int64_t n_levels, int64_t n_weights, int64_t n_ranks) {
+    const SystemArguments system(system_, structures);
+    Backend::check_values(system, std::numeric_limits<int64_t>::max());
+    check_ranks(0, n_ranks);
+    int64_t bytes = 0;
+    with_type(system.numbers(), [&](auto zero) {
+      using T = decltype(zero);
+      bytes = Backend::template message_bytes<T>(system.view<T>(), n_levels, n_weights, n_ranks);
+    });
+    return bytes;
+  }
+
+  static void force_step_share(const OptionalTensors& system_, const at::Tensor& structures,
+                               const at::Tensor& parameters, const OptionalTensors& loss_,
+                               at::Tensor message, at::ArrayRef<double> descriptor,
+                               at::IntArrayRef networks, int64_t rank, int64_t n_ranks) {
+    const SystemArguments system(system_, structures);
+    const ModelArguments model(system, parameters, std::nullopt, descriptor, networks, 0);
+    Backend::check_values(system, model.networks.n_species());
+    check_one_member(model);
+    const LossArguments loss(loss_, model.n_levels(), system.n_structures(), system.n_atoms(),
+                             system.has_forces(), model.parameters);
+    check_ranks(rank, n_ranks);
+    with_type(model.parameters, [&](auto zero) {
+      using T = decltype(zero);
+      const System<T> view = system.view<T>();
+      check_messages(message, system,
+                     {Backend::template message_bytes<T>(view, model.n_levels(),
+                                                         model.parameters.numel(), n_ranks)});
+      Backend::template force_step_share<T>(model.view<T>(), view, loss.view(), rank, n_ranks,
+                                            static_cast<std::byte*>(message.mutable_data_ptr()),
+                                            model.parameters);
+    });
+  }
+
+  static void force_step_join(const OptionalTensors& system_, const at::Tensor& structures,
+                              const OptionalTensors& loss_, const at::Tensor& messages,
+                              at::TensorList results_) {
+    const SystemArguments system(system_, structures);
+    Backend::check_values(system, std::numeric_limits<int64_t>::max());
+    TORCH_CHECK(results_.size() > 1, "kinml_fast: this step has 4 results, got ", results_.size());
+    const at::Tensor gradient = results_[1];
+    check_same_type(gradient, "gradient", system.numbers(), system.name());
+    const at::Tensor targets = entry(loss_, LossArguments::kEnergies);
+    TORCH_CHECK(targets.defined() && targets.dim() == 2,
+                "kinml_fast: a loss needs energy_targets of shape [levels, n_structures]");
+    const int64_t n_levels = targets.size(0);
+    const LossArguments loss(loss_, n_levels, system.n_structures(), system.n_atoms(),
+                             system.has_forces(), gradient);
+    const StepResults results(results_, n_levels, system.count(), gradient);
+    TORCH_CHECK(messages.dim() == 2 && messages.size(0) > 0,
+                "kinml_fast: messages must have shape [n_ranks, bytes], got ", messages.sizes());
+    const int64_t n_ranks = messages.size(0), n_weights = gradient.numel();
+    with_type(gradient, [&](auto zero) {
+      using T = decltype(zero);
+      const System<T> view = system.view<T>();
+      check_messages(
+          messages, system,
+          {n_ranks, Backend::template message_bytes<T>(view, n_levels, n_weights, n_ranks)});
+      Backend::template force_step_join<T>(
+          view, loss.view(), static_cast<const std::byte*>(messages.const_data_ptr()), n_ranks,
+          n_weights, results.losses.mutable_data_ptr<double>(),
+          results.gradient.mutable_data_ptr<T>(),
+          results.energy_residuals.mutable_data_ptr<double>(),
+          results.force_errors.mutable_data_ptr<double>(), gradient);
+    });
+  }
+
   static void implement(torch::Library& m) {
     m.impl("energy_forces", energy_forces);
     m.impl("energy_forces_backward", energy_forces_backward);
     m.impl("force_step", force_step);
+    m.impl("message_bytes", message_bytes);
+    m.impl("force_step_share", force_step_share);
+    m.impl("force_step_join", force_step_join);
   }
 
  private:
+  static void check_ranks(int64_t rank, int64_t n_ranks) {
+    TORCH_CHECK(rank >= 0 && rank < n_ranks, "kinml_fast: rank = ", rank, " is not in [0, ",
+                n_ranks, ")");
+  }
+  // A message, or those of all processes.
+  static void check_messages(const at::Tensor& messages, const SystemArguments& system,
+                             at::IntArrayRef shape) {
+    system.check_here(messages, "messages");
+    TORCH_CHECK(
+        messages.scalar_type() == at::kByte && messages.sizes() == shape &&
+            messages.is_contiguous() &&
+            reinterpret_cast<std::uintptr_t>(messages.const_data_ptr()) % Message::kAlignment == 0,
+        "kinml_fast: messages must be uint8 of shape ", shape, ", contiguous and aligned to ",
+        Message::kAlignment, " bytes, got ", messages.scalar_type(), " of shape ",
+        messages.sizes());
+  }
   static void check_one_member(const ModelArguments& model) {
     TORCH_CHECK(!model.ensemble(),
                 "kinml_fast: the members of an ensemble are trained one at a time: give parameters "

@@ -43,6 +43,33 @@ struct CudaBackend {
                        gpu.stream);
     });
   }
+  template <class T>
+  static int64_t message_bytes(const System<T>& system, int64_t n_levels, int64_t n_weights,
+                               int64_t n_ranks) {
+    return cuda::message_bytes<T>(system, n_levels, n_weights, n_ranks);
+  }
+  template <class T>
+  static void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,
+                               int64_t rank, int64_t n_ranks, std::byte* message,
+                               const at::Tensor& like) {
+    translated(system.count(), [&] {
+      const Gpu gpu(like);
+      const at::Tensor space =
+          gpu.workspace(cuda::force_step_share_workspace(model, system, rank, n_ranks));
+      cuda::force_step_share(model, system, loss, rank, n_ranks, message, bytes_of(space),
+                             gpu.stream);
+    });
+  }
+  template <class T>
+  static void force_step_join(const System<T>& system, const Loss& loss, const std::byte* messages,
+                              int64_t n_ranks, int64_t n_weights, double* losses, T* gradient,
+                              double* residuals, double* errors, const at::Tensor& like) {
+    translated(system.count(), [&] {
+      const Gpu gpu(like);
+      cuda::force_step_join(system, loss, messages, n_ranks, n_weights, losses, gradient, residuals,
+                            errors, gpu.stream);
+    });
+  }
 };
 
 }  // namespace

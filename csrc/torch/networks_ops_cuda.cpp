@@ -30,36 +30,6 @@ std::tuple<Tensor, Tensor, Tensor> species_order(const Tensor& species, const Te
   return {rows, owners, starts};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species,
-                                                        const Tensor& offsets,
-                                                        const Tensor& structures,
-                                                        int64_t batch_size, int64_t n_species) {
-  check_order_arguments(species, offsets, n_species);
-  check_index(structures, "structures");
-  check_device(offsets, "offsets", species, "species");
-  check_device(structures, "structures", species, "species");
-  TORCH_CHECK(batch_size >= 1, "kinml_fast: batch_size must be at least 1, got ", batch_size);
-  const auto options = species.options();
-  const int64_t n = structures.size(0), n_batches = (n + batch_size - 1) / batch_size;
-  const Tensor sizes = offsets.diff().index_select(0, structures);
-  // The sizes of the results depend on this number: the only one that is waited for.
-  const int64_t n_atoms = n == 0 ? 0 : sizes.sum().item<int64_t>();
-  const Tensor ends = sizes.cumsum(0);
-  const Tensor place =
-      at::repeat_interleave(sizes, std::optional<int64_t>(n_atoms));  // of each atom's structure
-  const Tensor within = at::arange(n_atoms, options) - (ends - sizes).index_select(0, place);
-  const Tensor atoms = offsets.index_select(0, structures.index_select(0, place)) + within;
-  const Tensor batch = place.div(batch_size, "floor");
-  const Tensor key = batch * n_species + species.index_select(0, atoms);
-  const auto [sorted, order] = at::sort(key, /*stable=*/true, 0, false);
-  const Tensor bounds =
-      at::arange(n_batches, options).unsqueeze(1) * n_species + at::arange(n_species + 1, options);
-  const Tensor starts = at::searchsorted(sorted, bounds);
-  const Tensor firsts = at::searchsorted(sorted, at::arange(n_batches + 1, options) * n_species);
-  return {atoms.index_select(0, order), place.remainder(batch_size).index_select(0, order),
-          starts - firsts.slice(0, 0, n_batches).unsqueeze(1), firsts};
-}
-
 struct Networks : NetworkArguments {
   cuda::ChainPlan plan;
   int64_t n_structures;
@@ -214,36 +184,14 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
   });
 }
 
-void energy_step(const Tensor& features, at::TensorList order, const Tensor& parameters,
-                 const OptionalTensors& loss_, at::TensorList results_, at::IntArrayRef networks) {
-  const int64_t n = structures_of(loss_);
-  const LossArguments loss(loss_, 1, n, 0, false, parameters);
-  const StepResults results(results_, false, 1, n, parameters);
-  const auto [energies, saved] =
-      networks_forward(features, order, parameters, std::nullopt, networks, n, true);
-  const Tensor slopes = at::empty_like(energies);
-  translated(n, [&, &energies = energies] {
-    const Gpu gpu(features);
-    cuda::energy_loss(loss.view(), energies.const_data_ptr<double>(),
-                      results.energy_residuals.mutable_data_ptr<double>(),
-                      slopes.mutable_data_ptr<double>(), results.losses.mutable_data_ptr<double>(),
-                      gpu.stream);
-  });
-  const auto [none, gradient] =
-      networks_backward(slopes, features, order, parameters, saved, networks, {false, true});
-  results.gradient.copy_(gradient);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kinml_fast, KINML_GPU_KEY, m) {
   m.impl("species_order", species_order);
-  m.impl("plan_batches", plan_batches);
   m.impl("networks", networks);
   m.impl("networks_forward", networks_forward);
   m.impl("networks_backward", networks_backward);
   m.impl("networks_second_backward", networks_second_backward);
-  m.impl("energy_step", energy_step);
 }
 
 }  // namespace kinml::ops

@@ -2,7 +2,6 @@
 // (Meta).
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
 #include <tuple>
 #include <vector>
@@ -91,74 +90,30 @@ Tensor aev_jacobian(const OptionalTensors& system, int64_t max_atoms,
 
 // ---- networks ----------------------------------------------------------------------------------
 
-// Counting sort by species of the atoms of structures[begin..end) (all when null): stable.
-void sort_atoms(const int64_t* species, const int64_t* offsets, const int64_t* structures,
-                int64_t begin, int64_t end, int64_t n_species, int64_t* rows, int64_t* owners,
-                int64_t* starts) {
-  std::fill(starts, starts + n_species + 1, 0);
-  const auto structure = [&](int64_t i) { return structures == nullptr ? i : structures[i]; };
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t a = offsets[structure(i)]; a < offsets[structure(i) + 1]; ++a)
-      ++starts[species[a] + 1];
-  for (int64_t s = 0; s < n_species; ++s) starts[s + 1] += starts[s];
-  std::vector<int64_t> next(starts, starts + n_species);
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t a = offsets[structure(i)]; a < offsets[structure(i) + 1]; ++a) {
-      const int64_t place = next[species[a]]++;
-      rows[place] = a;
-      owners[place] = i - begin;
-    }
-}
-
+// Stable.
 std::tuple<Tensor, Tensor, Tensor> species_order(const Tensor& species_, const Tensor& offsets_,
                                                  int64_t n_species) {
   check_order_arguments(species_, offsets_, n_species);
   const Tensor species = species_.contiguous(), offsets = offsets_.contiguous();
   const int64_t* z = species.const_data_ptr<int64_t>();
   const int64_t* o = offsets.const_data_ptr<int64_t>();
-  check_batch_values(z, o, species.size(0), offsets.size(0) - 1, n_species);
+  const int64_t n_structures = offsets.size(0) - 1;
+  check_batch_values(z, o, species.size(0), n_structures, n_species);
   Tensor rows = at::empty_like(species), owners = at::empty_like(species);
-  Tensor starts = at::empty({n_species + 1}, species.options());
-  sort_atoms(z, o, nullptr, 0, offsets.size(0) - 1, n_species, rows.mutable_data_ptr<int64_t>(),
-             owners.mutable_data_ptr<int64_t>(), starts.mutable_data_ptr<int64_t>());
+  Tensor starts = at::zeros({n_species + 1}, species.options());
+  int64_t* const row = rows.mutable_data_ptr<int64_t>();
+  int64_t* const owner = owners.mutable_data_ptr<int64_t>();
+  int64_t* const start = starts.mutable_data_ptr<int64_t>();
+  for (int64_t a = 0; a < species.size(0); ++a) ++start[z[a] + 1];
+  for (int64_t s = 0; s < n_species; ++s) start[s + 1] += start[s];
+  std::vector<int64_t> next(start, start + n_species);
+  for (int64_t i = 0; i < n_structures; ++i)
+    for (int64_t a = o[i]; a < o[i + 1]; ++a) {
+      const int64_t place = next[z[a]]++;
+      row[place] = a;
+      owner[place] = i;
+    }
   return {rows, owners, starts};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_batches(const Tensor& species_,
-                                                        const Tensor& offsets_,
-                                                        const Tensor& structures_,
-                                                        int64_t batch_size, int64_t n_species) {
-  check_order_arguments(species_, offsets_, n_species);
-  check_index(structures_, "structures");
-  TORCH_CHECK(batch_size >= 1, "kinml_fast: batch_size must be at least 1, got ", batch_size);
-  const Tensor species = species_.contiguous(), offsets = offsets_.contiguous(),
-               structures = structures_.contiguous();
-  const int64_t* z = species.const_data_ptr<int64_t>();
-  const int64_t* o = offsets.const_data_ptr<int64_t>();
-  const int64_t* chosen = structures.const_data_ptr<int64_t>();
-  check_batch_values(z, o, species.size(0), offsets.size(0) - 1, n_species);
-  const int64_t n = structures.size(0), n_structures = offsets.size(0) - 1;
-  int64_t n_atoms = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    TORCH_CHECK(chosen[i] >= 0 && chosen[i] < n_structures, "kinml_fast: structures[", i,
-                "] = ", chosen[i], " is not in [0, ", n_structures, ")");
-    n_atoms += o[chosen[i] + 1] - o[chosen[i]];
-  }
-  const int64_t n_batches = (n + batch_size - 1) / batch_size;
-  Tensor rows = at::empty({n_atoms}, species.options());
-  Tensor owners = at::empty({n_atoms}, species.options());
-  Tensor starts = at::empty({n_batches, n_species + 1}, species.options());
-  Tensor firsts = at::empty({n_batches + 1}, species.options());
-  int64_t* first = firsts.mutable_data_ptr<int64_t>();
-  first[0] = 0;
-  for (int64_t b = 0; b < n_batches; ++b) {
-    int64_t* start = starts.mutable_data_ptr<int64_t>() + b * (n_species + 1);
-    sort_atoms(z, o, chosen, b * batch_size, std::min(n, (b + 1) * batch_size), n_species,
-               rows.mutable_data_ptr<int64_t>() + first[b],
-               owners.mutable_data_ptr<int64_t>() + first[b], start);
-    first[b + 1] = first[b] + start[n_species];
-  }
-  return {rows, owners, starts, firsts};
 }
 
 // With checks of the indices' values.
@@ -325,44 +280,6 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(
   return {derivatives, grad_features, grad_parameters};
 }
 
-void energy_step(const Tensor& features, at::TensorList order, const Tensor& parameters,
-                 const OptionalTensors& loss_, at::TensorList results_, at::IntArrayRef networks) {
-  const int64_t n = structures_of(loss_);
-  const Networks net(features, order, parameters, networks, n);
-  const LossArguments arguments(loss_, 1, n, net.n(), false, net.parameters);
-  const StepResults results(results_, false, 1, n, net.parameters);
-  const Tensor saved = at::empty({net.n(), net.shape.saved_per_atom()}, features.options());
-  const Tensor atomic = at::empty({net.n()}, features.options());
-  with_type(features, [&](auto zero) {
-    using T = decltype(zero);
-    const T* x = net.features.const_data_ptr<T>();
-    const T* p = net.parameters.const_data_ptr<T>();
-    const int64_t stride = net.features.stride(0);
-    const int64_t* row = net.rows.const_data_ptr<int64_t>();
-    const int64_t* owner = net.owners.const_data_ptr<int64_t>();
-    const int64_t* start = net.starts.const_data_ptr<int64_t>();
-    T* kept = saved.mutable_data_ptr<T>();
-    T* e = atomic.mutable_data_ptr<T>();
-    cpu::networks_forward<T>(net.shape, p, x, stride, row, start, kept, e, threads());
-    double* residual = results.energy_residuals.mutable_data_ptr<double>();
-    std::fill(residual, residual + n, 0.0);
-    for (int64_t i = 0; i < net.n(); ++i) residual[owner[i]] += static_cast<double>(e[i]);
-    const Loss& loss = arguments.view();
-    double total = 0;
-    for (int64_t s = 0; s < n; ++s) {
-      residual[s] = loss.energy_residual(0, s, residual[s]);
-      total += loss.energy_term(0, s, residual[s]);
-    }
-    double* losses = results.losses.mutable_data_ptr<double>();
-    losses[0] = loss.energy_mean(0, total);
-    losses[1] = 0;
-    for (int64_t i = 0; i < net.n(); ++i)
-      e[i] = static_cast<T>(loss.energy_slope(0, owner[i], residual[owner[i]]));
-    cpu::networks_backward<T>(net.shape, p, x, stride, row, start, kept, e, nullptr,
-                              results.gradient.mutable_data_ptr<T>(), threads());
-  });
-}
-
 // ---- optimizer ---------------------------------------------------------------------------------
 
 void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor square,
@@ -439,8 +356,6 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward_meta(
   return {like_if(wanted[0], grad_energies), like_if(wanted[1], features),
           like_if(wanted[2], parameters)};
 }
-void energy_step_meta(const Tensor&, at::TensorList, const Tensor&, const OptionalTensors&,
-                      at::TensorList, at::IntArrayRef) {}
 void adam_step_meta(Tensor, const Tensor&, Tensor, Tensor, const std::optional<Tensor>&, double,
                     double, double, double, double, bool, Tensor) {}
 
@@ -453,12 +368,10 @@ TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
   m.impl("aev_hvp", aev_hvp);
   m.impl("aev_jacobian", aev_jacobian);
   m.impl("species_order", species_order);
-  m.impl("plan_batches", plan_batches);
   m.impl("networks", networks);
   m.impl("networks_forward", networks_forward);
   m.impl("networks_backward", networks_backward);
   m.impl("networks_second_backward", networks_second_backward);
-  m.impl("energy_step", energy_step);
   m.impl("adam_step", adam_step);
 }
 
@@ -473,7 +386,6 @@ TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("networks_forward", networks_forward_meta);
   m.impl("networks_backward", networks_backward_meta);
   m.impl("networks_second_backward", networks_second_backward_meta);
-  m.impl("energy_step", energy_step_meta);
   m.impl("adam_step", adam_step_meta);
 }
 

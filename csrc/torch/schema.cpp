@@ -46,12 +46,6 @@ TORCH_LIBRARY(kinml_fast, m) {
   m.def(
       "species_order(Tensor species, Tensor offsets, int n_species) -> "
       "(Tensor rows, Tensor owners, Tensor starts)");
-  // The same for each batch of `structures` in turn: rows and owners (index within the batch) of
-  // all batches behind each other, starts [n_batches, n_species + 1] within the batch,
-  // firsts [n_batches + 1] where each batch begins in rows.
-  m.def(
-      "plan_batches(Tensor species, Tensor offsets, Tensor structures, int batch_size, "
-      "int n_species) -> (Tensor rows, Tensor owners, Tensor starts, Tensor firsts)");
 
   // Energies [n_structures] float64: sum over atoms of network output + sae[species].
   // features [*, D], read through the order's rows; sae [n_species] float64.
@@ -75,12 +69,6 @@ TORCH_LIBRARY(kinml_fast, m) {
       "networks_second_backward(Tensor tangents, Tensor grad_energies, Tensor features, "
       "Tensor[] order, Tensor parameters, int[] networks, bool[3] wanted) -> "
       "(Tensor, Tensor, Tensor)");
-  // Forward and backward pass of a training batch on energies. The loss has energies alone, of the
-  // n structures of the batch; results: losses [2], the second 0; gradient of scales[0] L_E with
-  // respect to the parameters; residuals [1, n] float64, energies - targets. No autograd.
-  m.def(
-      "energy_step(Tensor features, Tensor[] order, Tensor parameters, Tensor?[] loss, "
-      "Tensor(a!)[] results, int[] networks) -> ()");
 
   // ---- energies and forces in one pass over the molecules (csrc/cpu/force_step_cpu.h)
 
@@ -104,18 +92,19 @@ TORCH_LIBRARY(kinml_fast, m) {
       "force_step(Tensor?[] system, Tensor structures, Tensor parameters, Tensor?[] loss, "
       "Tensor(a!)[] results, float[] descriptor, int[] networks) -> ()");
 
-  // The same in parts, for a batch that several processes share (kinml_fast/ops.py); on the CPU.
-  // Bounds [P + 1] int64 of a batch's parts, places in `structures`, which depend on the batch only.
-  m.def("batch_parts(Tensor offsets, Tensor structures) -> Tensor");
-  // Of structures that are some parts of a batch. Results: gradients [parts, n], energy_residuals,
-  // force_errors.
+  // The same in two calls, for a batch that n_ranks processes share (kinml_fast/ops.py).
+  // How many bytes a message has.
   m.def(
-      "force_step_parts(Tensor?[] system, Tensor structures, Tensor bounds, Tensor parameters, "
-      "Tensor?[] loss, Tensor(a!)[] results, float[] descriptor, int[] networks) -> ()");
-  // Of the whole batch, from gradients [P, n] of all parts. Results as of force_step, where
-  // residuals and errors are given.
+      "message_bytes(Tensor?[] system, Tensor structures, int n_levels, int n_weights, "
+      "int n_ranks) -> int");
+  // What a process says of its share of a batch: message [bytes] uint8, whose last two numbers
+  // (float64) are the caller's.
   m.def(
-      "force_step_join(Tensor?[] system, Tensor structures, Tensor?[] loss, Tensor gradients, "
+      "force_step_share(Tensor?[] system, Tensor structures, Tensor parameters, Tensor?[] loss, "
+      "Tensor(a!) message, float[] descriptor, int[] networks, int rank, int n_ranks) -> ()");
+  // The batch, from messages [n_ranks, bytes] of all processes. Results as of force_step.
+  m.def(
+      "force_step_join(Tensor?[] system, Tensor structures, Tensor?[] loss, Tensor messages, "
       "Tensor(a!)[] results) -> ()");
 
   // ---- optimizer

@@ -140,7 +140,7 @@ class SpeciesNetworks(torch.nn.Module):
 
     @torch.jit.export
     def energies(self, features: Tensor, rows: Tensor, owners: Tensor, starts: Tensor, n_structures: int) -> Tensor:
-        """Energies [n_structures] in eV (float64) of a planned batch, without single-atom energies."""
+        """Energies [n_structures] in eV (float64), without single-atom energies, of atoms sorted by species."""
         order = [rows, owners, starts]
         return torch.ops.kinml_fast.networks(features, order, self.weights, None, self.packed, n_structures)
 

@@ -90,18 +90,12 @@ class Ranks:
         """From which to which of so many things in a row are this process's; they differ by one at most."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
-    def add(self, tensor: Tensor) -> None:
-        """The sum over all processes, in place."""
-        if not self.alone:
-            dist.all_reduce(tensor)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors [n, ...] of all processes, which have one shape, behind one another."""
+    def gather(self, own: Tensor, of_all: Tensor) -> None:
+        """Write the tensors of all processes, which have one shape [...], to one [size, ...]."""
         if self.alone:
-            return tensor
-        gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather(list(gathered.chunk(self.size)), tensor)
-        return gathered
+            of_all[0] = own
+        else:
+            dist.all_gather(list(of_all.unbind(0)), own)
 
     def in_turn(self, first: Callable[[], _Result], others: Callable[[], _Result] | None = None) -> _Result:
         """Call a function in the first process, and when it is done the same or another one elsewhere.

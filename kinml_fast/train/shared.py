@@ -13,21 +13,24 @@ from kinml_fast.train.ranks import Ranks
 from kinml_fast.train.rhythm import Rhythm
 from kinml_fast.train.steps import Batches, FusedStep
 
+_NOTES = 2  # numbers at the end of a message
+_ALIGNMENT = 64  # bytes, of a message
+
 
 @dataclass(frozen=True)
-class _Share:
-    """What a process does of a batch: the parts `first` to `last` of `n_parts`, the structures `begin` to `end`."""
+class _Exchange:
+    """Messages of one batch: of all processes, and of this one before it is sent."""
 
-    n_parts: int
-    first: int
-    last: int
-    begin: int
-    end: int
-    bounds: Tensor
+    messages: Tensor
+    """[n_ranks, bytes]"""
+    own: Tensor
+    """[bytes]"""
+    notes: Tensor
+    """[n_ranks + 1, 2], the end of each of them: what the step itself says"""
 
 
 class SharedStep:
-    """Gives each process some parts of a batch; then all know all residuals and sum all parts in their order.
+    """Gives each process a part of each batch; then all know all residuals and sum all gradients in one order.
 
     A batch is cut as one process cuts it for its threads, which depends on the batch only. So weights and errors have
     the same bits for any number of processes, and each of them moves the weights by itself.
@@ -44,18 +47,26 @@ class SharedStep:
 
     def __init__(self, step: FusedStep, ranks: Ranks, rhythm: Rhythm) -> None:
         self._step, self._ranks, self._rhythm = step, ranks, rhythm
+        self._memory = torch.zeros(0, dtype=torch.uint8)
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
         found = self._step.batches(order, size, errors)
-        arguments = []
-        for system, structures, weights, loss, results, model in found.arguments:
-            bounds = ops.batch_parts(system.offsets, structures)
-            first, last = self._ranks.share(len(bounds) - 1)
-            begin, end = bounds[[first, last]].tolist()
-            share = _Share(len(bounds) - 1, first, last, begin, end, bounds[first : last + 1] - begin)
-            arguments.append((system, structures, weights, loss, results, model, share))
-        return Batches(arguments, found.counts)
+        lengths = [
+            ops.message_bytes(system, structures, len(loss.energies), len(weights), self._ranks.size)
+            for system, structures, weights, loss, *_ in found.arguments
+        ]
+        needed = (self._ranks.size + 1) * max(lengths, default=0) + _ALIGNMENT
+        if needed > len(self._memory):
+            self._memory = torch.zeros(needed, dtype=torch.uint8)
+        together = zip(found.arguments, map(self._exchange, lengths), strict=True)
+        return Batches([(*arguments, exchange) for arguments, exchange in together], found.counts)
+
+    def _exchange(self, length: int) -> _Exchange:
+        """Room for messages of so many bytes; all batches use the same."""
+        first, size = -self._memory.data_ptr() % _ALIGNMENT, self._ranks.size
+        rows = self._memory[first : first + (size + 1) * length].view(size + 1, length)
+        return _Exchange(rows[:size], rows[size], rows.view(torch.float64)[:, -_NOTES:])
 
     def run(
         self,
@@ -65,31 +76,15 @@ class SharedStep:
         loss: ops.Loss,
         results: ops.StepResults,
         model: ops.Model,
-        share: _Share,
+        exchange: _Exchange,
     ) -> None:
         """See `Step`."""
-        assert results.force_errors is not None
-        levels, count = results.energy_residuals.shape
-        ranks, own = self._ranks, slice(share.begin, share.end)
-        residuals = torch.zeros(levels, share.end - share.begin, dtype=torch.float64)
-        errors = torch.zeros(*residuals.shape, 3, dtype=torch.float64)
-        # One row more than some have: all processes send as many.
-        gradients = weights.new_zeros(-(-share.n_parts // ranks.size), len(weights))
-        parts = gradients[: share.last - share.first]
-        ops.force_step_parts(system, structures[own], share.bounds, weights, loss, parts, residuals, errors, model)
-        # Residuals, force errors, and whether this process wants to pause or to end: zeros but for its own.
-        known = torch.zeros(4 * levels * count + 2, dtype=torch.float64)
-        numbers = known[:-2].view(levels, count, 4)
-        numbers[:, own, 0], numbers[:, own, 1:] = residuals, errors
-        known[-2], known[-1] = self._rhythm.wishes()
-        ranks.add(known)
-        results.energy_residuals.copy_(numbers[..., 0])
-        results.force_errors.copy_(numbers[..., 1:])
-        self._rhythm.agree(bool(known[-2]), bool(known[-1]))
-        gathered = ranks.gather(gradients).view(ranks.size, -1, len(weights))
-        everyone = (Ranks(rank, ranks.size).share(share.n_parts) for rank in range(ranks.size))
-        rows = torch.cat([rows[: last - first] for rows, (first, last) in zip(gathered, everyone, strict=True)])
-        ops.force_step_join(system, structures, loss, rows, results)
+        ranks, own = self._ranks, exchange.own
+        ops.force_step_share(system, structures, weights, loss, own, model, ranks.rank, ranks.size)
+        exchange.notes[-1] = torch.tensor(self._rhythm.wishes())
+        ranks.gather(own, exchange.messages)
+        self._rhythm.agree(*exchange.notes[:-1].any(dim=0).tolist())
+        ops.force_step_join(system, structures, loss, exchange.messages, results)
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
         """See `Step`."""

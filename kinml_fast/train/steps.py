@@ -1,9 +1,8 @@
 """What trains on a batch and predicts: forward and backward pass in one call, without autograd.
 
 `FusedStep` is one op for a batch: for any number of levels of theory, on CPUs and GPUs, for energies and forces or for
-energies alone, from coordinates or stored descriptors. `PlannedStep` is for energies of one level on a CPU: there a
-plan of the batches, made once an epoch, pays. `make_step` chooses. A trainer calls `batches` once an epoch and `run`
-with the arguments of each batch: what need not be done in each step is done there.
+energies alone, from coordinates or stored descriptors. A trainer calls `batches` once an epoch and `run` with the
+arguments of each batch: what need not be done in each step is done there.
 """
 
 from __future__ import annotations
@@ -73,72 +72,20 @@ def make_step(
     tasks: TaskWeights,
     config: TrainingConfig,
     with_forces: bool,
-    planned: bool = True,
-) -> PlannedStep | FusedStep:
+) -> FusedStep:
     """What trains and evaluates a model on energies, or on energies and forces.
 
-    Descriptors that it keeps are computed or read here. A `PlannedStep` only if `planned` is given.
+    Descriptors that it keeps are computed or read here.
     """
     started = time.monotonic()
     if with_forces and not (config.loss.forces and config.jacobian == "stored"):
         return FusedStep(ops.System(data.coordinates, data.species, data.offsets), model, data, tasks)
-    # A plan of batches makes a GPU wait.
-    planned = planned and not with_forces and data.levels == 1 and data.origin.device.type == "cpu"
     found = data.descriptors(model, jacobian=with_forces)
     system = ops.System(None, data.species, data.offsets, found.features, found.jacobian)
-    step = (PlannedStep if planned else FusedStep)(system, model, data, tasks)
+    step = FusedStep(system, model, data, tasks)
     kept = "descriptors and Jacobians" if with_forces else "descriptors"
     log.info("%s of %d atoms in %.2f s", kept, data.n_atoms, time.monotonic() - started)
     return step
-
-
-class PlannedStep:
-    """Energies of one level of theory from descriptors that are kept, the atoms of each batch sorted by species."""
-
-    run = staticmethod(ops.energy_step)
-
-    def __init__(self, system: ops.System, model: EnergyModel, data: Dataset, tasks: TaskWeights) -> None:
-        assert system.features is not None
-        self._features, self._networks, self._data, self._tasks = system.features, model.networks, data, tasks
-        self._n_species = len(model.elements)
-        self._weighted = ops.weighted(data.energy_weights, data.force_weights)
-        self._plans: dict[tuple[int, int, int], list[ops.Batch]] = {}
-
-    def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
-        """See `Step`."""
-        data, networks = self._data, self._networks
-        weights, gradient = _training(networks.weights)
-        scales, losses = self._tasks.scales[:2], self._tasks.losses[:2]
-        counts = ops.count_weights(self._weighted, order, size)
-        parts = zip(
-            ops.plan_batches(data.species, data.offsets, order, size, self._n_species),
-            data.energies[:, order].split(size, dim=1),
-            data.energy_weights[:, order].split(size, dim=1),
-            counts.unbind(0),
-            errors.energies,
-            strict=True,
-        )
-        arguments = []
-        for batch, targets, energy_weights, own_counts, residuals in parts:
-            loss = ops.Loss(targets, energy_weights, None, None, scales, own_counts)
-            results = ops.StepResults(losses, gradient, residuals)
-            arguments.append((self._features, batch.order, weights, loss, results, networks.packed))
-        return Batches(arguments, counts)
-
-    def predict(self, first: int, last: int, size: int) -> tuple[Tensor, None]:
-        """See `Step`."""
-        data, key, networks = self._data, (first, last, size), self._networks
-        if key not in self._plans:
-            structures = torch.arange(first, last, device=data.offsets.device)
-            self._plans[key] = ops.plan_batches(data.species, data.offsets, structures, size, self._n_species)
-        energies = [data.energies[0, :0]]
-        with torch.inference_mode():
-            for batch in self._plans[key]:
-                count = len(batch.structures)
-                energies.append(
-                    ops.networks(self._features, batch.order, networks.weights, None, networks.packed, count)
-                )
-            return torch.cat(energies)[None], None
 
 
 class FusedStep:

@@ -30,7 +30,7 @@ from kinml_fast.train.results import Summary
 from kinml_fast.train.rhythm import SYSTEM_CLOCK, Clock, Rhythm
 from kinml_fast.train.shared import SharedStep
 from kinml_fast.train.state import RunState
-from kinml_fast.train.steps import FusedStep, Step, make_step
+from kinml_fast.train.steps import Step, make_step
 from kinml_fast.train.store import RunStore
 from kinml_fast.train.update import Update
 
@@ -190,13 +190,8 @@ class Trainer:
     def step(self, with_forces: bool) -> Step:
         """What trains an epoch on energies, or on energies and forces, and evaluates."""
         if with_forces not in self._steps:
-            given = self.model, self.data, self._update.tasks, self.config, with_forces
-            step = make_step(*given, planned=self._ranks.alone)
-            if not self._ranks.alone:
-                assert isinstance(step, FusedStep)
-                self._steps[with_forces] = SharedStep(step, self._ranks, self._rhythm)
-            else:
-                self._steps[with_forces] = step
+            step = make_step(self.model, self.data, self._update.tasks, self.config, with_forces)
+            self._steps[with_forces] = step if self._ranks.alone else SharedStep(step, self._ranks, self._rhythm)
         return self._steps[with_forces]
 
     def train_epoch(self) -> Row:
