@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
+import json
 import logging
+import os
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kinml_fast.errors import ConfigError, InputError, RankError
@@ -277,6 +282,11 @@ def _show_log(quiet: bool = False) -> Progress:
 
 def _complain(sentence: str) -> int:
     sys.stderr.write(f"kinml-fast: {sentence}\n")
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # What torchrun shows at the end of its own report, in the form that torch.distributed.elastic writes.
+        message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps({"message": message}), encoding="utf-8")
     return USAGE_ERROR
 
 

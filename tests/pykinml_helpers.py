@@ -11,7 +11,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -43,22 +43,19 @@ def small(folder: Path, **changes: object) -> Arguments:
     return args
 
 
-def run_script(name: str, folder: Path, *changes: tuple[str, str], expected: int = 0, **environment: str) -> str:
-    """Run one of `SCRIPTS` in a process of its own, after replacements in its text, and return what it printed.
-
-    With another exit status than the expected one, the test fails with its output.
-    """
-    path = _written(name, folder, changes)
+def run_script(name: str, folder: Path, *changes: tuple[str, str]) -> str:
+    """Run one of `SCRIPTS` in a process of its own, after replacements in its text, and return what it printed."""
+    path = write_script(name, folder, *changes)
     # One thread: others may compute on this machine too.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, path.name], cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == expected, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def run_here(name: str, folder: Path, *changes: tuple[str, str]) -> str:
     """The same in this process and without plots, which takes less time; what the script raises is raised."""
-    path = _written(name, folder, changes)
+    path = write_script(name, folder, *changes)
     logger, out = logging.getLogger("kinml_fast"), io.StringIO()
     before = logger.level, list(logger.handlers), torch.get_default_dtype(), torch.get_num_threads(), sys.argv
     handler = logging.StreamHandler(out)
@@ -76,7 +73,8 @@ def run_here(name: str, folder: Path, *changes: tuple[str, str]) -> str:
     return out.getvalue()
 
 
-def _written(name: str, folder: Path, changes: Sequence[tuple[str, str]]) -> Path:
+def write_script(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
+    """Put one of `SCRIPTS` into a folder, after replacements in its text."""
     text = (SCRIPTS / f"{name}.py").read_text(encoding="utf-8")
     for old, new in changes:
         assert old in text

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kinml_fast import devices
 from kinml_fast.errors import InputError
 from kinml_fast.pykinml import arguments, prepper
 from kinml_fast.pykinml.arguments import Arguments, check, configuration, parse_arguments_list
@@ -113,6 +114,7 @@ ROWS = {
     "optimize_force_weight": ({"floss": True, "fw": 0.7}, True, {"training.loss.weighting": "learned"}),
     "delta": ({"fidlevel_lf": 0}, True, {"data.baseline": 0, "data.incomplete": "error"}),
     "multi_fid": ({"fidlevel_lf": 0}, True, {"data.fidelity": [0, 1], "data.incomplete": "error"}),
+    "ddp": ({"gpus": ["cpu", "cpu"]}, True, {"training.per_rank": ["batch_size"]}),
     "beta": ({}, 0.9, {"descriptor.beta": 0.9}),
     "cuttoff_radius": ({}, [6, 4.0], {"descriptor.cutoffs": [6.0, 4.0]}),
     "aev_params": (
@@ -176,7 +178,7 @@ def test_the_page_has_every_argument_and_keys_that_exist():
 
 
 def test_each_argument_of_the_page_is_tested_here():
-    assert set(ROWS) | set(WITHOUT_EFFECT) | {"ddp"} == set(page_rows())
+    assert set(ROWS) | set(WITHOUT_EFFECT) == set(page_rows())
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -262,7 +264,12 @@ def test_names_of_the_manual_are_the_same_arguments():
         ("load_model_name", ["a.pt", "b.pt"], "one checkpoint"),
         ("savenm", [], "a folder"),
         ("nameset", [1], "names"),
-        ("ddp", True, "several GPUs or nodes is not there yet: set args.ddp = False"),
+        ("ddp", 2, "True or False"),
+        ("gpus", ["gpu"], "indices of GPUs, or 'cpu' for each process"),
+        ("gpus", ["cpu", 0], "indices of GPUs"),
+        ("gpus", [], "indices of GPUs"),
+        ("gpus", 0, "indices of GPUs"),
+        ("gpus", "0, -1", "indices of GPUs"),
     ],
 )
 def test_a_value_that_is_not_allowed_names_those_that_are(name, value, allowed):
@@ -287,6 +294,24 @@ def test_a_value_that_is_not_allowed_names_those_that_are(name, value, allowed):
 )
 def test_values_that_do_not_go_together(values, message):
     with pytest.raises(InputError, match=message):
+        check(Arguments(**{**DEFAULTS, **values}))
+
+
+def test_gpus_are_what_scripts_make_of_them():
+    args = parse_arguments_list(["--gpus", "0", "2"])
+    assert args.gpus == [0, 2]
+    for value in ([0, 2], ["0", "2"], "0, 2", "0,2"):
+        args.gpus = value
+        assert arguments.gpus(args) == ["0", "2"]
+    args = parse_arguments_list(["--gpus", "cpu", "cpu"])
+    args.gpus = ", ".join(args.gpus)
+    assert arguments.gpus(args) == ["cpu", "cpu"]
+
+
+@pytest.mark.skipif(devices.why_no_gpu() is None, reason="there is a GPU")
+@pytest.mark.parametrize("values", [{"ddp": True}, {"ddp": True, "gpus": "0, 1"}, {"gpu": 1}])
+def test_gpus_that_are_not_there_are_one_sentence(values):
+    with pytest.raises(InputError, match=r"(?s)^(?!.*\n).*this (torch|build)|^[^\n]*finds no GPU"):
         check(Arguments(**{**DEFAULTS, **values}))
 
 

@@ -656,11 +656,9 @@ def test_what_cannot_be_trained(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             make(**changes).train(1)
-    with pytest.raises(InputError, match="several GPUs or nodes is not there yet"):
-        trainer.ddp_setup(0, 2)
-    args.distributed = True
-    with pytest.raises(InputError, match="several GPUs or nodes is not there yet"):
-        prepper.prep_data(args)
+    args.gpus, args.ddp = ["cpu", "cpu"], True
+    with pytest.raises(InputError, match=r"args.ddp is True, but no processes have joined: call trainer.ddp_setup"):
+        prepper.load_train_objs(args)
 
 
 def test_two_levels_of_different_structures(tmp_path):

@@ -18,9 +18,10 @@ import pytest
 import torch
 from ase import Atoms
 from data_helpers import SHARED, needs_shared
-from pykinml_helpers import errors, metrics, run_here, run_script
+from pykinml_helpers import errors, metrics, run_here, run_script, write_script
+from rank_helpers import free_port, together
 
-from kinml_fast import KinMLCalculator
+from kinml_fast import KinMLCalculator, devices
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import InputError
 from kinml_fast.pykinml import state
@@ -284,17 +285,48 @@ def test_two_levels_go_on_where_the_training_was(levels):
     assert rest[3, "test FRMSE_lf"] == whole[9, "test FRMSE_lf"]
 
 
-def test_several_nodes_end_in_one_sentence(levels):
-    text = run_script("train_multi_node", levels, expected=1, WORLD_SIZE="2", SLURM_PROCID="0")
-    assert text.splitlines()[-1] == (
-        "kinml_fast.errors.ConfigError: training on several GPUs or nodes is not there yet: set args.ddp = False and "
-        "run one process, which trains on the CPU or on one GPU"
-    )
+ON_CPUS = [
+    ("args.gpu = args.rank % max(torch.cuda.device_count(), 1)", 'args.gpu = "cpu"'),
+    ("device_ids=[args.gpu]", "device_ids=None"),
+    ("epochs = 10", "epochs = 1"),
+]
 
 
+def test_several_nodes_have_the_published_numbers_of_one(levels):
+    nodes = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    tasks = [{**nodes, "SLURM_PROCID": str(rank)} for rank in range(2)]
+    path = write_script("train_multi_node", levels, *ON_CPUS)
+    done = together([[path.name]] * 2, tasks, levels)
+    assert [one.returncode for one in done] == [0, 0], done
+    printed = errors(done[0].stdout)
+    # Without args.ddp the batches are those of one process, in PyKinML as well: all take the same ones there.
+    np.testing.assert_allclose([printed[0, name] for name in NAMES], SINGLE[0], rtol=1e-9)
+    assert not errors(done[1].stdout)
+    logs = [(levels / f"my_model_nodes_gpu_{rank}.log").read_text(encoding="utf-8") for rank in range(2)]
+    assert len({re.sub(r"Training time: .*", "", log) for log in logs}) == 1
+    assert (levels / "my_model_nodes" / "model-0000.pt").exists()
+
+
+@pytest.mark.slow
+def test_ddp_on_two_cpus(levels):
+    changes = [
+        ("ddp = False", "ddp = True"),
+        ("gpus = [0, 1]", "gpus = ['cpu', 'cpu']"),
+        ("world_size = torch.cuda.device_count()", "world_size = 2"),
+        ("epochs = 10", "epochs = 2"),
+    ]
+    printed = errors(run_script("train_single_fid", levels, *changes))
+    assert printed[1, "train RMSE"] < printed[0, "train RMSE"]
+    text = (levels / "my_model_0_1" / "config.yaml").read_text(encoding="utf-8")
+    assert "batch_size: 100\n" in text
+    for rank in range(2):
+        assert (levels / f"my_model_0_1_device_{rank}.log").exists()
+
+
+@pytest.mark.skipif(devices.why_no_gpu() is None, reason="there is a GPU")
 @pytest.mark.parametrize("name", ["train_single_fid", "train_delta", "train_multi_fid"])
-def test_ddp_ends_in_one_sentence_before_anything_is_done(levels, name):
-    with pytest.raises(InputError, match=r"args.ddp = True is not allowed: training on several GPUs or nodes is not"):
+def test_ddp_without_gpus_ends_in_one_sentence_before_anything_is_done(levels, name):
+    with pytest.raises(InputError, match=r"args.ddp is True and args.gpus is .*'cpu'\] and world_size = 2 for two"):
         run_here(name, levels, ("ddp = False", "ddp = True"))
     assert not list(levels.glob("*_0_1"))
 

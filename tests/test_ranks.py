@@ -4,52 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rank_helpers import again, sentences, start
 from rank_program import KINDS
 from training_helpers import assert_same_bits, rows, write_config
 
-from kinml_fast.errors import ConfigError
 from kinml_fast.train import checkpoint
-from kinml_fast.train.ranks import Ranks, joined
+from kinml_fast.train.ranks import Ranks
 
 TESTS = Path(__file__).parent
-
-
-class Aborted(Exception):
-    """A process ended with `terminate called without an active exception`.
-
-    That happened once in some sixty starts of three processes on a busy computer, and its cause is not known yet.
-    """
-
-
-def again(test: Callable[[Path], None], folder: Path) -> None:
-    """Run what starts processes in a folder of its own, up to three times if one of them aborts."""
-    for attempt in range(3):
-        own = folder / str(attempt)
-        own.mkdir()
-        try:
-            return test(own)
-        except Aborted:
-            if attempt == 2:
-                raise
-
-
-def start(size: int, *arguments: str) -> subprocess.CompletedProcess:
-    """So many processes with torchrun, on a free port; one alone without it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(
-        [sys.executable, *launch, *arguments], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
-    if "terminate called without an active exception" in done.stderr:
-        raise Aborted(done.stderr)
-    return done
 
 
 def digests(size: int) -> dict[str, list[str]]:
@@ -113,21 +78,9 @@ def check_mistakes(tmp_path: Path) -> None:
     ]:
         done = start(2, "-m", "kinml_fast.cli", "train", str(config), *arguments, f"run={tmp_path / 'run'}")
         assert done.returncode != 0
-        said = [line for line in done.stderr.splitlines() if line.startswith("kinml-fast: ")]
+        said = sentences(done)
         assert len(said) == 1, done.stderr
         assert sentence in said[0]
-
-
-def test_an_environment_that_is_not_whole_is_refused():
-    there = joined({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"})
-    with (
-        pytest.raises(ConfigError, match=r"WORLD_SIZE is set but RANK, MASTER_PORT not: start .* with torchrun"),
-        there,
-    ):
-        pass
-    with joined({}) as ranks:
-        assert ranks.alone
-        assert ranks.is_first
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 40])

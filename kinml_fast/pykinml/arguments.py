@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -16,9 +17,10 @@ import torch
 from ase.data import chemical_symbols
 
 from kinml_fast import devices
-from kinml_fast.errors import ConfigError, InputError
+from kinml_fast.errors import ConfigError, DeviceError, InputError
 from kinml_fast.train import config as configurations
 from kinml_fast.train.config import Config
+from kinml_fast.train.ranks import present
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,11 @@ OPTIMIZERS = {"Adam": "adam", "AdamW": "adamw", "SGD": "sgd"}
 SCHEDULERS = ("rop", "exp", "step")
 ALIASES = {"cutoff_radius": "cuttoff_radius", "tv": "tvt"}
 """Names that the manual uses for arguments that PyKinML calls otherwise."""
+
+
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
 
 _YES = {"action": argparse.BooleanOptionalAction}
 _PARSER: tuple[tuple[str, dict[str, Any], str], ...] = (
@@ -73,8 +80,12 @@ _PARSER: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("--no-biases", {"action": "store_true", "default": False}, "layers without biases"),
     ("--delta", {**_YES, "default": False}, "train on differences of two levels of theory"),
     ("--multi_fid", {**_YES, "default": False}, "train on two levels of theory"),
-    ("--ddp", {**_YES, "default": False}, "several GPUs (not yet)"),
-    ("--gpus", {"nargs": "+", "type": int, "default": [0]}, "indices of the GPUs"),
+    ("--ddp", {**_YES, "default": False}, "several processes, one for each of --gpus"),
+    (
+        "--gpus",
+        {"nargs": "+", "type": _number_or_word, "default": [0]},
+        "indices of the GPUs; cpu cpu for two processes on the CPU",
+    ),
     ("-c --num_cores", {"type": int, "default": 4}, "half the number of threads; scripts set those themselves"),
     ("--beta", {"type": float, "default": 0.95}, "factor of the cosine in the descriptor"),
     ("-R_c --cuttoff-radius", {"type": float, "nargs": "+", "default": [5.2, 3.8]}, "radial and angular cutoff, Å"),
@@ -137,6 +148,13 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.load_model and args.load_model_name is None:
         raise ConfigError("args.load_model is True and args.load_model_name is None: give the path of a checkpoint")
+    if hasattr(args, "gpu"):
+        device_of(args.gpu)  # says what is wrong with it
+    if args.ddp and "cpu" not in gpus(args) and (reason := devices.why_no_gpu()):
+        raise DeviceError(
+            f"args.ddp is True and args.gpus is {args.gpus!r}, but {reason}; or set args.gpus = ['cpu', 'cpu'] and "
+            "world_size = 2 for two processes on the CPU"
+        )
     if args.delta and args.multi_fid:
         raise ConfigError("args.delta and args.multi_fid are both True: choose one of the two")
     if (args.delta or args.multi_fid) and args.fidlevel_lf in (None, args.fidlevel):
@@ -222,6 +240,7 @@ def configuration(args: argparse.Namespace) -> Config:
             "batch_size": int(args.tr_batch_size),
             "validation_batch_size": int(args.vl_batch_size),
             "test_batch_size": int(args.ts_batch_size),
+            "per_rank": ["batch_size"] if args.ddp else [],
             "shuffle": False,
             "jacobian": "stored" if args.input_data_type == "aev" else "recompute",
             "loss": _loss(args),
@@ -266,14 +285,23 @@ def several(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
+class _Shown(logging.StreamHandler):
+    """What `show_log` shows the log by, and no script of its own."""
+
+
 def show_log() -> None:
-    """Show what the package logs on standard output, as PyKinML prints, unless the script has set up its own log."""
+    """Show what the package logs on standard output, as PyKinML prints, unless the script has set up its own log.
+
+    Of several processes that have joined only the first one does.
+    """
     logger = logging.getLogger("kinml_fast")
     if not logger.hasHandlers():
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Shown(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+    if not present().is_first and any(isinstance(handler, _Shown) for handler in logger.handlers):
+        logger.setLevel(logging.ERROR)
 
 
 @functools.cache
@@ -287,16 +315,10 @@ def device_of(rank: int | str | torch.device) -> torch.device:
     return devices.resolve(f"cuda:{rank}" if isinstance(rank, int) else str(rank))
 
 
-def refuse_distributed(args: argparse.Namespace) -> None:
-    """Several processes are a later part: say so before anything is computed."""
-    if getattr(args, "ddp", False) or getattr(args, "distributed", False):
-        raise ConfigError(NOT_DISTRIBUTED)
-
-
-NOT_DISTRIBUTED = (
-    "training on several GPUs or nodes is not there yet: set args.ddp = False and run one process, which trains on "
-    "the CPU or on one GPU"
-)
+def gpus(args: argparse.Namespace) -> list[str]:
+    """The words of `args.gpus`, which scripts make one text of ("0, 1"): indices of GPUs, or "cpu" for each process."""
+    listed = args.gpus.split(",") if isinstance(args.gpus, str) else args.gpus
+    return [str(gpu).strip() for gpu in listed]
 
 
 NO_BIASES = (
@@ -338,6 +360,16 @@ def _words(words: Sequence[str] = ()) -> Callable[[Any], bool]:
         return isinstance(value, list | tuple) and bool(value) and all(x in words for x in value)
 
     return allowed
+
+
+def _all_match(pattern: str, value: Any) -> bool:
+    listed = value.split(",") if isinstance(value, str) else value
+    return (
+        isinstance(listed, list | tuple)
+        and bool(listed)
+        and not any(isinstance(x, bool) for x in listed)
+        and all(re.fullmatch(pattern, str(x).strip()) for x in listed)
+    )
 
 
 def _names(value: Any) -> bool:
@@ -394,7 +426,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "give the number of a level of theory in the data",
     ),
     "num_cores": (_number(0, kind=Integral), "give a whole number"),
-    "ddp": (lambda v: v is False, NOT_DISTRIBUTED),
+    "gpus": (
+        lambda v: _all_match(r"\d+", v) or _all_match("cpu", v),
+        "give a list of indices of GPUs, or 'cpu' for each process that is to train on the CPU",
+    ),
     **{
         name: (_number(1, kind=Integral), "give a positive whole number")
         for name in ("save_every", "tr_batch_size", "vl_batch_size", "ts_batch_size")
@@ -412,6 +447,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "no_biases",
             "delta",
             "multi_fid",
+            "ddp",
         )
     },
 }

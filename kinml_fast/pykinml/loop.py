@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from torch.optim import lr_scheduler as schedules
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from kinml_fast.data import prepared, splits
 from kinml_fast.data.prepared import Prepared
@@ -20,7 +20,7 @@ from kinml_fast.data.structures import Structures, concatenate
 from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.metrics import Errors
 from kinml_fast.pykinml import nnpes, state
-from kinml_fast.pykinml.arguments import FORCES, KEPT_ORDER, NOT_DISTRIBUTED, device_of, note, show_log
+from kinml_fast.pykinml.arguments import FORCES, KEPT_ORDER, device_of, note, show_log
 from kinml_fast.pykinml.data import PesDataset
 from kinml_fast.train import Trainer
 from kinml_fast.train import config as configurations
@@ -28,6 +28,7 @@ from kinml_fast.train.config import Config
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.metrics import Row
 from kinml_fast.train.progress import Progress
+from kinml_fast.train.ranks import present
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,15 @@ class Loop:
     """Trains a PyKinML module, in place, on data sets that `prepper` has loaded.
 
     The folder then holds `model-0000.pt` … with PyKinML's keys, and what a native run leaves; `fname` is PyKinML's log.
+    Processes that have joined (`init_process_group`) train together: the first one writes the folder, each its own
+    `fname`, and all modules have the same weights afterwards.
 
     Parameters
     ----------
     model
-        From `prepper.load_train_objs`.
+        From `prepper.load_train_objs`, or DistributedDataParallel of that.
     loaders
-        For training, validation and test.
+        For training, validation and test. A `DistributedSampler` says that the batch size is that of each process.
     optimizer, scheduler
         Say how to train; the optimizer's state is gone on with.
     save_every
@@ -81,7 +84,7 @@ class Loop:
         force_train: bool,
     ) -> None:
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            raise ConfigError(NOT_DISTRIBUTED)
+            model = model.module
         model.to(device_of(device))
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, scheduler
         self.loaders = dict(zip(PARTS, loaders, strict=True))
@@ -101,16 +104,17 @@ class Loop:
             note(sentence)
         started = time.time()
         config, data = self._config(max_epochs), self._prepared()
-        folder = RunFolder(self.svpath)
+        folder, ranks = RunFolder(self.svpath), present()
         shape = dataset(self.loaders["train"]).descriptor
         model = nnpes.energy_model(self.model, shape, fidelities=data.fidelities, baseline=data.baseline)
-        report = _Report(self, model)
+        report = _Report(self, model, ranks.is_first)
         # The checkpoints to keep are PyKinML's, which the report writes.
         training = config.training.model_copy(update={"save_every": None})
-        trainer = Trainer(model, data, training, folder.path, overwrite=True, progress=report)
-        configurations.save(config, folder.config)
-        prepared.save(folder.prepared, data)
-        splits.write_tvtmsk(folder.split, data.structures, data.split)
+        trainer = Trainer(model, data, training, folder.path, overwrite=True, progress=report, ranks=ranks)
+        if ranks.is_first:
+            configurations.save(config, folder.config)
+            prepared.save(folder.prepared, data)
+            splits.write_tvtmsk(folder.split, data.structures, data.split)
         state.give(trainer.optimizer, self.optimizer, self.model)
         with Path(self.fname).open("w", encoding="utf-8") as file:
             file.write(f"Initial parameters for device: {self.device}\n")
@@ -139,6 +143,9 @@ class Loop:
 
     def _prepared(self) -> Prepared:
         parts = [self._structures(part) for part in PARTS]
+        sampler = self.loaders["train"].sampler
+        if isinstance(sampler, DistributedSampler):
+            parts[0] = parts[0].select(joint_order(sampler))
         elements = parts[0].elements
         ends = np.cumsum([len(part) for part in parts])
         structures = concatenate([part for part in parts if len(part)], elements)
@@ -184,8 +191,10 @@ class Loop:
             "save_every": self.save_every,
             "test_every": 1,
             **{_SIZES[part]: loader.batch_size or 1 for part, loader in self.loaders.items()},
+            "per_rank": ["batch_size"] if isinstance(self.loaders["train"].sampler, DistributedSampler) else [],
         }
-        return configurations.from_dict(values, "args")
+        config = configurations.from_dict(values, "args")
+        return config.model_copy(update={"training": config.training.for_ranks(present().size)})
 
     def _write_parameters(self, file: TextIO) -> None:
         for name, parameter in self.model.named_parameters():
@@ -196,8 +205,8 @@ class Loop:
 class _Report(Progress):
     """Says each epoch's errors in PyKinML's words, and writes its checkpoints."""
 
-    def __init__(self, loop: Loop, model: Any) -> None:
-        self._loop, self._model = loop, model
+    def __init__(self, loop: Loop, model: Any, writes: bool) -> None:
+        self._loop, self._model, self._writes = loop, model, writes
         self.last: dict[str, torch.Tensor] | None = None
 
     def begin_run(self, trainer: Trainer, file: TextIO, epochs: int) -> None:
@@ -220,7 +229,7 @@ class _Report(Progress):
         last = number + 1 == self._epochs
         if last:
             self.last = {key: value.clone() for key, value in loop.model.state_dict().items()}
-        if last or number % loop.save_every == 0:
+        if self._writes and (last or number % loop.save_every == 0):
             path = Path(loop.svpath) / f"model-{number:04}.pt"
             state.write(path, loop.model, self._model, loop.optimizer, loop.lr_scheduler, number)
 
@@ -244,6 +253,13 @@ class _Report(Progress):
             self._file.write("log_sigma: " + " ".join(map(str, self._loop.model.log_sigma.tolist())) + " ")
         self._file.write("\n")
         return lines
+
+
+def joint_order(sampler: DistributedSampler) -> list[int]:
+    """The items of all processes in the order in which these take them, each once."""
+    alone: DistributedSampler = DistributedSampler(sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed)
+    alone.set_epoch(sampler.epoch)
+    return list(alone)
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from kinml_fast.errors import DataError
 from kinml_fast.pykinml import nnpes
 from kinml_fast.pykinml import prepper as prep
 from kinml_fast.pykinml import trainer as single
-from kinml_fast.pykinml.arguments import LEVELS, one, refuse_distributed
+from kinml_fast.pykinml.arguments import LEVELS, one
 from kinml_fast.pykinml.loop import Loop, config_of, dataset
 from kinml_fast.pykinml.trainer import ddp_setup
 
@@ -93,21 +93,21 @@ class Trainer_mf(Loop):
 
 def spawned_trainer(rank: Any, args: argparse.Namespace, world_size: int) -> None:
     """Load prepared data of both levels and train as `args` says; the arguments are those of `trainer`'s."""
-    objects = single.training_objects(rank, args)
-    names = ("train_data_lf", "valid_data_lf", "test_data_lf", "keys_lf")
-    lower = prep.load_train_data(args, fid=args.fidlevel_lf, get_aevs=False)
-    Trainer_mf(**objects, **dict(zip(names, lower, strict=True))).train(args.epochs)
+    with single.place(rank, args, world_size) as device:
+        objects = single.training_objects(rank, args, device)
+        names = ("train_data_lf", "valid_data_lf", "test_data_lf", "keys_lf")
+        lower = prep.load_train_data(args, fid=args.fidlevel_lf, get_aevs=False)
+        Trainer_mf(**objects, **dict(zip(names, lower, strict=True))).train(args.epochs)
 
 
 def main(args: argparse.Namespace) -> None:
     """Prepare the data of both levels, unless `args.pre_saved`, and train."""
     torch.set_default_dtype(torch.float64)
-    refuse_distributed(args)
     if not args.pre_saved:
         prep.prep_data(args, fid=args.fidlevel, get_aevs=True)
         prep.prep_data(args, fid=args.fidlevel_lf, get_aevs=False)
         args.pre_saved, args.data_path = True, one(args.savenm)
-    spawned_trainer("cpu", args, 0)
+    single.launch(spawned_trainer, args)
 
 
 if __name__ == "__main__":

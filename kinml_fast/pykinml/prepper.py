@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.distributed import is_initialized
+from torch.utils.data import DataLoader, DistributedSampler
 
 from kinml_fast.data import prepared, splits
 from kinml_fast.data.prepared import Prepared
@@ -28,7 +29,6 @@ from kinml_fast.pykinml.arguments import (
     note,
     one,
     parse_arguments_list,
-    refuse_distributed,
     seeds,
     show_log,
 )
@@ -183,7 +183,6 @@ def prep_data(args: argparse.Namespace, mf: Any = None, fid: int | str = "", get
     """
     show_log()
     check(args)
-    refuse_distributed(args)
     config = configuration(args)
     folder = Path(one(args.savenm))
     fid = args.fidlevel if fid == "" else fid
@@ -220,7 +219,6 @@ def load_data(args: argparse.Namespace, get_aevs: bool = True, fid: int | str = 
         An argument that is not allowed, data that are not there, more structures asked for than there are.
     """
     check(args)
-    refuse_distributed(args)
     config = configuration(args)
     folder = Path(args.data_path if args.pre_saved and args.data_path else one(args.savenm))
     fid = args.fidlevel if fid == "" else fid
@@ -446,8 +444,20 @@ def _amounts(tvt: Sequence[float], n_pool: int, n_test: int) -> tuple[int, int]:
 
 
 def _loaders(args: argparse.Namespace, sets: Sequence[PesDataset]) -> list[DataLoader]:
-    sizes = (args.tr_batch_size, args.vl_batch_size, args.ts_batch_size)
-    return [DataLoader(part, batch_size=size, collate_fn=list) for part, size in zip(sets, sizes, strict=True)]
+    """Loaders of the three parts; with `args.ddp` that for training gives each process a share, as in PyKinML."""
+    shares: DistributedSampler | None = None
+    if args.ddp:
+        if not is_initialized():
+            raise ConfigError(
+                "args.ddp is True, but no processes have joined: call trainer.ddp_setup(rank, world_size) before, or "
+                "set args.ddp = False"
+            )
+        shares = DistributedSampler(sets[0])
+    samplers, sizes = (shares, None, None), (args.tr_batch_size, args.vl_batch_size, args.ts_batch_size)
+    return [
+        DataLoader(part, batch_size=size, sampler=sampler, collate_fn=list)
+        for part, size, sampler in zip(sets, sizes, samplers, strict=True)
+    ]
 
 
 def _seed(seed: int) -> None:

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import destroy_process_group
 from torch.utils.data import DataLoader
 
-from kinml_fast.errors import ConfigError
+from kinml_fast import devices
 from kinml_fast.pykinml import daev as daev_calc
 from kinml_fast.pykinml import nnpes
 from kinml_fast.pykinml import prepper as prep
-from kinml_fast.pykinml.arguments import NOT_DISTRIBUTED, device_of, one, refuse_distributed, seeds, show_log
+from kinml_fast.pykinml.arguments import device_of, gpus, one, seeds, show_log
 from kinml_fast.pykinml.loop import Loop
+from kinml_fast.train import meeting, ranks
 
 log = logging.getLogger(__name__)
 
 
 def ddp_setup(rank: int, world_size: int) -> None:
-    """Join several processes: not there yet.
+    """Join the processes that `torch.multiprocessing.spawn` has started; each has the GPU of its rank if there is one.
+
+    They meet on this computer at a port that follows from the program that has started them, or where the variables
+    MASTER_ADDR and MASTER_PORT say.
+
+    Parameters
+    ----------
+    rank
+        The number of this process, from 0.
+    world_size
+        How many there are.
 
     Raises
     ------
     InputError
-        Always.
+        They do not find one another.
     """
-    raise ConfigError(NOT_DISTRIBUTED)
+    ranks.join(meeting.of_children(rank, world_size, os.environ))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device_of(rank))
 
 
 class Runner:
@@ -122,29 +139,59 @@ def spawned_trainer(rank: Any, args: argparse.Namespace, world_size: int) -> Non
     Parameters
     ----------
     rank
-        Where to train: "cpu", or the index of a GPU.
+        Where to train: "cpu", or the index of a GPU. With `args.ddp` the number of this process, from 0, which is the
+        index of its GPU unless `args.gpus` are "cpu".
     args
         See `prepper.parse_arguments_list`.
     world_size
-        0.
+        With `args.ddp` the number of processes; otherwise 0.
     """
-    Trainer(**training_objects(rank, args)).train(args.epochs)
+    with place(rank, args, world_size) as device:
+        Trainer(**training_objects(rank, args, device)).train(args.epochs)
 
 
 def main(args: argparse.Namespace) -> None:
     """Prepare the data, unless `args.pre_saved`, and train."""
     torch.set_default_dtype(torch.float64)
-    refuse_distributed(args)
     if not args.pre_saved:
         prep.prep_data(args, fid=args.fidlevel)
         args.pre_saved, args.data_path = True, one(args.savenm)
-    spawned_trainer("cpu", args, 0)
+    launch(spawned_trainer, args)
 
 
-def training_objects(rank: Any, args: argparse.Namespace) -> dict[str, Any]:
+def launch(target: Callable[[Any, argparse.Namespace, int], None], args: argparse.Namespace) -> None:
+    """Call `spawned_trainer`, with `args.ddp` in a process for each of `args.gpus`."""
+    if not args.ddp:
+        target("cpu", args, 0)
+        return
+    chosen = gpus(args)
+    if "cpu" not in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        devices.resolve(f"cuda:{len(chosen) - 1}")  # says which are there
+    torch.multiprocessing.spawn(target, (args, len(chosen)), nprocs=len(chosen))
+
+
+@contextlib.contextmanager
+def place(rank: Any, args: argparse.Namespace, world_size: int) -> Iterator[Any]:
+    """Where `spawned_trainer` trains; with `args.ddp` the processes are joined while the block runs."""
+    if not args.ddp:
+        yield rank
+        return
+    ddp_setup(rank, world_size)
+    try:
+        if "cpu" in gpus(args):
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(torch.get_num_threads() // world_size, 1))
+            yield "cpu"
+        else:
+            yield rank
+    finally:
+        destroy_process_group()
+
+
+def training_objects(rank: Any, args: argparse.Namespace, device: Any) -> dict[str, Any]:
     """What `Trainer` takes, by name."""
     show_log()
-    refuse_distributed(args)
     torch.manual_seed(seeds(args.randomseed[1])[0])
     torch.set_default_dtype(torch.float64)
     args.num_species = len(args.present_elements)
@@ -163,7 +210,7 @@ def training_objects(rank: Any, args: argparse.Namespace) -> dict[str, Any]:
         "save_every": args.save_every,
         "fname": f"{name.rstrip('/')}_device_{rank}.log",
         "svpath": name,
-        "device": rank,
+        "device": device,
         "force_train": args.floss,
     }
 

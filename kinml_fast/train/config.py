@@ -395,6 +395,9 @@ class TrainingConfig(Section):
     """See the section."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, which is then what is validated and saved."""
+    per_rank: list[Literal["batch_size", "learning_rate"]] = []
+    """Several processes: which of batch_size and optimizer.learning_rate are given for each of them, and multiplied by
+    their number when the run starts. The run's config.yaml has the products, with which it goes on, on any number."""
     save_every: Count | None = None
     """Keep a checkpoint every so many epochs; null: only the last and the best."""
     test_every: Count | None = None
@@ -414,6 +417,18 @@ class TrainingConfig(Section):
         if self.score.energy == 0 and (self.score.forces == 0 or not self.loss.forces):
             raise ValueError("score.energy is 0 and nothing else is judged: give it, or score.forces and loss.forces")
         return self
+
+    def for_ranks(self, size: int) -> TrainingConfig:
+        """The same for all of so many processes together: what per_rank names is multiplied, and it names nothing."""
+        if not self.per_rank:
+            return self
+        changes: dict[str, Any] = {"per_rank": []}
+        if "batch_size" in self.per_rank:
+            changes["batch_size"] = size * self.batch_size
+        if "learning_rate" in self.per_rank:
+            rate = size * self.optimizer.learning_rate
+            changes["optimizer"] = self.optimizer.model_copy(update={"learning_rate": rate})
+        return self.model_copy(update=changes)
 
     def ignored(self) -> list[str]:
         """Sentences about keys that were changed but have no effect."""

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kinml_fast import devices
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import ConfigError, InputError
@@ -48,10 +47,12 @@ def start(
     folder = RunFolder(config.run)
 
     def opened() -> tuple[Config, Origin | None]:
-        devices.resolve(config.training.device)  # says now what is wrong with it
+        ranks.device(config.training.device)  # says now what is wrong with it
         _check_shared(config, ranks)
         return begin(config)
 
+    given = config.training.per_rank
+    config = config.model_copy(update={"training": config.training.for_ranks(ranks.size)})
     config, origin = ranks.in_turn(opened)
 
     def begun() -> Prepared | LargeData:
@@ -61,6 +62,9 @@ def start(
             configuration.save(known, folder.config)
             for sentence in config.ignored():
                 log.warning("%s", sentence)
+            if given:
+                size, rate = config.training.batch_size, config.training.optimizer.learning_rate
+                log.info("%d processes: batches of %d structures, learning rate %g", ranks.size, size, rate)
             return prepare(known)
 
     # What was settled is in the file.
@@ -118,7 +122,12 @@ def _reopened(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> tupl
     config = configuration.with_overrides(values, overrides, str(folder.config))
     if config.start != before.start:
         raise ConfigError(f"{folder}: has begun already, so that start.… cannot change: start a new run for that")
-    devices.resolve(config.training.device)
+    if config.training.per_rank != before.training.per_rank:
+        raise ConfigError(
+            f"{folder}: has begun already, with training.batch_size={before.training.batch_size} for all processes "
+            "together, so that training.per_rank cannot change: start a new run for that"
+        )
+    ranks.device(config.training.device)
     _check_shared(config, ranks)
     return before, config
 
@@ -140,5 +149,5 @@ def _check_shared(config: Config, ranks: Ranks) -> None:
             "several processes cannot train an ensemble together yet: start one, with ensemble.processes=N, or set "
             "ensemble.members=1"
         )
-    if devices.resolve(config.training.device).type != "cpu":
+    if ranks.device(config.training.device).type != "cpu":
         raise ConfigError("several processes train on CPUs only as yet: set training.device=cpu, or start one process")

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kinml_fast import devices
 from kinml_fast.data import large, prepared, splits, stored, weights
 from kinml_fast.data.files import expand
 from kinml_fast.data.large import LargeData
@@ -61,7 +60,7 @@ def go_on(
             # The start model may be gone; elements that were added to it are in the checkpoint, too.
             origin = continued.load(folder.last)
             config, model = continued.resolved(config, origin), origin.model
-        _move(model, config)
+        _move(model, config, ranks)
     _seed_others(config)
     trainer = Trainer(
         model,
@@ -116,7 +115,7 @@ def fit(
             if config.start.sae == "keep":
                 continued.keep_sae(model, origin, config.data.sae, data)
         log.info("%s", model)
-        _move(model, config)
+        _move(model, config, ranks)
         _seed_others(config)
         trainer = Trainer(
             model,
@@ -248,9 +247,9 @@ def _given(config: Config, data: Prepared | LargeData) -> TrainingData | LargeDa
     return TrainingData(data.structures, data.split, None, data.weights, data.source)
 
 
-def _move(model: EnergyModel, config: Config) -> None:
+def _move(model: EnergyModel, config: Config, ranks: Ranks) -> None:
     """Bring a model to where it is trained."""
-    device = devices.resolve(config.training.device)
+    device = ranks.device(config.training.device)
     if device.type == "cuda":
         log.info("trains on %s, %s", device, torch.cuda.get_device_name(device))
     model.to(device)

@@ -118,7 +118,7 @@ class RunState:
                     f"{path}: is a checkpoint of another architecture ({key} is {before} there and {value} "
                     "here): resume with the configuration of that run"
                 )
-        settings = flat(state["training"], depth=1)
+        settings = {**flat(TrainingConfig().model_dump(), depth=1), **flat(state["training"], depth=1)}
         for key, value in flat(self.config.model_dump(), depth=1).items():
             changeable = any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
             if not changeable and settings.get(key) != value:

@@ -108,7 +108,7 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
-        self.config = config or TrainingConfig()
+        self.config = (config or TrainingConfig()).for_ranks(ranks.size)
         place = None if folder is None else RunFolder(folder)
         self.folder = place if ranks.is_first else None
         self.progress = progress or Progress()
@@ -118,6 +118,12 @@ class Trainer:
         if not ranks.alone and (extra_losses or model.sae.device.type != "cpu"):
             what = "extra_losses" if extra_losses else "training.device other than cpu"
             raise ConfigError(f"{what} and several processes do not go together yet: use one process")
+        batch = min(self.config.batch_size, self.data.sizes["train"])
+        if ranks.size > batch:
+            raise ConfigError(
+                f"{ranks.size} processes cannot share a batch of {batch}: start fewer, or set training.batch_size to "
+                f"{ranks.size} or more"
+            )
 
         tasks = TaskWeights(self.config.loss, list(extra_losses or {}), model.sae.device)
         self._extra = ExtraLosses(extra_losses, model, tasks) if extra_losses else None
