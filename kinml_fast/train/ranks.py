@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kinml_fast import signals
+from kinml_fast._library import identity
 from kinml_fast.errors import ConfigError, InputError, RankError
+from kinml_fast.train.board import Board, this_process
 
 _Result = TypeVar("_Result")
+
+_MIXED = "start the same installation in all of them, with KINML_CPU_ISA=avx2 where processors differ"
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,13 @@ class Ranks:
         Its number, from 0. The first one writes the files.
     size
         How many there are.
+    board
+        What they say to one another; None for one alone.
     """
 
     rank: int = 0
     size: int = 1
+    board: Board | None = field(default=None, compare=False)
 
     @property
     def alone(self) -> bool:
@@ -46,21 +56,37 @@ class Ranks:
         """From which to which of so many things in a row are this process's; they differ by one at most."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
+    # What follows is called by all processes, in the same order. It raises RankError when another one has said why it
+    # cannot go on, and in one process InputError when another one has gone without a word.
+
     def add(self, tensor: Tensor) -> None:
         """The sum over all processes, in place."""
         if not self.alone:
-            dist.all_reduce(tensor)
+            with self._together():
+                dist.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors [n, ...] of all processes, which have one shape, behind one another."""
         if self.alone:
             return tensor
         gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather(list(gathered.chunk(self.size)), tensor)
+        with self._together():
+            dist.all_gather(list(gathered.chunk(self.size)), tensor)
         return gathered
+
+    def largest(self, number: int) -> int:
+        """The largest number of any process."""
+        if self.alone:
+            return number
+        tensor = torch.tensor([number])
+        with self._together():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
 
     def in_turn(self, first: Callable[[], _Result], others: Callable[[], _Result] | None = None) -> _Result:
         """Call a function in the first process, and when it is done the same or another one elsewhere.
+
+        The others wait as long as it takes.
 
         Raises
         ------
@@ -69,37 +95,139 @@ class Ranks:
         """
         if self.alone:
             return first()
-        dist.barrier()  # all have seen the files as they were
-        failed = torch.ones(1)
-        try:
-            if self.is_first:
-                result = first()
-                failed.zero_()
-        finally:
-            dist.broadcast(failed, 0)
+        self.wait()  # all have seen the files as they were
+        if self.is_first:
+            result = first()
+            self._board.say("")
+            return result
+        self._hear()
+        return (others or first)()
+
+    def told(self, first: Callable[[], str]) -> str:
+        """What a function returns in the first process; the errors are those of `in_turn`."""
+        if self.alone:
+            return first()
         if not self.is_first:
-            if failed.item():
-                raise RankError("the first process could not go on")
-            result = (others or first)()
-        return result
+            return self._hear()
+        text = first()
+        self._board.say(text)
+        return text
 
     def wait(self) -> None:
         """Go on when all processes are here."""
         if not self.alone:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
+
+    def same(self, values: Mapping[str, object], remedy: str) -> None:
+        """Go on when all processes are here and have the same values.
+
+        Parameters
+        ----------
+        values
+            By the name that a user knows.
+        remedy
+            For a user in whose processes they differ.
+
+        Raises
+        ------
+        InputError
+            Something differs; the sentence names the processes. RankError where another one says it.
+        """
+        if self.alone:
+            return
+        own = {name: str(value) for name, value in values.items()}
+        found: list[Any] = [None] * self.size
+        with self._together():
+            dist.all_gather_object(found, (this_process(), own))
+        self._board.names = [who for who, _ in found]
+        of_first: dict[str, str] = found[0][1]
+        for rank, (who, of_rank) in enumerate(found):
+            names = [name for name in of_first | of_rank if of_first.get(name) != of_rank.get(name)]
+            if names:
+                others = sum(of_other != of_first for _, of_other in found[rank + 1 :])
+                more = f" (and {others} more)" if others else ""
+                what = ", ".join(f"{name} ({of_rank.get(name)} instead of {of_first.get(name)})" for name in names[:3])
+                what += f" … ({len(names)} in all)" if len(names) > 3 else ""
+                raise InputError(
+                    f"process {rank} ({who}){more} has another {what} than process 0 ({found[0][0]}): {remedy}"
+                )
+
+    def set_timeout(self, seconds: float) -> None:
+        """For how long the others are waited for from now on."""
+        if not self.alone:
+            # The public ways are torch.distributed.init_process_group, before a configuration is read, and new groups.
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+
+    def speaks(self) -> bool:
+        """Whether this process is the one that says why all end: the first to ask."""
+        return self.board is None or self.board.speaks()
+
+    @property
+    def _board(self) -> Board:
+        assert self.board is not None, "Ranks of several processes come from `joined`"
+        return self.board
+
+    def _hear(self) -> str:
+        with self._together():
+            text = self._board.hear()
+        if text is None:
+            raise RankError("the first process could not go on")
+        return text
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say in one sentence, and in one process, what has become of another one."""
+        try:
+            yield
+        except RuntimeError as error:
+            # The sentence comes before any signal: torchrun ends all when one is gone.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)
+            try:
+                raise self._lost("time-out" if "Timed out" in str(error) else "lost") from error
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _lost(self, why: str) -> InputError:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # others that wait notice it, too
+        silent, reasons = self._board.silent(why)
+        if self._board.spoken() or not self._board.speaks():
+            return RankError("another process could not go on")
+        if not silent:
+            return InputError(
+                "the connection between the processes was lost, though all are there: look for trouble with the "
+                "network, and continue the run with --resume"
+            )
+        names = [f"process {rank} ({self._board.names[rank]})" for rank in silent]
+        what = "did not answer in time (training.rank_timeout_seconds)" if "time-out" in reasons else "is gone"
+        return InputError(
+            f"{', '.join(names)} {what}: look into its output and for a lack of memory, and continue the run with "
+            "--resume: its last checkpoint is whole"
+        )
 
 
 ALONE = Ranks()
+
+
+def restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun (`--max-restarts`) or SLURM (`--requeue`) has started this process again after an end."""
+    counts = (environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count not in ("", "0") for count in counts)
 
 
 @contextlib.contextmanager
 def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """Join the processes that were started together (torchrun), as their environment says; alone without one.
 
+    When the block ends with an error, one process raises it; where others have the same, or cannot go on because of it,
+    they raise RankError.
+
     Raises
     ------
     InputError
-        Only a part of the environment is there, or the processes do not find one another.
+        Only a part of the environment is there, or the processes do not find one another, or are not of one
+        installation.
     """
     if "WORLD_SIZE" not in environment:
         yield ALONE
@@ -114,7 +242,28 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         raise InputError(f"the processes do not find one another at {address} ({error}): check the address") from error
+    with together() as ranks:
+        yield ranks
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Ranks]:
+    """The processes of torch.distributed's group, which ends with the block; see `joined`."""
+    board = Board.of_group()
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), board)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        ranks.same(identity(), _MIXED)
+        yield ranks
+    except RankError:
+        raise
+    except (InputError, OSError) as error:
+        if not board.speaks():
+            raise RankError("another process could not go on") from error
+        raise
+    except BaseException:
+        board.speaks()
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        board.leave()
