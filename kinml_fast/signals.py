@@ -33,8 +33,8 @@ class Stopped(SystemExit):
 
 
 def name(number: int) -> str:
-    """A signal as it is called: SIGTERM."""
-    return signal.Signals(number).name
+    """A signal as it is called, like SIGTERM; Ctrl-C for 0, none."""
+    return signal.Signals(number).name if number else "Ctrl-C"
 
 
 def ending(number: int) -> KeyboardInterrupt | Stopped:

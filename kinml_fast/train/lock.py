@@ -78,17 +78,16 @@ def hold(folder: Path, *, training: bool = False, patience: float = 0.0) -> Hold
     InputError
         Another process trains there, or this one does; the folder cannot be made or written.
     """
-    folder = folder.resolve()
-    give_up = time.monotonic() + patience
+    place, give_up = folder.resolve(), time.monotonic() + patience
     while True:
         with _guard:
-            found = _held.get(folder)
+            found = _held.get(place)
             if found is not None and found.busy:
                 holder = "this process trains"
             else:
                 opened = found or _opened(folder)
                 if isinstance(opened, _Held):
-                    return _hold(folder, opened, training)
+                    return _hold(place, opened, training)
                 holder = opened
         if time.monotonic() >= give_up:
             raise InputError(
@@ -98,20 +97,20 @@ def hold(folder: Path, *, training: bool = False, patience: float = 0.0) -> Hold
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _hold(folder: Path, held: _Held, training: bool) -> Hold:
-    _held[folder] = held
+def _hold(place: Path, held: _Held, training: bool) -> Hold:
+    _held[place] = held
     held.holders += 1
     held.busy = training
 
     def release() -> None:
         with _guard:
-            if _held.get(folder) is not held:  # of the process that this one was forked from
+            if _held.get(place) is not held:  # of the process that this one was forked from
                 return
             held.holders -= 1
             held.busy = held.busy and not training
             if held.holders == 0:
-                del _held[folder]
-                _close(folder, held)
+                del _held[place]
+                _close(place, held)
 
     return Hold(release)
 

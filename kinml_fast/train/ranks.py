@@ -202,8 +202,8 @@ class Ranks:
         names = [f"process {rank} ({self._board.names[rank]})" for rank in silent]
         what = "did not answer in time (training.rank_timeout_seconds)" if "time-out" in reasons else "is gone"
         return InputError(
-            f"{', '.join(names)} {what}: look into its output and for a lack of memory, and continue the run with "
-            "--resume: its last checkpoint is whole"
+            f"{', '.join(names)} {what}: see what it wrote and whether memory was too small, and continue the run "
+            "with --resume: its last checkpoint is whole"
         )
 
 

@@ -252,12 +252,14 @@ class Trainer:
         state, rhythm = self._state, self._rhythm
         state.elapsed = self._clock() - started
         save = None if self._store is None else self._store.save
-        if rhythm.interrupted:
+        if rhythm.interrupted and not self._ranks.alone:
             rhythm.signal = self._ranks.largest(rhythm.signal)
+            save = functools.partial(self._ranks.in_turn, save or _nothing, _nothing)
+        try:
+            rhythm.tick(lambda: self.progress.batch(state.epoch, state.batch / n_batches), save)
+        except (KeyboardInterrupt, signals.Stopped):
             log.info("%s: ends after batch %d of epoch %d", signals.name(rhythm.signal), state.batch, state.epoch)
-            if not self._ranks.alone:
-                save = functools.partial(self._ranks.in_turn, save or _nothing, _nothing)
-        rhythm.tick(lambda: self.progress.batch(state.epoch, state.batch / n_batches), save)
+            raise
 
     @property
     def _finished(self) -> bool:
