@@ -6,6 +6,8 @@ import contextlib
 import os
 import socket
 import time
+import uuid
+import weakref
 
 import torch.distributed as dist
 
@@ -13,6 +15,41 @@ _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_BETWEEN_LOOKS_AT_MOST = 0.5
 _SECONDS_TO_ANSWER = 5.0
 """For which a process is waited for that may have gone."""
+
+
+def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of a store in which nothing stands yet, the same for all processes.
+
+    torchrun starts processes again with the store of those that have failed: what these wrote, such as the addresses at
+    which they could be reached, would be taken for news. So each process writes a word of its own until the first one
+    has answered it with the name of the part.
+
+    Raises
+    ------
+    RuntimeError
+        Not all have come within the time that the store waits.
+    """
+    word, answered = uuid.uuid4().hex, dict[int, str]()
+    give_up = time.monotonic() + store.timeout.total_seconds()
+    if rank > 0:
+        store.set(f"word {rank}", word)
+    while time.monotonic() < give_up:
+        if rank == 0:
+            for other in range(1, size):
+                if store.check([f"word {other}"]):
+                    theirs = store.get(f"word {other}").decode()
+                    if answered.get(other) != theirs:
+                        store.set(f"answer {other}", f"{theirs} {word}")
+                        answered[other] = theirs
+            if store.add(f"{word} heard", 0) == size - 1:
+                return dist.PrefixStore(word, store)
+        elif store.check([f"answer {rank}"]):
+            heard, name = store.get(f"answer {rank}").decode().split()
+            if heard == word:
+                store.add(f"{name} heard", 1)
+                return dist.PrefixStore(name, store)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    raise RuntimeError(f"not all {size} came in {store.timeout.total_seconds():g} s")
 
 
 class Board:
@@ -42,12 +79,16 @@ class Board:
 
     @staticmethod
     def of_group() -> Board:
-        """That of the process group."""
+        """That of torch.distributed's process group; also after its end, until there is another one."""
+        global _latest
         group = dist.group.WORLD
-        assert group is not None
-        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-        rank = dist.get_rank()
-        return Board(rank, dist.get_world_size(), group.get_group_store(), here=rank == 0 and not of_agent)
+        if group is not None and (_latest is None or _latest[0]() is not group):
+            of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+            here = dist.get_rank() == 0 and not of_agent
+            board = Board(dist.get_rank(), dist.get_world_size(), group.get_group_store(), here)
+            _latest = weakref.ref(group), board  # whoever has the group itself keeps its connections open
+        assert _latest is not None, "there has been no process group"
+        return _latest[1]
 
     def speaks(self) -> bool:
         """Whether this process is the first one that has to say why all end, and so the only one that does.
@@ -126,3 +167,6 @@ class Board:
 def this_process() -> str:
     """What a user looks for to find this process."""
     return f"process id {os.getpid()} on {socket.gethostname()}"
+
+
+_latest: tuple[weakref.ref[dist.ProcessGroup], Board] | None = None

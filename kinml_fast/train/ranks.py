@@ -7,7 +7,7 @@ import datetime
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from kinml_fast import signals
 from kinml_fast._library import identity
 from kinml_fast.errors import ConfigError, InputError, RankError
-from kinml_fast.train.board import Board, this_process
+from kinml_fast.train.board import Board, fresh, this_process
 
 _Result = TypeVar("_Result")
 
@@ -34,13 +34,10 @@ class Ranks:
         Its number, from 0. The first one writes the files.
     size
         How many there are.
-    board
-        What they say to one another; None for one alone.
     """
 
     rank: int = 0
     size: int = 1
-    board: Board | None = field(default=None, compare=False)
 
     @property
     def alone(self) -> bool:
@@ -161,12 +158,11 @@ class Ranks:
 
     def speaks(self) -> bool:
         """Whether this process is the one that says why all end: the first to ask."""
-        return self.board is None or self.board.speaks()
+        return self.alone or self._board.speaks()
 
     @property
     def _board(self) -> Board:
-        assert self.board is not None, "Ranks of several processes come from `joined`"
-        return self.board
+        return Board.of_group()
 
     def _hear(self) -> str:
         with self._together():
@@ -189,17 +185,18 @@ class Ranks:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _lost(self, why: str) -> InputError:
+        board = self._board
         if dist.is_initialized():
             dist.destroy_process_group()  # others that wait notice it, too
-        silent, reasons = self._board.silent(why)
-        if self._board.spoken() or not self._board.speaks():
+        silent, reasons = board.silent(why)
+        if board.spoken() or not board.speaks():
             return RankError("another process could not go on")
         if not silent:
             return InputError(
                 "the connection between the processes was lost, though all are there: look for trouble with the "
                 "network, and continue the run with --resume"
             )
-        names = [f"process {rank} ({self._board.names[rank]})" for rank in silent]
+        names = [f"process {rank} ({board.names[rank]})" for rank in silent]
         what = "did not answer in time (training.rank_timeout_seconds)" if "time-out" in reasons else "is gone"
         return InputError(
             f"{', '.join(names)} {what}: see what it wrote and whether memory was too small, and continue the run "
@@ -238,32 +235,32 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
             f"WORLD_SIZE is set but {', '.join(missing)} not: start the processes with torchrun, or unset WORLD_SIZE"
         )
     try:
-        dist.init_process_group("gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group("gloo", store=fresh(store, rank, size), rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         raise InputError(f"the processes do not find one another at {address} ({error}): check the address") from error
-    with together() as ranks:
+    with together(Ranks(dist.get_rank(), dist.get_world_size())) as ranks:
         yield ranks
 
 
 @contextlib.contextmanager
-def together() -> Iterator[Ranks]:
+def together(ranks: Ranks) -> Iterator[Ranks]:
     """The processes of torch.distributed's group, which ends with the block; see `joined`."""
-    board = Board.of_group()
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), board)
     try:
         ranks.same(identity(), _MIXED)
         yield ranks
     except RankError:
         raise
     except (InputError, OSError) as error:
-        if not board.speaks():
+        if not ranks.speaks():
             raise RankError("another process could not go on") from error
         raise
     except BaseException:
-        board.speaks()
+        ranks.speaks()
         raise
     finally:
+        board = Board.of_group()
         if dist.is_initialized():
             dist.destroy_process_group()
         board.leave()

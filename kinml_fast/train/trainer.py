@@ -112,7 +112,6 @@ class Trainer:
         place = None if folder is None else RunFolder(folder)
         self.folder = place if ranks.is_first else None
         self.progress = progress or Progress()
-        ranks.set_timeout(self.config.rank_timeout_seconds)
         self.data = Dataset(model, data, self.config)
         self._steps: dict[bool, Step] = {}
         self._clock, self._rhythm, self._ranks = clock, Rhythm(clock, self.config.checkpoint_seconds), ranks
@@ -167,6 +166,7 @@ class Trainer:
             if self._store is not None:
                 stack.enter_context(self._store.training())
             if not self._ranks.alone:
+                self._ranks.set_timeout(self.config.rank_timeout_seconds)
                 self._ranks.same(self._state.identity(), "give all of them the same files and arguments")
             stack.enter_context(_threads(self.config.threads))
             stack.enter_context(_memory_explained(self.config))
