@@ -17,7 +17,7 @@ _SECONDS_TO_ANSWER = 5.0
 """For which a process is waited for that may have gone."""
 
 
-def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+def fresh(store: dist.Store, rank: int, size: int, seconds: float = 1800.0) -> dist.Store:
     """A part of a store in which nothing stands yet, the same for all processes.
 
     torchrun starts processes again with the store of those that have failed: what these wrote, such as the addresses at
@@ -27,10 +27,10 @@ def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
     Raises
     ------
     RuntimeError
-        Not all have come within the time that the store waits.
+        Not all have come within so many seconds.
     """
     word, answered = uuid.uuid4().hex, dict[int, str]()
-    give_up = time.monotonic() + store.timeout.total_seconds()
+    give_up = time.monotonic() + seconds
     if rank > 0:
         store.set(f"word {rank}", word)
     while time.monotonic() < give_up:
@@ -49,7 +49,7 @@ def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
                 store.add(f"{name} heard", 1)
                 return dist.PrefixStore(name, store)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    raise RuntimeError(f"not all {size} came in {store.timeout.total_seconds():g} s")
+    raise RuntimeError(f"not all {size} came in {seconds:g} s")
 
 
 class Board:
