@@ -11,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import wait_for
 from training_helpers import (
     HastyClock,
@@ -33,6 +35,7 @@ from kinml_fast.errors import InputError
 from kinml_fast.signals import Stopped
 from kinml_fast.train import Trainer, TrainingConfig, checkpoint, lock, runs
 from kinml_fast.train import config as configuration
+from kinml_fast.train.board import fresh
 from kinml_fast.train.ranks import restarted
 
 PROGRAM = Path(__file__).parent / "fault_program.py"
@@ -276,6 +279,26 @@ def test_what_was_started_again_goes_on_with_its_run(tmp_path, caplog):
 # ---- several processes --------------------------------------------------------------------------
 
 
+def test_processes_that_are_started_again_do_not_read_what_was_written_before():
+    store, found = torch.distributed.HashStore(), {}
+
+    def come(attempt: int, rank: int) -> None:
+        found[attempt, rank] = fresh(store, rank, 3, seconds=60.0)
+
+    for attempt in range(3):
+        threads = [threading.Thread(target=come, args=(attempt, rank)) for rank in (2, 0, 1)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)  # time to read what is old
+        for thread in threads:
+            thread.join()
+        assert not found[attempt, 0].check(["address"])
+        found[attempt, 0].set("address", str(attempt))
+        assert {found[attempt, rank].get("address") for rank in range(3)} == {str(attempt).encode()}
+    with pytest.raises(RuntimeError, match="not all 3 came in 0 s"):
+        fresh(store, 0, 3, seconds=0.0)
+
+
 def ended(processes: Sequence[subprocess.Popen], codes: Sequence[int]) -> list[str]:
     """What the processes said on their ends, which must have these exit codes; nobody says more than a sentence."""
     said = []
@@ -311,10 +334,11 @@ def test_a_signal_to_one_of_several_processes_ends_all_after_the_same_batch(tmp_
     runs.start(configuration.load(str(config), [*end, f"run={whole}"]))
     states = [checkpoint.load(path / "checkpoints/last.pt") for path in (run, whole)]
     assert_same_bits(*({k: v for k, v in state.items() if k not in ("elapsed", "metrics_length")} for state in states))
-    # Early stopping ends all of them.
-    shutil.rmtree(run)
-    assert ended(start_ranks(2, config), [0, 0]) == []
-    assert rows(run)[-1]["epoch"] == "2"
+    # Early stopping ends all of them, or the only one.
+    for size in (2, 1):
+        shutil.rmtree(run)
+        assert ended(start_ranks(size, config), [0] * size) == []
+        assert rows(run)[-1]["epoch"] == "2"
 
 
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -220,10 +220,10 @@ def start_ranks(
     processes = []
     for rank in range(size):
         last = rank == size - 1
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-        if size > 1:
-            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
-            environment |= place | (dict(of_last_environment or {}) if last else {})
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **place}
+        if last:
+            environment |= of_last_environment or {}
         processes.append(
             subprocess.Popen(
                 [sys.executable, *map(str, (*program, *arguments, *(of_last if last else ())))],
