@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -48,6 +50,22 @@ def build_info() -> dict[str, str]:
     from kinml_fast import _C
 
     return {**_C.build_info(), "instruction set in use": _C.cpu_isa()}
+
+
+@functools.cache
+def identity() -> dict[str, str]:
+    """What must be alike where several processes are to have the same bits: versions, sources, instruction set."""
+    found = {
+        "kinml_fast": build_info()["version"],
+        "torch": torch.__version__,
+        "instruction set": build_info()["instruction set in use"],
+    }
+    for what, suffix in (("digest of the sources", "py"), ("digest of the compiled ops", "so")):
+        digest = hashlib.sha256()
+        for path in sorted(_FOLDER.rglob(f"*.{suffix}")):
+            digest.update(f"{path.relative_to(_FOLDER)} ".encode() + path.read_bytes())
+        found[what] = digest.hexdigest()[:12]
+    return found
 
 
 _load()

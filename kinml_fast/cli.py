@@ -9,12 +9,14 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kinml_fast import signals
 from kinml_fast.errors import ConfigError, InputError, RankError
 
 if TYPE_CHECKING:
@@ -23,14 +25,13 @@ if TYPE_CHECKING:
 # What takes long to import (torch, tensorboard, matplotlib) is imported by the command that needs it.
 
 USAGE_ERROR = 2
-INTERRUPTED = 130
 
 _MODEL = "model.pt of a run, the run's folder, or a pattern of several, which make an ensemble"
 _DEVICE = "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N; by default auto"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + N after signal N (Ctrl-C: 130)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "arguments")]
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # argparse gives up positional arguments behind an option.
         options.arguments += rest
     try:
-        options.command(options)
+        with signals.at_once():
+            return options.command(options) or 0
     except RankError:
         return USAGE_ERROR
     except InputError as error:
@@ -49,10 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         return _complain(f"{error.filename or 'output'}: the disk is full: free some space and try again")
-    except KeyboardInterrupt as interrupt:
-        sys.stderr.write(f"\ninterrupted{interrupt}\n")
-        return INTERRUPTED
-    return 0
+    except (KeyboardInterrupt, signals.Stopped) as end:
+        return _ended(end)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,32 +178,39 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from kinml_fast.train import config, single
+    from kinml_fast.train import config, folder, single
 
     _show_log()
-    single.prepare(config.load(options.config, options.arguments))
+    settings = config.load(options.config, options.arguments)
+    with folder.RunFolder(settings.run).hold():
+        single.prepare(settings)
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     if options.resume is None and not options.arguments:
         raise ConfigError("kinml-fast train: give a configuration file, `example`, `forces`, or --resume RUN")
     if options.resume is not None and options.overwrite:
         raise ConfigError("kinml-fast train: --resume continues a run and --overwrite replaces one: give one of them")
-    from kinml_fast.train import config, ranks, runs
+    from kinml_fast.train import config, folder, ranks, runs
 
     with ranks.joined() as together:
         progress = _show_log(quiet=not together.is_first)
-        folder = options.resume
+        run, again = options.resume, ranks.restarted()
         try:
             if options.resume is None:
                 path, *overrides = options.arguments
                 settings = together.in_turn(functools.partial(config.load, path, overrides))
-                folder = settings.run
-                runs.start(settings, overwrite=options.overwrite, progress=progress, ranks=together)
+                run = settings.run
+                runs.start(settings, overwrite=options.overwrite, restarted=again, progress=progress, ranks=together)
             else:
-                runs.resume(folder, options.arguments, progress=progress, ranks=together)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"; continue with: kinml-fast train --resume {folder}") from None
+                runs.resume(run, options.arguments, restarted=again, progress=progress, ranks=together)
+        except (KeyboardInterrupt, signals.Stopped) as end:
+            begun = run is not None and folder.RunFolder(run).config.exists()
+            return _ended(end, f"; continue with: kinml-fast train --resume {run}" * begun, together.speaks())
+        finally:
+            if not together.alone:
+                signals.ignore()  # torchrun sends one when it sees the first process end
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -278,6 +285,15 @@ def _show_log(quiet: bool = False) -> Progress:
     handler.addFilter(lambda record: record.name != progress.__name__)
     logger.addHandler(handler)
     return progress.LiveProgress(console)
+
+
+def _ended(end: KeyboardInterrupt | signals.Stopped, remedy: str = "", speaks: bool = True) -> int:
+    """Say that the user or a signal has ended the command."""
+    number = end.number if isinstance(end, signals.Stopped) else signal.SIGINT
+    if speaks:
+        what = "interrupted" if number == signal.SIGINT else f"ended by {signals.name(number)}"
+        sys.stderr.write(f"\n{what}{remedy}\n")
+    return 128 + number
 
 
 def _complain(sentence: str) -> int:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "kinml_fast"
 CSRC = ROOT / "csrc"
 
 LAYERS = [
-    {"errors", "units", "metrics", "_version"},
+    {"errors", "units", "metrics", "signals", "_version"},
     {"_library"},
     {"devices"},
     {"ops"},

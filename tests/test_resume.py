@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
 
 import pytest
-from training_helpers import assert_same_bits, assert_same_run, finish, kill_and_resume, train, write_config
+from training_helpers import (
+    assert_same_bits,
+    assert_same_run,
+    finish,
+    kill_and_resume,
+    start_ranks,
+    train,
+    write_config,
+)
 
 from kinml_fast.deploy import model_file
 
@@ -39,3 +53,55 @@ def test_killed_at_random_moments(tmp_path, forces):
     assert_same_bits(*(dict(model_file.load(run / "model.pt").state_dict()) for run in (whole, cut)))
     assert sorted(p.name for p in whole.rglob("*.pt")) == sorted(p.name for p in cut.rglob("*.pt"))
     assert list(cut.rglob("*.part")) == []
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_random_moments(tmp_path):
+    """One of two processes is killed, and torchrun starts both again with the command of the beginning."""
+    runs, epochs = {}, EPOCHS // 4
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        options = OPTIONS + ", loss: {forces: true, forces_from: 20, weighting: learned}"
+        runs[name] = tmp_path / name / "run", write_config(tmp_path / name, options, forces="some")
+    whole, config = runs["whole"]
+    finish(train(config, f"training.epochs={epochs}"))
+
+    cut, config = runs["cut"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={KILLS}"]
+    program = ["-m", "kinml_fast.cli", "train", str(config), f"training.epochs={epochs}"]
+    (torchrun,) = start_ranks(1, program=[*launch, *program])
+    drain = threading.Thread(target=torchrun.communicate)
+    drain.start()
+    generator, killed = random.Random(0), 0
+    last, seen = cut / "checkpoints" / "last.pt", set()
+    while killed < KILLS and torchrun.poll() is None:
+        time.sleep(0.02)
+        ranks = ranks_of(torchrun.pid)
+        if len(ranks) < 2 or seen & {*ranks.values()} or not last.exists():
+            continue
+        # Every fifth moment lies anywhere from the start of the processes on, the others in the training.
+        before = last.stat().st_mtime_ns
+        while killed % 5 != 4 and torchrun.poll() is None and last.stat().st_mtime_ns == before:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.3))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ranks[generator.randrange(2)], signal.SIGKILL)
+        seen |= {*ranks.values()}
+        killed += 1
+    drain.join(timeout=1800)
+    assert torchrun.returncode == 0
+    assert killed == KILLS
+    assert_same_run(whole, cut)
+    assert_same_bits(*(dict(model_file.load(run / "model.pt").state_dict()) for run in (whole, cut)))
+    assert list(cut.rglob("*.part")) == []
+
+
+def ranks_of(torchrun: int) -> dict[int, int]:
+    """The process ids of the ranks that torchrun has started, by number."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+            for entry in Path(f"/proc/{child}/environ").read_text().split("\0"):
+                if entry.startswith("RANK="):
+                    found[int(entry[5:])] = int(child)
+    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ase
@@ -198,6 +200,41 @@ def train(*arguments: object) -> subprocess.Popen:
     """`kinml-fast train` as a process of its own."""
     command = [sys.executable, "-m", "kinml_fast.cli", "train", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def start_ranks(
+    size: int,
+    *arguments: object,
+    program: Sequence[object] = ("-m", "kinml_fast.cli", "train"),
+    of_last: Sequence[object] = (),
+    of_last_environment: Mapping[str, str] | None = None,
+    of_first: Callable[[], None] | None = None,
+) -> list[subprocess.Popen]:
+    """So many processes of `kinml-fast train`, or of another program, that train together, without torchrun.
+
+    The last one has further arguments and variables, the first one a function to call before it begins.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        last = rank == size - 1
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **place}
+        if last:
+            environment |= of_last_environment or {}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, (*program, *arguments, *(of_last if last else ())))],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                preexec_fn=of_first if rank == 0 else None,
+            )
+        )
+    return processes
 
 
 def finish(process: subprocess.Popen) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import destroy_process_group
 from torch.utils.data import DataLoader
 
 from kinml_fast import devices
@@ -178,15 +177,13 @@ def place(rank: Any, args: argparse.Namespace, world_size: int) -> Iterator[Any]
         yield rank
         return
     ddp_setup(rank, world_size)
-    try:
+    with ranks.together(ranks.present()):
         if "cpu" in gpus(args):
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(torch.get_num_threads() // world_size, 1))
             yield "cpu"
         else:
             yield rank
-    finally:
-        destroy_process_group()
 
 
 def training_objects(rank: Any, args: argparse.Namespace, device: Any) -> dict[str, Any]:

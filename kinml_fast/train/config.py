@@ -404,6 +404,9 @@ class TrainingConfig(Section):
     """Test every so many epochs; null: with each checkpoint that is kept, and at the end."""
     checkpoint_seconds: NotNegative = 30.0
     """Seconds between two writings of checkpoints/last.pt, from which a run resumes."""
+    rank_timeout_seconds: Positive = 600.0
+    """Of several processes: seconds that one waits for another in training before it is said which one is missing, and
+    the run ends."""
 
     @field_validator("device")
     @classmethod
@@ -461,6 +464,7 @@ CHANGEABLE = {
     "save_every",
     "test_every",
     "checkpoint_seconds",
+    "rank_timeout_seconds",
     "loss.forces",
     "loss.forces_from",
     "loss.forces_until",

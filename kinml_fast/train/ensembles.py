@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kinml_fast import devices, report
+from kinml_fast import devices, report, signals
 from kinml_fast.data.files import replacing
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.split import PARTS
@@ -26,7 +26,7 @@ from kinml_fast.metrics import Errors
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import single
 from kinml_fast.train.config import CHANGEABLE, Config, flat
-from kinml_fast.train.folder import RunFolder
+from kinml_fast.train.folder import MEMBER_PATIENCE, RunFolder
 from kinml_fast.train.members import of_member, train_member
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.results import Summary
@@ -116,7 +116,8 @@ def resume(
     _check_changes(before, config)
     folder = RunFolder(config.run)
     for member in folder.members():
-        member.sweep()
+        with member.hold(patience=MEMBER_PATIENCE):
+            member.sweep()
     with folder.logged():
         begun = any(member.last.exists() for member in folder.members())
         data = single.prepared_before(config) if begun else single.prepare(config)
@@ -129,16 +130,16 @@ def resume(
 
 
 def _in_processes(config: Config) -> list[Summary]:
-    """Train the members in several processes at a time; Ctrl-C lets each write its checkpoint."""
+    """Train the members in several processes at a time; Ctrl-C, or another signal, lets each write its checkpoint."""
     running: dict[int, subprocess.Popen] = {}
-    interrupted = False
+    ended = False
     log.info("%d members in %d processes", config.ensemble.members, config.ensemble.processes)
 
     def run(number: int) -> Summary | None:
-        if interrupted:
+        if ended:
             return None
         command = [sys.executable, "-m", _MEMBER_PROGRAM, config.run, str(number)]
-        # A session of its own: Ctrl-C comes from here only.
+        # A session of its own: Ctrl-C comes from here only. Other signals may reach it from elsewhere, too.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -147,7 +148,10 @@ def _in_processes(config: Config) -> list[Summary]:
         del running[number]
         if process.returncode == 2:
             raise InputError(f"member {number}: {err.strip().splitlines()[-1]}")
-        if process.returncode != 0 and not interrupted:
+        if process.returncode != 0 and not ended:
+            number = process.returncode - 128
+            if number in (signal.SIGINT, *signals.ENDING):
+                raise signals.ending(number)
             raise RuntimeError(f"member {number} ended with code {process.returncode}:\n{err}")
         if process.returncode != 0:
             return None
@@ -161,10 +165,10 @@ def _in_processes(config: Config) -> list[Summary]:
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
             return [summary for job in jobs if job.done() and (summary := job.result()) is not None]
-        except BaseException:
-            interrupted = True
+        except BaseException as error:
+            ended = True
             for process in list(running.values()):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(error.number if isinstance(error, signals.Stopped) else signal.SIGINT)
             raise
 
 

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kinml_fast.errors import InputError
+from kinml_fast.train import lock
 
 LOGGER = logging.getLogger("kinml_fast")
+
+MEMBER_PATIENCE = 30.0
+"""Seconds in which a process that trains a member of an ensemble ends when the one that started it is gone."""
 
 
 class RunFolder:
@@ -56,7 +60,7 @@ class RunFolder:
         Raises
         ------
         InputError
-            An earlier run is there, or the folder cannot be made.
+            An earlier run is there, or the folder cannot be made; a member of an ensemble is being trained there.
         """
         if self.metrics.exists() or self.last.exists() or self.members():
             if not overwrite:
@@ -64,11 +68,18 @@ class RunFolder:
                     f"{self}: holds a run already: continue it with `kinml-fast train --resume {self}`, "
                     "choose another folder with run=NAME, or replace it with --overwrite"
                 )
+            with contextlib.ExitStack() as stack:
+                for member in self.members():  # of an ensemble that was killed, a process may be about to end
+                    stack.enter_context(member.hold(patience=MEMBER_PATIENCE))
             for path in (self.config, self.metrics, self.log, self.model, *self.path.glob("events.out.tfevents.*")):
                 path.unlink(missing_ok=True)
             for path in (self.checkpoints, self.report, *(member.path for member in self.members())):
                 shutil.rmtree(path, ignore_errors=True)
         self.make()
+
+    def hold(self, *, training: bool = False, patience: float = 0.0) -> lock.Hold:
+        """Keep other runs out of the folder; see `lock.hold`."""
+        return lock.hold(self.path, training=training, patience=patience)
 
     def make(self) -> None:
         """Make the folder and that of the checkpoints if they are not there.

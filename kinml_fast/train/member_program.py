@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
+from kinml_fast import signals
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import InputError
 from kinml_fast.train import config as configuration
@@ -41,12 +43,13 @@ def main(arguments: Sequence[str]) -> int:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.ensemble.processes))
         data = prepared_before(config)
         assert isinstance(data, Prepared)
-        summary = train_member(config, data, int(number), progress)
+        with signals.at_once():
+            summary = train_member(config, data, int(number), progress)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     sys.stdout.write(f"{json.dumps(asdict(summary))}\n")
     return 0
 

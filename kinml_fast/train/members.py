@@ -13,7 +13,7 @@ from kinml_fast.data.structures import Structures
 from kinml_fast.errors import ConfigError
 from kinml_fast.train import single
 from kinml_fast.train.config import Config, EnsembleConfig
-from kinml_fast.train.folder import RunFolder
+from kinml_fast.train.folder import MEMBER_PATIENCE, RunFolder
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.results import Summary
 
@@ -86,9 +86,10 @@ def train_member(config: Config, data: Prepared, number: int, progress: Progress
     """
     config, data = of_member(config, data, number)
     folder = RunFolder(config.run)
-    if folder.last.exists():
-        return single.go_on(config, data, progress)
-    config, origin = single.begin(config)
-    folder.make()
-    splits.write_tvtmsk(folder.split, data.structures, data.split)
-    return single.fit(config, data, origin, progress, resume=True)
+    with folder.hold(patience=MEMBER_PATIENCE):
+        if folder.last.exists():
+            return single.go_on(config, data, progress)
+        config, origin = single.begin(config)
+        folder.make()
+        splits.write_tvtmsk(folder.split, data.structures, data.split)
+        return single.fit(config, data, origin, progress, resume=True)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
-import time
-import uuid
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kinml_fast import devices
+from kinml_fast import devices, signals
+from kinml_fast._library import identity
 from kinml_fast.errors import ConfigError, DeviceError, InputError, RankError, first_line
 from kinml_fast.train import meeting
+from kinml_fast.train.board import Board, fresh, this_process
 from kinml_fast.train.meeting import Meeting
 
 _Result = TypeVar("_Result")
+
+_MIXED = "start the same installation in all of them, with KINML_CPU_ISA=avx2 where processors differ"
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,30 @@ class Ranks:
         """From which to which of so many things in a row are this process's; they differ by one at most."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
+    # What follows is called by all processes, in the same order. It raises RankError when another one has said why it
+    # cannot go on, and in one process InputError when another one has gone without a word.
+
     def gather(self, own: Tensor, of_all: Tensor) -> None:
         """Write the tensors of all processes, which have one shape [...], to one [size, ...]."""
         if self.alone:
             of_all[0] = own
-        else:
+            return
+        with self._together():
             dist.all_gather(list(of_all.unbind(0)), own)
+
+    def largest(self, number: int) -> int:
+        """The largest number of any process."""
+        if self.alone:
+            return number
+        tensor = torch.tensor([number])
+        with self._together():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
 
     def in_turn(self, first: Callable[[], _Result], others: Callable[[], _Result] | None = None) -> _Result:
         """Call a function in the first process, and when it is done the same or another one elsewhere.
+
+        The others wait as long as it takes.
 
         Raises
         ------
@@ -107,30 +125,119 @@ class Ranks:
         """
         if self.alone:
             return first()
-        dist.barrier()  # all have seen the files as they were
-        failed = torch.ones(1)
-        try:
-            if self.is_first:
-                result = first()
-                failed.zero_()
-        finally:
-            dist.broadcast(failed, 0)
+        self.wait()  # all have seen the files as they were
+        if self.is_first:
+            result = first()
+            self._board.say("")
+            return result
+        self._hear()
+        return (others or first)()
+
+    def told(self, first: Callable[[], str]) -> str:
+        """What a function returns in the first process; the errors are those of `in_turn`."""
+        if self.alone:
+            return first()
         if not self.is_first:
-            if failed.item():
-                raise RankError("the first process could not go on")
-            result = (others or first)()
-        return result
+            return self._hear()
+        text = first()
+        self._board.say(text)
+        return text
 
     def wait(self) -> None:
         """Go on when all processes are here."""
         if not self.alone:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
+
+    def same(self, values: Mapping[str, object], remedy: str) -> None:
+        """Go on when all processes are here and have the same values.
+
+        Parameters
+        ----------
+        values
+            By the name that a user knows.
+        remedy
+            For a user in whose processes they differ.
+
+        Raises
+        ------
+        InputError
+            Something differs; the sentence names the processes. RankError where another one says it.
+        """
+        if self.alone:
+            return
+        own = {name: str(value) for name, value in values.items()}
+        found: list[Any] = [None] * self.size
+        with self._together():
+            dist.all_gather_object(found, (this_process(), own))
+        self._board.names = [who for who, _ in found]
+        of_first: dict[str, str] = found[0][1]
+        for rank, (who, of_rank) in enumerate(found):
+            names = [name for name in of_first | of_rank if of_first.get(name) != of_rank.get(name)]
+            if names:
+                others = sum(of_other != of_first for _, of_other in found[rank + 1 :])
+                more = f" (and {others} more)" if others else ""
+                what = ", ".join(f"{name} ({of_rank.get(name)} instead of {of_first.get(name)})" for name in names[:3])
+                what += f" … ({len(names)} in all)" if len(names) > 3 else ""
+                raise InputError(
+                    f"process {rank} ({who}){more} has another {what} than process 0 ({found[0][0]}): {remedy}"
+                )
+
+    def set_timeout(self, seconds: float) -> None:
+        """For how long the others are waited for from now on."""
+        if not self.alone:
+            # The public ways are torch.distributed.init_process_group, before a configuration is read, and new groups.
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+
+    def speaks(self) -> bool:
+        """Whether this process is the one that says why all end: the first to ask."""
+        return self.alone or self._board.speaks()
+
+    @property
+    def _board(self) -> Board:
+        return Board.of_group()
+
+    def _hear(self) -> str:
+        with self._together():
+            text = self._board.hear()
+        if text is None:
+            raise RankError("the first process could not go on")
+        return text
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say in one sentence, and in one process, what has become of another one."""
+        try:
+            yield
+        except RuntimeError as error:
+            # The sentence comes before any signal: torchrun ends all when one is gone.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)
+            try:
+                raise self._lost("time-out" if "Timed out" in str(error) else "lost") from error
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _lost(self, why: str) -> InputError:
+        board = self._board
+        if dist.is_initialized():
+            dist.destroy_process_group()  # others that wait notice it, too
+        silent, reasons = board.silent(why)
+        if board.spoken() or not board.speaks():
+            return RankError("another process could not go on")
+        if not silent:
+            return InputError(
+                "the connection between the processes was lost, though all are there: look for trouble with the "
+                "network, and continue the run with --resume"
+            )
+        names = [f"process {rank} ({board.names[rank]})" for rank in silent]
+        what = "did not answer in time (training.rank_timeout_seconds)" if "time-out" in reasons else "is gone"
+        return InputError(
+            f"{', '.join(names)} {what}: see what it wrote and whether memory was too small, and continue the run "
+            "with --resume: its last checkpoint is whole"
+        )
 
 
 ALONE = Ranks()
-
-_SAID, _SAID_SECONDS = "kinml_fast said", 10
-"""Where a process notes that it says why all end, and how long others wait for that."""
 
 
 def present() -> Ranks:
@@ -152,55 +259,52 @@ def present() -> Ranks:
     return Ranks(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
 
 
+def restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun (`--max-restarts`) or SLURM (`--requeue`) has started this process again after an end."""
+    counts = (environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count not in ("", "0") for count in counts)
+
+
 @contextlib.contextmanager
 def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """Join the processes that were started together, as their environment says; alone without one (`meeting.found`).
 
-    A mistake that is the same in all of them (an `InputError`) leaves the block in one process as it is, and in the
-    others as a `RankError`, which says nothing.
+    When the block ends with an error, one process raises it; where others have the same, or cannot go on because of it,
+    they raise RankError.
 
     Raises
     ------
     InputError
-        Only a part of the environment is there, or the processes do not find one another.
+        Only a part of the environment is there, or the processes do not find one another, or are not of one
+        installation.
     """
     place = meeting.found(environment)
     if place is None:
         yield ALONE
         return
-    store = join(place)
-    try:
-        yield Ranks(place.rank, place.size, place.local)
-    except (InputError, RuntimeError) as error:
-        if _is_said_here(error, store):
-            raise
-        raise RankError("another process says why this one cannot go on") from error
-    finally:
-        dist.destroy_process_group()
+    join(place)
+    with together(Ranks(place.rank, place.size, place.local)) as ranks:
+        yield ranks
 
 
-def join(place: Meeting) -> dist.Store:
+def join(place: Meeting) -> None:
     """Make the process group of torch.distributed: gloo for tensors on the CPU, NCCL for those on GPUs if there are.
-
-    Returns
-    -------
-    What all processes can write into and read from.
 
     Raises
     ------
     InputError
-        They do not find one another in time.
+        The processes do not find one another in time.
     RankError
         The same, and another process on this computer says it.
     """
     backend = "cpu:gloo,cuda:nccl" if devices.why_no_gpu() is None and dist.is_nccl_available() else "gloo"
     try:
         place.wait()  # torch would say more, and worse, of what is in the way
-        timeout = timedelta(seconds=place.seconds)
+        timeout = datetime.timedelta(seconds=place.seconds)
         store: dist.Store
         store = dist.TCPStore(place.address, place.port, place.size, place.opens, timeout, multi_tenant=True)
         if place.agent:
-            store = _of_this_attempt(store, place)
+            store = fresh(store, place.rank, place.size, place.seconds)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
     except (RuntimeError, ValueError, OSError) as error:
         reason = first_line(error).rstrip(".")
@@ -210,42 +314,25 @@ def join(place: Meeting) -> dist.Store:
             f"computer and a free port that all reach, or {meeting.SECONDS} to a longer time"
         )
         raise (InputError if place.local == 0 else RankError)(sentence) from error
-    return store
 
 
-def _of_this_attempt(store: dist.Store, place: Meeting) -> dist.Store:
-    """A part of the store of torchrun's agent without what earlier attempts have left there, such as old addresses.
-
-    The first process numbers the attempt. Each of the others asks it with a word of its own, which no old answer fits:
-    agents count restarts, but not all of them count the same.
-    """
-    if place.rank > 0:
-        word = uuid.uuid4().hex
-        store.set(f"kinml_fast asks {place.rank}", word)
-        number = store.get(f"kinml_fast answer {word}").decode()  # waits
-        store.add(f"kinml_fast joined {number}", 1)
-        return dist.PrefixStore(f"kinml_fast {number}", store)
-    number = str(store.add("kinml_fast attempts", 1))
-    end = time.monotonic() + place.seconds
-    while (joined := store.add(f"kinml_fast joined {number}", 0)) < place.size - 1:
-        for asks in (f"kinml_fast asks {rank}" for rank in range(1, place.size)):
-            if store.check([asks]):
-                store.set(f"kinml_fast answer {store.get(asks).decode()}", number)
-        if time.monotonic() > end:
-            raise RuntimeError(f"{joined + 1} of them came")
-        time.sleep(0.02)
-    return dist.PrefixStore(f"kinml_fast {number}", store)
-
-
-def _is_said_here(error: Exception, store: dist.Store) -> bool:
-    """Whether this process is the one to say an error; if not, a sentence has been said by now, or soon will be."""
+@contextlib.contextmanager
+def together(ranks: Ranks) -> Iterator[Ranks]:
+    """The processes of torch.distributed's group, which ends with the block; see `joined`."""
     try:
-        if not isinstance(error, InputError):  # that another one has gone, if it has said why
-            return not store.check([_SAID])
-        if not isinstance(error, RankError) and store.add(f"{_SAID} {error}", 1) == 1:
-            store.set(_SAID, "")
-            return True
-        store.wait([_SAID], timedelta(seconds=_SAID_SECONDS))
-    except RuntimeError:  # the process that kept the store has gone
-        return not isinstance(error, RankError)
-    return False
+        ranks.same(identity(), _MIXED)
+        yield ranks
+    except RankError:
+        raise
+    except (InputError, OSError) as error:
+        if not ranks.speaks():
+            raise RankError("another process could not go on") from error
+        raise
+    except BaseException:
+        ranks.speaks()
+        raise
+    finally:
+        board = Board.of_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        board.leave()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+
+from kinml_fast import signals
 
 Clock = Callable[[], float]
 """Seconds since any moment, never fewer than before."""
@@ -35,7 +36,7 @@ class Deadline:
 
 
 class Rhythm:
-    """Says when progress is drawn, when the run is saved and when its table is written out, and ends it on Ctrl-C.
+    """Says when progress is drawn, when the run is saved and when its table is written out, and ends it on a signal.
 
     Parameters
     ----------
@@ -49,7 +50,9 @@ class Rhythm:
     flushing : Deadline
         When the rows of the table are to be written out.
     interrupted : bool
-        Whether the user has pressed Ctrl-C; with several processes, in any of them before the last batch.
+        Whether the run was asked to end; with several processes, any of them before the last batch.
+    signal : int
+        By which signal this process was asked, 0 if it was not: Ctrl-C (SIGINT), or one of `signals.ENDING`.
     """
 
     def __init__(self, clock: Clock, checkpoint_seconds: float) -> None:
@@ -58,7 +61,7 @@ class Rhythm:
         self._saving = Deadline(clock, checkpoint_seconds)
         self.flushing = Deadline(clock, _SECONDS_BETWEEN_FLUSHES)
         self._next = math.inf  # of drawing and saving: all that is looked at after each batch
-        self.interrupted = self._asked = False
+        self.interrupted, self.signal = False, 0
         self._agreed: bool | None = None
 
     def begin(self) -> None:
@@ -74,7 +77,7 @@ class Rhythm:
 
     def wishes(self) -> tuple[bool, bool]:
         """Whether this process itself has something to do, and whether it was asked to end."""
-        return self._clock() >= self._next, self._asked
+        return self._clock() >= self._next, self.signal != 0
 
     def agree(self, due: bool, end: bool) -> None:
         """Go by what any of several processes wishes, so that all of them pause, or end, after the same batch."""
@@ -92,8 +95,8 @@ class Rhythm:
 
         Raises
         ------
-        KeyboardInterrupt
-            The user has pressed Ctrl-C; the run was saved.
+        KeyboardInterrupt, Stopped
+            The run was asked to end, by Ctrl-C or another signal; it was saved.
         """
         if self._drawing.passed():
             draw()
@@ -102,24 +105,16 @@ class Rhythm:
             save()
             self._saving.restart()
         if self.interrupted:
-            raise KeyboardInterrupt
+            raise signals.ending(self.signal or signal.SIGINT)
         self._next = min(self._drawing.moment, self._saving.moment)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Ctrl-C takes effect between two batches; pressed twice, at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
+        """Ctrl-C and other signals that ask for an end take effect between two batches; the second one at once."""
 
-        def interrupt(number: int, frame: object) -> None:
-            signal.signal(signal.SIGINT, before)
-            self._asked, self._next = True, -math.inf
+        def ask(number: int) -> None:
+            self.signal, self._next = number, -math.inf
             self.interrupted = self.interrupted or self._agreed is None
 
-        signal.signal(signal.SIGINT, interrupt)
-        try:
+        with signals.taken((signal.SIGINT, *signals.ENDING), ask):
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.train import config as configuration
 from kinml_fast.train import ensembles
-from kinml_fast.train.config import Config
+from kinml_fast.train.config import Config, flat
 from kinml_fast.train.continued import Origin
 from kinml_fast.train.ensembles import EnsembleSummary
 from kinml_fast.train.folder import RunFolder
@@ -23,8 +25,18 @@ from kinml_fast.train.single import begin, fit, go_on, prepare, prepared_before,
 log = logging.getLogger(__name__)
 
 
+_UNEQUAL = "give all of them the same files and arguments"
+_RESTART_PATIENCE = 120.0
+"""Seconds in which the locks of a computer that has failed are given up by others that see the same folder."""
+
+
 def start(
-    config: Config, *, overwrite: bool = False, progress: Progress | None = None, ranks: Ranks = ALONE
+    config: Config,
+    *,
+    overwrite: bool = False,
+    restarted: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Summary | EnsembleSummary:
     """Prepare the data, initialise the model or take the one to start from, and train it, in a new run folder.
 
@@ -34,6 +46,9 @@ def start(
         The run; with ensemble.members > 1 that of as many models.
     overwrite
         Replace an earlier run in the folder.
+    restarted
+        Something has started this again (`ranks.restarted`): go on with a run in the folder if it has this very
+        configuration.
     progress
         What shows the progress; by default log lines.
     ranks
@@ -54,29 +69,39 @@ def start(
     given = config.training.per_rank
     config = config.model_copy(update={"training": config.training.for_ranks(ranks.size)})
     config, origin = ranks.in_turn(opened)
+    ranks.same(_shared(config), _UNEQUAL)
+    if restarted and ranks.told(lambda: "begun" if _has_begun(config, folder) else ""):
+        return resume(folder.path, restarted=True, progress=progress, ranks=ranks)
+    with contextlib.ExitStack() as stack:
 
-    def begun() -> Prepared | LargeData:
-        folder.create(overwrite)
-        with folder.logged():
-            known = settled(config, ranks.size)
-            configuration.save(known, folder.config)
-            for sentence in config.ignored():
-                log.warning("%s", sentence)
-            if given:
-                size, rate = config.training.batch_size, config.training.optimizer.learning_rate
-                log.info("%d processes: batches of %d structures, learning rate %g", ranks.size, size, rate)
-            return prepare(known)
+        def begun() -> Prepared | LargeData:
+            stack.enter_context(folder.hold(patience=_RESTART_PATIENCE if restarted else 0.0))
+            folder.create(overwrite)
+            with folder.logged():
+                known = settled(config, ranks.size)
+                configuration.save(known, folder.config)
+                for sentence in config.ignored():
+                    log.warning("%s", sentence)
+                if given:
+                    size, rate = config.training.batch_size, config.training.optimizer.learning_rate
+                    log.info("%d processes: batches of %d structures, learning rate %g", ranks.size, size, rate)
+                return prepare(known)
 
-    # What was settled is in the file.
-    data = ranks.in_turn(begun, lambda: prepared_before(configuration.load(folder.config)))
-    if config.ensemble.members > 1:
-        assert isinstance(data, Prepared)
-        return ensembles.train(config, data, progress)
-    return fit(config, data, origin, progress, ranks=ranks)
+        # What was settled is in the file.
+        data = ranks.in_turn(begun, lambda: prepared_before(configuration.load(folder.config)))
+        if config.ensemble.members > 1:
+            assert isinstance(data, Prepared)
+            return ensembles.train(config, data, progress)
+        return fit(config, data, origin, progress, ranks=ranks)
 
 
 def resume(
-    path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None, ranks: Ranks = ALONE
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    restarted: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Summary | EnsembleSummary:
     """Continue a run from its last checkpoint, or an ensemble with the members that are not at their end.
 
@@ -86,26 +111,45 @@ def resume(
         The run folder.
     overrides
         `key=value`; see `config.CHANGEABLE` for what may change.
+    restarted
+        Something has started this again (`ranks.restarted`), so that another process may be about to end there.
     progress, ranks
         As for `start`; the run may have been started by another number of processes.
 
     Raises
     ------
     InputError
-        No run is there, or its checkpoint is damaged or does not fit its configuration and data.
+        No run is there, or another process trains it; its checkpoint is damaged or does not fit its configuration and
+        data.
     """
     folder = RunFolder(path)
-    before, config = ranks.in_turn(lambda: _reopened(folder, overrides, ranks))
-    here = config.model_copy(update={"run": str(folder)})  # it may have moved
-    if max(before.ensemble.members, config.ensemble.members) > 1:
-        folder.sweep()
-        return ensembles.resume(before, here, lambda: configuration.save(config, folder.config), progress)
-    if not folder.last.exists():
-        here, origin = begin(here)
-        data = ranks.in_turn(lambda: _again(here, folder, prepare), lambda: prepared_before(here))
-        return fit(here, data, origin, progress, resume=True, ranks=ranks)
-    data = ranks.in_turn(lambda: _again(here, folder, prepared_before), lambda: prepared_before(here))
-    return go_on(here, data, progress, lambda: configuration.save(config, folder.config), ranks)
+    with contextlib.ExitStack() as stack:
+
+        def held() -> tuple[Config, Config]:
+            found = _reopened(folder, overrides, ranks)
+            stack.enter_context(folder.hold(patience=_RESTART_PATIENCE if restarted else 0.0))
+            return found
+
+        before, config = ranks.in_turn(held, lambda: _reopened(folder, overrides, ranks))
+        here = config.model_copy(update={"run": str(folder)})  # it may have moved
+        ranks.same(_shared(here), _UNEQUAL)
+        if max(before.ensemble.members, config.ensemble.members) > 1:
+            folder.sweep()
+            return ensembles.resume(before, here, lambda: configuration.save(config, folder.config), progress)
+        if not folder.last.exists():
+            here, origin = begin(here)
+            data = ranks.in_turn(lambda: _again(here, folder, prepare), lambda: prepared_before(here))
+            return fit(here, data, origin, progress, resume=True, ranks=ranks)
+        data = ranks.in_turn(lambda: _again(here, folder, prepared_before), lambda: prepared_before(here))
+        return go_on(here, data, progress, lambda: configuration.save(config, folder.config), ranks)
+
+
+def _has_begun(config: Config, folder: RunFolder) -> bool:
+    """Whether a folder holds a run of this configuration."""
+    try:
+        return configuration.from_dict(configuration.read_yaml(folder.config), str(folder.config)) == config
+    except InputError:
+        return False
 
 
 def _reopened(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> tuple[Config, Config]:
@@ -138,6 +182,11 @@ def _again(config: Config, folder: RunFolder, read: Callable[[Config], Prepared 
     folder.make()
     with folder.logged():
         return read(config)
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """What must be alike in all processes."""
+    return flat(config.model_dump(exclude={"training": {"device", "threads"}}))
 
 
 def _check_shared(config: Config, ranks: Ranks) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kinml_fast.errors import ConfigError, DataError, InputError, ModelError, first_line
 from kinml_fast.nn import EnergyModel
@@ -67,6 +70,20 @@ class RunState:
             **self.errors.state_dict(self.batch),
             **self.judge.state_dict(),
             "metrics_length": self.metrics_length,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What must be alike in all processes that train together, by name."""
+        settings = flat({"training": self.config.model_dump(exclude={"device", "threads"})})
+        weights = hashlib.sha256()
+        for tensor in self.model.state_dict().values():
+            weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return {
+            **{f"model.{key}": value for key, value in self.model.to_dict().items()},
+            **settings,
+            "data": self._data.fingerprint[:12],
+            "weights": weights.hexdigest()[:12],
+            "epoch and batch to begin with": (self.epoch, self.batch),
         }
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:

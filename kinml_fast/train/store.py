@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kinml_fast.deploy import model_file
@@ -37,8 +39,8 @@ class RunStore:
     Raises
     ------
     InputError
-        The folder holds a run already, or cannot be made; its checkpoint is missing, damaged, or does not belong to
-        this run.
+        The folder holds a run already, another one is being trained there, or it cannot be made; its checkpoint is
+        missing, damaged, or does not belong to this run.
     """
 
     def __init__(
@@ -46,17 +48,26 @@ class RunStore:
     ) -> None:
         self._folder, self._state, self._best_on_disk = folder, state, -1
         columns = tuple(columns)
-        if resume and folder.last.exists():
-            self._table = self._reopened(columns)
-            return
+        with contextlib.ExitStack() as stack:
+            hold = stack.enter_context(folder.hold())
+            if resume and folder.last.exists():
+                self._table = self._reopened(columns)
+            else:
+                self._table = self._opened(columns, resume, overwrite)
+            stack.pop_all()
+        # Who never trains lets go of the folder when nobody has this object any more.
+        self._let_go = weakref.finalize(self, hold.release)
+
+    def _opened(self, columns: tuple[str, ...], resume: bool, overwrite: bool) -> MetricsTable:
+        folder = self._folder
         if not resume:
             folder.create(overwrite)
         elif any(folder.checkpoints.glob("*.pt")):
             raise ModelError(f"{folder.last}: is missing: put another checkpoint of this run there, or start a new run")
         folder.make()
         if not folder.config.exists():
-            save_yaml(folder.config, {"training": state.config.model_dump()})
-        self._table = MetricsTable(folder.path, more=columns)
+            save_yaml(folder.config, {"training": self._state.config.model_dump()})
+        return MetricsTable(folder.path, more=columns)
 
     def _reopened(self, columns: tuple[str, ...]) -> MetricsTable:
         folder, state = self._folder, self._state
@@ -104,9 +115,21 @@ class RunStore:
         """Write the rows of the table out."""
         self._table.flush()
 
-    def close(self) -> None:
-        """Close what is open; see `MetricsTable.close`."""
-        self._table.close()
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Nobody else has to do with the folder in this block; at its end what is open is closed.
+
+        Raises
+        ------
+        InputError
+            Someone else trains there.
+        """
+        with self._folder.hold(training=True):
+            try:
+                yield
+            finally:
+                self._table.close()
+                self._let_go()
 
     def _checkpoint(self) -> dict[str, Any]:
         state = self._state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from kinml_fast import signals
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.split import PARTS
 from kinml_fast.data.training_data import TrainingData
@@ -163,18 +165,21 @@ class Trainer:
         ------
         InputError
             The loss became infinite or NaN, a file could not be written, or the memory of the GPU is too small.
-        KeyboardInterrupt
-            On Ctrl-C, after last.pt was written; a second Ctrl-C does not wait for that.
+        KeyboardInterrupt, Stopped
+            On Ctrl-C, or another signal that asks for an end (`signals.ENDING`), after last.pt was written; the second
+            signal does not wait for that.
         """
         started = self._clock()
-        self._ranks.wait()  # until all have read what was there
         with contextlib.ExitStack() as stack:
+            if self._store is not None:
+                stack.enter_context(self._store.training())
+            if not self._ranks.alone:
+                self._ranks.set_timeout(self.config.rank_timeout_seconds)
+                self._ranks.same(self._state.identity(), "give all of them the same files and arguments")
             stack.enter_context(_threads(self.config.threads))
             stack.enter_context(_memory_explained(self.config))
             if self.folder is not None:
                 stack.enter_context(self.folder.logged())
-            if self._store is not None:
-                stack.callback(self._store.close)
             self.prepare()
             if self._store is not None and self._store.is_new:
                 self._store.save()
@@ -252,10 +257,17 @@ class Trainer:
 
     def _tick(self, n_batches: int, started: float) -> None:
         """Do what is due between two batches of an epoch that was begun at `started`."""
-        state = self._state
+        state, rhythm = self._state, self._rhythm
         state.elapsed = self._clock() - started
         save = None if self._store is None else self._store.save
-        self._rhythm.tick(lambda: self.progress.batch(state.epoch, state.batch / n_batches), save)
+        if rhythm.interrupted and not self._ranks.alone:
+            rhythm.signal = self._ranks.largest(rhythm.signal)
+            save = functools.partial(self._ranks.in_turn, save or _nothing, _nothing)
+        try:
+            rhythm.tick(lambda: self.progress.batch(state.epoch, state.batch / n_batches), save)
+        except (KeyboardInterrupt, signals.Stopped):
+            log.info("%s: ends after batch %d of epoch %d", signals.name(rhythm.signal), state.batch, state.epoch)
+            raise
 
     @property
     def _finished(self) -> bool:
@@ -268,6 +280,8 @@ class Trainer:
             with self._rhythm.interruptible():
                 while not self._finished:
                     self._end_epoch(self.train_epoch())
+                if not self._ranks.alone:
+                    self._rhythm.agree(False, self._ranks.largest(self._rhythm.signal) != 0)
                 if self._rhythm.interrupted:
                     self._tick(1, self._clock())
         finally:
@@ -372,6 +386,10 @@ class Trainer:
         best = self._judge.best.epoch
         table = comparisons.write(folder, self.model.fidelities, best)
         log.info("best epoch %d of %d, %s:\n%s", best, self._state.epoch, folder, table)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _every(interval: int | None, epochs: int) -> bool:

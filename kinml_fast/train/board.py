@@ -1,0 +1,172 @@
+"""What processes that train together say to one another beside their tensors: who they are, and why they end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import uuid
+import weakref
+
+import torch.distributed as dist
+
+_SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_BETWEEN_LOOKS_AT_MOST = 0.5
+_SECONDS_TO_ANSWER = 5.0
+"""For which a process is waited for that may have gone."""
+
+
+def fresh(store: dist.Store, rank: int, size: int, seconds: float = 1800.0) -> dist.Store:
+    """A part of a store in which nothing stands yet, the same for all processes.
+
+    torchrun starts processes again with the store of those that have failed: what these wrote, such as the addresses at
+    which they could be reached, would be taken for news. So each process writes a word of its own until the first one
+    has answered it with the name of the part.
+
+    Raises
+    ------
+    RuntimeError
+        Not all have come within so many seconds.
+    """
+    word, answered = uuid.uuid4().hex, dict[int, str]()
+    give_up = time.monotonic() + seconds
+    if rank > 0:
+        store.set(f"word {rank}", word)
+    while time.monotonic() < give_up:
+        if rank == 0:
+            for other in range(1, size):
+                if store.check([f"word {other}"]):
+                    theirs = store.get(f"word {other}").decode()
+                    if answered.get(other) != theirs:
+                        store.set(f"answer {other}", f"{theirs} {word}")
+                        answered[other] = theirs
+            if store.add(f"{word} heard", 0) == size - 1:
+                return dist.PrefixStore(word, store)
+        elif store.check([f"answer {rank}"]):
+            heard, name = store.get(f"answer {rank}").decode().split()
+            if heard == word:
+                store.add(f"{name} heard", 1)
+                return dist.PrefixStore(name, store)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    raise RuntimeError(f"not all {size} came in {seconds:g} s")
+
+
+class Board:
+    """A board that all processes can read, in the store through which they found one another.
+
+    Parameters
+    ----------
+    rank, size
+        This process, and how many there are.
+    store
+        That of the process group.
+    here
+        Whether this process keeps the store, so that it ends with it.
+
+    Attributes
+    ----------
+    names : list of str
+        What a user looks for to find each process, when it is known.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store, here: bool) -> None:
+        self._rank, self._size, self._here = rank, size, here
+        self._store = dist.PrefixStore("kinml_fast", store)
+        self._turns = 0
+        self._speaks: bool | None = None
+        self.names = ["?"] * size
+
+    @staticmethod
+    def of_group() -> Board:
+        """That of torch.distributed's process group; also after its end, until there is another one."""
+        global _latest
+        group = dist.group.WORLD
+        if group is not None and (_latest is None or _latest[0]() is not group):
+            of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+            here = dist.get_rank() == 0 and not of_agent
+            board = Board(dist.get_rank(), dist.get_world_size(), group.get_group_store(), here)
+            _latest = weakref.ref(group), board  # whoever has the group itself keeps its connections open
+        assert _latest is not None, "there has been no process group"
+        return _latest[1]
+
+    def speaks(self) -> bool:
+        """Whether this process is the first one that has to say why all end, and so the only one that does.
+
+        If the board is gone with the process that kept it, the next one speaks.
+        """
+        if self._speaks is None:
+            try:
+                self._speaks = self._store.add("speaks", 1) == 1
+            except RuntimeError:
+                self._speaks = self._rank == 1
+        return self._speaks
+
+    def spoken(self) -> bool:
+        """Whether a process has said why all end."""
+        try:
+            return self._store.check(["speaks"])
+        except RuntimeError:
+            return False
+
+    def say(self, text: str) -> None:
+        """The first process: let the others hear what they wait for."""
+        self._store.set(self._turn(), text)
+
+    def hear(self) -> str | None:
+        """Another process: what the first one says, when it does; None if a process has said why all end.
+
+        That may take as long as it likes. RuntimeError if the board is gone.
+        """
+        turn, pause = self._turn(), _SECONDS_BETWEEN_LOOKS
+        while True:
+            # Not Store.wait, in which no signal can be handled.
+            if self._store.check([turn]):
+                return self._store.get(turn).decode()
+            if self.spoken():
+                return None
+            time.sleep(pause)
+            pause = min(1.1 * pause, _SECONDS_BETWEEN_LOOKS_AT_MOST)
+
+    def silent(self, why: str) -> tuple[list[int], list[str]]:
+        """Say why this process cannot go on with the others; find those that do not say anything.
+
+        Returns
+        -------
+        Their numbers, none if one has said why all end, and what those that are there gave as their reasons.
+        """
+        reasons: list[str] = []
+        try:
+            self._store.set(f"reason {self._rank}", why)
+            give_up = time.monotonic() + _SECONDS_TO_ANSWER
+            while True:
+                there = [rank for rank in range(self._size) if self._store.check([f"reason {rank}"])]
+                reasons = [self._store.get(f"reason {rank}").decode() for rank in there]
+                if self.spoken():
+                    return [], reasons
+                if len(there) == self._size or time.monotonic() > give_up:
+                    return [rank for rank in range(self._size) if rank not in there], reasons
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except RuntimeError:  # the board is gone, with the process that kept it
+            return [0], [*reasons, why]
+
+    def leave(self) -> None:
+        """The last thing to do. Who keeps the board stays a little, for others to read it."""
+        with contextlib.suppress(RuntimeError):
+            left = self._store.add("left", 1)
+            give_up = time.monotonic() + _SECONDS_TO_ANSWER
+            while self._here and left < self._size and time.monotonic() < give_up:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                left = self._store.add("left", 0)
+
+    def _turn(self) -> str:
+        self._turns += 1
+        return f"turn {self._turns}"
+
+
+def this_process() -> str:
+    """What a user looks for to find this process."""
+    return f"process id {os.getpid()} on {socket.gethostname()}"
+
+
+_latest: tuple[weakref.ref[dist.ProcessGroup], Board] | None = None
