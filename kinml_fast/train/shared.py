@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,8 @@ class _Exchange:
 
 class SharedStep:
     """Gives each process a part of each batch; then all know all residuals and sum all gradients in one order.
+
+    What is predicted is shared as well.
 
     A batch is cut as one process cuts it for its threads, which depends on the batch only. So weights and errors have
     the same bits for any number of processes, and each of them moves the weights by itself.
@@ -87,5 +91,20 @@ class SharedStep:
         ops.force_step_join(system, structures, loss, exchange.messages, results)
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
-        """See `Step`."""
-        return self._step.predict(first, last, size)
+        """See `Step`: each process predicts some of the structures, and all get the predictions of all."""
+        ranks = self._ranks
+        bounds = [first + (last - first) * rank // ranks.size for rank in range(ranks.size + 1)]
+        energies, forces = self._step.predict(bounds[ranks.rank], bounds[ranks.rank + 1], size)
+        energies = self._gathered(energies, bounds)
+        if forces is None:
+            return energies, None
+        return energies, self._gathered(forces, self._step.system.offsets[bounds].tolist())
+
+    def _gathered(self, own: Tensor, bounds: Sequence[int]) -> Tensor:
+        """[K, n, ...] of all processes, of which each has those [K, ...] between two bounds."""
+        counts = [end - begin for begin, end in itertools.pairwise(bounds)]
+        sent = own.new_zeros(len(own), max(counts), *own.shape[2:])  # all send as many
+        sent[:, : own.shape[1]] = own
+        received = sent.new_empty(len(counts), *sent.shape)
+        self._ranks.gather(sent, received)
+        return torch.cat([of_rank[:, :count] for of_rank, count in zip(received, counts, strict=True)], dim=1)

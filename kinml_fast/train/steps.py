@@ -90,7 +90,13 @@ def make_step(
 
 
 class FusedStep:
-    """Energies, or energies and forces, of any number of levels of theory, with one op for a batch."""
+    """Energies, or energies and forces, of any number of levels of theory, with one op for a batch.
+
+    Attributes
+    ----------
+    system : ops.System
+        The structures.
+    """
 
     run = staticmethod(ops.force_step)
 
@@ -98,7 +104,7 @@ class FusedStep:
         self, system: ops.System, model: EnergyModel, data: Window, tasks: TaskWeights, with_forces: bool
     ) -> None:
         self._with_forces = with_forces
-        self._system, self._weights, self._data, self._tasks = system, model.networks.weights, data, tasks
+        self.system, self._weights, self._data, self._tasks = system, model.networks.weights, data, tasks
         self._model = ops.Model(model.aev.packed, model.networks.packed)
         self._weighted = ops.weighted(data.energy_weights, data.force_weights)
 
@@ -115,7 +121,7 @@ class FusedStep:
         for structures, own_counts, residuals, force_errors in parts:
             loss = ops.Loss(*targets, scales, own_counts)
             results = ops.StepResults(losses, gradient, residuals, force_errors)
-            arguments.append((self._system, structures, weights, loss, results, self._model))
+            arguments.append((self.system, structures, weights, loss, results, self._model))
         return Batches(arguments, counts)
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
@@ -124,7 +130,7 @@ class FusedStep:
         energies, forces = [data.energies[:, :0]], [data.forces[:, :0].to(weights.dtype)]
         with torch.inference_mode():
             for low in range(first, last, size):
-                some = self._system.between(low, min(low + size, last))
+                some = self.system.between(low, min(low + size, last))
                 if not self._with_forces and some.features is None:
                     features = ops.aev(some, self._model.descriptor)  # forces would take more than the rest
                     some = ops.System(None, some.species, some.offsets, features)
