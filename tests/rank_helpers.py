@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -36,6 +37,13 @@ def start(size: int, *arguments: str) -> subprocess.CompletedProcess:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
     (done,) = together([launch + list(arguments)])
     return done
+
+
+def digests(size: int) -> dict[str, list[str]]:
+    """What `rank_program` finds in so many processes: of each kind of training a digest of every process."""
+    done = start(size, str(Path(__file__).parent / "rank_program.py"))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def together(

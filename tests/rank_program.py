@@ -1,9 +1,13 @@
-"""A program for torchrun: small trainings of every kind. The first process prints a digest of each as JSON."""
+"""A program for torchrun: small trainings of every kind. The first process prints a digest of each as JSON.
+
+With KINML_TWIN_LIBRARY, the twin's library, the ops are those for GPUs, compiled for the host.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 
 import torch
@@ -47,6 +51,8 @@ def trained(kind: str, ranks: Ranks) -> tuple[Trainer, list]:
 
 def main() -> None:
     """Train, compare the processes, print."""
+    if library := os.environ.get("KINML_TWIN_LIBRARY"):
+        torch.ops.load_library(library)
     found = {}
     with joined() as ranks:
         for kind in KINDS:

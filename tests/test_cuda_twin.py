@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rank_helpers import again, digests
 
 TESTS = Path(__file__).resolve().parent
 
@@ -42,7 +43,7 @@ def twin() -> dict[str, str]:
         [sys.executable, str(TESTS / "build_twin.py")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.returncode == 0, done.stdout
-    return environment
+    return environment | {"KINML_TWIN_LIBRARY": done.stdout.splitlines()[-1]}
 
 
 def test_ops_of_the_gpu_are_all_in_the_twin(twin):
@@ -64,3 +65,10 @@ def test_ops(twin, arguments):
     done = subprocess.run(command, env=twin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d+ passed", done.stdout)
+
+
+def test_processes_share_batches_with_the_same_bits(twin, monkeypatch, tmp_path):
+    monkeypatch.setenv("KINML_TWIN_LIBRARY", twin["KINML_TWIN_LIBRARY"])
+    alone, several = digests(1), []
+    again(lambda _: several.append(digests(3)), tmp_path)
+    assert several == [{kind: 3 * of_one for kind, of_one in alone.items()}]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
-from rank_helpers import again, sentences, start
+from rank_helpers import again, digests, sentences, start
 from rank_program import KINDS
 from training_helpers import assert_same_bits, rows, write_config
 
@@ -15,12 +14,6 @@ from kinml_fast.train import checkpoint
 from kinml_fast.train.ranks import Ranks
 
 TESTS = Path(__file__).parent
-
-
-def digests(size: int) -> dict[str, list[str]]:
-    done = start(size, str(TESTS / "rank_program.py"))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")

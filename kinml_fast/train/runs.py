@@ -198,5 +198,3 @@ def _check_shared(config: Config, ranks: Ranks) -> None:
             "several processes cannot train an ensemble together yet: start one, with ensemble.processes=N, or set "
             "ensemble.members=1"
         )
-    if ranks.device(config.training.device).type != "cpu":
-        raise ConfigError("several processes train on CPUs only as yet: set training.device=cpu, or start one process")

@@ -17,6 +17,7 @@ from kinml_fast.train.steps import Batches, FusedStep
 
 _NOTES = 2  # numbers at the end of a message
 _ALIGNMENT = 64  # bytes, of a message
+_STEPS_BETWEEN_WISHES = 64  # on GPUs
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class SharedStep:
 
     def __init__(self, step: FusedStep, ranks: Ranks, rhythm: Rhythm) -> None:
         self._step, self._ranks, self._rhythm = step, ranks, rhythm
-        self._memory = torch.zeros(0, dtype=torch.uint8)
+        self._device, self._steps = step.system.species.device, 0
+        self._memory = torch.zeros(0, dtype=torch.uint8, device=self._device)
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:
         """See `Step`."""
@@ -62,7 +64,7 @@ class SharedStep:
         ]
         needed = (self._ranks.size + 1) * max(lengths, default=0) + _ALIGNMENT
         if needed > len(self._memory):
-            self._memory = torch.zeros(needed, dtype=torch.uint8)
+            self._memory = torch.zeros(needed, dtype=torch.uint8, device=self._device)
         together = zip(found.arguments, map(self._exchange, lengths), strict=True)
         return Batches([(*arguments, exchange) for arguments, exchange in together], found.counts)
 
@@ -85,10 +87,21 @@ class SharedStep:
         """See `Step`."""
         ranks, own = self._ranks, exchange.own
         ops.force_step_share(system, structures, weights, loss, own, model, ranks.rank, ranks.size)
-        exchange.notes[-1] = torch.tensor(self._rhythm.wishes())
+        in_message = self._device.type == "cpu"
+        if in_message:
+            exchange.notes[-1] = torch.tensor(self._rhythm.wishes())
         ranks.gather(own, exchange.messages)
-        self._rhythm.agree(*exchange.notes[:-1].any(dim=0).tolist())
+        notes = exchange.notes[:-1] if in_message else self._wishes_now_and_then()
+        self._rhythm.agree(*notes.any(dim=0).tolist())
         ops.force_step_join(system, structures, loss, exchange.messages, results)
+
+    def _wishes_now_and_then(self) -> Tensor:
+        """[n_ranks, 2] on the CPU: to look into a message would wait for the GPU."""
+        self._steps += 1
+        wishes = torch.zeros(self._ranks.size, 2, dtype=torch.float64)
+        if self._steps % _STEPS_BETWEEN_WISHES == 0:
+            self._ranks.gather(torch.tensor(self._rhythm.wishes(), dtype=torch.float64), wishes)
+        return wishes
 
     def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
         """See `Step`: each process predicts some of the structures, and all get the predictions of all."""

@@ -74,7 +74,7 @@ class Trainer:
     clock
         Tells the time in seconds, by which the progress is shown and checkpoints are written.
     ranks
-        The processes that train this model together, on CPUs (`ranks.joined`); the first of them writes the folder.
+        The processes that train this model together (`ranks.joined`); the first of them writes the folder.
 
     Attributes
     ----------
@@ -117,9 +117,8 @@ class Trainer:
         self.data = make_dataset(model, data, self.config)
         self._steps: dict[bool, Step] = {}
         self._clock, self._rhythm, self._ranks = clock, Rhythm(clock, self.config.checkpoint_seconds), ranks
-        if not ranks.alone and (extra_losses or model.sae.device.type != "cpu"):
-            what = "extra_losses" if extra_losses else "training.device other than cpu"
-            raise ConfigError(f"{what} and several processes do not go together yet: use one process")
+        if not ranks.alone and extra_losses:
+            raise ConfigError("extra_losses and several processes do not go together yet: use one process")
         batch = min(self.config.batch_size, self.data.sizes["train"])
         if ranks.size > batch:
             raise ConfigError(
@@ -235,7 +234,7 @@ class Trainer:
         state, update, extra, rhythm = self._state, self._update, self._extra, self._rhythm
         size, learning, order = self.config.batch_size, update.tasks.learning, stretch.order
         n_batches = self.data.batches(size)
-        if extra is None and not learning and state.batch == 0 and stretch.window.lasting:
+        if extra is None and not learning and state.batch == 0 and stretch.window.lasting and self._ranks.alone:
             recorded = self._recorder.recorded(step)
             if recorded is not None:
                 recorded.run(order)
