@@ -379,7 +379,9 @@ def test_a_full_disk_ends_all_and_leaves_the_last_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
     longer = ["training.epochs=100000", "training.checkpoint_seconds=0"]
-    (said,) = ended(start_ranks(2, "--resume", run, *longer, of_first=full), [2, 2])
+    said = ended(start_ranks(2, "--resume", run, *longer, of_first=full), [2, 2])
+    assert len(said) == 1, said
+    (said,) = said
     assert said.startswith(f"kinml-fast: {run}/checkpoints/")
     assert "could not be written" in said
     assert {path: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before

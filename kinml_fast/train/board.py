@@ -13,8 +13,10 @@ import torch.distributed as dist
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_BETWEEN_LOOKS_AT_MOST = 0.5
-_SECONDS_TO_ANSWER = 5.0
-"""For which a process is waited for that may have gone."""
+_SECONDS_TO_ANSWER = 10.0
+"""For which a process is waited for that may have gone, on a busy computer too."""
+_SECONDS_TO_LEAVE = 20.0
+"""For which who keeps the board waits for the others to read it; torchrun kills after 30."""
 
 
 def fresh(store: dist.Store, rank: int, size: int, seconds: float = 1800.0) -> dist.Store:
@@ -75,6 +77,7 @@ class Board:
         self._store = dist.PrefixStore("kinml_fast", store)
         self._turns = 0
         self._speaks: bool | None = None
+        self._gone = 0
         self.names = ["?"] * size
 
     @staticmethod
@@ -145,6 +148,7 @@ class Board:
                 if self.spoken():
                     return [], reasons
                 if len(there) == self._size or time.monotonic() > give_up:
+                    self._gone = self._size - len(there)
                     return [rank for rank in range(self._size) if rank not in there], reasons
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
         except RuntimeError:  # the board is gone, with the process that kept it
@@ -154,8 +158,8 @@ class Board:
         """The last thing to do. Who keeps the board stays a little, for others to read it."""
         with contextlib.suppress(RuntimeError):
             left = self._store.add("left", 1)
-            give_up = time.monotonic() + _SECONDS_TO_ANSWER
-            while self._here and left < self._size and time.monotonic() < give_up:
+            give_up = time.monotonic() + _SECONDS_TO_LEAVE
+            while self._here and left < self._size - self._gone and time.monotonic() < give_up:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
                 left = self._store.add("left", 0)
 
