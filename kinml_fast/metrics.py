@@ -1,4 +1,4 @@
-"""What is said about predictions: errors in kcal/mol (or kcal/mol/Å) and the coefficient of determination."""
+"""What is said about predictions: errors in kcal/mol (or kcal/mol/Å)."""
 
 from __future__ import annotations
 
@@ -86,10 +86,3 @@ class ErrorSums:
         """What `numbers` gave."""
         count, *others = numbers
         return cls(int(count), *others)
-
-
-def r_squared(reference: np.ndarray, predicted: np.ndarray) -> float:
-    """Coefficient of determination, 1 − Σ(y − f)²/Σ(y − ȳ)²; NaN for fewer than two different references."""
-    reference, predicted = np.asarray(reference, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    spread = np.square(reference - reference.mean()).sum() if reference.size else 0.0
-    return float(1 - np.square(reference - predicted).sum() / spread) if spread > 0 else float("nan")

@@ -11,7 +11,7 @@ import pytest
 
 from kinml_fast import report
 from kinml_fast.errors import InputError
-from kinml_fast.metrics import Errors, r_squared
+from kinml_fast.metrics import Errors, ErrorSums
 from kinml_fast.units import KCAL_PER_MOL
 
 HEAD = (
@@ -43,7 +43,12 @@ def is_picture(path: Path) -> bool:
     return min(pixels.shape[:2]) > 500 and (pixels < 0.9).any()
 
 
-def test_errors_and_r_squared():
+def r_squared(reference, predicted):
+    """Coefficient of determination."""
+    return 1 - np.square(reference - predicted).sum() / np.square(reference - reference.mean()).sum()
+
+
+def test_errors():
     residuals = np.array([[0.1, -0.3], [0.2, 0.0]])
     errors = Errors.of(residuals)
     assert errors.mae == pytest.approx(0.15 * KCAL_PER_MOL, rel=1e-14)
@@ -51,15 +56,41 @@ def test_errors_and_r_squared():
     assert errors.max == pytest.approx(0.3 * KCAL_PER_MOL, rel=1e-14)
     assert np.isnan(Errors.of([np.nan, 0.0]).rmse)
     sums = np.array([[0.4, 0.1, 0.3], [0.2, 0.04, 0.2]])
-    both = Errors.of_sums(sums, 4)
+    total = ErrorSums()
+    total.add_groups(sums, 4)
+    both = total.errors()
     assert (both.mae, both.rmse, both.max) == pytest.approx((errors.mae, errors.rmse, errors.max), rel=1e-14)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 50))
-    assert r_squared(x, x) == 1
-    assert r_squared(x, np.full(50, x.mean())) == pytest.approx(0, abs=1e-12)
-    assert r_squared(x, y) == pytest.approx(1 - ((x - y) ** 2).mean() / x.var(), rel=1e-12)
-    assert np.isnan(r_squared([1.0, 1.0], [1.0, 2.0]))
-    assert np.isnan(r_squared([], []))
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 50])
+def test_comparisons_in_pieces_are_those_of_all_values(pieces):
+    x, y = np.random.default_rng(0).normal(size=(2, 50)) + 7.0
+    compared = report.Compared()
+    for some in np.array_split(np.arange(50), pieces):
+        compared.add(lambda i, some=some: f"s/{some[i]}", x[some], y[some])
+    row, expected = compared.row("test", report.ENERGY), Errors.of(y - x)
+    assert (row.count, row.worst) == (50, f"s/{np.argmax(np.abs(y - x))}")
+    assert (row.errors.mae, row.errors.rmse, row.errors.max) == pytest.approx(
+        (expected.mae, expected.rmse, expected.max)
+    )
+    assert row.r2 == pytest.approx(r_squared(x, y), rel=1e-12)
+    assert compared.ranges.tolist() == [[x.min(), x.max()], [y.min(), y.max()]]
+    assert compared.drawn[0].tolist() == x.tolist()
+    assert np.isnan(report.Compared.of((["a", "b"], [1.0, 1.0], [1.0, 2.0])).row("test", report.ENERGY).r2)
+
+
+def test_of_many_values_some_are_kept_and_the_worst_of_all(monkeypatch):
+    monkeypatch.setattr(report, "KEPT", 300)
+    x = np.arange(5000.0)
+    y = x + np.where(x % 100 == 7, 50.0 + x, 0.001)
+    compared = report.Compared()
+    for some in np.array_split(np.arange(5000), 17):
+        compared.add(str, x[some], y[some])
+    drawn = compared.drawn[0]
+    assert 300 <= len(drawn) <= 300 + 100
+    assert set(x[x % 100 == 7]) <= set(drawn)
+    assert abs(np.median(drawn[drawn % 100 != 7]) - 2500) < 600
+    assert compared.row("test", report.ENERGY).count == 5000
 
 
 def test_files_rows_and_table(tmp_path):
