@@ -147,9 +147,12 @@ def resume(
 def _has_begun(config: Config, folder: RunFolder) -> bool:
     """Whether a folder holds a run of this configuration."""
     try:
-        return configuration.from_dict(configuration.read_yaml(folder.config), str(folder.config)) == config
+        found = configuration.from_dict(configuration.read_yaml(folder.config), str(folder.config))
     except InputError:
         return False
+    if config.data.on_disk == "auto":  # what the run has decided
+        config = config.model_copy(update={"data": config.data.model_copy(update={"on_disk": found.data.on_disk})})
+    return found == config
 
 
 def _reopened(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> tuple[Config, Config]:
