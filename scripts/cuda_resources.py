@@ -44,6 +44,8 @@ BOUNDS = [
     Bound(r"^AdamStep<", 64, stack=8),
     # Its phases are functions, which are given structures in local memory.
     Bound(r"^ForceKernel<", 255, stack=512),
+    # Nodes of a tree that are not yet added, by height (csrc/core/shares.h).
+    Bound(r"^(Finish|Nodes)Kernel<", 128, stack=272),
     # The library's sort, as it is tuned there: on sm_100 one of its kernels spills 44 bytes.
     Bound(r"^cub::", 255, spills=64),
     # Any other: nothing in local memory, two blocks of 128 threads on a multiprocessor.
