@@ -70,6 +70,8 @@ class Board:
     ----------
     names : list of str
         What a user looks for to find each process, when it is known.
+    patience : timedelta
+        For how long others are waited for.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store, here: bool) -> None:
@@ -79,6 +81,7 @@ class Board:
         self._speaks: bool | None = None
         self._gone = 0
         self.names = ["?"] * size
+        self.patience = dist.default_pg_timeout
 
     @staticmethod
     def of_group() -> Board:

@@ -102,7 +102,16 @@ class Ranks:
             of_all[0] = own
             return
         with self._together():
-            dist.all_gather(list(of_all.unbind(0)), own)
+            if own.device.type != "cpu":
+                dist.all_gather(list(of_all.unbind(0)), own)
+                return
+            # Gloo's collectives go through a queue of threads, which takes three times as long as to send.
+            of_all[self.rank] = own
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            work = [dist.irecv(of_all[rank], rank) for rank in others] + [dist.isend(own, rank) for rank in others]
+            for one in work:
+                if one is not None:
+                    one.wait(self._board.patience)
 
     def largest(self, number: int) -> int:
         """The largest number of any process."""
@@ -187,7 +196,8 @@ class Ranks:
         """For how long the others are waited for from now on."""
         if not self.alone:
             # The public ways are torch.distributed.init_process_group, before a configuration is read, and new groups.
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
+            self._board.patience = datetime.timedelta(seconds=seconds)
+            dist.distributed_c10d._set_pg_timeout(self._board.patience)
 
     def speaks(self) -> bool:
         """Whether this process is the one that says why all end: the first to ask."""
