@@ -314,6 +314,7 @@ def ended(processes: Sequence[subprocess.Popen], codes: Sequence[int]) -> list[s
     return said
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_several_processes_ends_all_after_the_same_batch(tmp_path):
     """Also with averages, and to the end that early stopping sets."""
     options = "loss: {forces: true}, ema_decay: 0.9, early_stopping: {patience: 2, min_delta: 1e3}, epochs: 100000"
@@ -387,6 +388,7 @@ def test_a_full_disk_ends_all_and_leaves_the_last_checkpoint(tmp_path):
     assert {path: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_errors_of_all_or_of_one_are_said_once(tmp_path):
     config = write_config(tmp_path)
     (said,) = ended(start_ranks(2, config, "training.loss.forces=true"), [2, 2])
@@ -398,6 +400,7 @@ def test_errors_of_all_or_of_one_are_said_once(tmp_path):
     assert "has another training.seed (7 instead of 0) than process 0 (process id" in said
 
 
+@pytest.mark.slow
 def test_what_differs_between_processes_is_named(tmp_path):
     processes = start_ranks(2, program=[PROGRAM])
     out, err = processes[0].communicate(timeout=120)

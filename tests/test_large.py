@@ -261,7 +261,7 @@ def test_forces_are_reported_beside_energies_alone(small, tmp_path):
         assert a.forces[part].rmse == pytest.approx(b.forces[part].rmse, rel=1e-12)
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 4, 8, 9, 13])
+@pytest.mark.parametrize("stop_at", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8, 9, 13))])
 def test_a_run_goes_on_in_the_middle_of_an_epoch_with_the_same_bits(stop_at, small, tmp_path):
     data, config = on_disk(training_data(forces="some"), tmp_path), settings(**FORCES)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -448,6 +448,7 @@ def test_a_run_from_disk_is_the_run_from_memory(tmp_path):
     assert cli.main(["train", "--resume", str(a), "training.epochs=5"]) == 0
 
 
+@pytest.mark.slow
 def test_data_that_are_large_for_the_memory_are_read_from_disk(tmp_path, monkeypatch):
     config, size = write_config(tmp_path), (tmp_path / "data.xyz").stat().st_size
     for available, expected in ((5 * size, False), (3 * size, True), (None, False)):
@@ -477,6 +478,7 @@ def test_python_of_the_page_runs(tmp_path):
     assert (tmp_path / "runs" / "large" / "model.pt").exists()
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_bits_from_disk(tmp_path):
     again(check_several_processes, tmp_path)
 

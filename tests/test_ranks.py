@@ -58,6 +58,7 @@ def check_a_run_that_goes_on(tmp_path: Path) -> None:
     assert_same_bits(*({k: v for k, v in state.items() if k not in ("elapsed", "metrics_length")} for state in states))
 
 
+@pytest.mark.slow
 def test_mistakes_are_said_once_and_end_all_processes(tmp_path):
     again(check_mistakes, tmp_path)
 

@@ -317,6 +317,7 @@ def check_second_attempt(tmp_path: Path) -> None:
     assert done.stdout == "attempt 1: 3 processes"
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_with_torchs_data_parallel(tmp_path):
     again(check_own_loop, tmp_path)
 
