@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from rank_program import KINDS
 from training_helpers import assert_same_bits, rows, write_config
 
 from kinml_fast.train import checkpoint
-from kinml_fast.train.ranks import Ranks
 
 TESTS = Path(__file__).parent
 
@@ -52,6 +50,11 @@ def check_a_run_that_goes_on(tmp_path: Path) -> None:
         done = start(size, *cli, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("best epoch") == 1  # one process reports
+    for rank, times in ((1, 2), (2, 1)):  # three processes were there once, two or more twice
+        log = (parts / f"train-{rank}.log").read_text()
+        assert log.count(f" process {rank} of ") == times
+        assert "best epoch" not in log
+        assert "epoch 3/3" in log
     # Each part of the run has looked at the test set at its end.
     assert [row for row in rows(parts) if row["split"] != "test"] == [r for r in rows(whole) if r["split"] != "test"]
     states = [checkpoint.load(run / "checkpoints" / "last.pt") for run in (whole, parts)]
@@ -75,14 +78,3 @@ def check_mistakes(tmp_path: Path) -> None:
         said = sentences(done)
         assert len(said) == 1, done.stderr
         assert sentence in said[0]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
-def test_shares_are_all_and_differ_by_one_at_most(size):
-    for count in (0, 1, 5, 8, 32):
-        shares = [Ranks(rank, size).share(count) for rank in range(size)]
-        assert shares[0][0] == 0
-        assert shares[-1][1] == count
-        assert all(one[1] == other[0] for one, other in itertools.pairwise(shares))
-        lengths = {last - first for first, last in shares}
-        assert max(lengths) - min(lengths) <= 1

@@ -36,6 +36,10 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
+    def log_of(self, rank: int) -> Path:
+        """The log of one of several processes; the first one's is `log`."""
+        return self.log if rank == 0 else self.log.with_stem(f"{self.log.stem}-{rank}")
+
     def member(self, number: int) -> RunFolder:
         """The folder of a member of an ensemble, counted from 1."""
         return RunFolder(self.path / f"member-{number}")
@@ -71,7 +75,9 @@ class RunFolder:
             with contextlib.ExitStack() as stack:
                 for member in self.members():  # of an ensemble that was killed, a process may be about to end
                     stack.enter_context(member.hold(patience=MEMBER_PATIENCE))
-            for path in (self.config, self.metrics, self.log, self.model, *self.path.glob("events.out.tfevents.*")):
+            patterns = ("events.out.tfevents.*", f"{self.log.stem}-*{self.log.suffix}")
+            found = (path for pattern in patterns for path in self.path.glob(pattern))
+            for path in (self.config, self.metrics, self.log, self.model, *found):
                 path.unlink(missing_ok=True)
             for path in (self.checkpoints, self.report, *(member.path for member in self.members())):
                 shutil.rmtree(path, ignore_errors=True)
@@ -101,9 +107,9 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def logged(self) -> Iterator[None]:
-        """Append what the package logs to train.log while the block runs."""
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+    def logged(self, rank: int = 0) -> Iterator[None]:
+        """Append what the package logs to train.log, of further processes to train-RANK.log, while the block runs."""
+        handler = logging.FileHandler(self.log_of(rank), encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         level = LOGGER.level
         LOGGER.addHandler(handler)

@@ -21,7 +21,14 @@ class Progress:
     """Reports by log lines.
 
     The trainer calls `begin`, then `batch` a few times a second and `epoch` after each epoch, then `end`.
+
+    Attributes
+    ----------
+    processes : int
+        How many train together; rates are those of all.
     """
+
+    processes = 1
 
     def begin(self, epochs: int, first: int) -> None:
         """A run from epoch `first` to `epochs` starts."""
@@ -47,11 +54,16 @@ class Progress:
         passed = time.monotonic() - self.started
         return passed / max(done - self.first, 1e-9) * (self.epochs - done)
 
+    def rate(self, train: Row) -> str:
+        """How fast an epoch was, in words."""
+        by = f" by {self.processes} processes" if self.processes > 1 else ""
+        return f"{train.structures_per_second:,.0f} structures/s{by}"
+
     def line(self, train: Row, validation: Row) -> str:
         """An epoch in words."""
         return (
             f"epoch {train.epoch}/{self.epochs - 1}: {_errors(train, validation)}, lr {train.lr:.3g}, "
-            f"{train.structures_per_second:,.0f} structures/s, {_clock(self.seconds_left(train.epoch + 1))} left"
+            f"{self.rate(train)}, {_clock(self.seconds_left(train.epoch + 1))} left"
         )
 
 
@@ -90,7 +102,7 @@ class LiveProgress(Progress):
     def epoch(self, train: Row, validation: Row, test: Row | None = None) -> None:
         """An epoch is done."""
         super().epoch(train, validation, test)
-        self.text = f"{_errors(train, validation)}  {train.structures_per_second:,.0f} structures/s"
+        self.text = f"{_errors(train, validation)}  {self.rate(train)}"
 
     def end(self) -> None:
         """The run has ended, for whatever reason."""

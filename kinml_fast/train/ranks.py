@@ -89,10 +89,6 @@ class Ranks:
             )
         return torch.device("cuda", self.local)
 
-    def share(self, count: int) -> tuple[int, int]:
-        """From which to which of so many things in a row are this process's; they differ by one at most."""
-        return count * self.rank // self.size, count * (self.rank + 1) // self.size
-
     # What follows is called by all processes, in the same order. It raises RankError when another one has said why it
     # cannot go on, and in one process InputError when another one has gone without a word.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -53,7 +52,7 @@ def go_on(
     configuration.
     """
     folder, given = RunFolder(config.run), _given(config, data)
-    with _logged(folder, ranks):
+    with folder.logged(ranks.rank):
         if config.start.model is None:
             model = make_model(config, data.elements, data.fidelities, data.baseline)
         else:
@@ -106,7 +105,7 @@ def fit(
 ) -> Summary:
     """Train from the beginning, in a folder that is there."""
     folder = RunFolder(config.run)
-    with _logged(folder, ranks):
+    with folder.logged(ranks.rank):
         if origin is None:
             model = make_model(config, data.elements, data.fidelities, data.baseline)
         else:
@@ -231,11 +230,6 @@ def make_model(
         fidelities=fidelities,
         baseline=baseline,
     )
-
-
-def _logged(folder: RunFolder, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
-    """One process writes the log."""
-    return folder.logged() if ranks.is_first else contextlib.nullcontext()
 
 
 def _given(config: Config, data: Prepared | LargeData) -> TrainingData | LargeData:

@@ -19,6 +19,7 @@ from kinml_fast.data.training_data import TrainingData
 from kinml_fast.errors import ConfigError, DeviceError, first_line
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train import checkpoint, continued
+from kinml_fast.train.board import this_process
 from kinml_fast.train.captured import EpochRecorder
 from kinml_fast.train.config import TrainingConfig
 from kinml_fast.train.dataset import Stretch, make_dataset
@@ -112,7 +113,7 @@ class Trainer:
         self.model = model
         self.config = (config or TrainingConfig()).for_ranks(ranks.size)
         place = None if folder is None else RunFolder(folder)
-        self.folder = place if ranks.is_first else None
+        self.folder, self._place = place if ranks.is_first else None, place
         self.progress = progress or Progress()
         self.data = make_dataset(model, data, self.config)
         self._steps: dict[bool, Step] = {}
@@ -177,8 +178,8 @@ class Trainer:
                 self._ranks.same(self._state.identity(), "give all of them the same files and arguments")
             stack.enter_context(_threads(self.config.threads))
             stack.enter_context(_memory_explained(self.config))
-            if self.folder is not None:
-                stack.enter_context(self.folder.logged())
+            if self._place is not None:
+                stack.enter_context(self._place.logged(self._ranks.rank))
             self.prepare()
             if self._store is not None and self._store.is_new:
                 self._store.save()
@@ -189,6 +190,8 @@ class Trainer:
 
     def prepare(self) -> None:
         """Compute what the first epoch needs and keeps in memory, such as descriptors; `fit` begins with this."""
+        if not self._ranks.alone:
+            log.info("process %d of %d, %s", self._ranks.rank, self._ranks.size, this_process())
         for sentence in self.data.numbers(self.config.loss.forces):
             log.info("%s", sentence)
         if self.data.whole is not None:
@@ -274,6 +277,7 @@ class Trainer:
 
     def _train(self) -> None:
         self._rhythm.begin()
+        self.progress.processes = self._ranks.size
         self.progress.begin(self.config.epochs, self._state.epoch)
         try:
             with self._rhythm.interruptible():
