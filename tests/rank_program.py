@@ -30,7 +30,7 @@ KINDS: dict[str, dict] = {
     "level_energies": {},
     "stored": {**FORCES, "jacobian": "stored"},
     "average": {**FORCES, "ema_decay": 0.9, "gradient_clip": 1.0},
-    "small_batches": {**FORCES, "batch_size": 3},
+    "small_batches": {**FORCES, "batch_size": 8},
     "frozen": FORCES,
 }
 
