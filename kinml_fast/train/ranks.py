@@ -105,9 +105,16 @@ class Ranks:
             of_all[self.rank] = own
             others = [rank for rank in range(self.size) if rank != self.rank]
             work = [dist.irecv(of_all[rank], rank) for rank in others] + [dist.isend(own, rank) for rank in others]
-            for one in work:
-                if one is not None:
-                    one.wait(self._board.patience)
+            one = None
+            try:
+                for one in work:
+                    if one is not None:
+                        one.wait(self._board.patience)
+            except RuntimeError:
+                # What is under way keeps connections open, by whose end the others notice.
+                del one
+                work.clear()
+                raise
 
     def largest(self, number: int) -> int:
         """The largest number of any process."""
