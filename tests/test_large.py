@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from pretend_gpu import GPU, pretended
-from test_ranks import again, start
+from rank_helpers import again, start
 from training_helpers import (
     Killed,
     assert_same_bits,

@@ -19,7 +19,7 @@ _SECONDS_TO_LEAVE = 20.0
 """For which who keeps the board waits for the others to read it; torchrun kills after 30."""
 
 
-def fresh(store: dist.Store, rank: int, size: int, seconds: float = 1800.0) -> dist.Store:
+def fresh(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
     """A part of a store in which nothing stands yet, the same for all processes.
 
     torchrun starts processes again with the store of those that have failed: what these wrote, such as the addresses at
