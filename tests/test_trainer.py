@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -666,3 +667,20 @@ def test_live_progress_draws_a_line():
     assert "validation RMSE" in drawn
     assert "structures/s" in drawn
     assert "0:00 left" in drawn
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_other_logs_show_as_much_as_without_the_run_folder(level, tmp_path):
+    logger = logging.getLogger("kinml_fast")
+    shown = logging.StreamHandler(io.StringIO())
+    before = logger.level
+    logger.addHandler(shown)
+    logger.setLevel(level)
+    try:
+        fitted(settings(epochs=1), tmp_path / "run")
+    finally:
+        logger.removeHandler(shown)
+        logger.setLevel(before)
+    assert "epoch 0/0" in (tmp_path / "run/train.log").read_text()
+    assert ("epoch 0/0" in shown.stream.getvalue()) == (level == logging.INFO)
+    assert not shown.filters

@@ -108,15 +108,27 @@ class RunFolder:
 
     @contextlib.contextmanager
     def logged(self, rank: int = 0) -> Iterator[None]:
-        """Append what the package logs to train.log, of further processes to train-RANK.log, while the block runs."""
+        """Append what the package logs to train.log, of further processes to train-RANK.log, while the block runs.
+
+        Whatever else shows the log shows as much of it as without.
+        """
         handler = logging.FileHandler(self.log_of(rank), encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        level = LOGGER.level
+        level, shown = LOGGER.level, LOGGER.getEffectiveLevel()
+        others = [other for logger in (LOGGER, LOGGER.root) for other in logger.handlers]
+
+        def as_before(record: logging.LogRecord) -> bool:
+            return record.levelno >= shown or record.name.partition(".")[0] != LOGGER.name
+
+        for other in others:
+            other.addFilter(as_before)
         LOGGER.addHandler(handler)
-        LOGGER.setLevel(min(level or logging.INFO, logging.INFO))
+        LOGGER.setLevel(min(shown, logging.INFO))
         try:
             yield
         finally:
             LOGGER.setLevel(level)
             LOGGER.removeHandler(handler)
             handler.close()
+            for other in others:
+                other.removeFilter(as_before)
