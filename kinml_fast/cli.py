@@ -289,7 +289,7 @@ def _show_log(quiet: bool = False) -> Progress:
 
 def _ended(end: KeyboardInterrupt | signals.Stopped, remedy: str = "", speaks: bool = True) -> int:
     """Say that the user or a signal has ended the command."""
-    number = end.number if isinstance(end, signals.Stopped) else signal.SIGINT
+    number = signals.number_of(end)
     if speaks:
         what = "interrupted" if number == signal.SIGINT else f"ended by {signals.name(number)}"
         sys.stderr.write(f"\n{what}{remedy}\n")

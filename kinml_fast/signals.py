@@ -42,6 +42,11 @@ def ending(number: int) -> KeyboardInterrupt | Stopped:
     return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
 
 
+def number_of(end: BaseException) -> int:
+    """The signal of which something that ends a process comes; Ctrl-C's for whatever comes of none."""
+    return end.number if isinstance(end, Stopped) else signal.SIGINT
+
+
 def ignore() -> None:
     """Let `ENDING` signals do nothing more, in a process that ends anyway."""
     for number in ENDING:

@@ -70,7 +70,7 @@ def check_mistakes(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     for arguments, sentence in [
         (["data.files=[nothing.db]"], "nothing.db"),
-        (["ensemble.members=2"], "several processes cannot train an ensemble"),
+        (["ensemble.members=2", "training.per_rank=[batch_size]"], "training.per_rank does not go together with"),
         (["no.such=1"], "unknown key no"),
     ]:
         done = start(2, "-m", "kinml_fast.cli", "train", str(config), *arguments, f"run={tmp_path / 'run'}")

@@ -1,4 +1,4 @@
-"""What processes that train together say to one another beside their tensors: who they are, and why they end."""
+"""What processes that were started together say to one another beside their tensors: who they are, why they end."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import socket
 import time
 import uuid
 import weakref
+from collections.abc import Sequence
 
 import torch.distributed as dist
+
+from kinml_fast import signals
+from kinml_fast.errors import InputError, RankError
+from kinml_fast.signals import Stopped
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_BETWEEN_LOOKS_AT_MOST = 0.5
@@ -62,12 +67,16 @@ class Board:
     rank, size
         This process, and how many there are.
     store
-        That of the process group.
+        A part of that store, which nobody else uses.
     here
         Whether this process keeps the store, so that it ends with it.
 
     Attributes
     ----------
+    first : int
+        The number among all processes of the first one here.
+    whole : Board
+        That of all processes, if those here are a part of them; otherwise this one.
     names : list of str
         What a user looks for to find each process, when it is known.
     patience : timedelta
@@ -75,11 +84,11 @@ class Board:
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store, here: bool) -> None:
-        self._rank, self._size, self._here = rank, size, here
-        self._store = dist.PrefixStore("kinml_fast", store)
-        self._turns = 0
+        self._rank, self._size, self._store, self._here = rank, size, store, here
+        self._group: weakref.ref[dist.ProcessGroup] | None = None
+        self._turns, self._divisions = 0, 0
         self._speaks: bool | None = None
-        self._gone = 0
+        self.first, self.whole = 0, self
         self.names = ["?"] * size
         self.patience = dist.default_pg_timeout
 
@@ -91,29 +100,85 @@ class Board:
         if group is not None and (_latest is None or _latest[0]() is not group):
             of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
             here = dist.get_rank() == 0 and not of_agent
-            board = Board(dist.get_rank(), dist.get_world_size(), group.get_group_store(), here)
+            store = dist.PrefixStore("kinml_fast", group.get_group_store())
+            board = Board(dist.get_rank(), dist.get_world_size(), store, here)
             _latest = weakref.ref(group), board  # whoever has the group itself keeps its connections open
         assert _latest is not None, "there has been no process group"
         return _latest[1]
+
+    def divided(self, first: int, size: int, group: dist.ProcessGroup | None) -> tuple[Board, dist.Store]:
+        """A board for some processes in a row, and a store for all of them; all divide themselves as often.
+
+        Parameters
+        ----------
+        first, size
+            Which ones, of those here.
+        group
+            That of torch.distributed for them.
+        """
+        self._divisions += 1
+        store = dist.PrefixStore(f"division {self._divisions}", self._store)
+        board = Board(self._rank - first, size, dist.PrefixStore(f"from {first}", store), False)
+        board._group = None if group is None else weakref.ref(group)
+        board.first, board.whole, board.patience = first, self, self.patience
+        return board, store
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group whose board this is, for functions of torch.distributed: None for that of all processes.
+
+        Raises
+        ------
+        RuntimeError
+            It has ended.
+        """
+        if self._group is None:
+            return None
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group has ended")
+        return group
+
+    def name(self, number: int) -> str:
+        """What a user looks for to find the process that has this number among all."""
+        return f"process {number} ({self.whole.names[number]})"
 
     def speaks(self) -> bool:
         """Whether this process is the first one that has to say why all end, and so the only one that does.
 
         If the board is gone with the process that kept it, the next one speaks.
         """
-        if self._speaks is None:
+        whole = self.whole
+        if whole._speaks is None:
             try:
-                self._speaks = self._store.add("speaks", 1) == 1
+                whole._speaks = whole._store.add("speaks", 1) == 1
             except RuntimeError:
-                self._speaks = self._rank == 1
-        return self._speaks
+                whole._speaks = whole._rank == 1
+        return whole._speaks
 
     def spoken(self) -> bool:
         """Whether a process has said why all end."""
         try:
-            return self._store.check(["speaks"])
+            return self.whole._store.check(["speaks"])
         except RuntimeError:
             return False
+
+    def ask(self, number: int) -> None:
+        """Let all processes end, because of a signal to this one."""
+        with contextlib.suppress(RuntimeError):
+            self.whole._store.set("signal", str(number))
+
+    def asked(self) -> int:
+        """The signal for which all processes are to end; 0 for none, RuntimeError if the board is gone."""
+        store = self.whole._store
+        return int(store.get("signal")) if store.check(["signal"]) else 0
+
+    def end(self) -> RankError | KeyboardInterrupt | Stopped:
+        """What ends this process when another one has said why all end."""
+        number = 0
+        with contextlib.suppress(RuntimeError):
+            number = self.asked()
+        return signals.ending(number) if number else RankError("another process could not go on")
 
     def say(self, text: str) -> None:
         """The first process: let the others hear what they wait for."""
@@ -134,35 +199,52 @@ class Board:
             time.sleep(pause)
             pause = min(1.1 * pause, _SECONDS_BETWEEN_LOOKS_AT_MOST)
 
-    def silent(self, why: str) -> tuple[list[int], list[str]]:
-        """Say why this process cannot go on with the others; find those that do not say anything.
+    def stop(self, why: str) -> None:
+        """Say why this process cannot go on with the others, before it lets go of them."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"reason {self._rank}", why)
+
+    def stopped(self, rank: int) -> bool:
+        """Whether a process here has said so, and looks for the one that it lacks."""
+        return self._store.check([f"reason {rank}"])
+
+    def silent(self) -> tuple[list[int], list[str]]:
+        """Find the processes that do not say anything, when this one has stopped.
 
         Returns
         -------
-        Their numbers, none if one has said why all end, and what those that are there gave as their reasons.
+        Their numbers among all, none if one has said why all end, and what those that are there gave as their reasons.
         """
         reasons: list[str] = []
         try:
-            self._store.set(f"reason {self._rank}", why)
             give_up = time.monotonic() + _SECONDS_TO_ANSWER
             while True:
-                there = [rank for rank in range(self._size) if self._store.check([f"reason {rank}"])]
+                there = [rank for rank in range(self._size) if self.stopped(rank)]
                 reasons = [self._store.get(f"reason {rank}").decode() for rank in there]
                 if self.spoken():
                     return [], reasons
                 if len(there) == self._size or time.monotonic() > give_up:
-                    self._gone = self._size - len(there)
-                    return [rank for rank in range(self._size) if rank not in there], reasons
+                    return [self.first + rank for rank in range(self._size) if rank not in there], reasons
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
         except RuntimeError:  # the board is gone, with the process that kept it
-            return [0], [*reasons, why]
+            return [0], reasons
+
+    def missing(self, numbers: Sequence[int], timed_out: bool) -> InputError:
+        """What the process raises that speaks when others, which have these numbers among all, are gone or hang."""
+        with contextlib.suppress(RuntimeError):
+            self.whole._store.add("left", len(numbers))
+        what = "did not answer in time (training.rank_timeout_seconds)" if timed_out else "is gone"
+        return InputError(
+            f"{', '.join(map(self.name, numbers))} {what}: see what it wrote and whether memory was too small, and "
+            "continue the run with --resume: its last checkpoint is whole"
+        )
 
     def leave(self) -> None:
         """The last thing to do. Who keeps the board stays a little, for others to read it."""
         with contextlib.suppress(RuntimeError):
             left = self._store.add("left", 1)
             give_up = time.monotonic() + _SECONDS_TO_LEAVE
-            while self._here and left < self._size - self._gone and time.monotonic() < give_up:
+            while self._here and left < self._size and time.monotonic() < give_up:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
                 left = self._store.add("left", 0)
 

@@ -1,4 +1,4 @@
-"""Training ensembles: the members one after the other or in processes of their own, then the file of all of them."""
+"""Training ensembles: the members one after the other or side by side, then the file of all of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from kinml_fast import devices, report, signals
 from kinml_fast.data.files import replacing
+from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.split import PARTS
 from kinml_fast.deploy import evaluate, model_file
@@ -29,6 +31,7 @@ from kinml_fast.train.config import CHANGEABLE, Config, flat
 from kinml_fast.train.folder import MEMBER_PATIENCE, RunFolder
 from kinml_fast.train.members import of_member, train_member
 from kinml_fast.train.progress import Progress
+from kinml_fast.train.ranks import ALONE, Ranks
 from kinml_fast.train.results import Summary
 
 log = logging.getLogger(__name__)
@@ -59,8 +62,23 @@ class EnsembleSummary:
     spread: dict[str, evaluate.Spread]
     seconds: float = field(compare=False)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EnsembleSummary:
+        """The summary of what `dataclasses.asdict` has made of it, also when it went through JSON."""
 
-def train(config: Config, data: Prepared, progress: Progress | None = None) -> EnsembleSummary:
+        def of_parts(errors: Mapping[str, Mapping[str, float]]) -> dict[str, Errors]:
+            return {part: Errors(**numbers) for part, numbers in errors.items()}
+
+        return cls(
+            tuple(map(Summary.from_dict, values["members"])),
+            of_parts(values["errors"]),
+            of_parts(values["forces"]),
+            {part: evaluate.Spread(**numbers) for part, numbers in values["spread"].items()},
+            values["seconds"],
+        )
+
+
+def train(config: Config, data: Prepared, progress: Progress | None = None, ranks: Ranks = ALONE) -> EnsembleSummary:
     """Train all members that are not at their end, and write the file and the report of the ensemble.
 
     Parameters
@@ -71,6 +89,8 @@ def train(config: Config, data: Prepared, progress: Progress | None = None) -> E
         For all members; where folds vary, its split says what the folds are made of.
     progress
         What shows the progress of members that are trained one after the other; by default log lines.
+    ranks
+        The processes that train the members, side by side; each of them calls this.
 
     Raises
     ------
@@ -79,11 +99,14 @@ def train(config: Config, data: Prepared, progress: Progress | None = None) -> E
     """
     started = time.monotonic()
     folder = RunFolder(config.run)
-    with contextlib.suppress(OSError):
-        folder.checkpoints.rmdir()  # the members have their own
-    with folder.logged():
+    if ranks.is_first:
+        with contextlib.suppress(OSError):
+            folder.checkpoints.rmdir()  # the members have their own
+    with folder.logged(ranks.rank):
         for number in range(1, config.ensemble.members + 1):
             of_member(config, data, number)  # says what is wrong with the folds before anything is trained
+        if not ranks.alone:
+            return _side_by_side(config, data, progress, ranks, started)
         if config.ensemble.processes > 1:
             summaries = _in_processes(config)
         else:
@@ -95,7 +118,11 @@ def train(config: Config, data: Prepared, progress: Progress | None = None) -> E
 
 
 def resume(
-    before: Config, config: Config, accepted: Callable[[], None], progress: Progress | None = None
+    before: Config,
+    config: Config,
+    accepted: Callable[[], None],
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> EnsembleSummary:
     """Go on with an ensemble that was interrupted, or that shall have more members or epochs.
 
@@ -106,7 +133,9 @@ def resume(
     config
         That to go on with.
     accepted
-        Called when the configuration is found to be allowed.
+        Called, in the first of several processes, when the configuration is found to be allowed.
+    progress, ranks
+        As for `train`; the ensemble may have been started by another number of processes.
 
     Raises
     ------
@@ -115,18 +144,62 @@ def resume(
     """
     _check_changes(before, config)
     folder = RunFolder(config.run)
-    for member in folder.members():
-        with member.hold(patience=MEMBER_PATIENCE):
-            member.sweep()
-    with folder.logged():
-        begun = any(member.last.exists() for member in folder.members())
-        data = single.prepared_before(config) if begun else single.prepare(config)
-    accepted()
+
+    def reopened() -> Prepared | LargeData:
+        folder.sweep()
+        for member in folder.members():
+            with member.hold(patience=MEMBER_PATIENCE):
+                member.sweep()
+        with folder.logged():
+            begun = any(member.last.exists() for member in folder.members())
+            data = single.prepared_before(config) if begun else single.prepare(config)
+        accepted()
+        return data
+
+    data = ranks.in_turn(reopened, lambda: single.prepared_before(config))
     assert isinstance(data, Prepared)
-    return train(config, data, progress)
+    return train(config, data, progress, ranks)
 
 
-# Members in processes of their own
+# Members side by side
+
+
+def _side_by_side(
+    config: Config, data: Prepared, progress: Progress | None, ranks: Ranks, started: float
+) -> EnsembleSummary:
+    """Train the members in parts of the processes; the first process writes what is of all of them."""
+    members = config.ensemble.members
+    groups = min(members, ranks.size)
+    ranks.set_timeout(config.training.rank_timeout_seconds)
+    own = ranks.divided(groups)
+    assert own.part is not None
+    numbers = range(own.part.number + 1, members + 1, groups)
+    if config.ensemble.processes > 1:
+        log.warning("ensemble.processes has no effect where several processes were started: all of them train members")
+    log.info("process %d of %d, in group %d of %d", ranks.rank, ranks.size, own.part.number + 1, groups)
+    try:
+        for number in numbers:
+            log.info("member %d of %d", number, members)
+            summary = train_member(config, data, number, progress, own)
+            if own.is_first:
+                own.part.post(str(number), json.dumps(asdict(summary)))
+        summaries = [Summary.from_dict(json.loads(own.read(str(number)))) for number in range(1, members + 1)]
+        for number in set(range(1, members + 1)) - set(numbers):
+            _say(number, summaries[number - 1])
+
+        def finished() -> str:
+            return json.dumps(asdict(_finish(config, data, summaries, started)))
+
+        ranks.wait()  # none looks for another any more
+        return EnsembleSummary.from_dict(json.loads(ranks.told(finished)))
+    except (KeyboardInterrupt, signals.Stopped) as end:
+        ranks.ask(signals.number_of(end))
+        raise
+
+
+def _say(number: int, summary: Summary) -> None:
+    rmse = summary.errors["validation"].rmse
+    log.info("member %d: best epoch %d, validation RMSE %.4f kcal/mol", number, summary.best_epoch, rmse)
 
 
 def _in_processes(config: Config) -> list[Summary]:
@@ -156,8 +229,7 @@ def _in_processes(config: Config) -> list[Summary]:
         if process.returncode != 0:
             return None
         summary = Summary.from_dict(json.loads(out.splitlines()[-1]))
-        rmse = summary.errors["validation"].rmse
-        log.info("member %d: best epoch %d, validation RMSE %.4f kcal/mol", number, summary.best_epoch, rmse)
+        _say(number, summary)
         return summary
 
     with ThreadPoolExecutor(config.ensemble.processes) as pool:
@@ -168,7 +240,7 @@ def _in_processes(config: Config) -> list[Summary]:
         except BaseException as error:
             ended = True
             for process in list(running.values()):
-                process.send_signal(error.number if isinstance(error, signals.Stopped) else signal.SIGINT)
+                process.send_signal(signals.number_of(error))
             raise
 
 

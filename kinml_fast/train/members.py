@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from kinml_fast.train import single
 from kinml_fast.train.config import Config, EnsembleConfig
 from kinml_fast.train.folder import MEMBER_PATIENCE, RunFolder
 from kinml_fast.train.progress import Progress
+from kinml_fast.train.ranks import ALONE, Ranks
 from kinml_fast.train.results import Summary
 
 
@@ -74,7 +76,9 @@ def fold(structures: Structures, split: Split, n_folds: int, index: int, seed: i
     return Split(order[~np.isin(order, chosen)], np.sort(chosen), split.test)
 
 
-def train_member(config: Config, data: Prepared, number: int, progress: Progress | None = None) -> Summary:
+def train_member(
+    config: Config, data: Prepared, number: int, progress: Progress | None = None, ranks: Ranks = ALONE
+) -> Summary:
     """Train a member, or what is left of it, in its folder.
 
     Parameters
@@ -83,13 +87,24 @@ def train_member(config: Config, data: Prepared, number: int, progress: Progress
         Those of the ensemble.
     number
         The member, counted from 1.
+    progress
+        What shows the progress.
+    ranks
+        The processes that train it together.
     """
     config, data = of_member(config, data, number)
     folder = RunFolder(config.run)
-    with folder.hold(patience=MEMBER_PATIENCE):
-        if folder.last.exists():
-            return single.go_on(config, data, progress)
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> str:
+            stack.enter_context(folder.hold(patience=MEMBER_PATIENCE))
+            if folder.last.exists():
+                return "begun"
+            folder.make()
+            splits.write_tvtmsk(folder.split, data.structures, data.split)
+            return ""
+
+        if ranks.told(opened):
+            return single.go_on(config, data, progress, ranks=ranks)
         config, origin = single.begin(config)
-        folder.make()
-        splits.write_tvtmsk(folder.split, data.structures, data.split)
-        return single.fit(config, data, origin, progress, resume=True)
+        return single.fit(config, data, origin, progress, resume=True, ranks=ranks)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import signal
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +23,11 @@ from kinml_fast.errors import ConfigError, DeviceError, InputError, RankError, f
 from kinml_fast.train import meeting
 from kinml_fast.train.board import Board, fresh, this_process
 from kinml_fast.train.meeting import Meeting
+from kinml_fast.train.parts import Part
 
 _Result = TypeVar("_Result")
 
+_SECONDS_BETWEEN_LOOKS = 0.1
 _MIXED = "start the same installation in all of them, with KINML_CPU_ISA=avx2 where processors differ"
 
 
@@ -38,15 +43,18 @@ class Ranks:
         How many there are.
     local
         Its number among those on the same computer, from 0.
+    part
+        Which part these are of more processes, that train other models; None if there are no more.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
+    part: Part | None = field(default=None, compare=False, repr=False)
 
     @property
     def alone(self) -> bool:
-        """Whether there is one process only."""
+        """Whether there is one process only, or none that trains the same model."""
         return self.size == 1
 
     @property
@@ -67,7 +75,7 @@ class Ranks:
         DeviceError
             As `devices.resolve`, or there are fewer GPUs than processes on this computer.
         """
-        if self.alone or name == "cpu":
+        if (self.alone and self.part is None) or name == "cpu":
             return devices.resolve(name)
         if name not in ("auto", "cuda"):
             raise DeviceError(
@@ -98,13 +106,15 @@ class Ranks:
             of_all[0] = own
             return
         with self._together():
+            group = self._board.group
             if own.device.type != "cpu":
-                dist.all_gather(list(of_all.unbind(0)), own)
+                dist.all_gather(list(of_all.unbind(0)), own, group)
                 return
             # Gloo's collectives go through a queue of threads, which takes three times as long as to send.
             of_all[self.rank] = own
             others = [rank for rank in range(self.size) if rank != self.rank]
-            work = [dist.irecv(of_all[rank], rank) for rank in others] + [dist.isend(own, rank) for rank in others]
+            work = [dist.irecv(of_all[rank], group=group, group_src=rank) for rank in others]
+            work += [dist.isend(own, group=group, group_dst=rank) for rank in others]
             one = None
             try:
                 for one in work:
@@ -112,7 +122,7 @@ class Ranks:
                         one.wait(self._board.patience)
             except RuntimeError:
                 # What is under way keeps connections open, by whose end the others notice.
-                del one
+                del one, group
                 work.clear()
                 raise
 
@@ -122,7 +132,7 @@ class Ranks:
             return number
         tensor = torch.tensor([number])
         with self._together():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, self._board.group)
         return int(tensor)
 
     def in_turn(self, first: Callable[[], _Result], others: Callable[[], _Result] | None = None) -> _Result:
@@ -159,7 +169,7 @@ class Ranks:
         """Go on when all processes are here."""
         if not self.alone:
             with self._together():
-                dist.barrier()
+                dist.barrier(self._board.group)
 
     def same(self, values: Mapping[str, object], remedy: str) -> None:
         """Go on when all processes are here and have the same values.
@@ -181,40 +191,95 @@ class Ranks:
         own = {name: str(value) for name, value in values.items()}
         found: list[Any] = [None] * self.size
         with self._together():
-            dist.all_gather_object(found, (this_process(), own))
-        self._board.names = [who for who, _ in found]
+            dist.all_gather_object(found, (this_process(), own), self._board.group)
+        board = self._board
+        board.whole.names[board.first : board.first + self.size] = [who for who, _ in found]
         of_first: dict[str, str] = found[0][1]
-        for rank, (who, of_rank) in enumerate(found):
+        for rank, (_, of_rank) in enumerate(found):
             names = [name for name in of_first | of_rank if of_first.get(name) != of_rank.get(name)]
             if names:
                 others = sum(of_other != of_first for _, of_other in found[rank + 1 :])
                 more = f" (and {others} more)" if others else ""
                 what = ", ".join(f"{name} ({of_rank.get(name)} instead of {of_first.get(name)})" for name in names[:3])
                 what += f" … ({len(names)} in all)" if len(names) > 3 else ""
-                raise InputError(
-                    f"process {rank} ({who}){more} has another {what} than process 0 ({found[0][0]}): {remedy}"
-                )
+                differs, first = board.name(board.first + rank), board.name(board.first)
+                raise InputError(f"{differs}{more} has another {what} than {first}: {remedy}")
 
     def set_timeout(self, seconds: float) -> None:
         """For how long the others are waited for from now on."""
         if not self.alone:
             # The public ways are torch.distributed.init_process_group, before a configuration is read, and new groups.
             self._board.patience = datetime.timedelta(seconds=seconds)
-            dist.distributed_c10d._set_pg_timeout(self._board.patience)
+            dist.distributed_c10d._set_pg_timeout(self._board.patience, self._board.group)
+
+    def divided(self, parts: int) -> Ranks:
+        """This process among those of its part, when all are divided into parts that train models of their own.
+
+        Processes with consecutive numbers, as those of one computer have them, are in one part; the sizes of the parts
+        differ by at most one.
+
+        Parameters
+        ----------
+        parts
+            How many, of at least one process.
+        """
+        bounds = [self.size * part // parts for part in range(parts + 1)]
+        number = next(part for part, end in enumerate(bounds[1:]) if self.rank < end)
+        first, size = bounds[number], bounds[number + 1] - bounds[number]
+        with self._together():
+            ranges = [range(*ends) for ends in itertools.pairwise(bounds)]
+            groups = [dist.new_group(ranks, self._board.patience) if len(ranks) > 1 else None for ranks in ranges]
+        board, store = self._board.divided(first, size, groups[number])
+        watched = bounds[(number - 1) % parts] if self.rank == first else None
+        return Ranks(self.rank - first, size, self.local, Part(number, parts, board, store, watched))
 
     def speaks(self) -> bool:
         """Whether this process is the one that says why all end: the first to ask."""
-        return self.alone or self._board.speaks()
+        return (self.alone and self.part is None) or self._board.speaks()
+
+    # What follows is for processes of several parts.
+
+    def look(self) -> int:
+        """By which signal a process of another part was asked to end, 0 if none was; see `Part.look`."""
+        if self.part is None:
+            return 0
+        with self._together():
+            return self.part.look()
+
+    def ask(self, number: int) -> None:
+        """Let the processes of all parts end, because of a signal to this one."""
+        if self.part is not None or not self.alone:
+            self._board.ask(number)
+
+    def read(self, name: str) -> str:
+        """What a process of any part has posted under a name, or will; until then this one waits.
+
+        Raises
+        ------
+        InputError
+            As `look`.
+        KeyboardInterrupt, Stopped
+            A process of another part was asked to end.
+        """
+        assert self.part is not None
+        while True:
+            with self._together():
+                text = self.part.posted(name)
+            if text is not None:
+                return text
+            if number := self.look():
+                raise signals.ending(number)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     @property
     def _board(self) -> Board:
-        return Board.of_group()
+        return Board.of_group() if self.part is None else self.part.board
 
     def _hear(self) -> str:
         with self._together():
             text = self._board.hear()
         if text is None:
-            raise RankError("the first process could not go on")
+            raise self._board.end()
         return text
 
     @contextlib.contextmanager
@@ -223,6 +288,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # they may keep connections open
             # The sentence comes before any signal: torchrun ends all when one is gone.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)
             try:
@@ -230,23 +296,19 @@ class Ranks:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _lost(self, why: str) -> InputError:
+    def _lost(self, why: str) -> BaseException:
         board = self._board
+        board.stop(why)
         if dist.is_initialized():
             dist.destroy_process_group()  # others that wait notice it, too
-        silent, reasons = board.silent(why)
+        silent, reasons = board.silent()
         if board.spoken() or not board.speaks():
-            return RankError("another process could not go on")
-        if not silent:
-            return InputError(
-                "the connection between the processes was lost, though all are there: look for trouble with the "
-                "network, and continue the run with --resume"
-            )
-        names = [f"process {rank} ({board.names[rank]})" for rank in silent]
-        what = "did not answer in time (training.rank_timeout_seconds)" if "time-out" in reasons else "is gone"
+            return board.end()
+        if silent:
+            return board.missing(silent, "time-out" in [*reasons, why])
         return InputError(
-            f"{', '.join(names)} {what}: see what it wrote and whether memory was too small, and continue the run "
-            "with --resume: its last checkpoint is whole"
+            "the connection between the processes was lost, though all are there: look for trouble with the network, "
+            "and continue the run with --resume"
         )
 
 

@@ -108,13 +108,13 @@ class Rhythm:
             raise signals.ending(self.signal or signal.SIGINT)
         self._next = min(self._drawing.moment, self._saving.moment)
 
+    def ask(self, number: int) -> None:
+        """Let the run end, because of a signal to this process or to one that trains another model beside it."""
+        self.signal, self._next = number, -math.inf
+        self.interrupted = self.interrupted or self._agreed is None
+
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Ctrl-C and other signals that ask for an end take effect between two batches; the second one at once."""
-
-        def ask(number: int) -> None:
-            self.signal, self._next = number, -math.inf
-            self.interrupted = self.interrupted or self._agreed is None
-
-        with signals.taken((signal.SIGINT, *signals.ENDING), ask):
+        with signals.taken((signal.SIGINT, *signals.ENDING), self.ask):
             yield

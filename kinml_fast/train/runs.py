@@ -63,10 +63,14 @@ def start(
 
     def opened() -> tuple[Config, Origin | None]:
         ranks.device(config.training.device)  # says now what is wrong with it
-        _check_shared(config, ranks)
         return begin(config)
 
     given = config.training.per_rank
+    if given and config.ensemble.members > 1 and not ranks.alone:
+        raise ConfigError(
+            "training.per_rank does not go together with ensemble.members > 1, because different numbers of processes "
+            "may train the members: leave it out, and let training.batch_size be that of all processes of a member"
+        )
     config = config.model_copy(update={"training": config.training.for_ranks(ranks.size)})
     config, origin = ranks.in_turn(opened)
     ranks.same(_shared(config), _UNEQUAL)
@@ -91,7 +95,7 @@ def start(
         data = ranks.in_turn(begun, lambda: prepared_before(configuration.load(folder.config)))
         if config.ensemble.members > 1:
             assert isinstance(data, Prepared)
-            return ensembles.train(config, data, progress)
+            return ensembles.train(config, data, progress, ranks)
         return fit(config, data, origin, progress, ranks=ranks)
 
 
@@ -134,8 +138,7 @@ def resume(
         here = config.model_copy(update={"run": str(folder)})  # it may have moved
         ranks.same(_shared(here), _UNEQUAL)
         if max(before.ensemble.members, config.ensemble.members) > 1:
-            folder.sweep()
-            return ensembles.resume(before, here, lambda: configuration.save(config, folder.config), progress)
+            return ensembles.resume(before, here, lambda: configuration.save(config, folder.config), progress, ranks)
         if not folder.last.exists():
             here, origin = begin(here)
             data = ranks.in_turn(lambda: _again(here, folder, prepare), lambda: prepared_before(here))
@@ -175,7 +178,6 @@ def _reopened(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> tupl
             "together, so that training.per_rank cannot change: start a new run for that"
         )
     ranks.device(config.training.device)
-    _check_shared(config, ranks)
     return before, config
 
 
@@ -190,14 +192,3 @@ def _again(config: Config, folder: RunFolder, read: Callable[[Config], Prepared 
 def _shared(config: Config) -> dict[str, Any]:
     """What must be alike in all processes."""
     return flat(config.model_dump(exclude={"training": {"device", "threads"}}))
-
-
-def _check_shared(config: Config, ranks: Ranks) -> None:
-    """Refuse what several processes cannot do together."""
-    if ranks.alone:
-        return
-    if config.ensemble.members > 1:
-        raise ConfigError(
-            "several processes cannot train an ensemble together yet: start one, with ensemble.processes=N, or set "
-            "ensemble.members=1"
-        )

@@ -16,7 +16,7 @@ from kinml_fast import signals
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.split import PARTS
 from kinml_fast.data.training_data import TrainingData
-from kinml_fast.errors import ConfigError, DeviceError, first_line
+from kinml_fast.errors import ConfigError, DeviceError, InputError, first_line
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train import checkpoint, continued
 from kinml_fast.train.board import this_process
@@ -262,6 +262,8 @@ class Trainer:
         state, rhythm = self._state, self._rhythm
         state.elapsed = self._clock() - started
         save = None if self._store is None else self._store.save
+        if self._ranks.is_first and not rhythm.interrupted:
+            self._look()
         if rhythm.interrupted and not self._ranks.alone:
             rhythm.signal = self._ranks.largest(rhythm.signal)
             save = functools.partial(self._ranks.in_turn, save or _nothing, _nothing)
@@ -270,6 +272,17 @@ class Trainer:
         except (KeyboardInterrupt, signals.Stopped):
             log.info("%s: ends after batch %d of epoch %d", signals.name(rhythm.signal), state.batch, state.epoch)
             raise
+
+    def _look(self) -> None:
+        """Heed what processes say that train other models beside this one."""
+        try:
+            number = self._ranks.look()
+        except InputError:
+            if self._store is not None:
+                self._store.save()
+            raise
+        if number:
+            self._rhythm.ask(number)
 
     @property
     def _finished(self) -> bool:
