@@ -307,7 +307,7 @@ def ended(processes: Sequence[subprocess.Popen], codes: Sequence[int]) -> list[s
             _, err = process.communicate(timeout=120)
             assert process.returncode == code, err
             assert "Traceback" not in err
-            said += [line for line in err.splitlines() if line.startswith(("kinml-fast: ", "ended by"))]
+            said += [line for line in err.splitlines() if line.startswith(("kinml-fast: ", "ended by", "interrupted"))]
     finally:
         for process in processes:
             process.kill()

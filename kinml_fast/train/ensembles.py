@@ -27,6 +27,7 @@ from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import single
+from kinml_fast.train.board import this_process
 from kinml_fast.train.config import CHANGEABLE, Config, flat
 from kinml_fast.train.folder import MEMBER_PATIENCE, RunFolder
 from kinml_fast.train.members import of_member, train_member
@@ -176,7 +177,8 @@ def _side_by_side(
     numbers = range(own.part.number + 1, members + 1, groups)
     if config.ensemble.processes > 1:
         log.warning("ensemble.processes has no effect where several processes were started: all of them train members")
-    log.info("process %d of %d, in group %d of %d", ranks.rank, ranks.size, own.part.number + 1, groups)
+    place = ranks.rank, ranks.size, own.part.number + 1, groups, this_process()
+    log.info("process %d of %d, in group %d of %d, %s", *place)
     try:
         for number in numbers:
             log.info("member %d of %d", number, members)
