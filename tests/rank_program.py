@@ -12,9 +12,11 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from training_helpers import level_data, model, training_data
 
-from kinml_fast.train import Trainer, TrainingConfig
+from kinml_fast.nn import EnergyModel
+from kinml_fast.train import LossBatch, Trainer, TrainingConfig
 from kinml_fast.train.ranks import Ranks, joined
 
 TIMES = {"seconds", "structures_per_second"}
@@ -32,7 +34,15 @@ KINDS: dict[str, dict] = {
     "average": {**FORCES, "ema_decay": 0.9, "gradient_clip": 1.0},
     "small_batches": {**FORCES, "batch_size": 8},
     "frozen": FORCES,
+    "extra": {"loss": {"forces": True, "weighting": "learned"}},
 }
+
+
+def smooth(trained: EnergyModel, batch: LossBatch) -> Tensor:
+    """A further term of the loss; processes differ in what they compute."""
+    energies = trained(batch.coordinates, batch.species, batch.offsets)
+    other = dist.is_initialized() and dist.get_rank() > 0
+    return (energies**2).mean() * (2.0 if other else 1.0)
 
 
 def trained(kind: str, ranks: Ranks) -> tuple[Trainer, list]:
@@ -43,7 +53,8 @@ def trained(kind: str, ranks: Ranks) -> tuple[Trainer, list]:
     fidelities = (0, 1) if kind.startswith("level") else (1,)
     made = model(dtype=getattr(torch, config.dtype), fidelities=fidelities)
     freeze = ["*.0"] if kind == "frozen" else []
-    trainer = Trainer(made, data, config, ranks=ranks, freeze=freeze)
+    extra = {"smooth": smooth} if kind == "extra" else None
+    trainer = Trainer(made, data, config, ranks=ranks, freeze=freeze, extra_losses=extra)
     trainer.prepare()
     said = [{k: v for k, v in trainer.train_epoch().values().items() if k not in TIMES} for _ in range(3)]
     return trainer, [*said, *(sums.errors() for sums in trainer.evaluate("validation", config.loss.forces))]

@@ -188,3 +188,8 @@ class ExtraLosses:
                 )
             self._weights.losses[place] = loss.detach()
             loss.backward(self._weights.scales[place].to(loss.dtype).reshape(loss.shape))
+
+    def results(self) -> list[Tensor]:
+        """What `add` has written: the terms of the loss, and the gradients of all parameters."""
+        gradients = (parameter.grad for parameter in self._model.parameters())
+        return [self._weights.losses, *(gradient for gradient in gradients if gradient is not None)]

@@ -126,6 +126,12 @@ class Ranks:
                 work.clear()
                 raise
 
+    def take_first(self, tensor: Tensor) -> None:
+        """Write the first process's tensor, of a shape that all have, to those of the others."""
+        if not self.alone:
+            with self._together():
+                dist.broadcast(tensor, group=self._board.group, group_src=0)
+
     def largest(self, number: int) -> int:
         """The largest number of any process."""
         if self.alone:

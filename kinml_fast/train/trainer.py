@@ -67,6 +67,7 @@ class Trainer:
     extra_losses
         Further terms of the loss by name: functions of the model and a `LossBatch` that return a scalar tensor, whose
         gradient autograd adds. Their factors are training.loss.extra_weights, or learned like those of the others.
+        Each of several processes calls them with the whole batch, and all go on with what the first one gets.
     freeze
         Layers whose weights stay as they are, by name or pattern; see `FrozenLayers`.
     origin
@@ -118,8 +119,6 @@ class Trainer:
         self.data = make_dataset(model, data, self.config)
         self._steps: dict[bool, Step] = {}
         self._clock, self._rhythm, self._ranks = clock, Rhythm(clock, self.config.checkpoint_seconds), ranks
-        if not ranks.alone and extra_losses:
-            raise ConfigError("extra_losses and several processes do not go together yet: use one process")
         batch = min(self.config.batch_size, self.data.sizes["train"])
         if ranks.size > batch:
             raise ConfigError(
@@ -252,6 +251,8 @@ class Trainer:
             if extra is not None:
                 structures = order[number * size : (number + 1) * size]
                 extra.add(LossBatch(stretch.window.origin[structures], *stretch.window.gather(structures)))
+                for tensor in extra.results():
+                    self._ranks.take_first(tensor)
             update.step(terms[number])
             state.batch += 1
             if rhythm.due():
