@@ -53,8 +53,9 @@ def test_members_that_groups_of_processes_train_have_the_bits_of_one(tmp_path, m
         config = write_config(folder, "loss: {forces: true}", 20, "some")
         arguments = [str(config), f"ensemble.members={members}", "training.epochs=2", *more]
         assert main(["train", *arguments, f"run={folder / 'one'}"]) == 0
-        done = start(size, *TRAIN, *arguments)
+        done = start(size, *TRAIN, *arguments, "ensemble.processes=2")
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("ensemble.processes has no effect") == 1
         assert_same_ensembles(folder / "one", folder / "run")
         assert done.stdout.count("ensemble of") == 1  # one process reports
         assert not list((folder / "run").rglob(lock.NAME))
@@ -98,10 +99,10 @@ def test_a_signal_to_one_process_ends_all_groups_after_a_checkpoint(tmp_path, si
 def test_an_ensemble_goes_on_with_another_number_of_processes(tmp_path):
     config, run, whole = small(tmp_path), tmp_path / "run", tmp_path / "whole"
     assert ended(start_ranks(2, config, "training.epochs=2", "ensemble.members=2"), [0] * 2) == []
-    assert ended(start_ranks(3, "--resume", run, "training.epochs=4"), [0] * 3) == []
-    assert ended(start_ranks(4, "--resume", run, "ensemble.members=3"), [0] * 4) == []  # one is added
+    more = ["training.epochs=4", "ensemble.members=3"]  # one is added
+    assert ended(start_ranks(4, "--resume", run, *more), [0] * 4) == []
     assert main(["train", "--resume", str(run)]) == 0  # nothing is left to do
-    assert main(["train", str(config), "training.epochs=4", "ensemble.members=3", f"run={whole}"]) == 0
+    assert main(["train", str(config), *more, f"run={whole}"]) == 0
     # Each part of the run has looked at the test set at its end, which curves show.
     ours, theirs = ({k: v for k, v in contents(path).items() if "curves" not in k} for path in (run, whole))
     assert ours == theirs

@@ -56,28 +56,30 @@ def test_killed_at_random_moments(tmp_path, forces):
 
 
 @pytest.mark.slow
-def test_ranks_killed_at_random_moments(tmp_path):
-    """One of two processes is killed, and torchrun starts both again with the command of the beginning."""
+@pytest.mark.parametrize(("size", "members"), [(2, 1), (3, 2)])
+def test_ranks_killed_at_random_moments(tmp_path, size, members):
+    """One of the processes is killed, and torchrun starts all again with the command of the beginning."""
     runs, epochs = {}, EPOCHS // 4
+    arguments = [f"training.epochs={epochs}", f"ensemble.members={members}"]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
         options = OPTIONS + ", loss: {forces: true, forces_from: 20, weighting: learned}"
         runs[name] = tmp_path / name / "run", write_config(tmp_path / name, options, forces="some")
     whole, config = runs["whole"]
-    finish(train(config, f"training.epochs={epochs}"))
+    finish(train(config, *arguments))
 
     cut, config = runs["cut"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={KILLS}"]
-    program = ["-m", "kinml_fast.cli", "train", str(config), f"training.epochs={epochs}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", f"--max-restarts={KILLS}"]
+    program = ["-m", "kinml_fast.cli", "train", str(config), *arguments]
     (torchrun,) = start_ranks(1, program=[*launch, *program])
     drain = threading.Thread(target=torchrun.communicate)
     drain.start()
     generator, killed = random.Random(0), 0
-    last, seen = cut / "checkpoints" / "last.pt", set()
+    last, seen = cut / ("checkpoints" if members == 1 else "member-1/checkpoints") / "last.pt", set()
     while killed < KILLS and torchrun.poll() is None:
         time.sleep(0.02)
         ranks = ranks_of(torchrun.pid)
-        if len(ranks) < 2 or seen & {*ranks.values()} or not last.exists():
+        if len(ranks) < size or seen & {*ranks.values()} or not last.exists():
             continue
         # Every fifth moment lies anywhere from the start of the processes on, the others in the training.
         before = last.stat().st_mtime_ns
@@ -85,13 +87,14 @@ def test_ranks_killed_at_random_moments(tmp_path):
             time.sleep(0.005)
         time.sleep(generator.uniform(0, 0.3))
         with contextlib.suppress(ProcessLookupError):
-            os.kill(ranks[generator.randrange(2)], signal.SIGKILL)
+            os.kill(ranks[generator.randrange(size)], signal.SIGKILL)
         seen |= {*ranks.values()}
         killed += 1
     drain.join(timeout=1800)
     assert torchrun.returncode == 0
     assert killed == KILLS
-    assert_same_run(whole, cut)
+    for name in ("",) if members == 1 else ("member-1", "member-2"):
+        assert_same_run(whole / name, cut / name)
     assert_same_bits(*(dict(model_file.load(run / "model.pt").state_dict()) for run in (whole, cut)))
     assert list(cut.rglob("*.part")) == []
 

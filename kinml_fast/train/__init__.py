@@ -2,7 +2,8 @@
 
 `runs` starts and resumes what a configuration describes: one model (`single`) or an ensemble (`ensembles`, `members`,
 `member_program`), in a `folder` that a `lock` keeps for it; `ranks` are the processes that do so together, `meeting`
-where they find one another, `board` what they say beside their tensors. `trainer` goes through the epochs with objects
+where they find one another, `board` what they say beside their tensors, `parts` groups of them that train different
+members. `trainer` goes through the epochs with objects
 that have one subject each: `dataset` the structures, `window` those of them that are in memory as tensors, `steps` a
 batch forward and backward, `shared` the same in several processes, `update` how the weights move, `judge` which ones
 are the best, `state` where the run is, `store` the run on disk, `rhythm` what is due by the clock, `captured` epochs as

@@ -512,8 +512,9 @@ class EnsembleConfig(Section):
     without an ensemble gives. folds: this, and training and validation structures together are divided into as many
     parts as there are members, member i is validated on part i and trained on the others. The test set is the same."""
     processes: Count = 1
-    """Members that are trained at the same time, each with training.threads threads (null: an equal share of the
-    cores); results do not depend on it."""
+    """Members that one process lets train at the same time, each with training.threads threads (null: an equal share of
+    the cores); results do not depend on it. Several processes (torchrun, srun) train members at the same time anyway,
+    in groups, and this has no effect."""
 
 
 class Config(Section):
