@@ -123,6 +123,11 @@ class Board:
         board.first, board.whole, board.patience = first, self, self.patience
         return board, store
 
+    @staticmethod
+    def first_stopped(store: dist.Store, first: int) -> bool:
+        """Whether the first process of a part of them has said why it cannot go on; the store is that of all parts."""
+        return dist.PrefixStore(f"from {first}", store).check([_reason(0)])
+
     @property
     def group(self) -> dist.ProcessGroup | None:
         """The process group whose board this is, for functions of torch.distributed: None for that of all processes.
@@ -202,11 +207,7 @@ class Board:
     def stop(self, why: str) -> None:
         """Say why this process cannot go on with the others, before it lets go of them."""
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"reason {self._rank}", why)
-
-    def stopped(self, rank: int) -> bool:
-        """Whether a process here has said so, and looks for the one that it lacks."""
-        return self._store.check([f"reason {rank}"])
+            self._store.set(_reason(self._rank), why)
 
     def silent(self) -> tuple[list[int], list[str]]:
         """Find the processes that do not say anything, when this one has stopped.
@@ -219,8 +220,8 @@ class Board:
         try:
             give_up = time.monotonic() + _SECONDS_TO_ANSWER
             while True:
-                there = [rank for rank in range(self._size) if self.stopped(rank)]
-                reasons = [self._store.get(f"reason {rank}").decode() for rank in there]
+                there = [rank for rank in range(self._size) if self._store.check([_reason(rank)])]
+                reasons = [self._store.get(_reason(rank)).decode() for rank in there]
                 if self.spoken():
                     return [], reasons
                 if len(there) == self._size or time.monotonic() > give_up:
@@ -251,6 +252,11 @@ class Board:
     def _turn(self) -> str:
         self._turns += 1
         return f"turn {self._turns}"
+
+
+def _reason(rank: int) -> str:
+    """Under which name a process says why it cannot go on."""
+    return f"reason {rank}"
 
 
 def this_process() -> str:

@@ -74,7 +74,7 @@ class Part:
         if not hangs and (silent < _SECONDS_TO_DOUBT or _is_connected(self._watched)):
             return 0
         # Who ends has said so before, or lacks one of its own part, which it is about to say.
-        if (number := self._end()) or self._store.check([f"from {self._watched}/reason 0"]):
+        if (number := self._end()) or Board.first_stopped(self._store, self._watched):
             return number
         if not self.board.speaks():
             raise RankError("another process could not go on")
