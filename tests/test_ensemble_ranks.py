@@ -108,9 +108,8 @@ def test_an_ensemble_goes_on_with_another_number_of_processes(tmp_path):
     assert ours == theirs
 
 
-@pytest.mark.parametrize(
-    ("size", "killed"), [(2, 1), *(pytest.param(3, killed, marks=pytest.mark.slow) for killed in range(3))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "killed"), [(2, 1), (3, 0), (3, 1), (3, 2)])
 def test_a_process_that_is_killed_is_named_and_ends_all_groups(tmp_path, size, killed):
     config, run = small(tmp_path), tmp_path / "run"
     processes = start_ranks(size, config, *LONG, "ensemble.members=2")
