@@ -144,14 +144,14 @@ template <class T>
 struct Evaluation {
   Index n_members = 1;
   const double* sae = nullptr;  // [n_members, R, n_species]; or null
-  double* energies = nullptr;   // [n_members, R, count]
-  T* forces = nullptr;          // [n_members, R, n_atoms, 3]
+  Outputs<T> outputs{};
 };
 // What a gradient is that of; either e and r are given, or the loss.
 template <class T>
 struct Differentiation {
   const double* e = nullptr;  // [R, count]; null: there is a loss
   const T* r = nullptr;       // [R, n_atoms, 3]
+  const double* w = nullptr;  // [R, count, 3, 3] or null
   Loss loss{};
   double *residuals = nullptr, *errors = nullptr;
   T* minus_r = nullptr;  // [K, n_atoms, 3] forces, then -dL/dF
@@ -293,10 +293,11 @@ struct ForceKernel {
   }
   KINML_DEVICE Index n_outputs() const { return n_members() * (n_levels() - first_output()); }
   KINML_DEVICE T* forces_of(Index output) const {
-    return (kGradient ? differentiation.minus_r : evaluation.forces) + output * 3 * system.n_atoms;
+    return (kGradient ? differentiation.minus_r : evaluation.outputs.forces) +
+           output * 3 * system.n_atoms;
   }
   KINML_DEVICE double& energy_of(Index output, const TileStructures& structures, int j) const {
-    return evaluation.energies[output * system.count() + structures.first + j];
+    return evaluation.outputs.energies[output * system.count() + structures.first + j];
   }
   KINML_DEVICE int wanted_forces(Index i, int k, int n) const {
     if (!system.has_forces() || n == 0) return 0;
@@ -897,30 +898,31 @@ std::int64_t force_step_share_workspace(const Model<T>& model, const System<T>& 
 
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
-                   double* energies, T* forces, char* workspace, Stream stream) {
+                   const Outputs<T>& outputs, char* workspace, Stream stream) {
   const ChainPlan plan = plan_chain(model.networks);
   if (structures_are_large(system)) {
-    large_energy_forces(plan, model, system, first_level, energies, forces, workspace, stream);
+    large_energy_forces(plan, model, system, first_level, outputs, workspace, stream);
     return;
   }
   const Workspace<T> space(plan, model, system, false, workspace);
   pack_networks(plan, model.weights, model.n_members, space.packed, stream);
   ForceKernel<T, false> kernel = force_kernel<T, false>(plan, model, system, space);
   kernel.first_level = static_cast<int>(first_level);
-  kernel.evaluation = {model.n_members, model.sae, energies, forces};
+  kernel.evaluation = {model.n_members, model.sae, outputs};
   launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
 }
 
 template <class T>
 void energy_forces_backward(const Model<T>& model, const System<T>& system,
-                            std::int64_t first_level, const double* e, const T* r, T* gradient,
-                            char* workspace, Stream stream) {
+                            std::int64_t first_level, const double* e, const T* r, const double* w,
+                            T* gradient, char* workspace, Stream stream) {
   const ChainPlan plan = plan_chain(model.networks);
   const Workspace<T> space(plan, model, system, true, workspace);
   ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, system, space);
   kernel.first_level = static_cast<int>(first_level);
   kernel.differentiation.e = e;
   kernel.differentiation.r = r;
+  kernel.differentiation.w = w;
   differentiate(model, space, kernel, stream);
   sum_parts(static_cast<const T*>(space.parts), space.batch.n_blocks(), Index(plan.parameters),
             gradient, stream);
@@ -1004,10 +1006,10 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
 #define KINML_INSTANTIATE(T)                                                                       \
   template Index energy_forces_workspace<T>(const Model<T>&, const System<T>&);                    \
   template Index force_step_workspace<T>(const Model<T>&, const System<T>&);                       \
-  template void energy_forces<T>(const Model<T>&, const System<T>&, Index, double*, T*, char*,     \
-                                 Stream);                                                          \
+  template void energy_forces<T>(const Model<T>&, const System<T>&, Index, const Outputs<T>&,      \
+                                 char*, Stream);                                                   \
   template void energy_forces_backward<T>(const Model<T>&, const System<T>&, Index, const double*, \
-                                          const T*, T*, char*, Stream);                            \
+                                          const T*, const double*, T*, char*, Stream);             \
   template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,         \
                               double*, double*, char*, Stream);                                    \
   template Index message_bytes<T>(const System<T>&, const Loss&, Index, Index);                    \

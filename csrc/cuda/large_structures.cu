@@ -221,7 +221,7 @@ std::int64_t large_structures_workspace(const ChainPlan& plan, const Model<T>& m
 
 template <class T>
 void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const System<T>& system,
-                         std::int64_t first_level, double* energies, T* forces, char* workspace,
+                         std::int64_t first_level, const Outputs<T>& outputs, char* workspace,
                          Stream stream) {
   const Workspace<T> space(plan, model, system, workspace);
   const Passes<T>& passes = space.passes;
@@ -240,9 +240,9 @@ void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const Sys
       const Index output = member * n_outputs + k - first_level;
       const double* const sae =
           model.sae == nullptr ? nullptr : model.sae + output * plan.n_species;
-      launch(EnergyKernel<T>{passes, sae, energies + output * system.n_structures},
+      launch(EnergyKernel<T>{passes, sae, outputs.energies + output * system.n_structures},
              blocks_for(system.n_structures, kThreads), stream);
-      T* const out = forces + output * 3 * n;
+      T* const out = outputs.forces + output * 3 * n;
       aev_vjp(model.aev, system, static_cast<const T*>(passes.gradients), out, space.aev, stream,
               &cells);
       launch(NegateKernel<T>{out, 3 * n}, blocks_for(3 * n, kThreads), stream);
@@ -253,7 +253,7 @@ void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const Sys
   template Index large_structures_workspace<T>(const ChainPlan&, const Model<T>&,                  \
                                                const System<T>&);                                  \
   template void large_energy_forces<T>(const ChainPlan&, const Model<T>&, const System<T>&, Index, \
-                                       double*, T*, char*, Stream);
+                                       const Outputs<T>&, char*, Stream);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)
 #undef KINML_INSTANTIATE

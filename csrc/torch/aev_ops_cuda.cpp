@@ -22,6 +22,7 @@ struct AevCall {
   AevCall(const OptionalTensors& system_, at::ArrayRef<double> descriptor)
       : system(system_), parameters(unpack_descriptor(descriptor)) {
     coordinates_of(system_);
+    refuse_surroundings(system);
   }
   // product(parameters, system, pointer, workspace, stream), of a result [n_atoms, ...].
   template <class Function>
