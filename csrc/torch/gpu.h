@@ -13,6 +13,7 @@
 #include <string>
 
 #include "../cuda/launch.h"
+#include "arguments.h"
 
 #ifdef KINML_TWIN
 #define KINML_GPU_KEY CPU
