@@ -264,6 +264,20 @@ def test_large_boxes_match_small_pieces(sizes, levels):
     close(found[1][-1], -torch.autograd.grad(e.sum(), x)[0])
 
 
+def test_many_atoms_in_a_thin_box():
+    """On GPUs each atom gathers what others have kept for it, of which several may be images of one."""
+    system, own = crystals(sizes=(216,), along=(1, 1, 1)), model()
+    places = torch.stack(torch.meshgrid(*[torch.arange(n).double() for n in (2, 2, 54)], indexing="ij"), -1)
+    x = places.reshape(-1, 3) * 1.9 + 0.1 * normal(216, 3)
+    system = replace(system, coordinates=x, cells=torch.diag(torch.tensor([3.8, 3.8, 102.6]).double())[None])
+    found = results(own, system)
+    for a, b in zip(results(own, with_pairs(system, LONGEST)), found, strict=True):
+        close(a, b)
+    x = x.clone().requires_grad_()
+    e = called(own.forward, replace(system, coordinates=x))
+    close(found[1][-1], -torch.autograd.grad(e.sum(), x)[0])
+
+
 @ON_CPU
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_same_bits_for_any_threads(dtype):

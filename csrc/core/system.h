@@ -39,6 +39,7 @@ struct System {
   const std::int64_t* pair_starts = nullptr;  // [n_atoms + 1] where those of an atom begin
   const std::int64_t* neighbours = nullptr;   // [n_pairs] atoms of the same structure
   const std::int64_t* shifts = nullptr;       // [n_pairs, 3] cells; null: 0
+  std::int64_t n_pairs = 0;
 
   // Which structures: [n_chosen] indices. Null: all of them, in order.
   const std::int64_t* chosen = nullptr;
@@ -56,6 +57,8 @@ struct System {
   KINML_HD bool is_periodic(std::int64_t s) const {
     return periodic != nullptr && (periodic[3 * s] || periodic[3 * s + 1] || periodic[3 * s + 2]);
   }
+  // Whether the neighbours of a centre are different atoms, and none of them itself.
+  KINML_HD bool distinct() const { return cells == nullptr && pair_starts == nullptr; }
   KINML_HD bool stored() const { return features != nullptr; }
   KINML_HD bool has_forces() const { return features == nullptr || jacobian != nullptr; }
 };

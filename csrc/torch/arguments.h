@@ -183,6 +183,7 @@ struct SystemArguments {
     system.pair_starts = pointer(pair_starts, int64_t(0));
     system.neighbours = pointer(neighbours, int64_t(0));
     system.shifts = pointer(shifts, int64_t(0));
+    if (neighbours.defined()) system.n_pairs = neighbours.size(0);
     if (structures.defined()) {
       // An empty choice is not all.
       static constexpr int64_t none = 0;

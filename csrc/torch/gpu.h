@@ -13,7 +13,6 @@
 #include <string>
 
 #include "../cuda/launch.h"
-#include "arguments.h"
 
 #ifdef KINML_TWIN
 #define KINML_GPU_KEY CPU
@@ -22,13 +21,6 @@
 #endif
 
 namespace kinml::ops {
-
-// What GPUs do not know yet.
-inline void refuse_surroundings(const SystemArguments& system) {
-  TORCH_CHECK(!system.cells.defined() && !system.centres.defined() && !system.neighbours.defined(),
-              "kinml_fast: crystals, ghosts and given pairs are computed on the CPU only: move the "
-              "tensors there");
-}
 
 // The device of a tensor, made current, and its current stream.
 struct Gpu {
