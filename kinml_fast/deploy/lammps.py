@@ -142,6 +142,7 @@ def build(lammps: Lammps, folder: str | os.PathLike, compiler: str | None = None
                 hint = "give --compiler mpicxx" if "mpi.h" in reason else "see that its headers are of one version"
                 raise ConfigError(f"the plugin could not be compiled for {lammps.name} ({reason.strip()}): {hint}")
             made.replace(folder / PLUGIN)
+            log.info("%s, for %s", folder / PLUGIN, lammps.name)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
     return folder / PLUGIN

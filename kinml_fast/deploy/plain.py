@@ -69,7 +69,7 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
         "crc32": f"{crc:08x}",
         "model": json.dumps(about),
         "units": json.dumps(model_file.UNITS, ensure_ascii=False),
-        "training": json.dumps(_readable(training or {}), ensure_ascii=False),
+        "training": json.dumps(readable(training or {}), ensure_ascii=False),
         "version": __version__,
     }
     header = json.dumps({"__metadata__": texts, **entries}).encode()
@@ -80,12 +80,12 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
             file.write(blob)
 
 
-def _readable(value: Any) -> Any:
+def readable(value: Any) -> Any:
     """Plain values as JSON has them; what it cannot say is named by its type."""
     if isinstance(value, dict):
-        return {str(key): _readable(entry) for key, entry in value.items()}
+        return {str(key): readable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_readable(entry) for entry in value]
+        return [readable(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, str | bool | int | float):
