@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../core/lattice.h"
 #include "../core/outputs.h"
 #include "../core/system.h"
 #include "../cpu/force_step_cpu.h"
@@ -27,6 +28,14 @@ namespace {
   throw std::invalid_argument(what);
 }
 
+void check_cell(const kinml_atoms& atoms) {
+  const Lattice lattice(atoms.cell, atoms.periodic);
+  for (int k = 0; lattice.any() && k < 3; ++k)
+    if (!(lattice.heights[k] >= kLowestCell))
+      refuse("the cell has no volume: opposite faces must be at least 0.1 angstrom apart");
+  if (lattice.volume < 0) refuse("the cell is left-handed: exchange two of its vectors");
+}
+
 void check(const kinml_atoms& atoms, std::int64_t n_species) {
   if (atoms.n_centres < 0 || atoms.n_centres > atoms.n)
     refuse(std::to_string(atoms.n_centres) + " atoms with energies of " + std::to_string(atoms.n));
@@ -38,6 +47,7 @@ void check(const kinml_atoms& atoms, std::int64_t n_species) {
       if (!std::isfinite(atoms.positions[3 * i + d]))
         refuse("the position of atom " + std::to_string(i) + " is no number: the run has blown up");
   }
+  if (atoms.cell != nullptr && atoms.periodic != nullptr) check_cell(atoms);
   if (atoms.pair_starts == nullptr) return;
   std::int64_t before = 0;
   for (std::int64_t i = 0; i <= atoms.n; before = atoms.pair_starts[i], ++i)
