@@ -140,8 +140,16 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a model for other programs: LAMMPS, C, C++")
     export.add_argument("model", metavar="MODEL", help=_MODEL)
-    export.add_argument("-o", "--output", metavar="FILE", required=True, help="file to write: .kinml, .ts, .pt2")
-    export.add_argument("--format", choices=("plain", "torchscript", "aoti"), help="default: by the suffix of the file")
+    export.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="file to write: .kinml (plain), .ts (TorchScript), .pt2 (AOTInductor), .pt (metatomic)",
+    )
+    export.add_argument(
+        "--format", choices=("plain", "torchscript", "aoti", "metatomic"), help="default: by the suffix of the file"
+    )
     export.set_defaults(command=_export)
 
     plugin = commands.add_parser("lammps-plugin", help="compile pair_style kinml for a LAMMPS")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 import zipfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase.data import atomic_numbers
 from torch import Tensor
 
 from kinml_fast import ops
@@ -86,6 +88,8 @@ def export(
     if chosen is None:
         known = ", ".join(f"{name} ({one.suffix})" for name, one in FORMATS.items())
         raise ConfigError(f"{path}: name a format with --format, or take its suffix: {known}")
+    if isinstance(source, str | os.PathLike) and path.resolve() == model_file.place(source).resolve():
+        raise ConfigError(f"{path}: is the model itself: give the exported one another name")
     model = model_file.resolve(source, "cpu").requires_grad_(False)
     notes = model_file.load_training(source) if isinstance(source, str | os.PathLike) else {}
     with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -93,6 +97,10 @@ def export(
         chosen.write(written, model, notes)
         _compare(path, model, chosen.open(written, model))
         written.replace(temporary)
+        for beside in Path(folder).iterdir():  # libraries
+            target = path.parent / beside.name
+            shutil.rmtree(target, ignore_errors=True)
+            beside.replace(target)
     log.info("%s", path)
     if model.baseline is not None:
         log.warning(
@@ -211,8 +219,15 @@ def _compare(path: Path, model: EnergyModel | Ensemble, opened: Opened) -> None:
             if not largest <= tolerance * (1 + float(abs(other).max(initial=0.0))):
                 raise ModelError(
                     f"{path}: the {name} of the exported model differ from those of the model by {largest:.3g}: "
-                    "no file was left; report it with the model"
+                    "no file was written; report it with the model"
                 )
+
+
+def _describe(path: Path, model: EnergyModel | Ensemble, notes: dict[str, Any]) -> None:
+    """Put what `read_about` reads into an archive of torch."""
+    with zipfile.ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{folder}/extra/{ABOUT}", json.dumps(about(model, notes)))
 
 
 # ---- plain ---------------------------------------------------------------------------------------
@@ -237,7 +252,8 @@ def _write_torchscript(path: Path, model: EnergyModel | Ensemble, notes: dict[st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # docs/cpp.md says so
         scripted = torch.jit.script(model.eval())
-        torch.jit.save(scripted, str(path), _extra_files={ABOUT: json.dumps(about(model, notes))})
+        torch.jit.save(scripted, str(path))
+    _describe(path, model, notes)
 
 
 def _open_torchscript(path: Path, model: EnergyModel | Ensemble) -> Opened:
@@ -270,14 +286,42 @@ def _write_aoti(path: Path, model: EnergyModel | Ensemble, notes: dict[str, Any]
             f"{path.name}: AOTInductor cannot compile the model ({first_line(error)}): see that a C++ compiler is "
             "there, or take --format torchscript or plain"
         ) from error
-    with zipfile.ZipFile(path, "a") as archive:
-        folder = archive.namelist()[0].partition("/")[0]
-        archive.writestr(f"{folder}/extra/{ABOUT}", json.dumps(about(model, notes)))
+    _describe(path, model, notes)
 
 
 def _open_aoti(path: Path, model: EnergyModel | Ensemble) -> Opened:
     loaded = torch._inductor.aoti_load_package(str(path))
     return lambda structure: _arrays(loaded(*structure.tensors(model.dtype)))
+
+
+# ---- metatomic -----------------------------------------------------------------------------------
+
+
+def _write_metatomic(path: Path, model: EnergyModel | Ensemble, notes: dict[str, Any]) -> None:
+    try:
+        from kinml_fast.deploy import metatomic_model
+    except ImportError as error:
+        raise ConfigError(
+            f"{path.name}: needs the package metatomic-torch ({first_line(error)}): pip install metatomic-torch"
+        ) from error
+    metatomic_model.save(path, model, about(model, notes))
+    _describe(path, model, notes)
+
+
+def _open_metatomic(path: Path, model: EnergyModel | Ensemble) -> Opened:
+    from metatomic.torch import load_atomistic_model
+
+    from kinml_fast.deploy import metatomic_model
+
+    loaded = load_atomistic_model(str(path), extensions_directory=str(path.parent / "extensions"))
+    numbers = np.array([atomic_numbers[element] for element in model.elements])
+
+    def evaluate(structure: Structure) -> Results:
+        return metatomic_model.energy_forces_virial(
+            loaded, structure.positions, numbers[structure.species], structure.cell, np.array(structure.periodic)
+        )
+
+    return evaluate
 
 
 def _arrays(tensors: Sequence[Tensor]) -> Results:
@@ -289,5 +333,6 @@ FORMATS = {
     "plain": Format(".kinml", plain.save, _open_plain),
     "torchscript": Format(".ts", _write_torchscript, _open_torchscript),
     "aoti": Format(".pt2", _write_aoti, _open_aoti),
+    "metatomic": Format(".pt", _write_metatomic, _open_metatomic),
 }
 """How to export, by name."""

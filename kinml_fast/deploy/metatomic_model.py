@@ -1,20 +1,21 @@
 """A model as metatomic takes it (https://docs.metatensor.org/metatomic), and with it i-PI, TorchSim, eOn, LAMMPS, ASE.
 
-Imported only where the package metatomic-torch is: TorchScript compiles the hints of this module.
+Imported only where the package metatomic-torch is. It and TorchScript read hints, which are no texts here.
 """
 
-from __future__ import annotations
-
-import shutil
+import logging
+import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple  # noqa: UP035  (TorchScript reads the hints)
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple  # noqa: UP035  (TorchScript reads the hints)
 
+import numpy as np
 import torch
 from ase.data import atomic_numbers
 from metatensor.torch import Labels, TensorBlock, TensorMap
 from metatomic.torch import (
     AtomisticModel,
     ModelCapabilities,
+    ModelEvaluationOptions,
     ModelMetadata,
     ModelOutput,
     NeighborListOptions,
@@ -23,10 +24,14 @@ from metatomic.torch import (
 from torch import Tensor
 
 from kinml_fast import ops
+from kinml_fast._library import library_path
 from kinml_fast.nn import EnergyModel, Ensemble
+from kinml_fast.nn.aev import AEV
+from kinml_fast.nn.networks import SpeciesNetworks
+
+log = logging.getLogger(__name__)
 
 _ENERGY = "energy"
-_MEMBERS = "energy_ensemble"
 
 
 class MetatomicModel(torch.nn.Module):
@@ -37,6 +42,13 @@ class MetatomicModel(torch.nn.Module):
     model
         Of an ensemble the energy is the mean, and ``energy_ensemble`` has those of the members.
     """
+
+    if TYPE_CHECKING:  # TorchScript would read these
+        weights: Tensor
+        sae: Tensor
+        species_of: Tensor
+        aev: AEV
+        networks: SpeciesNetworks
 
     def __init__(self, model: EnergyModel | Ensemble) -> None:
         super().__init__()
@@ -70,7 +82,7 @@ class MetatomicModel(torch.nn.Module):
             energies, atoms = energies[:, taken], atoms[taken]
         results: Dict[str, TensorMap] = {}  # noqa: UP006
         for name, output in outputs.items():
-            values = energies if name == _MEMBERS else energies.sum(dim=0, keepdim=True) / energies.size(0)
+            values = energies if name == "energy_ensemble" else energies.sum(dim=0, keepdim=True) / energies.size(0)
             if output.sample_kind == "atom":
                 samples = Labels(["system", "atom"], atoms.to(torch.int32))
             else:
@@ -150,7 +162,7 @@ def save(path: Path, model: EnergyModel | Ensemble, about: dict[str, Any]) -> No
     """
     outputs = {_ENERGY: ModelOutput(unit="eV", sample_kind="atom", description="energy at the highest level of theory")}
     if isinstance(model, Ensemble):
-        outputs[_MEMBERS] = ModelOutput(unit="eV", sample_kind="atom", description="energies of the members")
+        outputs["energy_ensemble"] = ModelOutput(unit="eV", sample_kind="atom", description="energies of the members")
     module = MetatomicModel(model).eval()
     capabilities = ModelCapabilities(
         outputs=outputs,
@@ -165,7 +177,41 @@ def save(path: Path, model: EnergyModel | Ensemble, about: dict[str, Any]) -> No
         description="ANI-type neural network potential",
         extra={name: str(value) for name, value in about.items()},
     )
-    folder = path.parent / "extensions"
-    if folder.exists():
-        shutil.rmtree(folder)
-    AtomisticModel(module, metadata, capabilities).save(str(path), collect_extensions=str(folder))
+    # metatomic names libraries by their place below that of Python: those of a tree that is worked on have none.
+    installed = library_path().resolve().is_relative_to(Path(sys.prefix).resolve())
+    if not installed:
+        log.warning("%s is not installed: other computers will not find it beside the model", library_path())
+    exported = AtomisticModel(module, metadata, capabilities)
+    exported.save(str(path), collect_extensions=str(path.parent / "extensions") if installed else None)
+
+
+def energy_forces_virial(
+    loaded: Any, positions: np.ndarray, numbers: np.ndarray, cell: np.ndarray, periodic: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What an engine gets from a file.
+
+    Parameters
+    ----------
+    loaded
+        From `metatomic.torch.load_atomistic_model`.
+    positions, numbers, cell, periodic
+        [n, 3] in Å, atomic numbers [n], [3, 3] in Å, [3].
+
+    Returns
+    -------
+    tuple of ndarray
+        Energy [1] in eV, forces [n, 3] in eV/Å, virial [3, 3] in eV.
+    """
+    from vesin.metatomic import compute_requested_neighbors
+
+    dtype = getattr(torch, loaded.capabilities().dtype)
+    strain = torch.eye(3, dtype=dtype, requires_grad=True)
+    x = torch.tensor(positions, dtype=dtype, requires_grad=True)
+    along = torch.tensor(np.asarray(periodic, bool))
+    vectors = torch.tensor(cell, dtype=dtype) * along[:, None]
+    system = System(torch.tensor(numbers, dtype=torch.int32), x @ strain, vectors @ strain, along)
+    compute_requested_neighbors(system, system_length_unit="angstrom", model=loaded)
+    options = ModelEvaluationOptions(length_unit="angstrom", outputs={_ENERGY: ModelOutput(sample_kind="system")})
+    energy = loaded([system], options, check_consistency=True)[_ENERGY].block().values
+    slope, virial = torch.autograd.grad(energy.sum(), [x, strain])
+    return energy.detach().numpy().reshape(1), -slope.numpy(), virial.numpy().T
