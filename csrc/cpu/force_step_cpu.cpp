@@ -230,14 +230,19 @@ struct Piece {
 };
 
 template <class T>
-void evaluate(const Model<T>& model, const System<T>& system, const OutputRows<T>& out,
-              int n_threads) {
-  const NetworkChain& chain = model.networks;
-  const DescriptorSource<T> source(model.aev, system);
+std::vector<PackedChain<T>> packed_members(const Model<T>& model, bool with_gradients,
+                                           int n_threads) {
   std::vector<PackedChain<T>> members;
   for (Index m = 0; m < model.n_members; ++m)
-    members.emplace_back(chain, model.weights + m * chain.parameters(), system.has_forces(),
-                         n_threads);
+    members.emplace_back(model.networks, model.weights + m * model.networks.parameters(),
+                         with_gradients, n_threads);
+  return members;
+}
+
+template <class T>
+void evaluate(const std::vector<PackedChain<T>>& members, const DescriptorSource<T>& source,
+              const System<T>& system, const OutputRows<T>& out, int n_threads) {
+  const NetworkChain& chain = members[0].chain();
   std::vector<Piece> pieces;
   std::vector<std::unique_ptr<CutStructure<T>>> cuts;
   const auto add_whole = [&](Range range) {
@@ -479,15 +484,50 @@ struct BatchLoss {
 
 }  // namespace
 
+namespace {
+
+template <class T>
+void evaluate_members(const Model<T>& model, const std::vector<PackedChain<T>>& members,
+                      const DescriptorSource<T>& source, const System<T>& system,
+                      std::int64_t first_level, const Outputs<T>& outputs, int n_threads) {
+  if (members.empty()) return;
+  const OutputRows<T> out{outputs,         first_level,    model.networks.n_levels() - first_level,
+                          model.n_members, system.count(), system.n_atoms};
+  evaluate(members, source, system, out, n_threads);
+  if (model.sae != nullptr) add_single_atom_energies(model, system, out);
+  if (outputs.virials != nullptr) sum_virials(system, out);
+}
+
+}  // namespace
+
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
                    const Outputs<T>& outputs, int n_threads) {
-  if (model.n_members == 0) return;
-  const OutputRows<T> out{outputs,         first_level,    model.networks.n_levels() - first_level,
-                          model.n_members, system.count(), system.n_atoms};
-  evaluate(model, system, out, n_threads);
-  if (model.sae != nullptr) add_single_atom_energies(model, system, out);
-  if (outputs.virials != nullptr) sum_virials(system, out);
+  evaluate_members(model, packed_members(model, system.has_forces(), n_threads),
+                   DescriptorSource<T>(model.aev, system), system, first_level, outputs, n_threads);
+}
+
+template <class T>
+struct PreparedModel<T>::State {
+  State(const Model<T>& of, int n_threads)
+      : model(of), source(of.aev, System<T>()), members(packed_members(model, true, n_threads)) {}
+
+  Model<T> model;
+  DescriptorSource<T> source;
+  std::vector<PackedChain<T>> members;  // of `model`, which stays where it is
+};
+
+template <class T>
+PreparedModel<T>::PreparedModel(const Model<T>& model, int n_threads)
+    : state_(new State(model, n_threads)) {}
+template <class T>
+PreparedModel<T>::~PreparedModel() = default;
+
+template <class T>
+void PreparedModel<T>::energy_forces(const System<T>& system, std::int64_t first_level,
+                                     const Outputs<T>& outputs, int n_threads) const {
+  evaluate_members(state_->model, state_->members, state_->source, system, first_level, outputs,
+                   n_threads);
 }
 
 template <class T>
@@ -566,6 +606,7 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
 }
 
 #define KINML_INSTANTIATE(T)                                                                      \
+  template class PreparedModel<T>;                                                                \
   template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t,                 \
                                  const Outputs<T>&, int);                                         \
   template void energy_forces_backward<T>(const Model<T>&, const System<T>&, std::int64_t,        \

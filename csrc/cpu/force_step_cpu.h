@@ -24,6 +24,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "../core/loss.h"
 #include "../core/model.h"
@@ -43,6 +44,25 @@ namespace kinml::cpu {
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
                    const Outputs<T>& outputs, int n_threads);
+
+// A model whose weights and tables are laid out once for many calls, on coordinates: for one small
+// molecule that takes as long as all else. What `model` points to must stay, but for its weights.
+template <class T>
+class PreparedModel {
+ public:
+  PreparedModel(const Model<T>& model, int n_threads);
+  ~PreparedModel();
+  PreparedModel(const PreparedModel&) = delete;
+  PreparedModel& operator=(const PreparedModel&) = delete;
+
+  // energy_forces of the model, with its bits.
+  void energy_forces(const System<T>& system, std::int64_t first_level, const Outputs<T>& outputs,
+                     int n_threads) const;
+
+ private:
+  struct State;
+  std::unique_ptr<const State> state_;
+};
 
 // gradient  // like the weights: that of sum e E + sum r F + sum w W
 // e         // [R, count] dL/dE

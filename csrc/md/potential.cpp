@@ -71,7 +71,9 @@ struct Potential::EngineOf final : Potential::Engine {
       : Engine(std::move(read)),
         sae(model.highest_sae()),
         weights(as<T>(model.weights)),
-        view{model.aev, model.chain(), weights.data(), model.n_members, sae.data()} {}
+        prepared({model.aev, model.chain(), weights.data(), model.n_members, sae.data()}, 1) {
+    std::vector<T>().swap(weights);
+  }
 
   bool single() const override { return std::is_same_v<T, float>; }
 
@@ -95,7 +97,7 @@ struct Potential::EngineOf final : Potential::Engine {
     outputs.atomic_energies = results.atomic_energies;
     if (results.virials != nullptr)
       outputs.atomic_virials = in_type(virials, results.virials, 9 * numbers);
-    cpu::energy_forces<T>(view, system, model.n_levels() - 1, outputs, n_threads);
+    prepared.energy_forces(system, model.n_levels() - 1, outputs, n_threads);
     in_double(outputs.forces, results.forces, 3 * numbers);
     if (results.virials != nullptr) in_double(outputs.atomic_virials, results.virials, 9 * numbers);
   }
@@ -113,7 +115,7 @@ struct Potential::EngineOf final : Potential::Engine {
 
   std::vector<double> sae;
   std::vector<T> weights;
-  Model<T> view;
+  cpu::PreparedModel<T> prepared;
   std::vector<T> positions, forces, virials;
 };
 
