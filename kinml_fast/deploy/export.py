@@ -309,11 +309,9 @@ def _write_metatomic(path: Path, model: EnergyModel | Ensemble, notes: dict[str,
 
 
 def _open_metatomic(path: Path, model: EnergyModel | Ensemble) -> Opened:
-    from metatomic.torch import load_atomistic_model
-
     from kinml_fast.deploy import metatomic_model
 
-    loaded = load_atomistic_model(str(path), extensions_directory=str(path.parent / "extensions"))
+    loaded = metatomic_model.load(path)
     numbers = np.array([atomic_numbers[element] for element in model.elements])
 
     def evaluate(structure: Structure) -> Results:

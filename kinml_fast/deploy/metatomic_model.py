@@ -20,8 +20,10 @@ from metatomic.torch import (
     ModelOutput,
     NeighborListOptions,
     System,
+    load_atomistic_model,
 )
 from torch import Tensor
+from vesin.metatomic import compute_requested_neighbors
 
 from kinml_fast import ops
 from kinml_fast._library import library_path
@@ -185,6 +187,11 @@ def save(path: Path, model: EnergyModel | Ensemble, about: dict[str, Any]) -> No
     exported.save(str(path), collect_extensions=str(path.parent / "extensions") if installed else None)
 
 
+def load(path: Path) -> Any:
+    """A metatomic file, with the libraries beside it."""
+    return load_atomistic_model(str(path), extensions_directory=str(path.parent / "extensions"))
+
+
 def energy_forces_virial(
     loaded: Any, positions: np.ndarray, numbers: np.ndarray, cell: np.ndarray, periodic: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -193,7 +200,7 @@ def energy_forces_virial(
     Parameters
     ----------
     loaded
-        From `metatomic.torch.load_atomistic_model`.
+        From `load`.
     positions, numbers, cell, periodic
         [n, 3] in Å, atomic numbers [n], [3, 3] in Å, [3].
 
@@ -202,8 +209,6 @@ def energy_forces_virial(
     tuple of ndarray
         Energy [1] in eV, forces [n, 3] in eV/Å, virial [3, 3] in eV.
     """
-    from vesin.metatomic import compute_requested_neighbors
-
     dtype = getattr(torch, loaded.capabilities().dtype)
     strain = torch.eye(3, dtype=dtype, requires_grad=True)
     x = torch.tensor(positions, dtype=dtype, requires_grad=True)

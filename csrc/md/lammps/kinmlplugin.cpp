@@ -2,7 +2,7 @@
    Makes pair_style kinml known to LAMMPS: `plugin load kinmlplugin.so`, or LAMMPS_PLUGIN_PATH.
    Distributed under the GNU General Public License, version 2, as LAMMPS; see pair_kinml.h.
 ------------------------------------------------------------------------- */
-#include "lammps.h"
+#include <lammps.h>
 #include "pair_kinml.h"
 
 namespace {

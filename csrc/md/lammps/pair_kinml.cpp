@@ -4,17 +4,17 @@
 ------------------------------------------------------------------------- */
 #include "pair_kinml.h"
 
-#include "atom.h"
-#include "comm.h"
-#include "domain.h"
-#include "error.h"
-#include "force.h"
-#include "memory.h"
-#include "neigh_list.h"
-#include "neighbor.h"
-#include "timer.h"
-#include "update.h"
-#include "utils.h"
+#include <atom.h>
+#include <comm.h>
+#include <domain.h>
+#include <error.h>
+#include <force.h>
+#include <memory.h>
+#include <neigh_list.h>
+#include <neighbor.h>
+#include <timer.h>
+#include <update.h>
+#include <utils.h>
 
 #include <algorithm>
 #include <cerrno>

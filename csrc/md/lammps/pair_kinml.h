@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
+#include <pair.h>
 #include "../kinml.h"
-#include "pair.h"
 
 namespace LAMMPS_NS {
 
