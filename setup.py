@@ -1,6 +1,7 @@
-"""Compiles the two libraries of the package: targets of CMakeLists.txt, in the folder that KINML_BUILD_DIR names.
+"""Compiles the libraries of the package: targets of CMakeLists.txt, in the folder that KINML_BUILD_DIR names.
 
 - ``kinml_fast/libkinml_ops.so``: the ops, linked to libtorch, without Python.
+- ``kinml_fast/libkinml_md.so``: models for MD codes, without torch; sources of the plugin for LAMMPS are beside it.
 - ``kinml_fast/_C*.so``: build information for Python (pybind11).
 
 torch must be installed already, and stay the same afterwards: ``pip install --no-build-isolation .``
@@ -69,11 +70,14 @@ def cuda_options(torch) -> dict[str, str]:
     }
 
 
+LIBRARIES = ("libkinml_ops", "libkinml_md")
+
+
 class LibraryBuild(build_ext):
-    """Compiles both libraries in one go."""
+    """Compiles all libraries in one go."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("libkinml_ops"):
+        if fullname.endswith(LIBRARIES):
             return str(Path(*fullname.split("."))) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -81,7 +85,7 @@ class LibraryBuild(build_ext):
         torch = import_torch()
         try:
             folder = cmake_build.build(
-                ["kinml_ops", "kinml_python"],
+                ["kinml_ops", "kinml_md", "kinml_python"],
                 KINML_WITH_TORCH="ON",
                 KINML_TORCH_VERSION=torch.__version__,
                 KINML_PYTHON_INCLUDE=f"{sysconfig.get_paths()['include']};{pybind11_include(torch)}",
@@ -94,10 +98,15 @@ class LibraryBuild(build_ext):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / f"{extension.name.split('.')[-1]}.so", target)
+        if not self.inplace:  # there, csrc is at hand
+            for source in [ROOT / "csrc/md/kinml.h", *(ROOT / "csrc/md/lammps").glob("*.[hc]*")]:
+                target = Path(self.build_lib) / "kinml_fast/md" / source.relative_to(ROOT / "csrc/md")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
 
 
 setup(
-    ext_modules=[Extension("kinml_fast.libkinml_ops", []), Extension("kinml_fast._C", [])],
+    ext_modules=[Extension(f"kinml_fast.{name}", []) for name in (*LIBRARIES, "_C")],
     cmdclass={"build_ext": LibraryBuild},
     install_requires=[
         torch_requirement(),

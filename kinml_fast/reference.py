@@ -84,6 +84,9 @@ def aev(
     beta: float,
     radial_factor: float = 1.0,
     angular_factor: float = 1.0,
+    cells: Tensor | None = None,
+    periodic: Tensor | None = None,
+    centres: Tensor | None = None,
 ) -> Tensor:
     """Atomic environment vectors of every atom of a batch of structures.
 
@@ -97,6 +100,12 @@ def aev(
         Structure s has the atoms offsets[s] … offsets[s + 1] − 1.
     n_species, radial_shifts, …, angular_factor
         Parameters of the descriptor (see the module), shifts and cutoffs in Å, etas in Å⁻², sections in radians.
+    cells : [n_structures, 3, 3]
+        Rows are lattice vectors in Å; None: molecules.
+    periodic : int64 [n_structures, 3]
+        1 along the vectors along which a structure repeats, else 0.
+    centres : int64 [n_structures]
+        So many of the first atoms of a structure have a vector, the others a row of zeros; None: all.
 
     Returns
     -------
@@ -106,25 +115,44 @@ def aev(
     angular_shifts = torch.as_tensor(angular_shifts, dtype=torch.float64).to(coordinates)
     sections = torch.as_tensor(sections, dtype=torch.float64).to(coordinates)
 
-    pairs, triples = [], []
-    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+    pairs: list[tuple[int, int, int]] = []
+    shifts: list[tuple[int, ...]] = []
+    triples: list[tuple[int, int]] = []  # two places in the list of pairs
+    for s, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         x = coordinates[start:stop].detach()
-        distance = (x[:, None] - x[None, :]).norm(dim=2).tolist()
-        for i in range(stop - start):
-            others = [j for j in range(stop - start) if j != i]
-            pairs += [(start + i, start + j) for j in others if distance[i][j] <= radial_cutoff]
-            near = [j for j in others if distance[i][j] <= angular_cutoff]
-            triples += [(start + i, start + j, start + k) for j, k in itertools.combinations(near, 2)]
+        counts = [0, 0, 0]
+        cell = torch.zeros(3, 3, dtype=x.dtype)
+        if cells is not None and periodic is not None:
+            cell = cells[s].detach().to(x) * (periodic[s] != 0)[:, None]
+            counts = images(x, cell, max(radial_cutoff, angular_cutoff))
+        all_shifts = list(itertools.product(*(range(-n, n + 1) for n in counts)))
+        for i in range(stop - start if centres is None else int(centres[s])):
+            near = []
+            for shift in all_shifts:
+                distance = (x + torch.tensor(shift, dtype=x.dtype) @ cell - x[i]).norm(dim=1).tolist()
+                for j in range(stop - start):
+                    if (j == i and shift == (0, 0, 0)) or distance[j] > max(radial_cutoff, angular_cutoff):
+                        continue
+                    if distance[j] <= angular_cutoff:
+                        near.append(len(pairs))
+                    pairs.append((start + i, start + j, s))
+                    shifts.append(shift)
+            triples += itertools.combinations(near, 2)
 
-    center, other = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    d_ij = (coordinates[other] - coordinates[center]).norm(dim=1)
+    center, other, structure = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    r = coordinates[other] - coordinates[center]
+    if cells is not None:
+        translation = torch.tensor(shifts, dtype=cells.dtype).reshape(-1, 1, 3) @ cells[structure]
+        r = r + translation[:, 0].to(r)
+    d_ij = r.norm(dim=1)
     terms = torch.exp(-radial_eta * (d_ij[:, None] - radial_shifts) ** 2)  # [pairs, R]
     terms = radial_factor * terms * cutoff_function(d_ij, radial_cutoff)[:, None]
     blocks = coordinates.new_zeros(len(species) * n_species, len(radial_shifts))
     radial = blocks.index_add(0, center * n_species + species[other], terms)
 
-    center, first, second = torch.tensor(triples, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    r_ij, r_ik = coordinates[first] - coordinates[center], coordinates[second] - coordinates[center]
+    first, second = torch.tensor(triples, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    r_ij, r_ik, center = r[first], r[second], center[first]
+    first, second = other[first], other[second]
     d_ij, d_ik = r_ij.norm(dim=1), r_ik.norm(dim=1)
     theta = angle(beta * (r_ij * r_ik).sum(1) / (d_ij * d_ik))
     terms_m = (0.5 + 0.5 * torch.cos(theta[:, None] - sections)) ** zeta  # [triples, M]
@@ -138,6 +166,15 @@ def aev(
 
     lengths = n_species * len(radial_shifts), len(order) * len(angular_shifts) * len(sections)
     return torch.cat([radial.reshape(-1, lengths[0]), angular.reshape(-1, lengths[1])], dim=1)
+
+
+def images(x: Tensor, cell: Tensor, cutoff: float) -> list[int]:
+    """How many cells away along each vector [3, 3] atoms at x can have neighbours; 0 along a vector of zeros."""
+    inverse = torch.linalg.pinv(cell)  # [3, 3] columns: the rows of reciprocal vectors
+    fractions = x @ inverse
+    spread = fractions.max(0).values - fractions.min(0).values if len(x) else torch.zeros(3)
+    reach = cutoff * inverse.norm(dim=0) + spread
+    return [int(n) for n in torch.where(cell.abs().sum(1) > 0, reach.ceil(), 0)]
 
 
 def cutoff_function(distance: Tensor, cutoff: float) -> Tensor:

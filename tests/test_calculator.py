@@ -18,7 +18,7 @@ from ase.calculators.calculator import (
     PropertyNotImplementedError,
     all_changes,
 )
-from ase.calculators.fd import calculate_numerical_forces
+from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.io.trajectory import Trajectory
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
@@ -81,7 +81,7 @@ def test_energy_and_forces_are_those_of_the_model(dtype):
     np.testing.assert_allclose(atoms.get_forces(), forces, rtol=10 * tolerance, atol=tolerance)
     assert atoms.get_forces().dtype == np.float64
     assert type(atoms.calc.results["energy"]) is float
-    assert set(atoms.calc.results) == {"energy", "free_energy", "forces"} == set(atoms.calc.implemented_properties)
+    assert set(atoms.calc.results) == {"energy", "free_energy", "forces"} < set(atoms.calc.implemented_properties)
 
 
 def test_forces_are_differences_of_energies():
@@ -106,7 +106,7 @@ def test_ensembles_give_means_and_deviations():
         "all_energies": energies,
         "all_forces": forces,
     }
-    assert set(atoms.calc.implemented_properties) == set(expected)
+    assert set(atoms.calc.implemented_properties) == {*expected, "energies", "stress", "stresses"}
     for name, value in expected.items():
         found = atoms.calc.get_property(name, atoms)
         assert np.shape(found) == np.shape(value)
@@ -134,7 +134,7 @@ def test_several_levels(n_members):
     if n_members > 1:
         expected |= {"energy_std": energies[:, 1].std(ddof=1), "forces_std": forces[:, 1].std(axis=0, ddof=1)}
         expected |= {"all_energies": energies[:, 1], "all_forces": forces[:, 1]}
-    assert set(atoms.calc.implemented_properties) == set(expected)
+    assert set(atoms.calc.implemented_properties) == {*expected, "energies", "stress", "stresses"}
     for name, value in expected.items():
         found = atoms.calc.get_property(name, atoms)
         assert np.shape(found) == np.shape(value)
@@ -205,7 +205,9 @@ def test_models_from_files(tmp_path):
 def counted(calculator: KinMLCalculator, monkeypatch) -> list[int]:
     calls = []
     evaluate = calculator._evaluate
-    monkeypatch.setattr(calculator, "_evaluate", lambda atoms: calls.append(len(atoms)) or evaluate(atoms))
+    monkeypatch.setattr(
+        calculator, "_evaluate", lambda function, places: calls.append(len(places)) or evaluate(function, places)
+    )
     return calls
 
 
@@ -334,15 +336,89 @@ def test_a_model_of_whole_energies_takes_no_base():
         KinMLCalculator(make_model(), base=Spring())
 
 
+# Crystals
+
+
+def ice(repeat=(1, 1, 1)) -> Atoms:
+    atoms = Atoms("OH2OH2", np.concatenate([WATER, WATER @ [[0, 1, 0], [0, 0, 1], [1, 0, 0]] + [2.1, 1.9, 2.4]]))
+    atoms.set_cell([[4.1, 0.2, 0.0], [0.3, 4.4, 0.1], [-0.2, 0.4, 4.6]])
+    atoms.pbc = True
+    return atoms.repeat(repeat)
+
+
+@pytest.mark.parametrize("pbc", [True, [True, False, True], [False, False, True]])
+def test_forces_and_stress_are_slopes_of_the_energy(pbc):
+    atoms = ice()
+    atoms.pbc = pbc
+    atoms.calc = KinMLCalculator(make_model())
+    np.testing.assert_allclose(atoms.get_forces(), calculate_numerical_forces(atoms, eps=1e-5), atol=1e-7)
+    np.testing.assert_allclose(atoms.get_stress(), calculate_numerical_stress(atoms, eps=1e-5), atol=1e-9)
+    np.testing.assert_allclose(atoms.get_stresses().sum(0), atoms.get_stress(), atol=1e-12)
+    np.testing.assert_allclose(atoms.get_potential_energies().sum(), atoms.get_potential_energy(), atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_supercells_and_unwrapped_atoms(dtype):
+    calculator = KinMLCalculator(make_model(dtype=dtype))
+    atoms, tolerance = ice(), 1e-10 if dtype == torch.float64 else 2e-4
+    atoms.calc = calculator
+    energy, forces, stress = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
+    large = ice((2, 1, 3))
+    large.positions += np.random.default_rng(0).integers(-900, 900, (len(large), 3)) @ large.cell.array
+    large.calc = calculator
+    assert large.get_potential_energy() == pytest.approx(6 * energy, abs=tolerance)
+    np.testing.assert_allclose(large.get_forces(), np.tile(forces, (6, 1)), atol=tolerance)
+    np.testing.assert_allclose(large.get_stress(), stress, atol=tolerance)
+
+
+def test_an_ensemble_and_a_base_have_a_stress():
+    members = [make_model(seed) for seed in range(3)]
+    alone = []
+    for member in members:
+        atoms = ice()
+        atoms.calc = KinMLCalculator(member)
+        alone.append(atoms.get_stress())
+    atoms = ice()
+    atoms.calc = KinMLCalculator(members)
+    np.testing.assert_allclose(atoms.get_stress(), np.mean(alone, axis=0), atol=1e-12)
+    assert atoms.get_stresses().shape == (6, 6)
+    delta = make_model(7, baseline=0)
+    atoms.calc = KinMLCalculator(delta, base=KinMLCalculator(members[0]))
+    assert "energies" not in atoms.calc.implemented_properties
+    np.testing.assert_allclose(atoms.get_stress(), calculate_numerical_stress(atoms, eps=1e-5), atol=1e-9)
+    atoms.calc = KinMLCalculator(delta, base=Spring())
+    atoms.get_forces()
+    assert "stress" not in atoms.calc.results
+
+
+def test_a_change_of_the_cell_is_seen_if_there_is_periodicity():
+    atoms = ice()
+    atoms.calc = KinMLCalculator(make_model())
+    before = atoms.get_potential_energy()
+    atoms.set_cell(atoms.cell * 1.1)
+    assert atoms.get_potential_energy() != before
+    molecule = water()
+    molecule.calc = KinMLCalculator(make_model())
+    energy = molecule.get_potential_energy()
+    molecule.cell = [9, 9, 9]
+    assert molecule.get_potential_energy() == energy
+    with pytest.raises(CalculatorSetupError, match=r"OH2 is a molecule .* which has no stress"):
+        molecule.get_stress()
+    assert molecule.get_potential_energies().sum() == pytest.approx(energy)
+
+
 # Bad input
 
 
 @pytest.mark.parametrize(
     ("atoms", "message"),
     [
+        (Atoms("OH2", WATER, pbc=[True, False, False]), "the cell of OH2 has no volume along its periodic vectors"),
+        (Atoms("OH2", WATER, cell=[[0, 9, 0], [9, 0, 0], [0, 0, 9]], pbc=True), "the cell of OH2 is left-handed"),
+        (Atoms("OH2", WATER, cell=[9, np.nan, 9], pbc=True), "the cell of OH2 has a number that is NaN or infinite"),
         (
-            Atoms("OH2", WATER, cell=[9, 9, 9], pbc=[True, False, False]),
-            r"OH2 is periodic \(pbc = \[True, False, False",
+            Atoms("OH2", [[0, 0, 0.01], [0, 0, 8.97], [4, 4, 4]], cell=[9, 9, 9], pbc=True),
+            r"atoms 0 \(O\) and 1 \(H\) of OH2 are only 0.04 Å apart",
         ),
         (Atoms("CNOH2", np.diag([1, 2, 3, 4, 5])[:, :3]), "CNOH2 contains C N, but the model knows only H O"),
         (

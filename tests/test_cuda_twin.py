@@ -22,7 +22,7 @@ pytestmark = [
 # What runs here in some minutes; KINML_TWIN=1 pytest -m '' runs everything so. Each line: arguments of pytest.
 SUBSET = [
     ["test_ops_adam.py", "test_ops_networks.py"],
-    ["test_ops_forces.py", "test_ops_levels.py", "test_ops_shared.py"],
+    ["test_ops_forces.py", "test_ops_levels.py", "test_ops_shared.py", "test_ops_periodic.py"],
     # Without those of hundreds of atoms, which take minutes (test_large_and_small_structures_in_one_batch fails there:
     # together they go another way than alone, to the same numbers but not the same bits), and without descriptors for
     # which the CPU has series of its own.

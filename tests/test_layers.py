@@ -44,6 +44,7 @@ LATE_IN = {
     "__init__.py": "torch and ASE are imported when the calculator is asked for",
     "_library.py": "says in a sentence why the compiled module cannot be imported",
     "cli.py": "--help and mistakes are answered without waiting for torch",
+    "deploy/export.py": "metatomic is optional",
 }
 """Modules whose functions may import anything, and why."""
 
@@ -54,6 +55,7 @@ INCLUDES = {
     "cpu": {"core", "cpu"},
     "cuda": {"core", "cuda"},
     "torch": {"core", "cpu", "cuda", "torch"},
+    "md": {"core", "cpu", "md"},
 }
 """Folders of csrc from which a folder may include headers."""
 

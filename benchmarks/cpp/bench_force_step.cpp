@@ -103,11 +103,12 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
   std::vector<Environment<T>> kept(kTile);
   double triples = 0, calls = 0;
   const auto choose = [&] { first = kTile * (call++ % (n_structures / kTile)); };
+  const Index offsets[] = {0, kAtoms};
   const auto environment = [&](bool whole) {
     environments.clear();
     for (Index i = 0; i < kTile; ++i) {
-      environments.set_structure(kAtoms, coordinates.data() + 3 * kAtoms * (first + i),
-                                 species.data());
+      environments.set_structure(
+          {kAtoms, 1, species.data(), offsets, coordinates.data() + 3 * kAtoms * (first + i)}, 0);
       kept[i] = environments.find(0, kAtoms);
       if (whole) environments.finish(kept[i]);
     }
@@ -134,7 +135,7 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
   };
   const auto tangents = [&] {
     for (Index i = 0; i < kTile; ++i)
-      KINML_CALL_KERNEL(aev_tangent_rows, tables, kept[i], r.data() + 3 * kAtoms * i,
+      KINML_CALL_KERNEL(aev_tangent_rows, tables, kept[i], r.data() + 3 * kAtoms * i, nullptr,
                         v.data() + i * kAtoms * kLength, kLength, environments.scratch(kept[i]));
   };
   const auto before_tangent = [&] {
@@ -193,7 +194,7 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
           T* const to = forces.data() + 3 * kAtoms * i;
           std::fill_n(to, 3 * kAtoms, T(0));
           KINML_CALL_KERNEL(aev_transposed, tables, kept[i], g.data() + i * kAtoms * kLength,
-                            kLength, to, environments.scratch(kept[i]));
+                            kLength, to, nullptr, environments.scratch(kept[i]));
         }
       },
       (14 * 8 + 4 * 64) * n_triples);
@@ -264,7 +265,7 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
             std::fill_n(to[m], 3 * kAtoms, T(0));
           }
           KINML_CALL_KERNEL(aev_transposed_many, tables, kept[i], from, kMembers, kLength, to,
-                            environments.many_scratch(kept[i]));
+                            nullptr, environments.many_scratch(kept[i]));
         }
       },
       kMembers * (14 * 8 + 4 * 64) * n_triples);

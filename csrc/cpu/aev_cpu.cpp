@@ -28,6 +28,7 @@ struct Task {
   const T* gradient;     // [n_atoms, D]
   const T* tangent;      // [n_atoms, 3]
   T* out;
+  T* virials;  // [n_atoms, 9] of vjp, or null
 
   bool to_coordinates() const { return product == Product::vjp || product == Product::hvp; }
   std::int64_t out_stride() const {
@@ -38,6 +39,7 @@ struct Task {
     if (gradient != nullptr) task.gradient += atom * length;
     if (tangent != nullptr) task.tangent += atom * 3;
     task.out += atom * out_stride();
+    if (virials != nullptr) task.virials += 9 * atom;
     return task;
   }
 };
@@ -56,7 +58,8 @@ void jacobian(const AevTables<T>& tables, Environments<T>& environments, const E
     for (std::int64_t c = 3 * atom; c < 3 * atom + 3; ++c) {
       direction[c] = T(1);
       // The kernel writes the row of atom i.
-      KINML_CALL_KERNEL(aev_tangent_rows, tables, e, direction.data(), column.data(), 0, scratch);
+      KINML_CALL_KERNEL(aev_tangent_rows, tables, e, direction.data(), nullptr, column.data(), 0,
+                        scratch);
       direction[c] = T(0);
       for (std::int64_t d = 0; d < task.length; ++d) out[d * task.columns + c] = column[d];
     }
@@ -77,13 +80,13 @@ void run_centres(const AevTables<T>& tables, Environments<T>& environments, cons
         KINML_CALL_KERNEL(aev_rows, tables, e, task.out, task.length);
         break;
       case Product::jvp:
-        KINML_CALL_KERNEL(aev_tangent_rows, tables, e, task.tangent, task.out, task.length,
+        KINML_CALL_KERNEL(aev_tangent_rows, tables, e, task.tangent, nullptr, task.out, task.length,
                           environments.scratch(e));
         break;
       case Product::vjp:
       case Product::hvp:
         KINML_CALL_KERNEL(aev_transposed, tables, e, task.gradient, task.length, task.out,
-                          environments.scratch(e));
+                          task.virials, environments.scratch(e));
         break;
       case Product::jacobian:
         jacobian(tables, environments, e, task);
@@ -102,7 +105,7 @@ Tasks tasks_of(const System<T>& system) {
   Tasks tasks;
   std::int64_t atoms = 0;
   for (std::int64_t s = 0; s < system.n_structures; ++s) {
-    const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
+    const std::int64_t n = system.rows(s);
     if (n > kLargeStructure) {
       tasks.large.push_back(s);
       atoms = kTaskAtoms;  // the next small structure begins a new range
@@ -119,30 +122,23 @@ Tasks tasks_of(const System<T>& system) {
   return tasks;
 }
 
-template <class T>
-void set_structure(Environments<T>& environments, const System<T>& system, std::int64_t s) {
-  const std::int64_t first = system.offsets[s];
-  environments.set_structure(system.offsets[s + 1] - first, system.coordinates + 3 * first,
-                             system.species + first);
-}
-
 // One large structure by all threads: tasks of some centres; gradients in parts that are then added
 // in order. `whole` has the rows of its first atom.
 template <class T>
 void run_large(const AevTables<T>& tables, const System<T>& system, std::int64_t s,
                const Task<T>& whole, int n_threads) {
-  const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
-  const std::int64_t wanted = (n + kTaskAtoms - 1) / kTaskAtoms;
+  const std::int64_t n = system.atoms(s), rows = system.rows(s);
+  const std::int64_t wanted = (rows + kTaskAtoms - 1) / kTaskAtoms;
   const std::int64_t n_tasks = whole.to_coordinates() ? std::min(kParts, wanted) : wanted;
   std::vector<T> parts(whole.to_coordinates() ? n_tasks * 3 * n : 0);
   Environments<T> shared(tables);
-  set_structure(shared, system, s);
+  shared.set_structure(system, s);
   const auto some_centres = [&](std::int64_t item) {
     Environments<T> environments(tables);
     environments.share_structure(shared);
     Task<T> task = whole;
     if (task.to_coordinates()) task.out = parts.data() + item * 3 * n;
-    run_centres(tables, environments, task, item * n / n_tasks, (item + 1) * n / n_tasks);
+    run_centres(tables, environments, task, item * rows / n_tasks, (item + 1) * rows / n_tasks);
   };
   guarded_parallel_for(n_tasks, n_threads, some_centres);
   if (!whole.to_coordinates()) return;
@@ -156,18 +152,21 @@ void run_large(const AevTables<T>& tables, const System<T>& system, std::int64_t
 
 template <class T>
 void run(const AevParameters& parameters, const System<T>& system, Product product,
-         const T* gradient, const T* tangent, std::int64_t columns, T* out, int n_threads) {
+         const T* gradient, const T* tangent, std::int64_t columns, T* out, int n_threads,
+         T* virials = nullptr) {
   const AevTableStorage<T> tables(parameters);
-  const Task<T> all{product, parameters.length(), columns, gradient, tangent, out};
-  if (all.to_coordinates()) std::fill(out, out + 3 * system.offsets[system.n_structures], T(0));
+  const Task<T> all{product, parameters.length(), columns, gradient, tangent, out, virials};
+  // What is added to, and what ghosts have.
+  if (all.to_coordinates() || system.centres != nullptr)
+    std::fill_n(out, all.out_stride() * system.n_atoms, T(0));
+  if (virials != nullptr) std::fill_n(virials, 9 * system.n_atoms, T(0));
   const Tasks tasks = tasks_of(system);
   const auto small_structures = [&](std::int64_t item) {
     Environments<T> environments(tables);
     for (std::int64_t s = tasks.small[item].first; s < tasks.small[item].last; ++s) {
-      const std::int64_t n = system.offsets[s + 1] - system.offsets[s];
-      if (n == 0) continue;
-      set_structure(environments, system, s);
-      run_centres(tables, environments, all.from(system.offsets[s]), 0, n);
+      if (system.rows(s) == 0) continue;
+      environments.set_structure(system, s);
+      run_centres(tables, environments, all.from(system.offsets[s]), 0, system.rows(s));
     }
   };
   guarded_parallel_for(static_cast<std::int64_t>(tasks.small.size()), n_threads, small_structures);
@@ -188,8 +187,8 @@ void aev_jvp(const AevParameters& parameters, const System<T>& system, const T* 
 }
 template <class T>
 void aev_vjp(const AevParameters& parameters, const System<T>& system, const T* gradient, T* out,
-             int n_threads) {
-  run<T>(parameters, system, Product::vjp, gradient, nullptr, 0, out, n_threads);
+             int n_threads, T* virials) {
+  run<T>(parameters, system, Product::vjp, gradient, nullptr, 0, out, n_threads, virials);
 }
 template <class T>
 void aev_hvp(const AevParameters& parameters, const System<T>& system, const T* gradient,
@@ -205,7 +204,7 @@ void aev_jacobian(const AevParameters& parameters, const System<T>& system, std:
 #define KINML_INSTANTIATE(T)                                                                     \
   template void aev_forward<T>(const AevParameters&, const System<T>&, T*, int);                 \
   template void aev_jvp<T>(const AevParameters&, const System<T>&, const T*, T*, int);           \
-  template void aev_vjp<T>(const AevParameters&, const System<T>&, const T*, T*, int);           \
+  template void aev_vjp<T>(const AevParameters&, const System<T>&, const T*, T*, int, T*);       \
   template void aev_hvp<T>(const AevParameters&, const System<T>&, const T*, const T*, T*, int); \
   template void aev_jacobian<T>(const AevParameters&, const System<T>&, std::int64_t, T*, int);
 KINML_INSTANTIATE(double)

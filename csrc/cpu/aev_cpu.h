@@ -1,4 +1,4 @@
-// Atomic environment vectors of ragged batches of molecules on the CPU; formulas in
+// Atomic environment vectors of ragged batches of structures on the CPU; formulas in
 // core/aev_terms.h, order of the vector in core/aev_layout.h.
 //
 //   a_i        vector of atom i, [D]            aev_forward   coordinates -> a
@@ -11,7 +11,11 @@
 //   d(J^T g) = hvp(g, dx) + J^T dg;   (d/dg)^T u = J u;   (d/dx)^T u = hvp(g, u)
 //   d(J v) . w:  (d/dv)^T w = J^T w;  (d/dx)^T w = hvp(w, v)
 //
-// The system has coordinates; all of its structures are meant.
+// The system has coordinates; all of its structures are meant. Rows of ghosts are zero, as vectors
+// and as results, and are not read of gradients.
+//
+// virials: of each centre i, sum over its pairs of d(g_i . a_i)/dd (x) d with the displacement d of
+// the pair; row by derivative, column by displacement.
 //
 // Results have the same bits for any n_threads. Throws std::bad_alloc only.
 #pragma once
@@ -31,7 +35,8 @@ void aev_jvp(const AevParameters& parameters, const System<T>& system,
              const T* tangent /*[n_atoms, 3]*/, T* out /*[n_atoms, D]*/, int n_threads);
 template <class T>
 void aev_vjp(const AevParameters& parameters, const System<T>& system,
-             const T* gradient /*[n_atoms, D]*/, T* out /*[n_atoms, 3]*/, int n_threads);
+             const T* gradient /*[n_atoms, D]*/, T* out /*[n_atoms, 3]*/, int n_threads,
+             T* virials = nullptr /*[n_atoms, 3, 3]*/);
 template <class T>
 void aev_hvp(const AevParameters& parameters, const System<T>& system,
              const T* gradient /*[n_atoms, D]*/, const T* tangent /*[n_atoms, 3]*/,

@@ -6,14 +6,16 @@
 #include <memory>
 #include <vector>
 
+#include "../core/system.h"
 #include "aev_kernels.h"
 #include "aev_tables.h"
 #include "cell_grid.h"
+#include "images.h"
 #include "scratch.h"
 
 namespace kinml::cpu {
 
-// A structure with more atoms is worked on by several threads, with one piece for each.
+// Products of vectors alone: a structure with more centres is worked on by several threads.
 inline constexpr std::int64_t kLargeStructure = 512;
 // Memory that is taken piece by piece and given back all at once.
 class Bump {
@@ -69,13 +71,32 @@ class Environments {
   void clear() { memory_.clear(); }
 
   // The structure whose environments are made next, sorted into cells.
-  void set_structure(std::int64_t n_atoms, const T* coordinates, const std::int64_t* species) {
+  void set_structure(const System<T>& system, std::int64_t s) {
+    const std::int64_t first = system.offsets[s], n_atoms = system.atoms(s);
     structure_ = {};
     structure_.n_atoms = n_atoms;
-    structure_.coordinates = coordinates;
-    structure_.species = species;
-    grid_.build(coordinates, n_atoms, cell_size_);
-    grid_.describe(structure_);
+    structure_.coordinates = system.coordinates + 3 * first;
+    structure_.species = system.species + first;
+    if (system.pair_starts != nullptr) {
+      structure_.pair_starts = system.pair_starts + first;
+      structure_.neighbours = system.neighbours;
+      structure_.shifts = system.is_periodic(s) ? system.shifts : nullptr;
+      structure_.cell = system.cells == nullptr ? nullptr : system.cells + 9 * s;
+      structure_.first_atom = first;
+      for (std::int64_t a = 0; a < system.rows(s); ++a)
+        structure_.max_candidates = std::max(
+            structure_.max_candidates, structure_.pair_starts[a + 1] - structure_.pair_starts[a]);
+    } else if (system.is_periodic(s)) {
+      images_.build(Lattice(system.cells + 9 * s, system.periodic + 3 * s), structure_.coordinates,
+                    n_atoms, cell_size_);
+      structure_.places = images_.places();
+      structure_.place_atoms = images_.atoms();
+      grid_.build(images_.places(), images_.count(), cell_size_);
+      grid_.describe(structure_);
+    } else {
+      grid_.build(structure_.coordinates, n_atoms, cell_size_);
+      grid_.describe(structure_);
+    }
   }
   // The structure of others, whose cells must live as long as new environments are made.
   void share_structure(const Environments& others) { structure_ = others.structure_; }
@@ -123,6 +144,7 @@ class Environments {
   const AevTables<T>& tables_;
   double cell_size_;
   Bump& memory_;
+  Images images_;
   CellGrid grid_;
   StructureView<T> structure_{};
 };

@@ -384,7 +384,7 @@ struct PairTangents {
 
 template <class T>
 PairTangents<T> pair_tangents(const View<T, false>& v, const Environment<T>& e, const T* direction,
-                              Arena<T>& arena) {
+                              const T* strain, Arena<T>& arena) {
   using V = Vec<T, kNativeWidth<T>>;
   PairTangents<T> d;
   for (T** p : {&d.r, &d.ux, &d.uy, &d.uz}) *p = arena.numbers(e.pair_room());
@@ -394,6 +394,14 @@ PairTangents<T> pair_tangents(const View<T, false>& v, const Environment<T>& e, 
       d.ux[k] = moving.x;
       d.uy[k] = moving.y;
       d.uz[k] = moving.z;
+    }
+  if (strain != nullptr)
+    for (Index k = 0; k < e.n_pairs; ++k) {
+      const T r = v.r.value[k];
+      const T x = r * v.ux.value[k], y = r * v.uy.value[k], z = r * v.uz.value[k];
+      d.ux[k] += strain[0] * x + strain[1] * y + strain[2] * z;
+      d.uy[k] += strain[3] * x + strain[4] * y + strain[5] * z;
+      d.uz[k] += strain[6] * x + strain[7] * y + strain[8] * z;
     }
   for (T* p : {d.ux, d.uy, d.uz}) V(T(0)).store(p + e.n_pairs);
   for (Index k = 0; k < e.n_pairs; k += kNativeWidth<T>) {
@@ -541,11 +549,11 @@ void tangent_sums(const View<T, false>& v, const Environment<T>& e, const PairTa
 }
 
 template <class T>
-void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* direction, T* out,
-                  Index stride, T* scratch) {
+void tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* direction,
+                  const T* strain, T* out, Index stride, T* scratch) {
   const View<T, false> v(tables, e);
   Arena<T> arena{scratch};
-  const PairTangents<T> of_pairs = pair_tangents(v, e, direction, arena);
+  const PairTangents<T> of_pairs = pair_tangents(v, e, direction, strain, arena);
   const TripleTangents<T> of_triples = triple_tangents(v, e, of_pairs, arena);
   tangent_sums(v, e, of_pairs, tangent_factors(v, of_triples), out, stride);
 }
@@ -634,7 +642,7 @@ class Transposed {
   }
 
   template <bool kEight, int kAngular>
-  void run(const T* gradient, Index stride, T* out) {
+  void run(const T* gradient, Index stride, T* out, T* virials) {
     Index registers = 0;
     for (Index c = 0; c < e_.n_centres(); ++c) {
       const T* const g = gradient + (e_.begin + c) * stride;
@@ -663,7 +671,10 @@ class Transposed {
         displacements(c);
       }
     }
-    for (Index c = 0; c < e_.n_centres(); ++c) scatter(c, out);
+    for (Index c = 0; c < e_.n_centres(); ++c) {
+      scatter(c, out);
+      if (virials != nullptr) virial(c, virials + 9 * (e_.begin + c));
+    }
   }
 
  private:
@@ -810,6 +821,17 @@ class Transposed {
     o[2] -= z;
   }
 
+  // Without tangents: those of the displacements are not known here.
+  void virial(Index c, T* out) const {
+    T sums[9] = {};
+    for (Index k = first(c, 0); k < first(c + 1, 0); ++k) {
+      const T r = v_.r.value[k], g[] = {gx_[k], gy_[k], gz_[k]},
+              d[] = {r * v_.ux.value[k], r * v_.uy.value[k], r * v_.uz.value[k]};
+      for (int i = 0; i < 9; ++i) sums[i] += g[i / 3] * d[i % 3];
+    }
+    for (int i = 0; i < 9; ++i) out[i] = sums[i];
+  }
+
   const AevTables<T>& t_;
   const Environment<T>& e_;
   const View<T, kDual> v_;
@@ -822,47 +844,47 @@ class Transposed {
 
 template <class T, bool kDual>
 void transposed(const AevTables<T>& tables, const Environment<T>& e, const T* g, Index stride,
-                T* out, T* scratch) {
+                T* out, T* virials, T* scratch) {
   Transposed<T, kDual> pass(tables, e, scratch);
   const bool eight = tables.integer_zeta == 8;
   if (eight && tables.n_angular == 8)
-    pass.template run<true, 8>(g, stride, out);
+    pass.template run<true, 8>(g, stride, out, virials);
   else if (eight && tables.n_angular == 4)
-    pass.template run<true, 4>(g, stride, out);
+    pass.template run<true, 4>(g, stride, out, virials);
   else if (tables.n_angular == 8)
-    pass.template run<false, 8>(g, stride, out);
+    pass.template run<false, 8>(g, stride, out, virials);
   else if (tables.n_angular == 4)
-    pass.template run<false, 4>(g, stride, out);
+    pass.template run<false, 4>(g, stride, out, virials);
   else
-    pass.template run<false, 0>(g, stride, out);
+    pass.template run<false, 0>(g, stride, out, virials);
 }
 
 }  // namespace
 
-#define KINML_DEFINE_AEV(T)                                                                      \
-  void aev_neighbours(const AevTables<T>& tables, Environment<T>& e) {                           \
-    const FlushDenormals<T> flush;                                                               \
-    e.direction == nullptr ? neighbours<T, false>(tables, e) : neighbours<T, true>(tables, e);   \
-  }                                                                                              \
-  void aev_triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {            \
-    const FlushDenormals<T> flush;                                                               \
-    e.direction == nullptr ? triples<T, false>(tables, e, scratch)                               \
-                           : triples<T, true>(tables, e, scratch);                               \
-  }                                                                                              \
-  void aev_rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index stride) {     \
-    const FlushDenormals<T> flush;                                                               \
-    rows(tables, e, out, stride);                                                                \
-  }                                                                                              \
-  void aev_tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* v, T* out, \
-                        Index stride, T* scratch) {                                              \
-    const FlushDenormals<T> flush;                                                               \
-    tangent_rows(tables, e, v, out, stride, scratch);                                            \
-  }                                                                                              \
-  void aev_transposed(const AevTables<T>& tables, const Environment<T>& e, const T* g,           \
-                      Index stride, T* out, T* scratch) {                                        \
-    const FlushDenormals<T> flush;                                                               \
-    e.direction == nullptr ? transposed<T, false>(tables, e, g, stride, out, scratch)            \
-                           : transposed<T, true>(tables, e, g, stride, out, scratch);            \
+#define KINML_DEFINE_AEV(T)                                                                    \
+  void aev_neighbours(const AevTables<T>& tables, Environment<T>& e) {                         \
+    const FlushDenormals<T> flush;                                                             \
+    e.direction == nullptr ? neighbours<T, false>(tables, e) : neighbours<T, true>(tables, e); \
+  }                                                                                            \
+  void aev_triples(const AevTables<T>& tables, const Environment<T>& e, T* scratch) {          \
+    const FlushDenormals<T> flush;                                                             \
+    e.direction == nullptr ? triples<T, false>(tables, e, scratch)                             \
+                           : triples<T, true>(tables, e, scratch);                             \
+  }                                                                                            \
+  void aev_rows(const AevTables<T>& tables, const Environment<T>& e, T* out, Index stride) {   \
+    const FlushDenormals<T> flush;                                                             \
+    rows(tables, e, out, stride);                                                              \
+  }                                                                                            \
+  void aev_tangent_rows(const AevTables<T>& tables, const Environment<T>& e, const T* v,       \
+                        const T* strain, T* out, Index stride, T* scratch) {                   \
+    const FlushDenormals<T> flush;                                                             \
+    tangent_rows(tables, e, v, strain, out, stride, scratch);                                  \
+  }                                                                                            \
+  void aev_transposed(const AevTables<T>& tables, const Environment<T>& e, const T* g,         \
+                      Index stride, T* out, T* virials, T* scratch) {                          \
+    const FlushDenormals<T> flush;                                                             \
+    e.direction == nullptr ? transposed<T, false>(tables, e, g, stride, out, virials, scratch) \
+                           : transposed<T, true>(tables, e, g, stride, out, nullptr, scratch); \
   }
 KINML_DEFINE_AEV(double)
 KINML_DEFINE_AEV(float)

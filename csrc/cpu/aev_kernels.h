@@ -39,17 +39,29 @@ struct AevTables : AevNumbers<T> {
   const T* section_sin;     // [n_sections] sin(alpha_m), padded
 };
 
-// One structure, with its atoms sorted into cells at least as wide as the longer cutoff.
+// One structure, and where the neighbours of its atoms come from: its places, sorted into cells at
+// least as wide as the longer cutoff, or pairs that were given. Places are those of the atoms or,
+// with periodicity, of the atoms within the cell and of their images (images.h).
 template <class T>
 struct StructureView {
   std::int64_t n_atoms;
-  const T* coordinates;             // [n_atoms, 3]
-  const std::int64_t* species;      // [n_atoms]
+  const T* coordinates;         // [n_atoms, 3]
+  const std::int64_t* species;  // [n_atoms]
+
+  const double* places;             // [n_places, 3], or null: those of the atoms
+  const std::int32_t* place_atoms;  // [n_places] with places: the atom of each
   const std::int32_t* cell_starts;  // [nx * ny * nz + 1]
-  const std::int32_t* cell_atoms;   // [n_atoms] atoms in cell order
-  const std::int32_t* atom_cell;    // [n_atoms]
+  const std::int32_t* cell_places;  // [n_places] places in cell order
+  const std::int32_t* place_cell;   // [n_places]
   int nx, ny, nz;
-  std::int64_t max_candidates;  // atoms in any 27 neighbouring cells
+
+  const std::int64_t* pair_starts;  // [n_atoms + 1] where given pairs begin, or null
+  const std::int64_t* neighbours;  // of the data set, whose atom `first_atom` is the first one here
+  const std::int64_t* shifts;      // [.., 3] cells of the data set's pairs, or null
+  const double* cell;              // [3, 3], read with shifts
+  std::int64_t first_atom;
+
+  std::int64_t max_candidates;  // places in any 27 neighbouring cells, or given pairs of an atom
 };
 
 // Neighbours and triples of the centres [begin, end) of a structure. The cells of the structure are
@@ -104,7 +116,7 @@ std::int64_t many_scratch_memory(const AevTables<T>& tables, const Environment<T
   const std::int64_t lanes = 2 * kMaxLanes, atoms = environment.structure.n_atoms;
   const std::int64_t near = environment.most_near;
   const std::int64_t length = padded(tables.layout().length());
-  return length * (1 + lanes) + 3 * atoms * lanes + 5 * near * lanes + padded(4 * near) +
+  return length * (1 + lanes) + (3 * atoms + 9) * lanes + 5 * near * lanes + padded(4 * near) +
          padded(environment.structure.max_candidates * padded(tables.n_radial)) +
          (2 * tables.n_sections + tables.n_angular) * kMaxLanes;
 }
@@ -113,25 +125,27 @@ std::int64_t many_scratch_memory(const AevTables<T>& tables, const Environment<T
 
 namespace kinml {
 // Finds and counts the neighbours of an environment whose `pairs` are allocated.
-#define KINML_DECLARE_AEV(T)                                                                       \
-  KINML_DECLARE_KERNEL(void, aev_neighbours, const cpu::AevTables<T>&, cpu::Environment<T>&)       \
-  KINML_DECLARE_KERNEL(void, aev_triples, const cpu::AevTables<T>&, const cpu::Environment<T>&,    \
-                       T* scratch)                                                                 \
-  /* out[i, :] = a_i for the centres i; rows of D numbers, `stride` apart, that of atom 0 first */ \
-  KINML_DECLARE_KERNEL(void, aev_rows, const cpu::AevTables<T>&, const cpu::Environment<T>&,       \
-                       T* out, std::int64_t stride)                                                \
-  /* out[i, :] = J_i v, v [n_atoms, 3] */                                                          \
-  KINML_DECLARE_KERNEL(void, aev_tangent_rows, const cpu::AevTables<T>&,                           \
-                       const cpu::Environment<T>&, const T* v, T* out, std::int64_t stride,        \
-                       T* scratch)                                                                 \
-  /* out [n_atoms, 3] += sum over the centres of J_i^T g_i, or its derivative */                   \
-  KINML_DECLARE_KERNEL(void, aev_transposed, const cpu::AevTables<T>&, const cpu::Environment<T>&, \
-                       const T* g, std::int64_t stride, T* out, T* scratch)                        \
-  /* the same for g[i] and out[i], i < count, of an environment that is not dual, with */          \
-  /* many_scratch_memory: what comes out of a g depends on count, not on i or the other g */       \
-  KINML_DECLARE_KERNEL(void, aev_transposed_many, const cpu::AevTables<T>&,                        \
-                       const cpu::Environment<T>&, const T* const* g, std::int64_t count,          \
-                       std::int64_t stride, T* const* out, T* scratch)
+#define KINML_DECLARE_AEV(T)                                                                          \
+  KINML_DECLARE_KERNEL(void, aev_neighbours, const cpu::AevTables<T>&, cpu::Environment<T>&)          \
+  KINML_DECLARE_KERNEL(void, aev_triples, const cpu::AevTables<T>&, const cpu::Environment<T>&,       \
+                       T* scratch)                                                                    \
+  /* out[i, :] = a_i for the centres i; rows of D numbers, `stride` apart, that of atom 0 first */    \
+  KINML_DECLARE_KERNEL(void, aev_rows, const cpu::AevTables<T>&, const cpu::Environment<T>&,          \
+                       T* out, std::int64_t stride)                                                   \
+  /* out[i, :] = J_i v, v [n_atoms, 3]; with strain [3, 3] the displacement d of a pair moves by */   \
+  /* strain . d besides; or null */                                                                   \
+  KINML_DECLARE_KERNEL(void, aev_tangent_rows, const cpu::AevTables<T>&,                              \
+                       const cpu::Environment<T>&, const T* v, const T* strain, T* out,               \
+                       std::int64_t stride, T* scratch)                                               \
+  /* out [n_atoms, 3] += sum over the centres of J_i^T g_i, or its derivative; virials[i, :] = sum */ \
+  /* over the pairs of the centre i of dg.a/dd (x) d, [3, 3], d the displacement; or null */          \
+  KINML_DECLARE_KERNEL(void, aev_transposed, const cpu::AevTables<T>&, const cpu::Environment<T>&,    \
+                       const T* g, std::int64_t stride, T* out, T* virials, T* scratch)               \
+  /* the same for g[i], out[i] and virials[i] (or null), i < count, of an environment that is not */  \
+  /* dual, with many_scratch_memory: what comes out of a g depends on count, not on i or others */    \
+  KINML_DECLARE_KERNEL(void, aev_transposed_many, const cpu::AevTables<T>&,                           \
+                       const cpu::Environment<T>&, const T* const* g, std::int64_t count,             \
+                       std::int64_t stride, T* const* out, T* const* virials, T* scratch)
 KINML_DECLARE_AEV(double)
 KINML_DECLARE_AEV(float)
 #undef KINML_DECLARE_AEV

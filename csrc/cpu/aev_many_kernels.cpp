@@ -41,6 +41,7 @@ class TransposedMany {
     zeros_ = take(length_);
     g_ = take(padded(length_) * kLanes);
     out_ = take(3 * e.structure.n_atoms * kLanes);
+    virial_ = take(9 * kLanes);
     sums_ = take(5 * e.most_near * kLanes);
     known_ = take(4 * e.most_near);
     radial_ = take(e.structure.max_candidates * v_.radial_row);
@@ -49,8 +50,9 @@ class TransposedMany {
     moved_ = take(tables.n_angular * W);
   }
 
-  // g[i] and out[i] for i < count <= kLanes
-  void run(const T* const* g, Index count, Index stride, T* const* out) {
+  // g[i], out[i] and, if any, virials[i] for i < count <= kLanes
+  void run(const T* const* g, Index count, Index stride, T* const* out, T* const* virials) {
+    with_virial_ = virials != nullptr;
     fill(zeros_, length_);
     fill(out_, 3 * e_.structure.n_atoms * kLanes);
     Index registers = 0;
@@ -75,6 +77,7 @@ class TransposedMany {
       });
       V centre[3 * K];
       for (V& x : centre) x = V(T(0));
+      if (with_virial_) fill(virial_, 9 * kLanes);
       Index n = 0;  // local number of the first near neighbour of a species
       for (Index a = 0; a < v_.n_species; ++a) {
         displacements(c, a, n, centre);
@@ -84,6 +87,9 @@ class TransposedMany {
         T* const o = out_ + 3 * atom * kLanes + i * W;
         (V::load(o) - centre[i]).store(o);
       }
+      if (with_virial_)
+        for (Index i = 0; i < count; ++i)
+          for (Index x = 0; x < 9; ++x) virials[i][9 * atom + x] = virial_[x * kLanes + i];
     }
     for (Index i = 0; i < count; ++i)
       for (Index x = 0; x < 3 * e_.structure.n_atoms; ++x) out[i][x] += out_[x * kLanes + i];
@@ -309,6 +315,13 @@ class TransposedMany {
         (V::load(o) + moves[d]).store(o);
         centre[d * K + i] += moves[d];
       }
+      if (with_virial_) {
+        const V r(v_.r.value[k]), way[] = {r * ux, r * uy, r * uz};
+        for (int x = 0; x < 9; ++x) {
+          T* const o = virial_ + x * kLanes + i * W;
+          (V::load(o) + moves[x / 3] * way[x % 3]).store(o);
+        }
+      }
     }
   }
 
@@ -321,8 +334,10 @@ class TransposedMany {
   T* zeros_;               // [D]
   T* g_;                   // [D, kLanes]
   T* out_;                 // [n_atoms, 3, kLanes]
-  T* sums_;                // [most_near, 5, kLanes]
-  T* known_;               // [most_near, 4]
+  T* virial_;              // [3, 3, kLanes] of a centre
+  bool with_virial_;
+  T* sums_;    // [most_near, 5, kLanes]
+  T* known_;   // [most_near, 4]
   T* radial_;  // [neighbours of a species, radial_row] derivatives of the radial numbers
   T* value_;   // [n_sections, W] of one register of triples, like the others
   T* slope_;   // [n_sections, W]
@@ -331,14 +346,15 @@ class TransposedMany {
 
 template <class T>
 void transposed_many(const AevTables<T>& tables, const Environment<T>& e, const T* const* g,
-                     Index count, Index stride, T* const* out, T* scratch) {
+                     Index count, Index stride, T* const* out, T* const* virials, T* scratch) {
   constexpr Index W = kNativeWidth<T>;
   for (Index i = 0; i < count; i += 2 * W) {
+    T* const* const own = virials == nullptr ? nullptr : virials + i;
     if (count - i <= W)
-      TransposedMany<T, 1>(tables, e, scratch).run(g + i, count - i, stride, out + i);
+      TransposedMany<T, 1>(tables, e, scratch).run(g + i, count - i, stride, out + i, own);
     else
       TransposedMany<T, 2>(tables, e, scratch)
-          .run(g + i, count - i < 2 * W ? count - i : 2 * W, stride, out + i);
+          .run(g + i, count - i < 2 * W ? count - i : 2 * W, stride, out + i, own);
   }
 }
 
@@ -346,9 +362,10 @@ void transposed_many(const AevTables<T>& tables, const Environment<T>& e, const 
 
 #define KINML_DEFINE_AEV_MANY(T)                                                                   \
   void aev_transposed_many(const AevTables<T>& tables, const Environment<T>& e, const T* const* g, \
-                           Index count, Index stride, T* const* out, T* scratch) {                 \
+                           Index count, Index stride, T* const* out, T* const* virials,            \
+                           T* scratch) {                                                           \
     const FlushDenormals<T> flush;                                                                 \
-    transposed_many(tables, e, g, count, stride, out, scratch);                                    \
+    transposed_many(tables, e, g, count, stride, out, virials, scratch);                           \
   }
 KINML_DEFINE_AEV_MANY(double)
 KINML_DEFINE_AEV_MANY(float)

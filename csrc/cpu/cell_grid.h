@@ -14,7 +14,7 @@ namespace kinml::cpu {
 // Up to this many atoms all pairs are tried: a cell list would cost more.
 inline constexpr std::int64_t kOneCell = 64;
 
-// Sorts the atoms of one structure into cells.
+// Sorts the places of the atoms of one structure into cells.
 class CellGrid {
  public:
   template <class T>
@@ -76,8 +76,8 @@ class CellGrid {
   template <class T>
   void describe(StructureView<T>& view) const {
     view.cell_starts = starts_.data();
-    view.cell_atoms = atoms_.data();
-    view.atom_cell = cell_.data();
+    view.cell_places = atoms_.data();
+    view.place_cell = cell_.data();
     view.nx = dims_[0];
     view.ny = dims_[1];
     view.nz = dims_[2];

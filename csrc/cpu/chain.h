@@ -96,7 +96,6 @@ class TileArrays {
   TileInputs<T> inputs;                   // these, or stored ones where nothing else has such rows
   std::vector<T*> gradients;              // [K] matrices [n, stride] for g_k
   std::vector<T*> outputs;                // as many further matrices as were asked for
-  std::vector<T*> output_forces;          // and rooms for their forces [3 most_atoms]
   T* atomic;                              // [n] by place, like those that follow
   T* seeds;                               // [n]
 
@@ -106,32 +105,36 @@ class TileArrays {
         length(chain.length()),
         stride(row_stride(chain)),
         network_memory_(network_memory),
-        n_(padded(tile.n_atoms())),
+        n_(padded(tile.n_rows())),
         room_(padded(3 * tile.most_atoms() + kMaxLanes)) {
-    const std::int64_t matrix = padded(tile.n_atoms() * stride);
+    const std::int64_t matrix = padded(tile.n_rows() * stride);
     next_ = thread_memory().template get<T>((1 + n_levels + n_outputs) * matrix +
-                                            n_levels * network_memory_ + 2 * (1 + n_levels) * n_ +
-                                            (2 * n_levels + n_outputs) * room_);
+                                            n_levels * network_memory_ + (2 + 3 * n_levels) * n_ +
+                                            n_levels * (2 * room_ + kStrain));
     features = take(matrix);
     inputs = {features, stride, tile.order().rows.data()};
     for (std::int64_t k = 0; k < n_levels; ++k) gradients.push_back(take(matrix));
     for (std::int64_t j = 0; j < n_outputs; ++j) outputs.push_back(take(matrix));
-    for (std::int64_t j = 0; j < n_outputs; ++j) output_forces.push_back(take(room_));
     networks_ = take(n_levels * network_memory_);
     atomic = take(n_);
     seeds = take(n_);
+    network_outputs_ = take(n_levels * n_);
     energies_ = take(n_levels * n_);
     slopes_ = take(n_levels * n_);
     forces_ = take(n_levels * room_);
     force_slopes_ = take(n_levels * room_);
+    strains_ = take(n_levels * kStrain);
   }
 
+  T* network_outputs(std::int64_t k) const { return network_outputs_ + k * n_; }  // f_k
   T* below(std::int64_t k) const { return energies_ + (k - 1) * n_; }  // eps_{k-1}, k > 0
   T* slopes(std::int64_t k) const { return slopes_ + k * n_; }         // c_k
   T* network_memory(std::int64_t k) const { return networks_ + k * network_memory_; }
   // Forces of one structure and dL/dF: [K, room], room >= 3 atoms.
   T* forces(std::int64_t k) const { return forces_ + k * room_; }
   T* force_slopes(std::int64_t k) const { return force_slopes_ + k * room_; }
+  // Its dL/dvirial: [3, 3].
+  T* virial_slopes(std::int64_t k) const { return strains_ + k * kStrain; }
 
  private:
   static std::int64_t row_stride(const NetworkChain& chain) {
@@ -149,9 +152,10 @@ class TileArrays {
     return taken;
   }
 
+  static constexpr std::int64_t kStrain = 16;
   std::int64_t network_memory_, n_, room_;
   T* next_;
-  T *networks_, *energies_, *slopes_, *forces_, *force_slopes_;
+  T *networks_, *network_outputs_, *energies_, *slopes_, *forces_, *force_slopes_, *strains_;
 };
 
 // ---- passes -------------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ NetworkTile<T> network_tile(const Tile<T>& tile, const TileArrays<T>& arrays, st
 // The number behind the descriptor's, in each row, from values by place.
 template <class T>
 void set_last(const Tile<T>& tile, const TileArrays<T>& arrays, const T* values) {
-  for (std::int64_t p = 0; p < tile.n_atoms(); ++p)
+  for (std::int64_t p = 0; p < tile.n_rows(); ++p)
     arrays.features[tile.order().rows[p] * arrays.stride + arrays.length] = values[p];
 }
 
@@ -195,20 +199,20 @@ void set_last(const Tile<T>& tile, const TileArrays<T>& arrays, const T* values)
 template <class T>
 Ascent<T> ascend(const Tile<T>& tile, const PackedChain<T>& chain, TileArrays<T>& arrays,
                  Height height, bool second, std::vector<T*> gradients) {
-  const std::int64_t K = arrays.n_levels, n = tile.n_atoms();
+  const std::int64_t K = arrays.n_levels, n = tile.n_rows();
   std::vector<double> energies(tile.count() * K);
   for (std::int64_t k = 0; k < K; ++k) {
     if (k > 0) set_last(tile, arrays, arrays.below(k));
     const NetworkTile<T> of_tile = network_tile(tile, arrays, k, second);
-    chain[k].forward(of_tile, arrays.atomic);
+    T* const outputs = arrays.network_outputs(k);
+    chain[k].forward(of_tile, outputs);
     // In species order, whatever the threads.
     for (std::int64_t j = k; j < K; ++j)
       for (std::int64_t p = 0; p < n; ++p)
-        energies[tile.owner(p) * K + j] += static_cast<double>(arrays.atomic[p]);
+        energies[tile.owner(p) * K + j] += static_cast<double>(outputs[p]);
     if (k + 1 < K)
       for (std::int64_t p = 0; p < n; ++p)
-        arrays.below(k + 1)[p] =
-            chain_energy(k, k > 0 ? arrays.below(k)[p] : T(0), arrays.atomic[p]);
+        arrays.below(k + 1)[p] = chain_energy(k, k > 0 ? arrays.below(k)[p] : T(0), outputs[p]);
     if (height == Height::energies) continue;
     const bool with_gradients = height == Height::gradients;
     chain[k].backward(of_tile, nullptr, with_gradients ? gradients[k] : nullptr, arrays.stride);
@@ -227,8 +231,10 @@ Ascent<T> ascend(const Tile<T>& tile, const PackedChain<T>& chain, TileArrays<T>
 struct StructureSlopes {
   std::vector<double> energies;  // [K] dL/dE
   std::vector<char> on_forces;   // [K] whether dL/dF is in TileArrays::force_slopes; else it is 0
+  std::vector<char> on_virials;  // [K] the same of dL/dvirial, only where on_forces
 
-  explicit StructureSlopes(std::int64_t n_levels) : energies(n_levels), on_forces(n_levels) {}
+  explicit StructureSlopes(std::int64_t n_levels)
+      : energies(n_levels), on_forces(n_levels), on_virials(n_levels) {}
 };
 
 // What the weight gradients are made of: (U_k, T_k) in place of g_k.
@@ -255,7 +261,8 @@ Descent<T> descend(Ascent<T>&& ascent, const Descriptors* descriptors, const Jud
     for (std::int64_t k = K - 1; k >= 0; --k) {
       T* const of_level = ascent.gradients[k];
       if (slopes.on_forces[k])
-        descriptors->directions(i, arrays.force_slopes(k), of_level);
+        descriptors->directions(i, arrays.force_slopes(k), of_level,
+                                slopes.on_virials[k] ? arrays.virial_slopes(k) : nullptr);
       else
         for (std::int64_t row = begin; row < end; ++row)
           std::fill_n(of_level + row * stride, length, T(0));
@@ -277,7 +284,7 @@ void weight_gradients(const Descent<T>& descent, T* gradient, bool add) {
   const Tile<T>& tile = descent.from.tile;
   const TileArrays<T>& arrays = descent.from.arrays;
   const NetworkChain& chain = descent.from.chain.chain();
-  const std::int64_t K = arrays.n_levels, n = tile.n_atoms();
+  const std::int64_t K = arrays.n_levels, n = tile.n_rows();
   std::fill_n(arrays.seeds, n, T(0));  // q_k
   T* of_level = gradient + chain.parameters();
   for (std::int64_t k = K - 1; k >= 0; --k) {

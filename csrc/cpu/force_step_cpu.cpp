@@ -1,10 +1,10 @@
 #include "force_step_cpu.h"
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <vector>
 
-#include "aev_cpu.h"
 #include "chain.h"
 #include "descriptors.h"
 #include "force_step_kernels.h"
@@ -19,138 +19,281 @@ using Index = std::int64_t;
 
 // ---- evaluation ---------------------------------------------------------------------------------
 
-// Where the outputs of energy_forces begin.
-template <class T>
-struct Outputs {
-  double* energies;
-  T* forces;
-  Index first_level, n_levels;  // R, levels of the outputs
-  Index count, n_atoms;
+// A structure with more centres is cut into tiles of its own, so that all threads take part in it
+// (but for stored descriptors).
+constexpr Index kWhole = 48;
+// Its gradients are summed in at most this many parts, each in the order of its centres, which are
+// then added in order.
+constexpr Index kForceParts = 32;
 
-  double& energy(Index member, Index level, Index chosen) const {
-    return energies[place(member, level) * count + chosen];
-  }
+// Where the outputs begin.
+template <class T>
+struct OutputRows {
+  Outputs<T> all;
+  Index first_level, n_levels;  // R, levels of the outputs
+  Index n_members, count, n_atoms;
+
+  Index rows() const { return n_members * n_levels; }
+  Index row(Index member, Index level) const { return member * n_levels + level - first_level; }
+  double& energy(Index row, Index chosen) const { return all.energies[row * count + chosen]; }
   // From an atom of the system on.
-  T* force(Index member, Index level, Index atom) const {
-    return forces + 3 * (place(member, level) * n_atoms + atom);
+  T* force(Index row, Index atom) const { return all.forces + 3 * (row * n_atoms + atom); }
+  T* virial(Index row, Index atom) const {
+    return all.atomic_virials == nullptr ? nullptr
+                                         : all.atomic_virials + 9 * (row * n_atoms + atom);
   }
-  Index place(Index member, Index level) const { return member * n_levels + level - first_level; }
 };
 
-// Energies and forces of a tile for the members of an ensemble.
+// Energies of the atoms of a tile at level k, after the way up.
 template <class T>
+void write_atomic_energies(const Ascent<T>& ascent, Index k, double* out) {
+  const Tile<T>& tile = ascent.tile;
+  const TileArrays<T>& arrays = ascent.arrays;
+  for (Index p = 0; p < tile.n_rows(); ++p) {
+    const T below = k > 0 ? arrays.below(k)[p] : T(0);
+    out[tile.placed_atoms()[p]] = static_cast<double>(
+        k + 1 < arrays.n_levels ? arrays.below(k + 1)[p]
+                                : chain_energy(k, below, arrays.network_outputs(k)[p]));
+  }
+}
+
+// A tile for the members of an ensemble, and the gradients of all outputs: with_energies(m, ascent),
+// with_gradients(descriptors, i, first, g) for the matrices g of the outputs from row `first` on, of
+// one or of all.
+template <class T, class Energies, class Gradients>
 void evaluate_tile(const std::vector<PackedChain<T>>& members, const Tile<T>& tile,
-                   TileEnvironments<T>& environments, const Outputs<T>& out) {
+                   TileEnvironments<T>& environments, const OutputRows<T>& out,
+                   const Energies& with_energies, const Gradients& with_gradients) {
   const NetworkChain& chain = members[0].chain();
   const bool with_forces = tile.system().has_forces();
-  const Index n_members = static_cast<Index>(members.size()), K = chain.n_levels();
+  const Index K = chain.n_levels();
   // The forces of all outputs are computed together where that is faster.
-  const Index n_outputs = n_members * out.n_levels;
-  const bool together = with_forces && !environments.stored() && n_members > 1 &&
+  const Index n_outputs = out.rows();
+  const bool together = with_forces && !environments.stored() && out.n_members > 1 &&
                         n_outputs >= TileDescriptors<T>::kMany;
-  TileArrays<T> arrays(chain, tile, members[0].tile_memory(tile.n_atoms()),
+  TileArrays<T> arrays(chain, tile, members[0].tile_memory(tile.n_rows()),
                        together ? n_outputs : 0);
   const bool in_place = environments.stored() && K == 1 && !with_forces;
   if (in_place) arrays.inputs = {tile.system().features, arrays.length, tile.placed_atoms()};
   const TileDescriptors<T> descriptors(tile, environments, arrays.length, arrays.stride,
                                        in_place ? nullptr : arrays.features);
-  for (Index m = 0; m < n_members; ++m) {
+  for (Index m = 0; m < out.n_members; ++m) {
     std::vector<T*> gradients = arrays.gradients;
     for (Index k = out.first_level; together && k < K; ++k)
-      gradients[k] = arrays.outputs[out.place(m, k)];
+      gradients[k] = arrays.outputs[out.row(m, k)];
     const Ascent<T> ascent =
         ascend(tile, members[m], arrays, with_forces ? Height::gradients : Height::energies, false,
                std::move(gradients));
-    for (Index i = 0; i < tile.count(); ++i)
-      for (Index k = out.first_level; k < K; ++k) {
-        out.energy(m, k, tile.chosen(i)) = ascent.energies[i * K + k];
-        if (with_forces && !together)
-          descriptors.forces(i, ascent.gradients[k], out.force(m, k, tile.first_atom(i)));
-      }
+    with_energies(m, ascent);
+    for (Index k = out.first_level; k < K; ++k) {
+      const Index row = out.row(m, k);
+      if (out.all.atomic_energies != nullptr)
+        write_atomic_energies(ascent, k, out.all.atomic_energies + row * out.n_atoms);
+      for (Index i = 0; with_forces && !together && i < tile.count(); ++i)
+        with_gradients(descriptors, i, row, {ascent.gradients[k]});
+    }
   }
   if (!together) return;
   const std::vector<const T*> gradients(arrays.outputs.begin(), arrays.outputs.end());
-  for (Index i = 0; i < tile.count(); ++i) {
-    descriptors.forces_of_many(i, gradients, arrays.output_forces);
-    for (Index j = 0; j < n_outputs; ++j)
-      std::copy_n(arrays.output_forces[j], 3 * tile.atoms(i),
-                  out.forces + 3 * (j * out.n_atoms + tile.first_atom(i)));
+  for (Index i = 0; i < tile.count(); ++i) with_gradients(descriptors, i, 0, gradients);
+}
+
+// Of some whole structures.
+template <class T>
+void evaluate_whole(const std::vector<PackedChain<T>>& members, const Tile<T>& tile,
+                    TileEnvironments<T>& environments, const OutputRows<T>& out) {
+  const auto with_energies = [&](Index m, const Ascent<T>& ascent) {
+    const Index K = ascent.arrays.n_levels;
+    for (Index i = 0; i < tile.count(); ++i)
+      for (Index k = out.first_level; k < K; ++k)
+        out.energy(out.row(m, k), tile.chosen(i)) = ascent.energies[i * K + k];
+  };
+  const auto with_gradients = [&](const TileDescriptors<T>& descriptors, Index i, Index first,
+                                  const std::vector<const T*>& g) {
+    const Index atom = tile.first_atom(i);
+    if (g.size() == 1)
+      return descriptors.forces(i, g[0], out.force(first, atom), out.virial(first, atom));
+    std::vector<T*> forces, virials;
+    for (Index row = 0; row < out.rows(); ++row) {
+      forces.push_back(out.force(row, atom));
+      if (out.all.atomic_virials != nullptr) virials.push_back(out.virial(row, atom));
+    }
+    descriptors.forces_of_many(i, g, forces, virials);
+  };
+  evaluate_tile(members, tile, environments, out, with_energies, with_gradients);
+}
+
+// A structure that is cut: what its parts give. Its energies are summed as those of a whole one.
+template <class T>
+class CutStructure {
+ public:
+  CutStructure(const AevTables<T>& tables, const System<T>& system, Index chosen,
+               const NetworkChain& chain, const OutputRows<T>& out)
+      : system_(system),
+        chosen_(chosen),
+        chain_(chain),
+        out_(out),
+        environments_(tables),
+        n_(system.rows(structure())) {
+    environments_.set_structure(system, structure());
+    n_parts_ = std::min(kForceParts, (n_ + kWhole - 1) / kWhole);
+    network_outputs_.resize(out.n_members * chain.n_levels() * n_);
+    gradients_.resize(n_parts_ * out.rows() * numbers());
   }
-}
+  Index n_parts() const { return n_parts_; }
 
-template <class T>
-void evaluate_tiles(const Model<T>& model, const System<T>& system, const Outputs<T>& out,
-                    int n_threads) {
-  const NetworkChain& chain = model.networks;
-  const DescriptorSource<T> source(model.aev, system);
-  std::vector<PackedChain<T>> members;
-  for (Index m = 0; m < model.n_members; ++m)
-    members.emplace_back(chain, model.weights + m * chain.parameters(), system.has_forces(),
-                         n_threads);
-  const std::vector<Range> tiles = tiles_of(system, {0, system.count()}, system.has_forces());
-  guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index tile) {
+  void evaluate(const std::vector<PackedChain<T>>& members, const DescriptorSource<T>& source,
+                Index part) {
     TileEnvironments<T> environments(source);
-    evaluate_tile(members, Tile<T>(system, tiles[tile], chain.n_species()), environments, out);
-  });
-}
-
-// One structure of coordinates, with all threads.
-template <class T>
-void evaluate_large(const Model<T>& model, const System<T>& system, Index chosen,
-                    const Outputs<T>& out, int n_threads) {
-  const NetworkChain& chain = model.networks;
-  const Index length = chain.length(), K = chain.n_levels(), stride = length + (K > 1 ? 1 : 0);
-  const Index begin = system.offsets[system.structure(chosen)];
-  const Index n = count_atoms(system, {chosen, chosen + 1}), offsets[] = {0, n};
-  const System<T> one{n, 1, system.species + begin, offsets, system.coordinates + 3 * begin};
-  const SpeciesOrder order(chain.n_species(), n, [&](Index a) { return one.species[a]; });
-  std::vector<T> aevs(n * length), features(n * stride), below(n * stride), gradients(n * stride);
-  std::vector<T> g(n * length), atomic(n), eps(n), saved;
-  const std::vector<T> seeds(n, T(1));
-  aev_forward<T>(model.aev, one, aevs.data(), n_threads);
-  for (Index a = 0; a < n; ++a)
-    std::copy_n(aevs.data() + a * length, length, features.data() + a * stride);
-  for (Index m = 0; m < model.n_members; ++m) {
-    const T* weights = model.weights + m * chain.parameters();
-    double energy = 0;
-    for (Index k = 0; k < K; weights += chain.parameters_of(k), ++k) {
-      const NetworkShape& shape = chain.shapes[k];
-      saved.resize(n * shape.saved_per_atom());
-      for (Index p = 0; k > 0 && p < n; ++p) features[order.rows[p] * stride + length] = eps[p];
-      networks_forward<T>(shape, weights, features.data(), stride, order.rows.data(),
-                          order.starts.data(), saved.data(), atomic.data(), n_threads);
-      std::swap(below, gradients);
-      networks_backward<T>(shape, weights, features.data(), stride, order.rows.data(),
-                           order.starts.data(), saved.data(), seeds.data(), gradients.data(),
-                           nullptr, n_threads);
-      for (Index p = 0; p < n; ++p) {
-        eps[p] = chain_energy(k, eps[p], atomic[p]);
-        energy += static_cast<double>(atomic[p]);
-      }
-      for (Index a = 0; k > 0 && a < n; ++a) {
-        T* const row = gradients.data() + a * stride;
-        chain_add(row, below.data() + a * stride, row[length], length);
-      }
-      if (k < out.first_level) continue;
-      for (Index a = 0; a < n; ++a)
-        std::copy_n(gradients.data() + a * stride, length, g.data() + a * length);
-      T* const forces = out.force(m, k, begin);
-      aev_vjp<T>(model.aev, one, g.data(), forces, n_threads);
-      for (Index c = 0; c < 3 * n; ++c) forces[c] = T(0) - forces[c];
-      out.energy(m, k, chosen) = energy;
+    environments.share(environments_);
+    const Index begin = part * n_ / n_parts_, end = (part + 1) * n_ / n_parts_;
+    const Index n_tiles = (end - begin + kWhole - 1) / kWhole;
+    for (Index t = 0; t < n_tiles; ++t) {
+      const Range centres{begin + t * (end - begin) / n_tiles,
+                          begin + (t + 1) * (end - begin) / n_tiles};
+      const Tile<T> tile(system_, {chosen_, chosen_ + 1}, chain_.n_species(), centres);
+      evaluate_tile(
+          members, tile, environments, out_,
+          [&](Index m, const Ascent<T>& ascent) {
+            for (Index k = 0; k < chain_.n_levels(); ++k)
+              for (Index p = 0; p < tile.n_rows(); ++p)
+                network_outputs(m, k)[tile.placed_atoms()[p] - first_atom()] =
+                    ascent.arrays.network_outputs(k)[p];
+          },
+          [&](const TileDescriptors<T>& descriptors, Index i, Index first,
+              const std::vector<const T*>& g) {
+            if (g.size() == 1)
+              return descriptors.add_gradient(i, g[0], gradient(part, first),
+                                              out_.virial(first, first_atom()));
+            std::vector<T*> gradients, virials;
+            for (Index row = 0; row < out_.rows(); ++row) {
+              gradients.push_back(gradient(part, row));
+              if (out_.all.atomic_virials != nullptr)
+                virials.push_back(out_.virial(row, first_atom()));
+            }
+            descriptors.add_gradients(i, g, gradients, virials);
+          });
     }
   }
+  void add(int n_threads) const {
+    const Index block = 4096, blocks = (numbers() + block - 1) / block;
+    const T* const outputs = network_outputs_.data();
+    const SpeciesOrder order(chain_.n_species(), n_,
+                             [&](Index c) { return system_.species[first_atom() + c]; });
+    for (Index m = 0; m < out_.n_members; ++m) {
+      double energy = 0;
+      for (Index k = 0; k < chain_.n_levels(); ++k) {
+        const T* const of_level = outputs + (m * chain_.n_levels() + k) * n_;
+        for (const Index row : order.rows) energy += static_cast<double>(of_level[row]);
+        if (k >= out_.first_level) out_.energy(out_.row(m, k), chosen_) = energy;
+      }
+    }
+    parallel_for(out_.rows() * blocks, n_threads, [&](Index item) {
+      const Index row = item / blocks, begin = item % blocks * block;
+      T* const forces = out_.force(row, first_atom());
+      for (Index x = begin; x < std::min(numbers(), begin + block); ++x) {
+        T sum = 0;
+        for (Index part = 0; part < n_parts_; ++part) sum += gradient(part, row)[x];
+        forces[x] = T(0) - sum;  // no negative zero
+      }
+    });
+  }
+
+ private:
+  Index structure() const { return system_.structure(chosen_); }
+  Index first_atom() const { return system_.offsets[structure()]; }
+  Index numbers() const { return 3 * system_.atoms(structure()); }
+  T* network_outputs(Index member, Index level) {
+    return network_outputs_.data() + (member * chain_.n_levels() + level) * n_;
+  }
+  const T* gradient(Index part, Index row) const {
+    return gradients_.data() + (part * out_.rows() + row) * numbers();
+  }
+  T* gradient(Index part, Index row) {
+    return gradients_.data() + (part * out_.rows() + row) * numbers();
+  }
+
+  const System<T>& system_;
+  Index chosen_;
+  const NetworkChain& chain_;
+  const OutputRows<T>& out_;
+  Environments<T> environments_;
+  Index n_, n_parts_;               // centres
+  std::vector<T> network_outputs_;  // [members, K, n] f_k
+  std::vector<T> gradients_;        // [parts, rows, numbers]
+};
+
+// What a thread takes at a time: structures in a tile, or a part of one.
+struct Piece {
+  Range structures;
+  Index cut = -1, part = 0;  // which of the cut ones
+};
+
+template <class T>
+std::vector<PackedChain<T>> packed_members(const Model<T>& model, bool with_gradients,
+                                           int n_threads) {
+  std::vector<PackedChain<T>> members;
+  for (Index m = 0; m < model.n_members; ++m)
+    members.emplace_back(model.networks, model.weights + m * model.networks.parameters(),
+                         with_gradients, n_threads);
+  return members;
+}
+
+template <class T>
+void evaluate(const std::vector<PackedChain<T>>& members, const DescriptorSource<T>& source,
+              const System<T>& system, const OutputRows<T>& out, int n_threads) {
+  const NetworkChain& chain = members[0].chain();
+  std::vector<Piece> pieces;
+  std::vector<std::unique_ptr<CutStructure<T>>> cuts;
+  const auto add_whole = [&](Range range) {
+    if (range.first == range.last) return;
+    for (const Range tile : tiles_of(system, range, system.has_forces())) pieces.push_back({tile});
+  };
+  Index begin = 0;
+  for (Index i = 0; i < system.count() && !system.stored(); ++i) {
+    if (count_rows(system, {i, i + 1}) <= kWhole) continue;
+    add_whole({begin, i});
+    begin = i + 1;
+    cuts.push_back(std::make_unique<CutStructure<T>>(*source.tables(), system, i, chain, out));
+    for (Index part = 0; part < cuts.back()->n_parts(); ++part)
+      pieces.push_back({{i, i + 1}, static_cast<Index>(cuts.size()) - 1, part});
+  }
+  add_whole({begin, system.count()});
+  guarded_parallel_for(static_cast<Index>(pieces.size()), n_threads, [&](Index p) {
+    const Piece& piece = pieces[p];
+    if (piece.cut >= 0) return cuts[piece.cut]->evaluate(members, source, piece.part);
+    TileEnvironments<T> environments(source);
+    evaluate_whole(members, Tile<T>(system, piece.structures, chain.n_species()), environments,
+                   out);
+  });
+  for (const auto& cut : cuts) cut->add(n_threads);
 }
 
 template <class T>
 void add_single_atom_energies(const Model<T>& model, const System<T>& system,
-                              const Outputs<T>& out) {
+                              const OutputRows<T>& out) {
   const Index n_species = model.networks.n_species();
-  for (Index row = 0; row < model.n_members * out.n_levels; ++row)
+  for (Index row = 0; row < out.rows(); ++row)
     for (Index i = 0; i < out.count; ++i) {
-      const Index s = system.structure(i);
-      for (Index a = system.offsets[s]; a < system.offsets[s + 1]; ++a)
-        out.energies[row * out.count + i] += model.sae[row * n_species + system.species[a]];
+      const Index s = system.structure(i), begin = system.offsets[s];
+      for (Index a = begin; a < begin + system.rows(s); ++a) {
+        const double single = model.sae[row * n_species + system.species[a]];
+        out.energy(row, i) += single;
+        if (out.all.atomic_energies != nullptr)
+          out.all.atomic_energies[row * out.n_atoms + a] += single;
+      }
+    }
+}
+
+template <class T>
+void sum_virials(const System<T>& system, const OutputRows<T>& out) {
+  for (Index row = 0; row < out.rows(); ++row)
+    for (Index i = 0; i < out.count; ++i) {
+      const Index s = system.structure(i), begin = system.offsets[s];
+      double* const sum = out.all.virials + 9 * (row * out.count + i);
+      std::fill_n(sum, 9, 0.0);
+      for (Index a = begin; a < begin + system.rows(s); ++a)
+        for (Index x = 0; x < 9; ++x) sum[x] += static_cast<double>(out.virial(row, a)[x]);
     }
 }
 
@@ -179,7 +322,7 @@ void differentiate(const Model<T>& model, const System<T>& system, const LossOf&
       bool on_forces = false;
       for (Index i = range.first; i < range.last; ++i) on_forces = on_forces || loss.on_forces(i);
       const Tile<T> tile(system, range, chain.n_species());
-      TileArrays<T> arrays(chain, tile, packed.tile_memory(tile.n_atoms()));
+      TileArrays<T> arrays(chain, tile, packed.tile_memory(tile.n_rows()));
       const bool in_place = environments.stored() && K == 1 && !on_forces;
       if (in_place) arrays.inputs = {system.features, arrays.length, tile.placed_atoms()};
       const TileDescriptors<T> descriptors(tile, environments, arrays.length, arrays.stride,
@@ -251,7 +394,7 @@ void differentiate(const Model<T>& model, const System<T>& system, const LossOf&
                   n_threads);
 }
 
-// sum e E + sum r F, of outputs from first_level on.
+// sum e E + sum r F + sum w W, of outputs from first_level on.
 template <class T>
 struct GivenSlopes {
   static constexpr bool kForces = false;
@@ -259,6 +402,7 @@ struct GivenSlopes {
   Index first_level;
   const double* e;  // [R, count]
   const T* r;       // [R, n_atoms, 3]
+  const double* w;  // [R, count, 3, 3] or null
 
   bool with_forces() const { return system.has_forces(); }
   bool on_forces(Index) const { return with_forces(); }
@@ -271,6 +415,10 @@ struct GivenSlopes {
       if (!slopes.on_forces[k]) continue;
       const T* const of_level = r + (k - first_level) * 3 * system.n_atoms;
       std::copy(of_level + 3 * begin, of_level + 3 * end, arrays.force_slopes(k));
+      slopes.on_virials[k] = w != nullptr;
+      if (w == nullptr) continue;
+      const double* const of_structure = w + 9 * ((k - first_level) * system.count() + i);
+      for (Index x = 0; x < 9; ++x) arrays.virial_slopes(k)[x] = static_cast<T>(of_structure[x]);
     }
   }
 };
@@ -285,7 +433,7 @@ struct BatchLoss {
   double* errors;     // [K, count, 3]
 
   bool with_forces() const { return loss.forces != nullptr; }
-  Index components(Index i) const { return 3 * count_atoms(system, {i, i + 1}); }
+  Index components(Index i) const { return 3 * system.atoms(system.structure(i)); }
   // A structure without atoms counts, but has nothing to add.
   bool on_forces(Index k, Index i) const {
     return loss.force_weight(k, system.structure(i)) != 0 && components(i) > 0;
@@ -336,28 +484,57 @@ struct BatchLoss {
 
 }  // namespace
 
+namespace {
+
+template <class T>
+void evaluate_members(const Model<T>& model, const std::vector<PackedChain<T>>& members,
+                      const DescriptorSource<T>& source, const System<T>& system,
+                      std::int64_t first_level, const Outputs<T>& outputs, int n_threads) {
+  if (members.empty()) return;
+  const OutputRows<T> out{outputs,         first_level,    model.networks.n_levels() - first_level,
+                          model.n_members, system.count(), system.n_atoms};
+  evaluate(members, source, system, out, n_threads);
+  if (model.sae != nullptr) add_single_atom_energies(model, system, out);
+  if (outputs.virials != nullptr) sum_virials(system, out);
+}
+
+}  // namespace
+
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
-                   double* energies, T* forces, int n_threads) {
-  if (model.n_members == 0) return;
-  const Outputs<T> out{energies,       forces,
-                       first_level,    model.networks.n_levels() - first_level,
-                       system.count(), system.n_atoms};
-  Index largest = 0;
-  for (Index i = 0; i < system.count(); ++i)
-    largest = std::max(largest, count_atoms(system, {i, i + 1}));
-  if (largest > kLargeStructure && !system.stored())
-    for (Index i = 0; i < system.count(); ++i) evaluate_large(model, system, i, out, n_threads);
-  else
-    evaluate_tiles(model, system, out, n_threads);
-  if (model.sae != nullptr) add_single_atom_energies(model, system, out);
+                   const Outputs<T>& outputs, int n_threads) {
+  evaluate_members(model, packed_members(model, system.has_forces(), n_threads),
+                   DescriptorSource<T>(model.aev, system), system, first_level, outputs, n_threads);
+}
+
+template <class T>
+struct PreparedModel<T>::State {
+  State(const Model<T>& of, int n_threads)
+      : model(of), source(of.aev, System<T>()), members(packed_members(model, true, n_threads)) {}
+
+  Model<T> model;
+  DescriptorSource<T> source;
+  std::vector<PackedChain<T>> members;  // of `model`, which stays where it is
+};
+
+template <class T>
+PreparedModel<T>::PreparedModel(const Model<T>& model, int n_threads)
+    : state_(new State(model, n_threads)) {}
+template <class T>
+PreparedModel<T>::~PreparedModel() = default;
+
+template <class T>
+void PreparedModel<T>::energy_forces(const System<T>& system, std::int64_t first_level,
+                                     const Outputs<T>& outputs, int n_threads) const {
+  evaluate_members(state_->model, state_->members, state_->source, system, first_level, outputs,
+                   n_threads);
 }
 
 template <class T>
 void energy_forces_backward(const Model<T>& model, const System<T>& system,
-                            std::int64_t first_level, const double* e, const T* r, T* gradient,
-                            int n_threads) {
-  differentiate(model, system, GivenSlopes<T>{system, first_level, e, r}, gradient, n_threads);
+                            std::int64_t first_level, const double* e, const T* r, const double* w,
+                            T* gradient, int n_threads) {
+  differentiate(model, system, GivenSlopes<T>{system, first_level, e, r, w}, gradient, n_threads);
 }
 
 template <class T>
@@ -429,10 +606,11 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
 }
 
 #define KINML_INSTANTIATE(T)                                                                      \
-  template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t, double*, T*,    \
-                                 int);                                                            \
+  template class PreparedModel<T>;                                                                \
+  template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t,                 \
+                                 const Outputs<T>&, int);                                         \
   template void energy_forces_backward<T>(const Model<T>&, const System<T>&, std::int64_t,        \
-                                          const double*, const T*, T*, int);                      \
+                                          const double*, const T*, const double*, T*, int);       \
   template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,        \
                               double*, double*, int);                                             \
   template std::int64_t message_bytes<T>(const System<T>&, const Loss&, std::int64_t,             \

@@ -1,7 +1,7 @@
 // Energies, forces, and the gradient of any function of both with respect to the weights, on the
 // CPU: coordinates (or stored Jacobians) in, no automatic differentiation.
 //
-// A batch is cut into tiles of a few whole molecules; one thread takes a tile from start to end,
+// A batch is cut into tiles of a few whole structures; one thread takes a tile from start to end,
 // so that everything about it stays in the thread's cache:
 //   a = AEV(x), E = sum_i f(a_i)            environments are computed once and kept for all
 //   products g = grad f(a),  F = -J^T g e = dL/dE, r = dL/dF                    the caller's loss,
@@ -24,9 +24,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "../core/loss.h"
 #include "../core/model.h"
+#include "../core/outputs.h"
 #include "../core/system.h"
 
 namespace kinml::cpu {
@@ -37,20 +39,39 @@ namespace kinml::cpu {
 // members at once (aev_transposed_many), depend in rounding on their number but neither on the
 // place of a member nor on the others.
 //
-// energies  // [n_members, R, count] sums over atoms of eps and of the model's sae, eV
-// forces    // [n_members, R, n_atoms, 3]: rows of the data set's atoms; those of the chosen
-//           // structures are written, if there are forces
+// A structure of many centres is cut into tiles of some of them; whether it is depends on their
+// number alone.
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
-                   double* energies, T* forces, int n_threads);
+                   const Outputs<T>& outputs, int n_threads);
 
-// gradient  // like the weights: that of sum e E + sum r F
+// A model whose weights and tables are laid out once for many calls, on coordinates: for one small
+// molecule that takes as long as all else. What `model` points to must stay, but for its weights.
+template <class T>
+class PreparedModel {
+ public:
+  PreparedModel(const Model<T>& model, int n_threads);
+  ~PreparedModel();
+  PreparedModel(const PreparedModel&) = delete;
+  PreparedModel& operator=(const PreparedModel&) = delete;
+
+  // energy_forces of the model, with its bits.
+  void energy_forces(const System<T>& system, std::int64_t first_level, const Outputs<T>& outputs,
+                     int n_threads) const;
+
+ private:
+  struct State;
+  std::unique_ptr<const State> state_;
+};
+
+// gradient  // like the weights: that of sum e E + sum r F + sum w W
 // e         // [R, count] dL/dE
 // r         // [R, n_atoms, 3] dL/dF, rows of the data set's atoms; not read without forces
+// w         // [R, count, 3, 3] dL/dW of the virials, from coordinates; null: 0
 template <class T>
 void energy_forces_backward(const Model<T>& model, const System<T>& system,
-                            std::int64_t first_level, const double* e, const T* r, T* gradient,
-                            int n_threads);
+                            std::int64_t first_level, const double* e, const T* r, const double* w,
+                            T* gradient, int n_threads);
 
 // losses     // [2] L_E, L_F
 // gradient   // like the weights: that of the loss

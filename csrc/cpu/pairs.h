@@ -1,10 +1,10 @@
 // Pairs: the one seam between finding the neighbours of a centre and all that is computed from
 // them. For files that are compiled once per instruction set.
 //
-//   for_candidates   calls back with the atoms that may be neighbours of a centre. Each way to know
-//                    them is an overload: here the cells of a grid, of which a small structure has
-//                    one, so that all its atoms are tried
-//   displacement     the only place where two places (or their tangents) are subtracted
+//   AtomPlaces, ImagePlaces, GivenPairs   the ways to know them. for_each calls back with the
+//                    candidates of a centre: atoms of a molecule or images of atoms, in the cells of
+//                    a grid, of which a small structure has one, so that all are tried; or pairs
+//                    that were given. atom and displacement say what a candidate is
 //   find_pairs       candidates within the cutoffs, sorted by species -> Pairs
 //
 // Everything behind reads only Pairs: unit vector, distance, index of the neighbour, and where the
@@ -65,24 +65,86 @@ KINML_HD Displacement<T> displacement(const T* coordinates, Index centre, Index 
   return {to[0] - from[0], to[1] - from[1], to[2] - from[2]};
 }
 
-// Calls f(atom) for the atoms in the cells around a centre, itself among them.
+// Calls f(place) for the places in the cells around a centre, its own among them.
 template <class T, class F>
-KINML_HD void for_candidates(const cpu::StructureView<T>& s, Index centre, const F& f) {
-  const std::int32_t cell = s.atom_cell[centre];
+KINML_HD void for_places(const cpu::StructureView<T>& s, Index centre, const F& f) {
+  const std::int32_t cell = s.place_cell[centre];
   const int cz = cell % s.nz, cy = cell / s.nz % s.ny, cx = cell / s.nz / s.ny;
   const int z0 = cz > 0 ? cz - 1 : 0, z1 = cz + 1 < s.nz ? cz + 1 : s.nz - 1;
   for (int ix = cx > 0 ? cx - 1 : 0; ix <= cx + 1 && ix < s.nx; ++ix)
     for (int iy = cy > 0 ? cy - 1 : 0; iy <= cy + 1 && iy < s.ny; ++iy) {
       const std::int32_t* row = s.cell_starts + (Index(ix) * s.ny + iy) * s.nz;
-      for (std::int32_t p = row[z0]; p < row[z1 + 1]; ++p) f(s.cell_atoms[p]);
+      for (std::int32_t p = row[z0]; p < row[z1 + 1]; ++p) f(s.cell_places[p]);
     }
 }
 
+// The atoms of a molecule.
+template <class T>
+struct AtomPlaces {
+  const cpu::StructureView<T>& s;
+
+  template <class F>
+  KINML_HD void for_each(Index centre, const F& f) const {
+    for_places(s, centre, f);
+  }
+  KINML_HD std::int32_t atom(Index, std::int32_t place) const { return place; }
+  KINML_HD bool other(Index centre, std::int32_t place) const { return place != centre; }
+  KINML_HD Displacement<T> from(Index centre, std::int32_t place) const {
+    return displacement(s.coordinates, centre, place);
+  }
+};
+
+// Atoms with their images, one of which may be a neighbour of its own atom.
+template <class T>
+struct ImagePlaces {
+  const cpu::StructureView<T>& s;
+
+  template <class F>
+  KINML_HD void for_each(Index centre, const F& f) const {
+    for_places(s, centre, f);
+  }
+  KINML_HD std::int32_t atom(Index, std::int32_t place) const { return s.place_atoms[place]; }
+  KINML_HD bool other(Index centre, std::int32_t place) const { return place != centre; }
+  KINML_HD Displacement<T> from(Index centre, std::int32_t place) const {
+    const Displacement<double> d = displacement(s.places, centre, place);
+    return {static_cast<T>(d.x), static_cast<T>(d.y), static_cast<T>(d.z)};
+  }
+};
+
+// Pairs that were given, by their numbers among those of the centre.
+template <class T>
+struct GivenPairs {
+  const cpu::StructureView<T>& s;
+
+  template <class F>
+  KINML_HD void for_each(Index centre, const F& f) const {
+    const Index n = s.pair_starts[centre + 1] - s.pair_starts[centre];
+    for (Index p = 0; p < n; ++p) f(static_cast<std::int32_t>(p));
+  }
+  KINML_HD std::int32_t atom(Index centre, std::int32_t p) const {
+    return static_cast<std::int32_t>(s.neighbours[s.pair_starts[centre] + p] - s.first_atom);
+  }
+  KINML_HD bool other(Index, std::int32_t) const { return true; }
+  KINML_HD Displacement<T> from(Index centre, std::int32_t p) const {
+    const Index there = atom(centre, p);
+    if (s.shifts == nullptr) return displacement(s.coordinates, centre, there);
+    const std::int64_t* const n = s.shifts + 3 * (s.pair_starts[centre] + p);
+    const auto along = [&](int d) __attribute__((always_inline)) {
+      double sum = double(s.coordinates[3 * there + d]) - double(s.coordinates[3 * centre + d]);
+      for (int k = 0; k < 3; ++k)
+        if (n[k] != 0) sum += double(n[k]) * s.cell[3 * k + d];
+      return static_cast<T>(sum);
+    };
+    return {along(0), along(1), along(2)};
+  }
+};
+
 // The pairs of one centre, whose first segment is given, from `total` on: indices, and
 // displacements in place of the unit vectors. Returns where they end.
-template <class T, bool kDual>
-std::int32_t gather(const cpu::AevTables<T>& tables, const cpu::Environment<T>& e, Index centre,
-                    Index segment, std::int32_t total, const Pairs<T, kDual>& pairs) {
+template <class T, bool kDual, class Source>
+std::int32_t gather(const cpu::AevTables<T>& tables, const cpu::Environment<T>& e,
+                    const Source& source, Index centre, Index segment, std::int32_t total,
+                    const Pairs<T, kDual>& pairs) {
   const cpu::StructureView<T>& s = e.structure;
   const T near2 = tables.angular_cutoff * tables.angular_cutoff;
   const T radial2 = tables.radial_cutoff * tables.radial_cutoff;
@@ -90,15 +152,17 @@ std::int32_t gather(const cpu::AevTables<T>& tables, const cpu::Environment<T>& 
   std::int32_t* const next = pairs.counts;
   for (Index a = 0; a <= 2 * pairs.n_species; ++a) next[a] = 0;
   std::int32_t found = 0;
-  for_candidates(s, centre, [&](std::int32_t atom) __attribute__((always_inline)) {
-    const Displacement<T> d = displacement(s.coordinates, centre, atom);
+  source.for_each(centre, [&](std::int32_t candidate) __attribute__((always_inline)) {
+    const Displacement<T> d = source.from(centre, candidate);
     const T r2 = d.x * d.x + d.y * d.y + d.z * d.z;
     // Without a branch that depends on the distance. NaN counts as a neighbour, beyond the
     // angular cutoff: it spoils the vector all the same, and makes no triples.
     const std::int32_t key =
-        static_cast<std::int32_t>(2 * s.species[atom]) + static_cast<std::int32_t>(!(r2 <= near2));
-    const std::int32_t taken = static_cast<std::int32_t>(!(r2 > limit) & (atom != centre));
-    pairs.candidate[found] = atom;
+        static_cast<std::int32_t>(2 * s.species[source.atom(centre, candidate)]) +
+        static_cast<std::int32_t>(!(r2 <= near2));
+    const std::int32_t taken =
+        static_cast<std::int32_t>(!(r2 > limit) & source.other(centre, candidate));
+    pairs.candidate[found] = candidate;
     pairs.key[found] = key;
     next[key + 1] += taken;
     found += taken;
@@ -110,9 +174,10 @@ std::int32_t gather(const cpu::AevTables<T>& tables, const cpu::Environment<T>& 
     next[2 * a + 2] += next[2 * a + 1];
   }
   for (std::int32_t p = 0; p < found; ++p) {
-    const std::int32_t atom = pairs.candidate[p], k = total + next[pairs.key[p]]++;
+    const std::int32_t candidate = pairs.candidate[p], k = total + next[pairs.key[p]]++;
+    const std::int32_t atom = source.atom(centre, candidate);
     pairs.index[k] = atom;
-    const Displacement<T> d = displacement(s.coordinates, centre, atom);
+    const Displacement<T> d = source.from(centre, candidate);
     pairs.ux.value[k] = d.x;
     pairs.uy.value[k] = d.y;
     pairs.uz.value[k] = d.z;
@@ -157,8 +222,16 @@ template <class T, bool kDual>
 Index find_pairs(const cpu::AevTables<T>& tables, const cpu::Environment<T>& e,
                  const Pairs<T, kDual>& pairs) {
   std::int32_t total = 0;
-  for (Index c = 0; c < e.n_centres(); ++c)
-    total = gather(tables, e, e.begin + c, c * pairs.n_species, total, pairs);
+  const auto gather_all = [&](const auto& source) {
+    for (Index c = 0; c < e.n_centres(); ++c)
+      total = gather(tables, e, source, e.begin + c, c * pairs.n_species, total, pairs);
+  };
+  if (e.structure.pair_starts != nullptr)
+    gather_all(GivenPairs<T>{e.structure});
+  else if (e.structure.places != nullptr)
+    gather_all(ImagePlaces<T>{e.structure});
+  else
+    gather_all(AtomPlaces<T>{e.structure});
   pairs.first[e.n_centres() * pairs.n_species] = total;
   normalise(pairs, total);
   return total;

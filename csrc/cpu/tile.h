@@ -1,9 +1,10 @@
-// A tile: a few whole structures of a system, which one thread takes from start to end, so that
-// everything about them stays in its cache.
+// A tile: a few whole structures of a system, or some centres of a large one, which one thread takes
+// from start to end, so that everything about them stays in its cache.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../core/system.h"
@@ -15,24 +16,22 @@ struct Range {
   std::int64_t first, last;
 };
 
+// Centres, which all have a row in the tile's matrices.
 template <class T>
-std::int64_t count_atoms(const System<T>& system, Range range) {
+std::int64_t count_rows(const System<T>& system, Range range) {
   std::int64_t total = 0;
-  for (std::int64_t i = range.first; i < range.last; ++i) {
-    const std::int64_t s = system.structure(i);
-    total += system.offsets[s + 1] - system.offsets[s];
-  }
+  for (std::int64_t i = range.first; i < range.last; ++i) total += system.rows(system.structure(i));
   return total;
 }
 
-// Cuts a range into pieces of nearly equal numbers of atoms, at most so many, none empty.
+// Cuts a range into pieces of nearly equal numbers of centres, at most so many, none empty.
 template <class T>
 std::vector<Range> cut(const System<T>& system, Range range, std::int64_t pieces) {
-  const std::int64_t total = count_atoms(system, range);
+  const std::int64_t total = count_rows(system, range);
   std::vector<Range> result;
   std::int64_t done = 0, begin = range.first;
   for (std::int64_t i = range.first; i < range.last; ++i) {
-    done += count_atoms(system, {i, i + 1});
+    done += count_rows(system, {i, i + 1});
     const std::int64_t next = static_cast<std::int64_t>(result.size()) + 1;
     if (i + 1 == range.last || done * pieces >= next * total) {
       result.push_back({begin, i + 1});
@@ -42,12 +41,12 @@ std::vector<Range> cut(const System<T>& system, Range range, std::int64_t pieces
   return result;
 }
 
-// How many tiles a range makes. More atoms in a tile make the products with the weights faster and
+// How many tiles a range makes. More centres in a tile make the products with the weights faster and
 // leave the cache sooner, which what forces need fills besides.
 template <class T>
 std::int64_t count_tiles(const System<T>& system, Range range, bool forces) {
-  const std::int64_t atoms = forces ? 64 : 128;
-  return (count_atoms(system, range) + atoms - 1) / atoms;
+  const std::int64_t rows = forces ? 64 : 128;
+  return (count_rows(system, range) + rows - 1) / rows;
 }
 
 template <class T>
@@ -87,16 +86,19 @@ struct SpeciesOrder {
 template <class T>
 class Tile {
  public:
-  Tile(const System<T>& system, Range range, std::int64_t n_species)
+  // Some structures, whole; or of a range of one, the centres `only`.
+  Tile(const System<T>& system, Range range, std::int64_t n_species, std::optional<Range> only = {})
       : system_(system),
         range_(range),
-        firsts_(firsts(system, range)),
+        first_centre_(only ? only->first : 0),
+        firsts_(only ? std::vector{std::int64_t(0), only->last - only->first}
+                     : firsts(system, range)),
         atoms_(row_atoms()),
-        order_(n_species, n_atoms(), [&](auto row) { return system.species[atoms_[row]]; }),
-        owners_(n_atoms()),
-        places_(n_atoms()),
-        placed_atoms_(n_atoms()) {
-    for (std::int64_t place = 0; place < n_atoms(); ++place) {
+        order_(n_species, n_rows(), [&](auto row) { return system.species[atoms_[row]]; }),
+        owners_(n_rows()),
+        places_(n_rows()),
+        placed_atoms_(n_rows()) {
+    for (std::int64_t place = 0; place < n_rows(); ++place) {
       places_[order_.rows[place]] = place;
       placed_atoms_[place] = atoms_[order_.rows[place]];
     }
@@ -107,16 +109,17 @@ class Tile {
 
   const System<T>& system() const { return system_; }
   std::int64_t count() const { return range_.last - range_.first; }  // structures
-  std::int64_t n_atoms() const { return firsts_.back(); }
+  std::int64_t n_rows() const { return firsts_.back(); }
 
-  // Of structure i of the tile: its place among the chosen ones, its atoms within the system, its
-  // rows.
+  // Of structure i of the tile: its place among the chosen ones and in the system, its atoms within
+  // the system, its rows, and the centre within the structure that the first of them is of.
   std::int64_t chosen(std::int64_t i) const { return range_.first + i; }
-  std::int64_t first_atom(std::int64_t i) const {
-    return system_.offsets[system_.structure(chosen(i))];
-  }
-  std::int64_t atoms(std::int64_t i) const { return firsts_[i + 1] - firsts_[i]; }
+  std::int64_t structure(std::int64_t i) const { return system_.structure(chosen(i)); }
+  std::int64_t first_atom(std::int64_t i) const { return system_.offsets[structure(i)]; }
+  std::int64_t atoms(std::int64_t i) const { return system_.atoms(structure(i)); }
+  std::int64_t rows(std::int64_t i) const { return firsts_[i + 1] - firsts_[i]; }
   std::int64_t first_row(std::int64_t i) const { return firsts_[i]; }
+  std::int64_t first_centre() const { return first_centre_; }
   std::int64_t most_atoms() const {
     std::int64_t most = 0;
     for (std::int64_t i = 0; i < count(); ++i) most = std::max(most, atoms(i));
@@ -133,18 +136,20 @@ class Tile {
   static std::vector<std::int64_t> firsts(const System<T>& system, Range range) {
     std::vector<std::int64_t> result{0};
     for (std::int64_t i = range.first; i < range.last; ++i)
-      result.push_back(result.back() + count_atoms(system, {i, i + 1}));
+      result.push_back(result.back() + count_rows(system, {i, i + 1}));
     return result;
   }
   std::vector<std::int64_t> row_atoms() const {
-    std::vector<std::int64_t> result(n_atoms());
+    std::vector<std::int64_t> result;
     for (std::int64_t i = 0; i < count(); ++i)
-      for (std::int64_t a = 0; a < atoms(i); ++a) result[firsts_[i] + a] = first_atom(i) + a;
+      for (std::int64_t a = 0; a < rows(i); ++a)
+        result.push_back(first_atom(i) + first_centre_ + a);
     return result;
   }
 
   const System<T>& system_;
   Range range_;
+  std::int64_t first_centre_;
   std::vector<std::int64_t> firsts_;  // [count + 1] first rows
   std::vector<std::int64_t> atoms_;   // [n] of the system, by row
   SpeciesOrder order_;

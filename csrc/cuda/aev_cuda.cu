@@ -1,5 +1,7 @@
 #include "aev_cuda.h"
 
+#include <type_traits>
+
 #include "aev_group.h"
 #include "pairs.h"
 #include "sort.h"
@@ -28,9 +30,9 @@ struct WarpMemory {
   Index* bounds;  // [2, kCellRanges]
 
   template <class T>
-  KINML_HD void take(Pieces& pieces, const AevArguments<T>& aev, int capacity, bool transposed,
-                     bool on_chip) {
-    neighbours = take_neighbours<N>(pieces, aev.n_species, capacity, transposed);
+  KINML_HD void take(Pieces& pieces, const AevArguments<T>& aev, int capacity, bool distinct,
+                     bool transposed, bool on_chip) {
+    neighbours = take_neighbours<N>(pieces, aev.n_species, capacity, distinct, transposed);
     p = pieces.take<N>(transposed ? 3 * Index(capacity) : 0);
     if (!on_chip) return;
     triples = take_triple_scratch<N>(pieces, aev, transposed);
@@ -48,14 +50,20 @@ struct Environments {
   AevArguments<T> aev;
   System<T> system;
   Cells cells;
-  const T* tangent = nullptr;  // [n_atoms, 3]; null unless N = Dual<T>
-  Index blocks = 0;            // of the grid
+  const ImageCell* images = nullptr;  // [n_structures], or null
+  const T* tangent = nullptr;         // [n_atoms, 3]; null unless N = Dual<T>
+  Index blocks = 0;                   // of the grid
   Index tables_bytes = 0, warp_bytes = 0, list_bytes = 0;
   char* lists = nullptr;  // [blocks, kWarps, list_bytes]
   int few = 0, most = 0;  // neighbours for which a warp has memory on the chip and in its list
 
   KINML_DEVICE Centre centre(Index atom) const {
     return {structure_of(system.offsets, system.n_structures, atom), atom};
+  }
+  KINML_DEVICE bool is_ghost(const Centre& centre) const {
+    return system.centres != nullptr && centre.structure >= 0 &&
+           centre.structure < system.n_structures &&
+           centre.atom >= system.offsets[centre.structure] + system.centres[centre.structure];
   }
   KINML_DEVICE Atoms<T> atoms() const { return {system.coordinates, tangent, system.species}; }
   KINML_DEVICE AevTables<T> tables(const Block& block) const {
@@ -66,7 +74,7 @@ struct Environments {
   KINML_DEVICE WarpMemory<N> memory(const Block& block, int w, bool transposed) const {
     WarpMemory<N> memory;
     Pieces pieces(block.memory() + tables_bytes + w * warp_bytes);
-    memory.take(pieces, aev, few, transposed, true);
+    memory.take(pieces, aev, few, system.distinct(), transposed, true);
     return memory;
   }
   // Uses the warp's list instead of its memory on the chip.
@@ -74,7 +82,7 @@ struct Environments {
   KINML_DEVICE void use_list(const Block& block, int w, bool transposed,
                              WarpMemory<N>& memory) const {
     Pieces pieces(lists + (Index(block.index()) * kWarps + w) * list_bytes);
-    memory.take(pieces, aev, most, transposed, false);
+    memory.take(pieces, aev, most, system.distinct(), transposed, false);
   }
   // Sorted neighbours of a centre, in memory that may change to the list; find(candidates,
   // neighbours) makes them. Returns whether it did change.
@@ -84,7 +92,7 @@ struct Environments {
     const AtomRange range = atoms_of(system, centre.structure);
     const Candidates candidates =
         cells.keys == nullptr
-            ? Candidates::structure(range)
+            ? candidates_of(system, images, centre.structure, range, centre.atom)
             : cell_candidates(warp, cells, system.n_atoms, centre.structure,
                               place_of(system.coordinates, centre.atom), memory.bounds);
     for (bool in_list = false;; in_list = true) {
@@ -122,8 +130,13 @@ struct RowKernel {
     const Index length = tables.layout().length();
     block.each_warp([&](const Warp& warp, int w) {
       for (Index i = first_centre(block, w); i < e.system.n_atoms; i += e.blocks * kWarps) {
+        const Centre centre = e.centre(i);
+        if (e.is_ghost(centre)) {
+          warp.each(static_cast<int>(length), [&](int d) { out[i * length + d] = T(0); });
+          continue;
+        }
         WarpMemory<N> memory = e.template memory<N>(block, w, false);
-        e.find(block, warp, tables, w, false, e.centre(i), memory);
+        e.find(block, warp, tables, w, false, centre, memory);
         aev_row(warp, tables, memory.neighbours, memory.triples, out + i * length);
       }
     });
@@ -153,10 +166,14 @@ struct JacobianKernel {
     const AtomRange range = atoms_of(e.system, centre.structure);
     T* const rows = out + centre.atom * length * columns;
     WarpMemory<N> memory = e.template memory<N>(block, w, false);
-    e.find(block, warp, w, false, centre, memory,
-           [&](const Candidates& candidates, Neighbours<N>& neighbours) {
-             list_neighbours(warp, tables, e.atoms(), candidates, centre.atom, neighbours);
-           });
+    const bool ghost = e.is_ghost(centre);
+    Candidates found{};
+    if (!ghost)
+      e.find(block, warp, w, false, centre, memory,
+             [&](const Candidates& candidates, Neighbours<N>& neighbours) {
+               found = candidates;
+               list_neighbours(warp, tables, e.atoms(), candidates, centre.atom, neighbours);
+             });
     const Neighbours<N>& nb = memory.neighbours;
     // A structure that has not enough columns is NaN.
     const bool fits = range.begin >= 0 && 3 * (range.end - range.begin) <= columns;
@@ -168,23 +185,31 @@ struct JacobianKernel {
         rows[begin + item] = spoiled ? aev_detail::kNan<T> : T(0);
       });
     }
-    if (nb.spoiled || !fits) return;
+    if (nb.spoiled || !fits || ghost) return;
     T* const of_centre = rows + 3 * (centre.atom - range.begin);
-    for (int moved = 0; moved < nb.count; ++moved)
-      for (int d = 0; d < 3; ++d) {
-        measure_moved(warp, tables, nb, centre.atom, moved, d);
+    for (int moved = 0; moved < nb.count; ++moved) {
+      // All images of an atom move with it, and the centre's own with the centre: at the first one.
+      bool first = e.system.distinct() || nb.index[moved] != centre.atom;
+      for (int k = 0; !e.system.distinct() && k < moved; ++k)
+        first = first && nb.index[k] != nb.index[moved];
+      for (int d = 0; first && d < 3; ++d) {
+        measure_moved(warp, tables, nb, found, centre.atom, moved, d);
         T* const column = rows + 3 * (nb.index[moved] - range.begin) + d;
         aev_row(warp, tables, nb, memory.triples, column, columns);
         warp.each(length, [&](int row) { of_centre[row * columns + d] -= column[row * columns]; });
       }
+    }
   }
   // The neighbours, and how they change when one moves along axis d.
   KINML_DEVICE void measure_moved(const Warp& warp, const AevTables<T>& tables,
-                                  const Neighbours<N>& nb, Index centre, int moved, int d) const {
-    const T* const x = e.system.coordinates;
+                                  const Neighbours<N>& nb, const Candidates& candidates,
+                                  Index centre, int moved, int d) const {
     measure_neighbours(warp, tables, nb, [&](int k) {
-      const Displacement<T> to = displacement(x, place_of(x, centre), nb.index[k]);
-      const auto moves = [&](int axis) { return T(k == moved && d == axis ? 1 : 0); };
+      const Displacement<T> to = pairs_detail::displacement_as(
+          e.atoms(), candidates, centre, nb.number[k], static_cast<const T*>(nullptr));
+      const auto moves = [&](int axis) {
+        return T(nb.index[k] == nb.index[moved] && d == axis ? 1 : 0);
+      };
       return Displacement<N>{N(to.x, moves(0)), N(to.y, moves(1)), N(to.z, moves(2))};
     });
   }
@@ -198,6 +223,7 @@ struct StructureKernel {
   Environments<T> e;
   const T* gradient;  // [n_atoms, D]
   T* out;             // [n_atoms, 3]
+  T* virials;         // [n_atoms, 3, 3] of the centres for N = T; or null
 
   // What the block has to know of the centres that its warps are at.
   struct Round {
@@ -224,28 +250,31 @@ struct StructureKernel {
                                   const Round& round, Index s) const {
     const auto [first, end] = atoms_of(e.system, s);
     const Index length = tables.layout().length();
-    bool spoiled = false;
+    const Index last = e.system.centres == nullptr || first < 0 ? end : first + e.system.centres[s];
+    bool spoiled = last > end;
     block.each(static_cast<int>(3 * (end - first)), [&](int i) { out[3 * first + i] = 0; });
-    for (Index base = first; base < end; base += kWarps) {
+    for (Index base = first; base < last; base += kWarps) {
       block.each_warp([&](const Warp& warp, int w) {
         const Index i = base + w;
-        if (i >= end) return;
+        if (i >= last) return;
         WarpMemory<N> memory = e.template memory<N>(block, w, true);
         const bool in_list = e.find(block, warp, tables, w, true, {s, i}, memory);
         aev_row_transposed(warp, tables, memory.neighbours, memory.triples, gradient + i * length,
                            memory.p);
+        if constexpr (std::is_same_v<T, N>)
+          if (virials != nullptr) centre_virial(warp, memory.neighbours, memory.p, virials + 9 * i);
         warp.each(1, [&](int) {
           round.counts[w] = memory.neighbours.count;
           round.in_list[w] = in_list;
           round.spoiled[w] = memory.neighbours.spoiled;
         });
       });
-      for (int w = 0; w < kWarps && base + w < end; ++w) {
+      for (int w = 0; w < kWarps && base + w < last; ++w) {
         WarpMemory<N> memory = e.template memory<N>(block, w, true);
         if (round.in_list[w] != 0) e.use_list(block, w, true, memory);
         spoiled = spoiled || round.spoiled[w] != 0;
         add_products(block, base + w, round.counts[w], memory.neighbours.index, memory.p, T(1),
-                     out);
+                     e.system.distinct(), out);
       }
     }
     // Whom a list without room for all would have named is not known.
@@ -277,6 +306,7 @@ struct KeepKernel {
   Environments<T> e;
   const T* gradient;  // [n_atoms, D]
   Kept<T> kept;
+  T* virials;  // as of StructureKernel
 
   KINML_DEVICE void operator()(const Block& block) const {
     const AevTables<T> tables = e.tables(block);
@@ -287,8 +317,14 @@ struct KeepKernel {
         e.find(block, warp, tables, w, true, e.centre(i), memory);
         const Neighbours<N>& nb = memory.neighbours;
         warp.each(1, [&](int) { kept.counts[i] = nb.spoiled ? -1 : nb.count; });
-        if (nb.spoiled) continue;
+        if (nb.spoiled) {
+          if (virials != nullptr)
+            warp.each(9, [&](int x) { virials[9 * i + x] = aev_detail::kNan<T>; });
+          continue;
+        }
         aev_row_transposed(warp, tables, nb, memory.triples, gradient + i * length, memory.p);
+        if constexpr (std::is_same_v<T, N>)
+          if (virials != nullptr) centre_virial(warp, nb, memory.p, virials + 9 * i);
         warp.each(nb.count, [&](int k) { kept.index[i * kept.room + k] = nb.index[k]; });
         warp.each(3 * nb.count, [&](int item) {
           kept.p[3 * i * kept.room + item] = aev_detail::result(memory.p[item]);
@@ -298,13 +334,13 @@ struct KeepKernel {
   }
 };
 // Sums for each atom what the centres that it is a neighbour of have kept for it. These are its own
-// neighbours, in their order.
-//
-// Distinct neighbours (pairs.h): an atom is found once in the list of a neighbour, by its index.
+// neighbours, in their order: an atom that has another one several times in its list is as often in
+// that one's, and the terms of its images are taken in the order of either list.
 template <class T>
 struct GatherKernel {
   static constexpr int kThreads = cuda::kThreads;
   Index n_atoms, blocks;
+  bool distinct;
   Kept<T> kept;
   T* out;  // [n_atoms, 3]
 
@@ -317,8 +353,14 @@ struct GatherKernel {
         warp.each(count < 0 ? 0 : count, [&](int k) {
           const Index j = kept.index[i * kept.room + k], row = j * kept.room;
           const int others = kept.counts[j];
-          int place = 0;
-          while (place < others && kept.index[row + place] != i) ++place;
+          int before = 0, place = 0;  // the images of j that stand before this one in the list of i
+          for (int image = 0; !distinct && image < k; ++image)
+            before += kept.index[i * kept.room + image] == j;
+          for (;; ++place) {
+            while (place < others && kept.index[row + place] != i) ++place;
+            if (before == 0 || place >= others) break;
+            --before;
+          }
           for (int d = 0; d < 3; ++d)
             terms[3 * k + d] =
                 place < others ? kept.p[3 * (row + place) + d] - kept.p[3 * (i * kept.room + k) + d]
@@ -336,6 +378,36 @@ struct GatherKernel {
     Pieces pieces(nullptr);
     pieces.take<T>(3 * Index(kept.room));
     return pieces.taken();
+  }
+};
+
+// Sums of the virials of centres over each structure.
+template <class T>
+struct VirialKernel {
+  static constexpr int kLanes = 32;
+  static constexpr int kThreads = 9 * kLanes;
+  System<T> system;
+  const T* atomic;  // [n, n_atoms, 3, 3]
+  double* sums;     // [n, count, 3, 3]
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    const Index row = block.index() / system.count(), i = block.index() % system.count();
+    const Index s = system.structure(i);
+    const AtomRange range = atoms_of(system, s);
+    const Index n = range.begin < 0 ? 0 : system.rows(s);
+    const T* const from = atomic + 9 * (row * system.n_atoms + range.begin);
+    double* const partial = reinterpret_cast<double*>(block.memory());  // [9, kLanes]
+    block.each(kThreads, [&](int item) {
+      double sum = range.begin < 0 ? aev_detail::kNan<double> : 0.0;
+      for (Index a = item % kLanes; a < n; a += kLanes)
+        sum += static_cast<double>(from[9 * a + item / kLanes]);
+      partial[item] = sum;
+    });
+    block.each(9, [&](int x) {
+      double sum = 0;
+      for (int lane = 0; lane < kLanes; ++lane) sum += partial[x * kLanes + lane];
+      sums[9 * (row * system.count() + i) + x] = sum;
+    });
   }
 };
 
@@ -392,8 +464,12 @@ struct Plan {
     const bool plain = product == AevProduct::forward || product == AevProduct::vjp;
     const bool large = aev_structures_are_large(system.n_structures, n_atoms);
     keeps = transposed && large;
-    // A centre among others has one neighbour less.
-    const Index others = n_atoms > 0 ? n_atoms - 1 : 0;
+    // With ghosts or given pairs an atom may be a neighbour of centres that are none of its own.
+    keeps = keeps && system.centres == nullptr && system.pair_starts == nullptr;
+    // A centre among others has one neighbour less; of images there may be any number.
+    const Index others = !system.distinct() && n_atoms > 0 ? kMostNeighbours
+                         : n_atoms > 0                     ? n_atoms - 1
+                                                           : 0;
     e.few = static_cast<int>(at_most(others, kFewNeighbours));
     e.most = static_cast<int>(at_most(others, keeps ? kMostKept : kMostNeighbours));
     e.tables_bytes = aev_tables_bytes(e.aev);
@@ -412,11 +488,16 @@ struct Plan {
     e.lists = pieces.take<char>(e.blocks * kWarps * e.list_bytes);
     if (memory.bytes > kChipMemory) memory.global = pieces.take<char>(e.blocks * memory.bytes);
     if (keeps) kept.take(pieces, n_atoms, e.most);
-    char* const of_cells = pieces.take<char>(large ? aev_cells_bytes(n_atoms) : 0);
+    const bool by_cells = large && system.distinct();
+    char* const of_cells = pieces.take<char>(by_cells ? aev_cells_bytes(n_atoms) : 0);
+    ImageCell* const images = pieces.take<ImageCell>(has_images(system) ? system.n_structures : 0);
     bytes = pieces.taken();
+    if (has_images(system)) e.images = images;
+    if (workspace == nullptr) return;
+    if (has_images(system)) prepare_images(parameters, system, images, stream);
     if (cells != nullptr)
       e.cells = *cells;
-    else if (large && workspace != nullptr)
+    else if (by_cells)
       e.cells = aev_cells(parameters, system, of_cells, stream);
   }
 
@@ -424,9 +505,9 @@ struct Plan {
   Index warp_bytes(int capacity, bool transposed, bool plain, bool on_chip) const {
     Pieces pieces(nullptr);
     if (plain)
-      WarpMemory<T>{}.take(pieces, e.aev, capacity, transposed, on_chip);
+      WarpMemory<T>{}.take(pieces, e.aev, capacity, e.system.distinct(), transposed, on_chip);
     else
-      WarpMemory<Dual<T>>{}.take(pieces, e.aev, capacity, transposed, on_chip);
+      WarpMemory<Dual<T>>{}.take(pieces, e.aev, capacity, e.system.distinct(), transposed, on_chip);
     return pieces.taken();
   }
 };
@@ -437,18 +518,38 @@ void rows(const Plan<T>& plan, T* out, Stream stream) {
 }
 
 template <class N, class T>
-void transposed(const Plan<T>& plan, const T* gradient, T* out, Stream stream) {
+void transposed(const Plan<T>& plan, const T* gradient, T* out, T* virials, Stream stream) {
   if (!plan.keeps) {
-    launch(StructureKernel<T, N>{plan.e, gradient, out}, plan.e.blocks, stream, plan.memory);
+    launch(StructureKernel<T, N>{plan.e, gradient, out, virials}, plan.e.blocks, stream,
+           plan.memory);
     return;
   }
-  launch(KeepKernel<T, N>{plan.e, gradient, plan.kept}, plan.e.blocks, stream, plan.memory);
+  launch(KeepKernel<T, N>{plan.e, gradient, plan.kept, virials}, plan.e.blocks, stream,
+         plan.memory);
   const Index n_atoms = plan.e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
-  const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), plan.kept, out};
+  const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), plan.e.system.distinct(),
+                               plan.kept, out};
   launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
 }
 
 }  // namespace
+
+template <class T>
+void prepare_images(const AevParameters& parameters, const System<T>& system, ImageCell* cells,
+                    Stream stream) {
+  // As long as the kernels' own cutoffs, which are rounded.
+  const T radial = static_cast<T>(parameters.radial_cutoff);
+  const T angular = static_cast<T>(parameters.angular_cutoff);
+  const ImageKernel<T> kernel{system, radial > angular ? radial : angular, cells};
+  launch(kernel, blocks_for(system.n_structures, kernel.kThreads), stream);
+}
+
+template <class T>
+void sum_virials(const System<T>& system, std::int64_t n, const T* atomic, double* sums,
+                 Stream stream) {
+  const VirialKernel<T> kernel{system, atomic, sums};
+  launch(kernel, n * system.count(), stream, {kernel.kThreads * Index(sizeof(double))});
+}
 
 std::int64_t aev_cells_bytes(std::int64_t n_atoms) {
   Pieces pieces(nullptr);
@@ -491,16 +592,16 @@ void aev_jvp(const AevParameters& parameters, const System<T>& system, const T* 
 }
 template <class T>
 void aev_vjp(const AevParameters& parameters, const System<T>& system, const T* gradient, T* out,
-             char* workspace, Stream stream, const Cells* cells) {
+             char* workspace, Stream stream, const Cells* cells, T* virials) {
   const Plan<T> plan(parameters, AevProduct::vjp, system, workspace, stream, cells);
-  transposed<T>(plan, gradient, out, stream);
+  transposed<T>(plan, gradient, out, virials, stream);
 }
 template <class T>
 void aev_hvp(const AevParameters& parameters, const System<T>& system, const T* gradient,
              const T* tangent, T* out, char* workspace, Stream stream, const Cells* cells) {
   Plan<T> plan(parameters, AevProduct::hvp, system, workspace, stream, cells);
   plan.e.tangent = tangent;
-  transposed<Dual<T>>(plan, gradient, out, stream);
+  transposed<Dual<T>>(plan, gradient, out, static_cast<T*>(nullptr), stream);
 }
 template <class T>
 void aev_jacobian(const AevParameters& parameters, const System<T>& system, std::int64_t columns,
@@ -510,6 +611,7 @@ void aev_jacobian(const AevParameters& parameters, const System<T>& system, std:
 }
 
 #define KINML_INSTANTIATE(T)                                                                      \
+  template void prepare_images<T>(const AevParameters&, const System<T>&, ImageCell*, Stream);    \
   template Cells aev_cells<T>(const AevParameters&, const System<T>&, char*, Stream);             \
   template Index aev_workspace<T>(const AevParameters&, AevProduct, const System<T>&);            \
   template void aev_forward<T>(const AevParameters&, const System<T>&, T*, char*, Stream,         \
@@ -517,7 +619,8 @@ void aev_jacobian(const AevParameters& parameters, const System<T>& system, std:
   template void aev_jvp<T>(const AevParameters&, const System<T>&, const T*, T*, char*, Stream,   \
                            const Cells*);                                                         \
   template void aev_vjp<T>(const AevParameters&, const System<T>&, const T*, T*, char*, Stream,   \
-                           const Cells*);                                                         \
+                           const Cells*, T*);                                                     \
+  template void sum_virials<T>(const System<T>&, Index, const T*, double*, Stream);               \
   template void aev_hvp<T>(const AevParameters&, const System<T>&, const T*, const T*, T*, char*, \
                            Stream, const Cells*);                                                 \
   template void aev_jacobian<T>(const AevParameters&, const System<T>&, Index, T*, char*, Stream, \

@@ -11,7 +11,8 @@
 // cutoff than kMostNeighbours (kept products: kMostKept), gives NaN in all that depends on it.
 //
 // The system has coordinates; all of its structures are meant. Atoms of large structures are sorted
-// by cells; in others every atom of a structure is tried as a neighbour of every other one.
+// by cells; in others, and with periodicity, every atom of a structure is tried as a neighbour of
+// every other one, with as many images as can be near.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,7 @@
 #include "../core/model.h"
 #include "../core/system.h"
 #include "cells.h"
+#include "images.h"
 #include "launch.h"
 
 namespace kinml::cuda {
@@ -32,6 +34,16 @@ enum class AevProduct { forward, jvp, vjp, hvp, jacobian };
 inline bool aev_structures_are_large(std::int64_t n_structures, std::int64_t n_atoms) {
   return n_atoms > 200 * n_structures;
 }
+
+// The cells of its structures, whose images are looked for; [n_structures].
+template <class T>
+void prepare_images(const AevParameters& parameters, const System<T>& system, ImageCell* cells,
+                    Stream stream);
+
+// Sums of the virials of centres over the chosen structures, n times.
+template <class T>
+void sum_virials(const System<T>& system, std::int64_t n, const T* atomic /*[n, n_atoms, 3, 3]*/,
+                 double* sums /*[n, count, 3, 3]*/, Stream stream);
 
 // The cells of a system, in memory of aev_cells_bytes(n_atoms) aligned to 16 bytes. There may be
 // 2^21 structures.
@@ -59,7 +71,7 @@ void aev_jvp(const AevParameters& parameters, const System<T>& system,
 template <class T>
 void aev_vjp(const AevParameters& parameters, const System<T>& system,
              const T* gradient /*[n_atoms, D]*/, T* out /*[n_atoms, 3]*/, char* workspace,
-             Stream stream, const Cells* cells = nullptr);
+             Stream stream, const Cells* cells = nullptr, T* virials = nullptr /*[n_atoms, 3, 3]*/);
 template <class T>
 void aev_hvp(const AevParameters& parameters, const System<T>& system,
              const T* gradient /*[n_atoms, D]*/, const T* tangent /*[n_atoms, 3]*/,

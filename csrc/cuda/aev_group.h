@@ -452,20 +452,43 @@ KINML_DEVICE void aev_row_transposed(const Warp& warp, const AevTables<T>& t,
 // index, p  // [count] and [count, 3]: of the neighbours, as from aev_row_transposed
 // out       // [n_atoms, 3]
 //
-// Distinct neighbours (pairs.h): no other item adds to the same atom.
+// No other item adds to the same atom: of neighbours that are not distinct the first one of an atom
+// adds for all, and what an image of the centre has is what the centre loses.
 template <class T, class N>
 KINML_DEVICE void add_products(const Block& block, std::int64_t centre, int count, const int* index,
-                               const N* p, T sign, T* out) {
+                               const N* p, T sign, bool distinct, T* out) {
   using namespace aev_detail;
   block.each(3 * count + 3, [&](int item) {
     const int k = item / 3, d = item - 3 * k;
+    T sum(0);
     if (k < count) {
-      out[3 * std::int64_t(index[k]) + d] += sign * result(p[item]);
+      if (distinct) {
+        sum = result(p[item]);
+      } else {
+        if (index[k] == centre) return;
+        for (int j = 0; j < k; ++j)
+          if (index[j] == index[k]) return;
+        for (int j = k; j < count; ++j)
+          if (index[j] == index[k]) sum += result(p[3 * j + d]);
+      }
+      out[3 * std::int64_t(index[k]) + d] += sign * sum;
       return;
     }
-    T sum(0);
-    for (int j = 0; j < count; ++j) sum += result(p[3 * j + d]);
+    for (int j = 0; j < count; ++j)
+      if (distinct || index[j] != centre) sum += result(p[3 * j + d]);
     out[3 * centre + d] -= sign * sum;
+  });
+}
+
+// The virial of a centre, after aev_row_transposed: the sum over its neighbours of p (x) d.
+// out  // [3, 3]
+template <class T>
+KINML_DEVICE void centre_virial(const Warp& warp, const Neighbours<T>& nb, const T* p, T* out) {
+  warp.each(9, [&](int x) {
+    const T* const u = x % 3 == 0 ? nb.ux() : x % 3 == 1 ? nb.uy() : nb.uz();
+    T sum = nb.spoiled ? aev_detail::kNan<T> : T(0);
+    for (int k = 0; k < nb.count; ++k) sum += p[3 * k + x / 3] * (nb.r()[k] * u[k]);
+    out[x] = sum;
   });
 }
 

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../core/shares.h"
+#include "aev_cuda.h"
 #include "aev_group.h"
 #include "chain_group.h"
 #include "large_structures.h"
@@ -32,6 +33,7 @@ struct TileMemory {
   TileRows rows;
   int* firsts;    // [kForceStructures + 1] rows of the structures, in their order
   Index* begins;  // [kForceStructures] first atoms of the structures; -1: do not exist
+  int* sizes;     // [kForceStructures] their atoms, with ghosts
   int* kinds;     // [kForceRows] species of the rows of a piece, in the order of the atoms
   int* places;    // [kForceRows] where they stand in the order of the species
   Index* atoms;   // [kForceRows] in the order of the species, like all that follows
@@ -54,6 +56,7 @@ struct TileMemory {
     rows.take(pieces, kForceRows, plan.n_species);
     firsts = pieces.take<int>(kForceStructures + 1);
     begins = pieces.take<Index>(kForceStructures);
+    sizes = pieces.take<int>(kForceStructures);
     kinds = pieces.take<int>(kForceRows);
     places = pieces.take<int>(kForceRows);
     atoms = pieces.take<Index>(kForceRows);
@@ -79,22 +82,22 @@ struct WarpMemory {
   TripleScratch<N> triples;
   N* forces;  // [capacity, 3]
 
-  KINML_HD void take(Pieces& pieces, const AevArguments<T>& aev, int capacity) {
+  KINML_HD void take(Pieces& pieces, const AevArguments<T>& aev, int capacity, bool distinct) {
     // Dual numbers are for rows alone.
     constexpr bool transposed = std::is_same_v<T, N>;
-    neighbours = take_neighbours<N>(pieces, aev.n_species, capacity, transposed);
+    neighbours = take_neighbours<N>(pieces, aev.n_species, capacity, distinct, transposed);
     triples = take_triple_scratch<N>(pieces, aev, transposed);
     forces = pieces.take<N>(transposed ? 3 * Index(capacity) : 0);
   }
 };
 template <class T>
-KINML_HD Index warp_bytes(const AevArguments<T>& aev, int capacity, bool gradient) {
+KINML_HD Index warp_bytes(const AevArguments<T>& aev, int capacity, bool distinct, bool gradient) {
   Pieces plain(nullptr), dual(nullptr);
   WarpMemory<T, T> of_plain;
-  of_plain.take(plain, aev, capacity);
+  of_plain.take(plain, aev, capacity, distinct);
   if (!gradient) return plain.taken();
   WarpMemory<T, Dual<T>> of_dual;
-  of_dual.take(dual, aev, capacity);
+  of_dual.take(dual, aev, capacity, distinct);
   return plain.taken() > dual.taken() ? plain.taken() : dual.taken();
 }
 
@@ -144,14 +147,14 @@ template <class T>
 struct Evaluation {
   Index n_members = 1;
   const double* sae = nullptr;  // [n_members, R, n_species]; or null
-  double* energies = nullptr;   // [n_members, R, count]
-  T* forces = nullptr;          // [n_members, R, n_atoms, 3]
+  Outputs<T> outputs{};
 };
 // What a gradient is that of; either e and r are given, or the loss.
 template <class T>
 struct Differentiation {
   const double* e = nullptr;  // [R, count]; null: there is a loss
   const T* r = nullptr;       // [R, n_atoms, 3]
+  const double* w = nullptr;  // [R, count, 3, 3] or null
   Loss loss{};
   double *residuals = nullptr, *errors = nullptr;
   T* minus_r = nullptr;  // [K, n_atoms, 3] forces, then -dL/dF
@@ -168,7 +171,8 @@ struct ForceKernel {
   ChainPlan plan;
   AevArguments<T> aev;
   System<T> system;
-  const T* packed;  // [n_members, plan.packed]
+  const T* packed;          // [n_members, plan.packed]
+  const ImageCell* images;  // [n_structures] of the data set, or null
   Memory memory;
   BatchParts parts;
   int first_level = 0;  // of the outputs, and of e and r
@@ -177,17 +181,31 @@ struct ForceKernel {
 
   using Tile = TileMemory<T>;
 
-  // Atoms of a structure of the batch; first = -1: it does not exist.
+  // Of a structure of the batch its first atom, -1 if it does not exist; its rows; its atoms.
   struct Span {
     Index first;
-    int n;
+    int n, size;
   };
   KINML_DEVICE Span span(Index i) const {
-    const AtomRange range = atoms_of(system, system.structure(i));
-    const Index n = range.end - range.begin;
+    const Index s = system.structure(i);
+    const AtomRange range = atoms_of(system, s);
+    const Index size = range.end - range.begin;
+    const Index n = system.centres == nullptr || range.begin < 0 ? size : system.centres[s];
     // Nor does one that has not enough columns of the Jacobian.
-    if (system.jacobian != nullptr && 3 * n > system.columns) return {-1, 0};
-    return {range.begin, static_cast<int>(n)};
+    if (system.jacobian != nullptr && 3 * size > system.columns) return {-1, 0, 0};
+    if (n < 0 || n > size) return {-1, 0, 0};
+    return {range.begin, static_cast<int>(n), static_cast<int>(size)};
+  }
+  // f(atom) for all atoms of a tile.
+  template <class F>
+  KINML_DEVICE void each_atom(const Block& block, const Tile& tile,
+                              const TileStructures& structures, const F& f) const {
+    if (system.centres == nullptr) {
+      block.each(structures.n, [&](int row) { f(atom_of(tile, row)); });
+      return;
+    }
+    for (int j = 0; j < structures.count; ++j)
+      block.each(tile.sizes[j], [&](int i) { f(tile.begins[j] + i); });
   }
   KINML_DEVICE int length() const { return plan.layers[0].in; }
   KINML_DEVICE int n_levels() const { return plan.n_levels; }
@@ -230,7 +248,7 @@ struct ForceKernel {
     for (int pass = 0; pass < (kGradient ? 2 : 1); ++pass) {
       for (int piece = 0; piece < pieces; ++piece) {
         const bool anew = pass == 0 || pieces > 1;
-        if (anew) stage(block, tile, tables, piece * kForceRows, n);
+        if (anew) stage(block, tile, tables, structures, piece * kForceRows);
         for (Index member = 0; member < n_members(); ++member) {
           if (anew)
             ascend(block, tile, structures, member,
@@ -238,10 +256,11 @@ struct ForceKernel {
           if (pass > 0 || !on_forces || given) continue;
           for (int k = first_output(); k < n_levels(); ++k)
             add_forces(block, tile, tables, structures, piece * kForceRows,
-                       tile.gradients + k * matrix(), forces_of(output(member, k)));
+                       tile.gradients + k * matrix(), forces_of(output(member, k)),
+                       virials_of(output(member, k)));
         }
         if constexpr (kGradient)
-          if (pass > 0) differentiate(block, tile, tables, on_forces, gradient);
+          if (pass > 0) differentiate(block, tile, tables, structures, on_forces, gradient);
       }
       if constexpr (kGradient) {
         if (pass > 0) continue;
@@ -263,12 +282,15 @@ struct ForceKernel {
       int row = 0;
       for (int i = 0; i < j; ++i) row += span(structures.first + i).n;
       tile.firsts[j] = row;
-      if (j < count) tile.begins[j] = span(structures.first + j).first;
+      if (j == count) return;
+      const Span own = span(structures.first + j);
+      tile.begins[j] = own.first;
+      tile.sizes[j] = own.size;
     });
     block.each(count * K, [&](int item) {
       const int j = item / K, k = item % K;
       tile.energies[item] = 0;
-      tile.any[item] = wanted_forces(structures.first + j, k, tile.firsts[j + 1] - tile.firsts[j]);
+      tile.any[item] = wanted_forces(structures.first + j, k, tile.sizes[j]);
     });
     bool on_forces = false;
     for (int item = 0; item < count * K; ++item) on_forces = on_forces || tile.any[item] != 0;
@@ -277,8 +299,7 @@ struct ForceKernel {
                  [&](int item) { energy_of(item / count, structures, item % count) = 0; });
     // Forces are added to, piece by piece.
     if (on_forces)
-      block.each(structures.n, [&](int row) {
-        const Index atom = atom_of(tile, row);
+      each_atom(block, tile, structures, [&](Index atom) {
         for (Index output = 0; output < n_outputs(); ++output)
           for (int d = 0; d < 3; ++d) forces_of(output)[3 * atom + d] = 0;
       });
@@ -293,10 +314,15 @@ struct ForceKernel {
   }
   KINML_DEVICE Index n_outputs() const { return n_members() * (n_levels() - first_output()); }
   KINML_DEVICE T* forces_of(Index output) const {
-    return (kGradient ? differentiation.minus_r : evaluation.forces) + output * 3 * system.n_atoms;
+    return (kGradient ? differentiation.minus_r : evaluation.outputs.forces) +
+           output * 3 * system.n_atoms;
+  }
+  KINML_DEVICE T* virials_of(Index output) const {
+    T* const all = kGradient ? nullptr : evaluation.outputs.atomic_virials;
+    return all == nullptr ? nullptr : all + output * 9 * system.n_atoms;
   }
   KINML_DEVICE double& energy_of(Index output, const TileStructures& structures, int j) const {
-    return evaluation.energies[output * system.count() + structures.first + j];
+    return evaluation.outputs.energies[output * system.count() + structures.first + j];
   }
   KINML_DEVICE int wanted_forces(Index i, int k, int n) const {
     if (!system.has_forces() || n == 0) return 0;
@@ -316,9 +342,10 @@ struct ForceKernel {
   }
 
   // Rows [begin, begin + kForceRows) of the tile's n atoms: sorted by species, with descriptors.
-  KINML_PHASE void stage(const Block& block, Tile& tile, const AevTables<T>& tables, int begin,
-                         int n) const {
-    const int count = n - begin < kForceRows ? n - begin : kForceRows, S = plan.n_species;
+  KINML_PHASE void stage(const Block& block, Tile& tile, const AevTables<T>& tables,
+                         const TileStructures& structures, int begin) const {
+    const int n = structures.n, count = n - begin < kForceRows ? n - begin : kForceRows,
+              S = plan.n_species;
     block.each(count, [&](int row) {
       const Index kind = system.species[atom_of(tile, begin + row)];
       tile.kinds[row] = kind >= 0 && kind < S ? static_cast<int>(kind) : 0;
@@ -340,7 +367,8 @@ struct ForceKernel {
       block.each_warp([&](const Warp& warp, int w) {
         for (int p = w; p < count; p += kWarps) {
           WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, p);
-          find(warp, tables, tile, p, static_cast<const T*>(nullptr), scratch.neighbours);
+          find(warp, tables, tile, structures, p, static_cast<const T*>(nullptr), nullptr,
+               scratch.neighbours);
           aev_row(warp, tables, scratch.neighbours, scratch.triples, tile.features + p * stride());
         }
       });
@@ -361,7 +389,7 @@ struct ForceKernel {
   KINML_DEVICE WarpMemory<T, N> warp_memory(const Block& block, int w, const Tile& tile,
                                             int p) const {
     const int j = tile.owners[p];
-    const bool few = tile.firsts[j + 1] - tile.firsts[j] <= kFewNeighbours + 1;
+    const bool few = system.distinct() && tile.sizes[j] <= kFewNeighbours + 1;
     const Index place = Index(block.index()) * kWarps + w;
     char* begin;
     if (!few)
@@ -373,16 +401,21 @@ struct ForceKernel {
               w * memory.warp_bytes;
     Pieces pieces(begin);
     WarpMemory<T, N> result;
-    result.take(pieces, aev, few ? kFewNeighbours : memory.most_neighbours);
+    result.take(pieces, aev, few ? kFewNeighbours : memory.most_neighbours, system.distinct());
     return result;
   }
   template <class N>
-  KINML_DEVICE void find(const Warp& warp, const AevTables<T>& tables, const Tile& tile, int p,
-                         const T* direction, Neighbours<N>& neighbours) const {
+  KINML_DEVICE void find(const Warp& warp, const AevTables<T>& tables, const Tile& tile,
+                         const TileStructures& structures, int p, const T* direction,
+                         const double* strain, Neighbours<N>& neighbours) const {
     const int j = tile.owners[p];
-    const Index begin = tile.begins[j], end = begin + tile.firsts[j + 1] - tile.firsts[j];
-    find_neighbours(warp, tables, Atoms<T>{system.coordinates, direction, system.species},
-                    Candidates::structure({begin, end}), tile.atoms[p], neighbours);
+    const AtomRange range{tile.begins[j], tile.begins[j] + tile.sizes[j]};
+    const Candidates candidates =
+        system.distinct() ? Candidates{range.begin, range.end}
+                          : candidates_of(system, images, system.structure(structures.first + j),
+                                          range, tile.atoms[p]);
+    find_neighbours(warp, tables, Atoms<T>{system.coordinates, direction, system.species, strain},
+                    candidates, tile.atoms[p], neighbours);
   }
 
   KINML_DEVICE TileNetwork<T> network(const Tile& tile, Index member, int k) const {
@@ -420,6 +453,17 @@ struct ForceKernel {
               energy_of(output(member, level), structures, j) += sum;
           }
         });
+      if constexpr (!kGradient) {
+        double* const atomic = evaluation.outputs.atomic_energies;
+        if (atomic != nullptr && wanted.energies && k >= first_level)
+          block.each(rows.n, [&](int p) {
+            const Index row = output(member, k), kind = tile.rows.species_of(p);
+            const T energy = (k > 0 ? below[p] : T(0)) + value(p);
+            const double shift =
+                evaluation.sae == nullptr ? 0.0 : evaluation.sae[row * plan.n_species + kind];
+            atomic[row * system.n_atoms + tile.atoms[p]] = static_cast<double>(energy) + shift;
+          });
+      }
       if (k + 1 < K) rows.add_energies(block, k > 0 ? below : nullptr, value, below + kForceRows);
       if (!wanted.slopes) continue;
       net.backward(block, tile.rows, [](int) { return T(1); }, kGradient);
@@ -436,9 +480,10 @@ struct ForceKernel {
   // out -= J^T g of the atoms of a piece of the tile, which begins at row `begin`.
   // g    // [kForceRows, stride]
   // out  // [n_atoms, 3]
+  // virials // [n_atoms, 3, 3] of the centres are written, from coordinates; or null
   KINML_PHASE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables,
-                              const TileStructures& structures, int begin, const T* g,
-                              T* out) const {
+                              const TileStructures& structures, int begin, const T* g, T* out,
+                              T* virials) const {
     if (system.stored()) {
       add_stored_forces(block, tile, structures, begin, g, out);
       return;
@@ -449,15 +494,18 @@ struct ForceKernel {
         const int p = base + w;
         if (p >= count) return;
         WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, p);
-        find(warp, tables, tile, p, static_cast<const T*>(nullptr), scratch.neighbours);
+        find(warp, tables, tile, structures, p, static_cast<const T*>(nullptr), nullptr,
+             scratch.neighbours);
         aev_row_transposed(warp, tables, scratch.neighbours, scratch.triples, g + p * stride(),
                            scratch.forces);
+        if (virials != nullptr)
+          centre_virial(warp, scratch.neighbours, scratch.forces, virials + 9 * tile.atoms[p]);
         warp.each(1, [&](int) { tile.counts[w] = scratch.neighbours.count; });
       });
       for (int w = 0; w < kWarps && base + w < count; ++w) {
         const WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, base + w);
         add_products(block, tile.atoms[base + w], tile.counts[w], scratch.neighbours.index,
-                     scratch.forces, T(-1), out);
+                     scratch.forces, T(-1), system.distinct(), out);
       }
     }
   }
@@ -524,8 +572,8 @@ struct ForceKernel {
               : differentiation.e[(k - first_level) * system.count() + structures.first + j];
     });
     if (!on_forces) return;
-    block.each(structures.n, [&](int row) {
-      const Index at = 3 * atom_of(tile, row);
+    each_atom(block, tile, structures, [&](Index atom) {
+      const Index at = 3 * atom;
       for (int k = first_level; k < K; ++k)
         for (int d = 0; d < 3; ++d)
           forces_of(k)[at + d] =
@@ -541,7 +589,7 @@ struct ForceKernel {
       const int lane = item % kLanes, k = item / kLanes % K, j = item / kLanes / K;
       ForceErrors errors;
       if (tile.any[j * K + k] != 0) {
-        const int components = 3 * (tile.firsts[j + 1] - tile.firsts[j]);
+        const int components = 3 * tile.sizes[j];
         const double slope =
             loss.force_slope(k, system.structure(structures.first + j), components);
         T* const forces = forces_of(k) + 3 * tile.begins[j];
@@ -573,12 +621,13 @@ struct ForceKernel {
 
   // Adds the gradient of the atoms of a piece.
   KINML_PHASE void differentiate(const Block& block, Tile& tile, const AevTables<T>& tables,
-                                 bool on_forces, T* gradient) const {
+                                 const TileStructures& structures, bool on_forces,
+                                 T* gradient) const {
     const int K = n_levels(), count = tile.rows.n;
     const ChainRows<T> rows = chain(tile);
     for (int k = K - 1; on_forces && k >= 0; --k) {
       T* const u = tile.gradients + k * matrix();
-      multiply(block, tile, tables, k, u);
+      multiply(block, tile, tables, structures, k, u);
       const bool highest = k + 1 == K;
       rows.add_directions(block, highest ? nullptr : u + matrix(),
                           highest ? nullptr : tile.slopes + (k + 1) * kForceRows, u);
@@ -608,8 +657,8 @@ struct ForceKernel {
 
   // v_k = -J r_k of the atoms of a piece.
   // v  // [kForceRows, stride]
-  KINML_PHASE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables, int k,
-                            T* v) const {
+  KINML_PHASE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables,
+                            const TileStructures& structures, int k, T* v) const {
     const int K = n_levels(), count = tile.rows.n, D = length();
     const T* const direction = forces_of(k);
     if (system.stored()) {
@@ -633,7 +682,11 @@ struct ForceKernel {
           continue;
         }
         WarpMemory<T, Dual<T>> scratch = warp_memory<Dual<T>>(block, w, tile, p);
-        find(warp, tables, tile, p, direction, scratch.neighbours);
+        const Index i = structures.first + tile.owners[p];
+        const double* const w = differentiation.w;
+        const double* const strain =
+            w == nullptr ? nullptr : w + 9 * ((k - first_level) * system.count() + i);
+        find(warp, tables, tile, structures, p, direction, strain, scratch.neighbours);
         aev_row(warp, tables, scratch.neighbours, scratch.triples, v + p * stride());
       }
     });
@@ -760,7 +813,7 @@ struct FinishKernel {
             continue;
           }
           energies += loss.energy_term(k, s, residual);
-          const Index components = 3 * (system.offsets[s + 1] - system.offsets[s]);
+          const Index components = 3 * system.atoms(s);
           if (system.has_forces())
             forces += loss.force_term(k, s, errors[3 * (k * system.count() + i) + 1], components);
         }
@@ -795,6 +848,7 @@ struct Workspace {
   Memory memory;
   std::int64_t on_chip = 0;  // bytes of a block
   BatchParts batch;
+  ImageCell* images = nullptr;  // [n_structures] if there are any
   std::int64_t bytes;
 
   Workspace(const ChainPlan& plan, const Model<T>& model, const System<T>& system, bool gradient,
@@ -817,11 +871,12 @@ struct Workspace {
     memory.tile_bytes = tile_pieces.taken() + aev_tables_bytes(aev);
     if (!system.stored()) {
       memory.most_neighbours =
-          static_cast<int>(system.n_atoms < kFewNeighbours    ? kFewNeighbours
+          static_cast<int>(!system.distinct()                 ? kMostNeighbours
+                           : system.n_atoms < kFewNeighbours  ? kFewNeighbours
                            : system.n_atoms < kMostNeighbours ? system.n_atoms
                                                               : kMostNeighbours);
-      memory.warp_bytes = warp_bytes(aev, kFewNeighbours, gradient);
-      memory.list_bytes = warp_bytes(aev, memory.most_neighbours, gradient);
+      memory.warp_bytes = warp_bytes(aev, kFewNeighbours, system.distinct(), gradient);
+      memory.list_bytes = warp_bytes(aev, memory.most_neighbours, system.distinct(), gradient);
     }
     const Index warps = kWarps * memory.warp_bytes, limit = current_device().block_memory;
     const bool tile_fits = memory.tile_bytes <= limit;
@@ -829,9 +884,10 @@ struct Workspace {
     on_chip = (tile_fits ? memory.tile_bytes : 0) + (warps_fit ? warps : 0);
     if (!tile_fits) memory.tiles = pieces.take<char>(n_blocks * memory.tile_bytes);
     if (!warps_fit) memory.warps = pieces.take<char>(n_blocks * warps);
-    // Lists of many neighbours are for structures of many atoms.
-    if (system.n_atoms > kFewNeighbours)
+    // Lists of many neighbours are for structures of many atoms, or images.
+    if (system.n_atoms > kFewNeighbours || (!system.stored() && !system.distinct()))
       memory.lists = pieces.take<char>(n_blocks * kWarps * memory.list_bytes);
+    if (has_images(system)) images = pieces.take<ImageCell>(system.n_structures);
     bytes = pieces.taken();
   }
 };
@@ -840,7 +896,8 @@ template <class T, bool kGradient>
 ForceKernel<T, kGradient> force_kernel(const ChainPlan& plan, const Model<T>& model,
                                        const System<T>& system, const Workspace<T>& space) {
   ForceKernel<T, kGradient> kernel{
-      plan, arguments_of(model, system), system, space.packed, space.memory, space.batch};
+      plan,       arguments_of(model, system), system, space.packed, space.images, space.memory,
+      space.batch};
   kernel.differentiation.minus_r = space.minus_r;
   kernel.differentiation.parts = space.parts;
   return kernel;
@@ -851,6 +908,7 @@ template <class T>
 void differentiate(const Model<T>& model, const Workspace<T>& space,
                    const ForceKernel<T, true>& kernel, Stream stream) {
   pack_networks(kernel.plan, model.weights, 1, space.packed, stream);
+  if (space.images != nullptr) prepare_images(model.aev, kernel.system, space.images, stream);
   launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
 }
 
@@ -897,30 +955,38 @@ std::int64_t force_step_share_workspace(const Model<T>& model, const System<T>& 
 
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
-                   double* energies, T* forces, char* workspace, Stream stream) {
+                   const Outputs<T>& outputs, char* workspace, Stream stream) {
   const ChainPlan plan = plan_chain(model.networks);
+  const auto sum = [&] {
+    if (outputs.virials != nullptr)
+      sum_virials(system, model.n_members * (plan.n_levels - first_level),
+                  static_cast<const T*>(outputs.atomic_virials), outputs.virials, stream);
+  };
   if (structures_are_large(system)) {
-    large_energy_forces(plan, model, system, first_level, energies, forces, workspace, stream);
-    return;
+    large_energy_forces(plan, model, system, first_level, outputs, workspace, stream);
+    return sum();
   }
   const Workspace<T> space(plan, model, system, false, workspace);
   pack_networks(plan, model.weights, model.n_members, space.packed, stream);
   ForceKernel<T, false> kernel = force_kernel<T, false>(plan, model, system, space);
   kernel.first_level = static_cast<int>(first_level);
-  kernel.evaluation = {model.n_members, model.sae, energies, forces};
+  kernel.evaluation = {model.n_members, model.sae, outputs};
+  if (space.images != nullptr) prepare_images(model.aev, system, space.images, stream);
   launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
+  sum();
 }
 
 template <class T>
 void energy_forces_backward(const Model<T>& model, const System<T>& system,
-                            std::int64_t first_level, const double* e, const T* r, T* gradient,
-                            char* workspace, Stream stream) {
+                            std::int64_t first_level, const double* e, const T* r, const double* w,
+                            T* gradient, char* workspace, Stream stream) {
   const ChainPlan plan = plan_chain(model.networks);
   const Workspace<T> space(plan, model, system, true, workspace);
   ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, system, space);
   kernel.first_level = static_cast<int>(first_level);
   kernel.differentiation.e = e;
   kernel.differentiation.r = r;
+  kernel.differentiation.w = w;
   differentiate(model, space, kernel, stream);
   sum_parts(static_cast<const T*>(space.parts), space.batch.n_blocks(), Index(plan.parameters),
             gradient, stream);
@@ -1004,10 +1070,10 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
 #define KINML_INSTANTIATE(T)                                                                       \
   template Index energy_forces_workspace<T>(const Model<T>&, const System<T>&);                    \
   template Index force_step_workspace<T>(const Model<T>&, const System<T>&);                       \
-  template void energy_forces<T>(const Model<T>&, const System<T>&, Index, double*, T*, char*,     \
-                                 Stream);                                                          \
+  template void energy_forces<T>(const Model<T>&, const System<T>&, Index, const Outputs<T>&,      \
+                                 char*, Stream);                                                   \
   template void energy_forces_backward<T>(const Model<T>&, const System<T>&, Index, const double*, \
-                                          const T*, T*, char*, Stream);                            \
+                                          const T*, const double*, T*, char*, Stream);             \
   template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,         \
                               double*, double*, char*, Stream);                                    \
   template Index message_bytes<T>(const System<T>&, const Loss&, Index, Index);                    \

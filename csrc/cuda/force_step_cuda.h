@@ -16,6 +16,7 @@
 
 #include "../core/loss.h"
 #include "../core/model.h"
+#include "../core/outputs.h"
 #include "../core/system.h"
 #include "launch.h"
 
@@ -28,20 +29,18 @@ template <class T>
 std::int64_t force_step_workspace(const Model<T>& model, const System<T>& system);
 
 // Outputs have the R = K - first_level levels from first_level on.
-//
-// energies  // [n_members, R, count]
-// forces    // [n_members, R, n_atoms, 3]; not touched without forces
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
-                   double* energies, T* forces, char* workspace, Stream stream);
+                   const Outputs<T>& outputs, char* workspace, Stream stream);
 
 // e         // [R, count]
 // r         // [R, n_atoms, 3]; not read without forces
+// w         // [R, count, 3, 3], or null
 // gradient  // like the weights
 template <class T>
 void energy_forces_backward(const Model<T>& model, const System<T>& system,
-                            std::int64_t first_level, const double* e, const T* r, T* gradient,
-                            char* workspace, Stream stream);
+                            std::int64_t first_level, const double* e, const T* r, const double* w,
+                            T* gradient, char* workspace, Stream stream);
 
 // losses     // [2]
 // gradient   // like the weights

@@ -44,10 +44,16 @@ struct SpeciesKernel {
   KINML_DEVICE void operator()(const Block& block) const {
     each_in_grid(block, passes.system.n_atoms, [&](Index i) {
       const Index kind = passes.system.species[i];
-      const bool valid = kind >= 0 && kind < passes.plan.n_species;
-      passes.order.species[i] = valid ? kind : passes.plan.n_species;
+      const bool valid = kind >= 0 && kind < passes.plan.n_species, ghost = is_ghost(i);
+      passes.order.species[i] = valid && !ghost ? kind : passes.plan.n_species;
       if (!valid) passes.eps[i] = aev_detail::kNan<T>;
     });
+  }
+  KINML_DEVICE bool is_ghost(Index i) const {
+    const System<T>& system = passes.system;
+    if (system.centres == nullptr) return false;
+    const Index s = structure_of(system.offsets, system.n_structures, i);
+    return s >= 0 && s < system.n_structures && i >= system.offsets[s] + system.centres[s];
   }
 };
 
@@ -151,16 +157,20 @@ struct EnergyKernel {
   Passes<T> passes;
   const double* sae;  // [n_species]; or null
   double* energies;   // [n_structures]
+  double* atomic;     // [n_atoms]; or null
 
   KINML_DEVICE void operator()(const Block& block) const {
     const System<T>& system = passes.system;
     each_in_grid(block, system.n_structures, [&](Index s) {
       const AtomRange range = atoms_of(system, s);
       double sum = range.begin < 0 ? aev_detail::kNan<double> : 0.0;
-      for (Index i = range.begin; i < range.end; ++i) {
+      const Index n = range.begin < 0 ? 0 : system.rows(s);
+      for (Index i = range.begin; i < range.begin + n; ++i) {
         const Index kind = passes.order.species[i];
         const double shift = sae != nullptr && kind < passes.plan.n_species ? sae[kind] : 0.0;
-        sum += static_cast<double>(passes.eps[i]) + shift;
+        const double energy = static_cast<double>(passes.eps[i]) + shift;
+        if (atomic != nullptr) atomic[i] = energy;
+        sum += energy;
       }
       energies[s] = sum;
     });
@@ -221,13 +231,15 @@ std::int64_t large_structures_workspace(const ChainPlan& plan, const Model<T>& m
 
 template <class T>
 void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const System<T>& system,
-                         std::int64_t first_level, double* energies, T* forces, char* workspace,
+                         std::int64_t first_level, const Outputs<T>& outputs, char* workspace,
                          Stream stream) {
   const Workspace<T> space(plan, model, system, workspace);
   const Passes<T>& passes = space.passes;
   const Index n = system.n_atoms, n_outputs = plan.n_levels - first_level;
-  const Cells cells = aev_cells(model.aev, system, space.cells, stream);
-  aev_forward(model.aev, system, passes.descriptors, space.aev, stream, &cells);
+  Cells found;
+  if (system.distinct()) found = aev_cells(model.aev, system, space.cells, stream);
+  const Cells* const cells = system.distinct() ? &found : nullptr;
+  aev_forward(model.aev, system, passes.descriptors, space.aev, stream, cells);
   launch(SpeciesKernel<T>{passes}, blocks_for(n, kThreads), stream);
   sort_keys(passes.order.species, n, passes.order.sorted, passes.order.atoms, space.sort, stream);
   launch(StartsKernel<T>{passes}, 1, stream);
@@ -240,11 +252,15 @@ void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const Sys
       const Index output = member * n_outputs + k - first_level;
       const double* const sae =
           model.sae == nullptr ? nullptr : model.sae + output * plan.n_species;
-      launch(EnergyKernel<T>{passes, sae, energies + output * system.n_structures},
+      double* const atomic =
+          outputs.atomic_energies == nullptr ? nullptr : outputs.atomic_energies + output * n;
+      launch(EnergyKernel<T>{passes, sae, outputs.energies + output * system.n_structures, atomic},
              blocks_for(system.n_structures, kThreads), stream);
-      T* const out = forces + output * 3 * n;
+      T* const out = outputs.forces + output * 3 * n;
+      T* const virials =
+          outputs.atomic_virials == nullptr ? nullptr : outputs.atomic_virials + 9 * output * n;
       aev_vjp(model.aev, system, static_cast<const T*>(passes.gradients), out, space.aev, stream,
-              &cells);
+              cells, virials);
       launch(NegateKernel<T>{out, 3 * n}, blocks_for(3 * n, kThreads), stream);
     }
 }
@@ -253,7 +269,7 @@ void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const Sys
   template Index large_structures_workspace<T>(const ChainPlan&, const Model<T>&,                  \
                                                const System<T>&);                                  \
   template void large_energy_forces<T>(const ChainPlan&, const Model<T>&, const System<T>&, Index, \
-                                       double*, T*, char*, Stream);
+                                       const Outputs<T>&, char*, Stream);
 KINML_INSTANTIATE(double)
 KINML_INSTANTIATE(float)
 #undef KINML_INSTANTIATE

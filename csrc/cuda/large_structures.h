@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/model.h"
+#include "../core/outputs.h"
 #include "../core/system.h"
 #include "launch.h"
 #include "network_plan.h"
@@ -26,7 +27,7 @@ std::int64_t large_structures_workspace(const ChainPlan& plan, const Model<T>& m
 // As energy_forces (force_step_cuda.h).
 template <class T>
 void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const System<T>& system,
-                         std::int64_t first_level, double* energies, T* forces, char* workspace,
+                         std::int64_t first_level, const Outputs<T>& outputs, char* workspace,
                          Stream stream);
 
 }  // namespace kinml::cuda

@@ -1,16 +1,12 @@
 // The one seam between finding pairs of atoms and all that is computed from them. Whatever finds
-// the neighbours of a centre (all atoms of its structure, the cells of a grid) ends in a list
-// Neighbours: of each the unit vector, the distance and the index. All behind reads only these.
+// the neighbours of a centre (all atoms of its structure, the cells of a grid, their images, pairs
+// that were given) ends in a list Neighbours: of each the unit vector, the distance and the index.
+// All behind reads only these.
 //
-// A finder gives Candidates; displacements are formed in displacement() alone.
+// A finder gives Candidates; displacements are formed there and in displacement() alone.
 //
-// Neighbours of a centre are distinct atoms, and differ from it. With periodic images two of them
-// may be the same atom, or the centre. What rests on it says so ("distinct neighbours"):
-//   add_products (aev_group.h)       adds to the atoms of a list in one step, each by its own
-//       items: equal indices must be added by the same item, one after the other
-//   GatherKernel (aev_cuda.cu)       takes a centre's neighbours for the centres that it is a
-//       neighbour of, and searches the reverse pair by the atom's index: the shift between the
-//       cells must be kept and searched as well
+// Neighbours of a centre are distinct atoms, and differ from it, only if System::distinct(). What
+// would rest on it asks for that: add_products (aev_group.h), GatherKernel, JacobianKernel.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +16,7 @@
 #include "aev_tables.h"
 #include "cells.h"
 #include "group.h"
+#include "images.h"
 
 namespace kinml::cuda {
 
@@ -38,16 +35,53 @@ KINML_HD AtomRange atoms_of(const System<T>& system, std::int64_t structure) {
                                                              : AtomRange{-1, -1};
 }
 
-// Where the neighbours of a centre are looked for.
+// Where the neighbours of a centre are looked for: candidates have numbers. With neither images nor
+// given pairs they are atoms.
 struct Candidates {
-  std::int64_t begin, end;     // atoms, if there are no cells
-  const std::int64_t* sorted;  // atoms in the order of their cells, or null
-  const std::int64_t* bounds;  // [2, kCellRanges] where ranges of them begin and end
+  std::int64_t begin, end;               // atoms, if there are no cells
+  const std::int64_t* sorted = nullptr;  // atoms in the order of their cells, or null
+  const std::int64_t* bounds = nullptr;  // [2, kCellRanges] where ranges of them begin and end
 
-  static KINML_HD Candidates structure(const AtomRange& atoms) {
-    return {atoms.begin, atoms.end, nullptr, nullptr};
+  // Images of the atoms [begin, end): number (atom - begin) * images + image.
+  const ImageCell* cell = nullptr;
+
+  // Given pairs of the centre, by their numbers from `pair` on.
+  const std::int64_t* neighbours = nullptr;
+  const std::int64_t* shifts = nullptr;  // of all pairs, with the vectors of the cell; or null
+  const double* vectors = nullptr;
+  std::int64_t pair = 0, n_pairs = 0;
+
+  KINML_HD bool plain() const { return cell == nullptr && neighbours == nullptr; }
+  KINML_DEVICE std::int64_t atom(std::int64_t number) const {
+    if (neighbours != nullptr) return neighbours[pair + number];
+    return cell == nullptr ? number : begin + number / cell->images;
   }
 };
+
+// The candidates of a centre, without cells of a grid.
+// images  // [n_structures], or null
+template <class T>
+KINML_DEVICE Candidates candidates_of(const System<T>& system, const ImageCell* images,
+                                      std::int64_t structure, const AtomRange& range,
+                                      std::int64_t centre) {
+  Candidates result{range.begin, range.end};
+  if (range.begin < 0) return result;
+  if (system.pair_starts != nullptr) {
+    const std::int64_t begin = system.pair_starts[centre], end = system.pair_starts[centre + 1];
+    result.neighbours = system.neighbours;
+    result.pair = begin;
+    // Starts that are wrong: a pair that no structure has.
+    const bool valid = begin >= 0 && begin <= end && end <= system.n_pairs;
+    result.n_pairs = valid ? end - begin : -1;
+    if (system.is_periodic(structure) && system.shifts != nullptr) {
+      result.shifts = system.shifts;
+      result.vectors = system.cells + 9 * structure;
+    }
+  } else if (images != nullptr && system.is_periodic(structure)) {
+    result.cell = images + structure;
+  }
+  return result;
+}
 
 // ---- displacements ------------------------------------------------------------------------------
 
@@ -59,9 +93,10 @@ struct Displacement {
 // Atoms of a structure around which and as which neighbours are found.
 template <class T>
 struct Atoms {
-  const T* coordinates;         // [n_atoms, 3]
-  const T* direction;           // [n_atoms, 3] v; read for N = Dual<T>
-  const std::int64_t* species;  // [n_atoms]
+  const T* coordinates;            // [n_atoms, 3]
+  const T* direction;              // [n_atoms, 3] v; read for N = Dual<T>
+  const std::int64_t* species;     // [n_atoms]
+  const double* strain = nullptr;  // [3, 3] by which displacements move besides, or null
 };
 
 template <class T>
@@ -73,6 +108,35 @@ template <class T>
 KINML_DEVICE Displacement<T> displacement(const T* x, const Displacement<T>& from,
                                           std::int64_t atom) {
   return {x[3 * atom] - from.x, x[3 * atom + 1] - from.y, x[3 * atom + 2] - from.z};
+}
+// Of a candidate from a centre at `from`; for an image or a given pair in float64 up to the end.
+// `other`: whether it is anything but the centre itself.
+template <class T>
+KINML_DEVICE Displacement<T> displacement(const T* x, const Candidates& candidates,
+                                          std::int64_t centre, const Displacement<T>& from,
+                                          std::int64_t number, bool& other) {
+  const std::int64_t atom = candidates.atom(number);
+  other = atom != centre;
+  if (candidates.plain()) return displacement(x, from, atom);
+  double d[3] = {static_cast<double>(x[3 * atom]) - static_cast<double>(from.x),
+                 static_cast<double>(x[3 * atom + 1]) - static_cast<double>(from.y),
+                 static_cast<double>(x[3 * atom + 2]) - static_cast<double>(from.z)};
+  if (candidates.cell != nullptr) {
+    const ImageCell& cell = *candidates.cell;
+    if (!cell.valid) d[0] = aev_detail::kNan<double>;
+    other =
+        cell.translate(static_cast<int>((number - (atom - candidates.begin) * cell.images)), d) ||
+        other;
+  } else {
+    other = true;
+    if (candidates.shifts != nullptr)
+      for (int k = 0; k < 3; ++k) {
+        const std::int64_t n = candidates.shifts[3 * (candidates.pair + number) + k];
+        for (int c = 0; n != 0 && c < 3; ++c)
+          d[c] += static_cast<double>(n) * candidates.vectors[3 * k + c];
+      }
+  }
+  return {static_cast<T>(d[0]), static_cast<T>(d[1]), static_cast<T>(d[2])};
 }
 template <class T>
 KINML_DEVICE T square(const Displacement<T>& d) {
@@ -90,7 +154,7 @@ KINML_DEVICE Candidates cell_candidates(const Warp& warp, const Cells& cells, st
     bounds[i] = lower_bound(cells.keys, n_atoms,
                             range_key(structure, cx, cy, cz, i % kCellRanges, i >= kCellRanges));
   });
-  return {0, 0, cells.atoms, bounds};
+  return {.begin = 0, .end = 0, .sorted = cells.atoms, .bounds = bounds};
 }
 
 // ---- neighbours ---------------------------------------------------------------------------------
@@ -105,6 +169,7 @@ struct Neighbours {
   bool overflown = false;
   bool slopes = false;       // whether there is what only aev_row_transposed needs
   int* index = nullptr;      // [capacity] atom
+  int* number = nullptr;     // [capacity] of the candidate; index itself where these are atoms
   int* first = nullptr;      // [n_species + 1] where a species begins
   int* near = nullptr;       // [n_species] so many of a species are near: the first ones
   int* candidate = nullptr;  // [capacity] the same before they are sorted,
@@ -126,13 +191,14 @@ struct Neighbours {
 
 // With slopes = false the neighbours are for aev_row only.
 template <class N>
-KINML_HD Neighbours<N> take_neighbours(Pieces& pieces, int n_species, int capacity,
+KINML_HD Neighbours<N> take_neighbours(Pieces& pieces, int n_species, int capacity, bool distinct,
                                        bool slopes = true) {
   Neighbours<N> n;
   n.capacity = capacity;
   n.slopes = slopes;
   n.planes = pieces.take<N>((slopes ? 10 : 6) * std::int64_t(capacity));
   n.index = pieces.take<int>(capacity);
+  n.number = distinct ? n.index : pieces.take<int>(capacity);
   n.candidate = pieces.take<int>(capacity);
   n.key = pieces.take<int>(capacity);
   n.first = pieces.take<int>(n_species + 1);
@@ -152,8 +218,14 @@ KINML_DEVICE int collect(const Warp& warp, const AevTables<T>& t, const Atoms<T>
   const T radial2 = t.radial_cutoff * t.radial_cutoff;
   const T limit = radial2 > near2 ? radial2 : near2;
   const Displacement<T> place = place_of(atoms.coordinates, centre);
-  const auto square_to = [&](std::int64_t atom) {
-    return square(displacement(atoms.coordinates, place, atom));
+  // What is no atom of the structure is in no list, which spoils all.
+  const auto exists = [&](std::int64_t number) {
+    if (candidates.neighbours == nullptr) return true;
+    const std::int64_t atom = candidates.n_pairs < 0 ? -1 : candidates.atom(number);
+    return atom >= candidates.begin && atom < candidates.end;
+  };
+  const auto square_to = [&](std::int64_t number, bool& other) {
+    return square(displacement(atoms.coordinates, candidates, centre, place, number, other));
   };
   int found = 0;
   const int ranges = candidates.bounds == nullptr ? 1 : kCellRanges;
@@ -163,25 +235,37 @@ KINML_DEVICE int collect(const Warp& warp, const AevTables<T>& t, const Atoms<T>
       begin = candidates.bounds[range];
       end = candidates.bounds[kCellRanges + range];
     }
-    const auto atom_of = [&](int i) {
+    std::int64_t count = end - begin;
+    if (candidates.cell != nullptr)
+      count *= candidates.cell->images;
+    else if (candidates.neighbours != nullptr)
+      count = candidates.n_pairs < 0 ? 1 : candidates.n_pairs;
+    const auto number_of = [&](int i) -> std::int64_t {
+      if (!candidates.plain()) return i;
       return candidates.sorted == nullptr ? begin + i : candidates.sorted[begin + i];
     };
     const int before = found;
     found += warp.select(
-        static_cast<int>(end - begin),
+        static_cast<int>(count),
         [&](int i) {
-          const std::int64_t atom = atom_of(i);
-          return atom != centre && !(square_to(atom) > limit);
+          const std::int64_t number = number_of(i);
+          if (!exists(number)) return true;
+          bool other;
+          const T r2 = square_to(number, other);
+          return other && !(r2 > limit);
         },
         [&](int i, int k) {
           if (before + k >= n.capacity) return;
-          const std::int64_t atom = atom_of(i), kind = atoms.species[atom];
+          const std::int64_t number = number_of(i);
+          n.candidate[before + k] = static_cast<int>(number);
+          n.key[before + k] = 2 * t.n_species;
+          if (!exists(number)) return;
+          const std::int64_t kind = atoms.species[candidates.atom(number)];
           // NaN counts as a neighbour beyond the angular cutoff: it spoils the vector all the same,
           // and makes no triples. An atom without a valid species is in no list.
-          const bool valid = kind >= 0 && kind < t.n_species;
-          n.candidate[before + k] = static_cast<int>(atom);
-          n.key[before + k] =
-              valid ? 2 * static_cast<int>(kind) + !(square_to(atom) <= near2) : 2 * t.n_species;
+          bool other;
+          if (kind >= 0 && kind < t.n_species)
+            n.key[before + k] = 2 * static_cast<int>(kind) + !(square_to(number, other) <= near2);
         });
   }
   return found;
@@ -200,7 +284,7 @@ KINML_DEVICE int sort_by_species(const Warp& warp, int n_species, int stored,
       const int before = sorted;
       sorted += warp.select(
           stored, [&](int i) { return n.key[i] == 2 * s + far; },
-          [&](int i, int k) { n.index[before + k] = n.candidate[i]; });
+          [&](int i, int k) { n.number[before + k] = n.candidate[i]; });
       if (far == 0) near = sorted - begin;
     }
     warp.each(1, [&](int) {
@@ -214,16 +298,30 @@ KINML_DEVICE int sort_by_species(const Warp& warp, int n_species, int stored,
 }
 
 template <class T>
-KINML_DEVICE Displacement<T> displacement_as(const Atoms<T>& atoms, std::int64_t centre,
-                                             std::int64_t atom, const T*) {
-  return displacement(atoms.coordinates, place_of(atoms.coordinates, centre), atom);
+KINML_DEVICE Displacement<T> displacement_as(const Atoms<T>& atoms, const Candidates& candidates,
+                                             std::int64_t centre, std::int64_t number, const T*) {
+  bool other;
+  return displacement(atoms.coordinates, candidates, centre, place_of(atoms.coordinates, centre),
+                      number, other);
 }
 template <class T>
-KINML_DEVICE Displacement<Dual<T>> displacement_as(const Atoms<T>& atoms, std::int64_t centre,
-                                                   std::int64_t atom, const Dual<T>*) {
+KINML_DEVICE Displacement<Dual<T>> displacement_as(const Atoms<T>& atoms,
+                                                   const Candidates& candidates,
+                                                   std::int64_t centre, std::int64_t number,
+                                                   const Dual<T>*) {
   const Displacement<T> x =
-      displacement(atoms.coordinates, place_of(atoms.coordinates, centre), atom);
-  const Displacement<T> v = displacement(atoms.direction, place_of(atoms.direction, centre), atom);
+      displacement_as(atoms, candidates, centre, number, static_cast<const T*>(nullptr));
+  Displacement<T> v =
+      displacement(atoms.direction, place_of(atoms.direction, centre), candidates.atom(number));
+  if (atoms.strain != nullptr) {
+    const auto along = [&](int d) {
+      const double* const e = atoms.strain + 3 * d;
+      return static_cast<T>(e[0]) * x.x + static_cast<T>(e[1]) * x.y + static_cast<T>(e[2]) * x.z;
+    };
+    v.x += along(0);
+    v.y += along(1);
+    v.z += along(2);
+  }
   return {{x.x, v.x}, {x.y, v.y}, {x.z, v.z}};
 }
 
@@ -239,11 +337,14 @@ KINML_DEVICE void list_neighbours(const Warp& warp, const AevTables<T>& t, const
   n.overflown = found > n.capacity;
   const int stored = n.overflown ? n.capacity : found;
   n.count = pairs_detail::sort_by_species(warp, t.n_species, stored, n);
+  if (n.number != n.index)
+    warp.each(n.count, [&](int k) { n.index[k] = static_cast<int>(candidates.atom(n.number[k])); });
   const std::int64_t kind = atoms.species[centre];
   const Displacement<T> place = place_of(atoms.coordinates, centre);
   n.spoiled = n.overflown || n.count != stored || kind < 0 || kind >= t.n_species ||
-              // By cells, an atom whose place is not a number has no other one to spoil.
-              (candidates.bounds != nullptr &&
+              // By cells or given pairs, an atom whose place is not a number has perhaps no other
+              // one to spoil.
+              ((candidates.bounds != nullptr || candidates.neighbours != nullptr) &&
                !(place.x == place.x && place.y == place.y && place.z == place.z));
 }
 
@@ -287,7 +388,8 @@ KINML_DEVICE void find_neighbours(const Warp& warp, const AevTables<T>& t, const
                                   Neighbours<N>& n) {
   list_neighbours(warp, t, atoms, candidates, centre, n);
   measure_neighbours(warp, t, n, [&](int k) {
-    return pairs_detail::displacement_as(atoms, centre, n.index[k], static_cast<const N*>(nullptr));
+    return pairs_detail::displacement_as(atoms, candidates, centre, n.number[k],
+                                         static_cast<const N*>(nullptr));
   });
 }
 

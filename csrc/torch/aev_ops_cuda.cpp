@@ -61,6 +61,22 @@ Tensor aev_vjp(const OptionalTensors& system, const Tensor& gradient,
         cuda::aev_vjp<T>(p, s, g.const_data_ptr<T>(), out, space, stream);
       });
 }
+Tensor aev_virials(const OptionalTensors& system, const Tensor& gradient,
+                   at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const Tensor g = call.system.checked_rows(gradient, "gradient", call.parameters.length());
+  const auto options = call.system.coordinates.options();
+  Tensor virials = at::zeros({call.system.n_atoms(), 3, 3}, options);
+  Tensor sums = at::empty({call.system.n_structures(), 3, 3}, options.dtype(at::kDouble));
+  call.run(
+      AevProduct::vjp, {3},
+      [&]<class T>(const auto& p, const System<T>& s, T* out, char* space, cuda::Stream stream) {
+        T* const atomic = virials.mutable_data_ptr<T>();
+        cuda::aev_vjp<T>(p, s, g.const_data_ptr<T>(), out, space, stream, nullptr, atomic);
+        cuda::sum_virials<T>(s, 1, atomic, sums.mutable_data_ptr<double>(), stream);
+      });
+  return sums;
+}
 Tensor aev_jvp(const OptionalTensors& system, const Tensor& tangent,
                at::ArrayRef<double> descriptor) {
   const AevCall call(system, descriptor);
@@ -97,6 +113,7 @@ Tensor aev_jacobian(const OptionalTensors& system, int64_t max_atoms,
 TORCH_LIBRARY_IMPL(kinml_fast, KINML_GPU_KEY, m) {
   m.impl("aev", aev);
   m.impl("aev_vjp", aev_vjp);
+  m.impl("aev_virials", aev_virials);
   m.impl("aev_jvp", aev_jvp);
   m.impl("aev_hvp", aev_hvp);
   m.impl("aev_jacobian", aev_jacobian);

@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <utility>
@@ -29,10 +30,24 @@ inline at::Tensor entry(const OptionalTensors& list, size_t place) {
 // ---- System ------------------------------------------------------------------------------------
 
 struct SystemArguments {
-  enum Place : size_t { kCoordinates, kSpecies, kOffsets, kFeatures, kJacobian, kEntries };
+  enum Place : size_t {
+    kCoordinates,
+    kSpecies,
+    kOffsets,
+    kFeatures,
+    kJacobian,
+    kCells,
+    kPeriodic,
+    kCentres,
+    kPairStarts,
+    kNeighbours,
+    kShifts,
+    kEntries
+  };
 
   at::Tensor coordinates, species, offsets, features, jacobian;  // contiguous
-  at::Tensor structures;                                         // the chosen ones
+  at::Tensor cells, periodic, centres, pair_starts, neighbours, shifts;
+  at::Tensor structures;  // the chosen ones
 
   explicit SystemArguments(const OptionalTensors& list, const at::Tensor& chosen = {}) {
     TORCH_CHECK(list.size() <= kEntries, "kinml_fast: a system has at most ", int(kEntries),
@@ -46,6 +61,12 @@ struct SystemArguments {
     offsets = given(kOffsets);
     features = given(kFeatures);
     jacobian = given(kJacobian);
+    cells = given(kCells);
+    periodic = given(kPeriodic);
+    centres = given(kCentres);
+    pair_starts = given(kPairStarts);
+    neighbours = given(kNeighbours);
+    shifts = given(kShifts);
     TORCH_CHECK(
         coordinates.defined() != features.defined(),
         "kinml_fast: a system has either coordinates or stored descriptors (features), got ",
@@ -79,10 +100,44 @@ struct SystemArguments {
     }
     check_here(species, "species");
     check_here(offsets, "offsets");
+    check_surroundings();
     if (!chosen.defined()) return;
     check_index(chosen, "structures");
     check_here(chosen, "structures");
     structures = chosen.contiguous();
+  }
+
+  // Cells, ghosts and given pairs.
+  void check_surroundings() const {
+    const std::array given{
+        std::pair(&cells, "cells"),           std::pair(&periodic, "periodic"),
+        std::pair(&centres, "centres"),       std::pair(&pair_starts, "pair_starts"),
+        std::pair(&neighbours, "neighbours"), std::pair(&shifts, "shifts")};
+    for (const auto& [t, what] : given) {
+      if (!t->defined()) continue;
+      TORCH_CHECK(!stored(), "kinml_fast: stored descriptors have no ", what);
+      check_here(*t, what);
+    }
+    const int64_t n = n_structures();
+    TORCH_CHECK(cells.defined() == periodic.defined(), "kinml_fast: ",
+                cells.defined()
+                    ? "cells need periodic beside them, which says along which of their "
+                      "vectors structures repeat"
+                    : "periodic needs the cells beside it");
+    if (cells.defined()) {
+      check_doubles(cells, "cells", {n, 3, 3});
+      check_indices(periodic, "periodic", {n, 3});
+    }
+    if (centres.defined()) check_indices(centres, "centres", {n});
+    TORCH_CHECK(pair_starts.defined() == neighbours.defined(),
+                "kinml_fast: given pairs are pair_starts and neighbours, got only ",
+                neighbours.defined() ? "neighbours" : "pair_starts");
+    TORCH_CHECK(!shifts.defined() || (neighbours.defined() && cells.defined()),
+                "kinml_fast: shifts are those of given pairs and need neighbours and cells");
+    if (!neighbours.defined()) return;
+    check_indices(pair_starts, "pair_starts", {n_atoms() + 1});
+    check_index(neighbours, "neighbours");
+    if (shifts.defined()) check_indices(shifts, "shifts", {neighbours.size(0), 3});
   }
 
   // What atoms have: coordinates or stored descriptors; its device and type are those of all.
@@ -108,10 +163,10 @@ struct SystemArguments {
   template <class T>
   System<T> view() const {
     // An empty tensor may have no address, but is there.
-    static constexpr T nothing = 0;
-    const auto pointer = [](const at::Tensor& t) {
-      if (!t.defined()) return static_cast<const T*>(nullptr);
-      return t.numel() > 0 ? t.const_data_ptr<T>() : &nothing;
+    const auto pointer = []<class Number = T>(const at::Tensor& t, Number = 0) -> const Number* {
+      static constexpr Number nothing = 0;
+      if (!t.defined()) return nullptr;
+      return t.numel() > 0 ? t.const_data_ptr<Number>() : &nothing;
     };
     System<T> system;
     system.n_atoms = n_atoms();
@@ -122,6 +177,13 @@ struct SystemArguments {
     system.features = pointer(features);
     system.jacobian = pointer(jacobian);
     if (jacobian.defined()) system.columns = jacobian.size(2);
+    system.cells = pointer(cells, double(0));
+    system.periodic = pointer(periodic, int64_t(0));
+    system.centres = pointer(centres, int64_t(0));
+    system.pair_starts = pointer(pair_starts, int64_t(0));
+    system.neighbours = pointer(neighbours, int64_t(0));
+    system.shifts = pointer(shifts, int64_t(0));
+    if (neighbours.defined()) system.n_pairs = neighbours.size(0);
     if (structures.defined()) {
       // An empty choice is not all.
       static constexpr int64_t none = 0;

@@ -94,18 +94,57 @@ Tensor call_hvp(SystemList s, T g, T v, Doubles d) {
   return op(s, g, v, d);
 }
 
+Tensor call_virials(SystemList s, T g, Doubles d) {
+  static const Op<Tensor(SystemList, T, Doubles)> op("kinml_fast::aev_virials");
+  return op(s, g, d);
+}
+
+// The cells of a system; an empty tensor stands for none, since autograd takes no undefined one.
+Tensor cells_of(SystemList system) {
+  const Tensor cells = entry(system, SystemArguments::kCells);
+  return cells.defined() ? cells : at::empty({0});
+}
+
+// dE/dcells from the virials W and the gradient G by the coordinates x. A pair with the shift n has
+// the displacement d = x_j - x_i + n C, and with S = sum over pairs of dE/dd (x) n
+//   W = sum dE/dd (x) d = sum_i G_i (x) x_i + S C,  dE/dC = S^T
+// where C has the periodic vectors only, along which n is.
+Tensor gradient_of_cells(SystemList system, T virials, T gradient) {
+  const Tensor offsets = entry(system, SystemArguments::kOffsets);
+  const Tensor x = coordinates_of(system).detach().to(at::kDouble);
+  const Tensor periodic = entry(system, SystemArguments::kPeriodic).to(at::kDouble).unsqueeze(-1);
+  const Tensor cells = entry(system, SystemArguments::kCells).detach() * periodic.ne(0);
+  const Tensor owners = at::repeat_interleave(offsets.diff(), std::nullopt);
+  const Tensor products = gradient.to(at::kDouble).unsqueeze(2) * x.unsqueeze(1);
+  const Tensor of_places = at::zeros_like(virials).index_add_(0, owners, products);
+  return at::matmul(virials - of_places, at::linalg_pinv(cells)).transpose(1, 2);
+}
+
 struct Aev : Function<Aev> {
-  static Tensor forward(AutogradContext* ctx, T /*coordinates*/, SystemList system, Doubles d) {
+  static Tensor forward(AutogradContext* ctx, T /*coordinates*/, T /*cells*/, SystemList system,
+                        Doubles d) {
     at::AutoDispatchBelowADInplaceOrView guard;
     save(ctx, {}, system);
     ctx->saved_data["descriptor"] = d.vec();
     return call_aev(system, d);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
-    return {call_vjp(system_of(ctx->get_saved_variables()), grad[0], descriptor_of(ctx)), Tensor(),
-            Tensor()};
+    const OptionalTensors system = system_of(ctx->get_saved_variables());
+    const std::vector<double> d = descriptor_of(ctx);
+    const Tensor of_x = call_vjp(system, grad[0], d);
+    Tensor of_cells;
+    if (ctx->needs_input_grad(1))
+      of_cells = gradient_of_cells(system, call_virials(system, grad[0], d), of_x);
+    return {of_x, of_cells, Tensor(), Tensor()};
   }
 };
+
+// By the cells there is one derivative.
+void check_cells(const AutogradContext* ctx, size_t place) {
+  TORCH_CHECK(!ctx->needs_input_grad(place),
+              "kinml_fast: atomic environment vectors can be differentiated once with respect to "
+              "cells, not a second time");
+}
 
 // J^T g (with g) and J v (with v): each is the other's derivative.
 template <bool transposed>
@@ -113,22 +152,36 @@ struct AevProduct : Function<AevProduct<transposed>> {
   static Tensor call(bool transpose, SystemList system, T input, Doubles d) {
     return (transpose ? call_vjp : call_jvp)(system, input, d);
   }
-  static Tensor forward(AutogradContext* ctx, T /*coordinates*/, SystemList system, T input,
-                        Doubles d) {
+  static Tensor forward(AutogradContext* ctx, T /*coordinates*/, T /*cells*/, SystemList system,
+                        T input, Doubles d) {
     at::AutoDispatchBelowADInplaceOrView guard;
     save(ctx, {input}, system);
     ctx->saved_data["descriptor"] = d.vec();
     return call(transposed, system, input, d);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    check_cells(ctx, 1);
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensors system = system_of(saved, 1);
     const std::vector<double> d = descriptor_of(ctx);
     Tensor of_x, of_input;
     if (ctx->needs_input_grad(0))
       of_x = call_hvp(system, transposed ? saved[0] : grad[0], transposed ? grad[0] : saved[0], d);
-    if (ctx->needs_input_grad(1)) of_input = call(!transposed, system, grad[0], d);
-    return {of_x, Tensor(), of_input, Tensor()};
+    if (ctx->needs_input_grad(2)) of_input = call(!transposed, system, grad[0], d);
+    return {of_x, Tensor(), Tensor(), of_input, Tensor()};
+  }
+};
+
+struct AevVirials : Function<AevVirials> {
+  static Tensor forward(AutogradContext*, T /*coordinates*/, T /*cells*/, SystemList system, T g,
+                        Doubles d) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_virials(system, g, d);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "kinml_fast: the virials of atomic environment vectors have no derivative; "
+                "energy_forces_virials has one, of the weights");
   }
 };
 
@@ -160,14 +213,17 @@ struct AevJacobian : Function<AevJacobian> {
 };
 
 Tensor aev(SystemList system, Doubles d) {
-  return Aev::apply(coordinates_of(system), system, d);
+  return Aev::apply(coordinates_of(system), cells_of(system), system, d);
 }
 
 Tensor aev_vjp(SystemList system, T g, Doubles d) {
-  return AevProduct<true>::apply(coordinates_of(system), system, g, d);
+  return AevProduct<true>::apply(coordinates_of(system), cells_of(system), system, g, d);
+}
+Tensor aev_virials(SystemList system, T g, Doubles d) {
+  return AevVirials::apply(coordinates_of(system), cells_of(system), system, g, d);
 }
 Tensor aev_jvp(SystemList system, T v, Doubles d) {
-  return AevProduct<false>::apply(coordinates_of(system), system, v, d);
+  return AevProduct<false>::apply(coordinates_of(system), cells_of(system), system, v, d);
 }
 Tensor aev_hvp(SystemList system, T g, T v, Doubles d) {
   return AevHvp::apply(coordinates_of(system), system, g, v, d);
@@ -305,28 +361,41 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(T tangents, T g, T f
 
 // ---- energies and forces, differentiated with respect to the weights ---------------------------
 
-using Outputs = std::tuple<Tensor, Tensor>;
-using EnergyForcesOp = Outputs(SystemList, T, MaybeTensor, Doubles, Ints, int64_t);
-using EnergyForcesGrad = Tensor(T, T, SystemList, T, Doubles, Ints, int64_t);
+using EnergyForcesOp = std::tuple<Tensor, Tensor>(SystemList, T, MaybeTensor, Doubles, Ints,
+                                                  int64_t);
+using AllOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using EnergyForcesVirialsOp = AllOutputs(SystemList, T, MaybeTensor, Doubles, Ints, int64_t, bool);
+using EnergyForcesGrad = Tensor(T, T, SystemList, T, Doubles, Ints, int64_t, MaybeTensor);
 
 struct EnergyForces : Function<EnergyForces> {
   static variable_list forward(AutogradContext* ctx, SystemList system, T parameters,
-                               MaybeTensor sae, Doubles d, Ints networks, int64_t first_level) {
+                               MaybeTensor sae, Doubles d, Ints networks, int64_t first_level,
+                               bool virials, bool atomic) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    static const Op<EnergyForcesOp> op("kinml_fast::energy_forces");
     save(ctx, {parameters}, system);
     ctx->saved_data["descriptor"] = d.vec();
     ctx->saved_data["networks"] = networks.vec();
     ctx->saved_data["first_level"] = first_level;
-    auto [energies, forces] = op(system, parameters, sae, d, networks, first_level);
-    return {energies, forces};
+    ctx->saved_data["virials"] = virials;
+    if (!virials) {
+      static const Op<EnergyForcesOp> op("kinml_fast::energy_forces");
+      auto [energies, forces] = op(system, parameters, sae, d, networks, first_level);
+      return {energies, forces};
+    }
+    static const Op<EnergyForcesVirialsOp> op("kinml_fast::energy_forces_virials");
+    auto [energies, forces, of_structures, atomic_energies, atomic_virials] =
+        op(system, parameters, sae, d, networks, first_level, atomic);
+    ctx->mark_non_differentiable({atomic_energies, atomic_virials});
+    return {energies, forces, of_structures, atomic_energies, atomic_virials};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     static const Op<EnergyForcesGrad> op("kinml_fast::energy_forces_backward");
     const variable_list s = ctx->get_saved_variables();
-    variable_list result(6);
+    std::optional<Tensor> of_virials;
+    if (ctx->saved_data["virials"].toBool()) of_virials = grad[2];
+    variable_list result(8);
     result[1] = op(grad[0], grad[1], system_of(s, 1), s[0], descriptor_of(ctx), networks_of(ctx),
-                   ctx->saved_data["first_level"].toInt());
+                   ctx->saved_data["first_level"].toInt(), of_virials);
     return result;
   }
 };
@@ -334,11 +403,12 @@ struct EnergyForces : Function<EnergyForces> {
 // The system is constant here, but an argument for autograd all the same: that the result has no
 // derivative must be said, also with respect to coordinates.
 struct EnergyForcesBackward : Function<EnergyForcesBackward> {
-  static Tensor forward(AutogradContext*, T e, T f, Order /*of the system*/, SystemList system,
-                        T parameters, Doubles d, Ints networks, int64_t first_level) {
+  static Tensor forward(AutogradContext*, T e, T f, T w, Order /*of the system*/, SystemList system,
+                        T parameters, Doubles d, Ints networks, int64_t first_level, bool virials) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const Op<EnergyForcesGrad> op("kinml_fast::energy_forces_backward");
-    return op(e, f, system, parameters, d, networks, first_level);
+    return op(e, f, system, parameters, d, networks, first_level,
+              virials ? std::optional<Tensor>(w) : std::nullopt);
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(false,
@@ -347,8 +417,8 @@ struct EnergyForcesBackward : Function<EnergyForcesBackward> {
   }
 };
 
-Outputs energy_forces(SystemList system, T parameters, MaybeTensor sae, Doubles d, Ints networks,
-                      int64_t first_level) {
+variable_list evaluate(SystemList system, T parameters, MaybeTensor sae, Doubles d, Ints networks,
+                       int64_t first_level, bool virials, bool atomic) {
   if (at::GradMode::is_enabled()) {
     check_constant(sae);
     for (const Tensor& t : inputs_of(system))
@@ -357,13 +427,22 @@ Outputs energy_forces(SystemList system, T parameters, MaybeTensor sae, Doubles 
                   "for derivatives with respect to coordinates or descriptors differentiate the "
                   "energies of EnergyModel.forward");
   }
-  const variable_list r = EnergyForces::apply(system, parameters, sae, d, networks, first_level);
+  return EnergyForces::apply(system, parameters, sae, d, networks, first_level, virials, atomic);
+}
+std::tuple<Tensor, Tensor> energy_forces(SystemList system, T parameters, MaybeTensor sae,
+                                         Doubles d, Ints networks, int64_t first_level) {
+  const variable_list r = evaluate(system, parameters, sae, d, networks, first_level, false, false);
   return {r[0], r[1]};
 }
+AllOutputs energy_forces_virials(SystemList system, T parameters, MaybeTensor sae, Doubles d,
+                                 Ints networks, int64_t first_level, bool atomic) {
+  const variable_list r = evaluate(system, parameters, sae, d, networks, first_level, true, atomic);
+  return {r[0], r[1], r[2], r[3], r[4]};
+}
 Tensor energy_forces_backward(T e, T f, SystemList system, T parameters, Doubles d, Ints networks,
-                              int64_t first_level) {
-  return EnergyForcesBackward::apply(e, f, inputs_of(system), system, parameters, d, networks,
-                                     first_level);
+                              int64_t first_level, MaybeTensor w) {
+  return EnergyForcesBackward::apply(e, f, w.has_value() ? *w : at::empty({0}), inputs_of(system),
+                                     system, parameters, d, networks, first_level, w.has_value());
 }
 
 }  // namespace
@@ -371,6 +450,7 @@ Tensor energy_forces_backward(T e, T f, SystemList system, T parameters, Doubles
 TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
   m.impl("aev", aev);
   m.impl("aev_vjp", aev_vjp);
+  m.impl("aev_virials", aev_virials);
   m.impl("aev_jvp", aev_jvp);
   m.impl("aev_hvp", aev_hvp);
   m.impl("aev_jacobian", aev_jacobian);
@@ -379,6 +459,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
   m.impl("networks_backward", networks_backward);
   m.impl("networks_second_backward", networks_second_backward);
   m.impl("energy_forces", energy_forces);
+  m.impl("energy_forces_virials", energy_forces_virials);
   m.impl("energy_forces_backward", energy_forces_backward);
 }
 

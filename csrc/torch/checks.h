@@ -136,6 +136,12 @@ inline void check_doubles(const at::Tensor& t, const char* name, at::IntArrayRef
               ", got ", t.scalar_type(), " of shape ", t.sizes());
 }
 
+inline void check_indices(const at::Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK(t.scalar_type() == at::kLong && t.sizes() == shape, "kinml_fast: ", name,
+              " must be an int64 tensor of shape ", shape, ", got ", t.scalar_type(), " of shape ",
+              t.sizes());
+}
+
 inline void check_order_arguments(const at::Tensor& species, const at::Tensor& offsets,
                                   int64_t n_species) {
   check_index(species, "species");

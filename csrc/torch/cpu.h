@@ -3,12 +3,83 @@
 
 #include <ATen/Parallel.h>
 
+#include <array>
+#include <cmath>
+
+#include "../core/lattice.h"
 #include "arguments.h"
 
 namespace kinml::ops {
 
 inline int threads() {
   return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+// The cell of a structure, its number of centres and the pairs that were given.
+inline void check_surroundings_values(const System<double>& view, int64_t s) {
+  if (view.centres != nullptr)
+    TORCH_CHECK(view.centres[s] >= 0 && view.centres[s] <= view.atoms(s), "kinml_fast: centres[", s,
+                "] = ", view.centres[s], " is not in [0, ", view.atoms(s),
+                "], the atoms of the structure");
+  if (view.is_periodic(s)) {
+    const int64_t* const along = view.periodic + 3 * s;
+    for (int64_t x = 0; x < 9; ++x)
+      TORCH_CHECK(along[x / 3] == 0 || std::isfinite(view.cells[9 * s + x]),
+                  "kinml_fast: the cell of structure ", s, " has a number that is not finite");
+    const Lattice lattice(view.cells + 9 * s, along);
+    // With a comparison that NaN fails: vectors of no length, or parallel ones.
+    TORCH_CHECK(std::abs(lattice.volume) > 0, "kinml_fast: the cell of structure ", s,
+                " has no volume: its periodic vectors are zero or lie in a line or plane");
+    TORCH_CHECK(lattice.volume > 0, "kinml_fast: the cell of structure ", s,
+                " is left-handed (its volume is ", lattice.volume,
+                " angstrom^3): swap two of its vectors");
+    for (int k = 0; k < 3; ++k)
+      TORCH_CHECK(!lattice.periodic[k] || lattice.heights[k] >= kLowestCell,
+                  "kinml_fast: the cell of structure ", s, " is only ", lattice.heights[k],
+                  " angstrom high along vector ", k, ", less than ", kLowestCell);
+  }
+  if (view.pair_starts == nullptr) return;
+  const int64_t begin = view.offsets[s], end = view.offsets[s + 1];
+  for (int64_t i = begin; i < begin + view.rows(s); ++i)
+    for (int64_t p = view.pair_starts[i]; p < view.pair_starts[i + 1]; ++p) {
+      const int64_t j = view.neighbours[p];
+      TORCH_CHECK(j >= begin && j < end, "kinml_fast: neighbours[", p, "] = ", j,
+                  " is not an atom of structure ", s, ", whose are ", begin, " to ", end - 1);
+      const int64_t* const n = view.shifts == nullptr ? nullptr : view.shifts + 3 * p;
+      TORCH_CHECK(i != j || (n != nullptr && view.is_periodic(s) && (n[0] || n[1] || n[2])),
+                  "kinml_fast: pair ", p, " is of atom ", i, " with itself, in the same cell");
+      for (int k = 0; n != nullptr && k < 3; ++k)
+        TORCH_CHECK(n[k] == 0 || (view.is_periodic(s) && view.periodic[3 * s + k]),
+                    "kinml_fast: shifts[", p, "] is along vector ", k, ", but structure ", s,
+                    " is not periodic along it");
+    }
+}
+inline void check_surroundings_values(const SystemArguments& system) {
+  if (!system.cells.defined() && !system.centres.defined() && !system.neighbours.defined()) return;
+  // Only what has the same type whatever that of the coordinates is.
+  System<double> view;
+  view.offsets = system.offsets.const_data_ptr<int64_t>();
+  if (system.cells.defined()) {
+    view.cells = system.cells.const_data_ptr<double>();
+    view.periodic = system.periodic.const_data_ptr<int64_t>();
+  }
+  if (system.centres.defined()) view.centres = system.centres.const_data_ptr<int64_t>();
+  if (system.neighbours.defined()) {
+    view.pair_starts = system.pair_starts.const_data_ptr<int64_t>();
+    view.neighbours = system.neighbours.const_data_ptr<int64_t>();
+    if (system.shifts.defined()) view.shifts = system.shifts.const_data_ptr<int64_t>();
+    const int64_t n_pairs = system.neighbours.size(0);
+    int64_t before = 0;
+    for (int64_t i = 0; i <= system.n_atoms(); ++i) {
+      TORCH_CHECK(view.pair_starts[i] >= before && view.pair_starts[i] <= n_pairs,
+                  "kinml_fast: pair_starts[", i, "] = ", view.pair_starts[i],
+                  ", but they must not decrease and lie within the ", n_pairs, " neighbours");
+      before = view.pair_starts[i];
+    }
+  }
+  for (int64_t i = 0; i < system.count(); ++i)
+    check_surroundings_values(
+        view, system.structures.defined() ? system.structures.const_data_ptr<int64_t>()[i] : i);
 }
 
 // Offsets and species of the chosen structures of a system: increasing from 0 to n_atoms, within
@@ -35,6 +106,7 @@ inline void check_system_values(const SystemArguments& system, int64_t n_species
   } else {
     check_batch_values(z, o, n_atoms, n_structures, n_species);
   }
+  check_surroundings_values(system);
   if (!system.jacobian.defined()) return;
   for (int64_t i = 0; i < system.count(); ++i) {
     const int64_t s = chosen == nullptr ? i : chosen[i];

@@ -2,7 +2,7 @@
 // Backend.
 //
 //   check_values(SystemArguments, n_species)   may look at values of indices
-//   energy_forces<T>(Model, System, first_level, energies, forces, like)   as the entries of
+//   energy_forces<T>(Model, System, first_level, Outputs, like)   as the entries of
 //   energy_forces_backward<T>(...), force_step<T>(...)   csrc/cpu/force_step_cpu.h, with a tensor
 //   message_bytes<T>(...), force_step_share<T>(...)      on the device instead of threads
 //   force_step_join<T>(...)
@@ -11,6 +11,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -24,27 +25,23 @@ namespace kinml::ops {
 
 template <class Backend>
 struct ForceOps {
-  static std::tuple<at::Tensor, at::Tensor> energy_forces(const OptionalTensors& system_,
+  static std::tuple<at::Tensor, at::Tensor> energy_forces(const OptionalTensors& system,
                                                           const at::Tensor& parameters,
                                                           const std::optional<at::Tensor>& sae,
                                                           at::ArrayRef<double> descriptor,
                                                           at::IntArrayRef networks,
                                                           int64_t first_level) {
-    const SystemArguments system(system_);
-    const ModelArguments model(system, parameters, sae, descriptor, networks, first_level);
-    Backend::check_values(system, model.networks.n_species());
-    const int64_t n_atoms = system.has_forces() ? system.n_atoms() : 0;
-    const auto options = model.parameters.options();
-    at::Tensor energies =
-        at::empty(model.shape<int64_t>({system.count()}), options.dtype(at::kDouble));
-    at::Tensor forces = at::empty(model.shape<int64_t>({n_atoms, 3}), options);
-    with_type(model.parameters, [&](auto zero) {
-      using T = decltype(zero);
-      Backend::template energy_forces<T>(model.view<T>(), system.view<T>(), first_level,
-                                         energies.mutable_data_ptr<double>(),
-                                         forces.mutable_data_ptr<T>(), model.parameters);
-    });
-    return {energies, forces};
+    const auto results =
+        evaluate(system, parameters, sae, descriptor, networks, first_level, false, false);
+    return {results[0], results[1]};
+  }
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+  energy_forces_virials(const OptionalTensors& system, const at::Tensor& parameters,
+                        const std::optional<at::Tensor>& sae, at::ArrayRef<double> descriptor,
+                        at::IntArrayRef networks, int64_t first_level, bool atomic) {
+    const auto r =
+        evaluate(system, parameters, sae, descriptor, networks, first_level, true, atomic);
+    return {r[0], r[1], r[2], r[3], r[4]};
   }
 
   static at::Tensor energy_forces_backward(const at::Tensor& grad_energies,
@@ -52,7 +49,8 @@ struct ForceOps {
                                            const OptionalTensors& system_,
                                            const at::Tensor& parameters,
                                            at::ArrayRef<double> descriptor,
-                                           at::IntArrayRef networks, int64_t first_level) {
+                                           at::IntArrayRef networks, int64_t first_level,
+                                           const std::optional<at::Tensor>& grad_virials) {
     const SystemArguments system(system_);
     const ModelArguments model(system, parameters, std::nullopt, descriptor, networks, first_level);
     Backend::check_values(system, model.networks.n_species());
@@ -63,12 +61,20 @@ struct ForceOps {
     const auto shape = model.shape<int64_t>({system.has_forces() ? system.n_atoms() : 0, 3});
     TORCH_CHECK(r.sizes() == at::IntArrayRef(shape), "kinml_fast: grad_forces must have shape ",
                 at::IntArrayRef(shape), ", got ", r.sizes());
+    at::Tensor w;
+    if (grad_virials.has_value()) {
+      check_coordinates(system);
+      w = grad_virials->contiguous();
+      check_doubles(w, "grad_virials", model.shape<int64_t>({system.count(), 3, 3}));
+      check_device(w, "grad_virials", model.parameters, "parameters");
+    }
     at::Tensor gradient = at::empty_like(model.parameters);
     with_type(model.parameters, [&](auto zero) {
       using T = decltype(zero);
-      Backend::template energy_forces_backward<T>(model.view<T>(), system.view<T>(), first_level,
-                                                  e.const_data_ptr<double>(), r.const_data_ptr<T>(),
-                                                  gradient.mutable_data_ptr<T>(), model.parameters);
+      Backend::template energy_forces_backward<T>(
+          model.view<T>(), system.view<T>(), first_level, e.const_data_ptr<double>(),
+          r.const_data_ptr<T>(), w.defined() ? w.const_data_ptr<double>() : nullptr,
+          gradient.mutable_data_ptr<T>(), model.parameters);
     });
     return gradient;
   }
@@ -166,6 +172,7 @@ struct ForceOps {
 
   static void implement(torch::Library& m) {
     m.impl("energy_forces", energy_forces);
+    m.impl("energy_forces_virials", energy_forces_virials);
     m.impl("energy_forces_backward", energy_forces_backward);
     m.impl("force_step", force_step);
     m.impl("message_bytes", message_bytes);
@@ -174,6 +181,51 @@ struct ForceOps {
   }
 
  private:
+  // Energies, forces, virials, atomic energies, atomic virials; not asked for: empty.
+  static std::array<at::Tensor, 5> evaluate(const OptionalTensors& system_,
+                                            const at::Tensor& parameters,
+                                            const std::optional<at::Tensor>& sae,
+                                            at::ArrayRef<double> descriptor,
+                                            at::IntArrayRef networks, int64_t first_level,
+                                            bool virials, bool atomic) {
+    const SystemArguments system(system_);
+    const ModelArguments model(system, parameters, sae, descriptor, networks, first_level);
+    Backend::check_values(system, model.networks.n_species());
+    if (virials) check_coordinates(system);
+    const int64_t n_atoms = system.n_atoms(), n = system.count();
+    const auto options = model.parameters.options();
+    const auto empty = [&](std::initializer_list<int64_t> last, at::ScalarType type) {
+      return at::empty(model.shape<int64_t>(last), options.dtype(type));
+    };
+    // Of atoms; those of ghosts are not written.
+    const auto zeros = [&](std::initializer_list<int64_t> last, at::ScalarType type) {
+      return at::zeros(model.shape<int64_t>(last), options.dtype(type));
+    };
+    const auto type = model.parameters.scalar_type();
+    std::array<at::Tensor, 5> r = {empty({n}, at::kDouble),
+                                   empty({system.has_forces() ? n_atoms : 0, 3}, type)};
+    if (virials) {
+      r[2] = empty({n, 3, 3}, at::kDouble);
+      r[3] = zeros({atomic ? n_atoms : 0}, at::kDouble);
+      r[4] = zeros({n_atoms, 3, 3}, type);
+    }
+    with_type(model.parameters, [&](auto zero) {
+      using T = decltype(zero);
+      Outputs<T> outputs{r[0].mutable_data_ptr<double>(), r[1].mutable_data_ptr<T>()};
+      if (atomic) outputs.atomic_energies = r[3].mutable_data_ptr<double>();
+      if (virials) {
+        outputs.virials = r[2].mutable_data_ptr<double>();
+        outputs.atomic_virials = r[4].mutable_data_ptr<T>();
+      }
+      Backend::template energy_forces<T>(model.view<T>(), system.view<T>(), first_level, outputs,
+                                         model.parameters);
+    });
+    if (virials && !atomic) r[4] = empty({0, 3, 3}, type);
+    return r;
+  }
+  static void check_coordinates(const SystemArguments& system) {
+    TORCH_CHECK(!system.stored(), "kinml_fast: virials need coordinates, got stored descriptors");
+  }
   static void check_ranks(int64_t rank, int64_t n_ranks) {
     TORCH_CHECK(rank >= 0 && rank < n_ranks, "kinml_fast: rank = ", rank, " is not in [0, ",
                 n_ranks, ")");

@@ -15,14 +15,14 @@ struct CpuBackend {
   }
   template <class T>
   static void energy_forces(const Model<T>& model, const System<T>& system, int64_t first_level,
-                            double* energies, T* forces, const Tensor&) {
-    cpu::energy_forces<T>(model, system, first_level, energies, forces, threads());
+                            const Outputs<T>& outputs, const Tensor&) {
+    cpu::energy_forces<T>(model, system, first_level, outputs, threads());
   }
   template <class T>
   static void energy_forces_backward(const Model<T>& model, const System<T>& system,
-                                     int64_t first_level, const double* e, const T* r, T* gradient,
-                                     const Tensor&) {
-    cpu::energy_forces_backward<T>(model, system, first_level, e, r, gradient, threads());
+                                     int64_t first_level, const double* e, const T* r,
+                                     const double* w, T* gradient, const Tensor&) {
+    cpu::energy_forces_backward<T>(model, system, first_level, e, r, w, gradient, threads());
   }
   template <class T>
   static void force_step(const Model<T>& model, const System<T>& system, const Loss& loss,
@@ -51,10 +51,9 @@ struct CpuBackend {
 
 // ---- shapes ------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> energy_forces_meta(const OptionalTensors& system,
-                                              const Tensor& parameters,
-                                              const std::optional<Tensor>&, at::ArrayRef<double>,
-                                              at::IntArrayRef networks, int64_t first_level) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> energy_forces_virials_meta(
+    const OptionalTensors& system, const Tensor& parameters, const std::optional<Tensor>&,
+    at::ArrayRef<double>, at::IntArrayRef networks, int64_t first_level, bool atomic) {
   c10::SmallVector<c10::SymInt, 5> leading;
   if (parameters.dim() == 2) leading.push_back(parameters.sym_size(0));
   leading.push_back(unpack_networks(networks).n_levels() - first_level);
@@ -69,12 +68,26 @@ std::tuple<Tensor, Tensor> energy_forces_meta(const OptionalTensors& system,
   const c10::SymInt n_structures = entry(system, SystemArguments::kOffsets).sym_size(0) - 1;
   const c10::SymInt n_atoms =
       has_forces ? entry(system, SystemArguments::kSpecies).sym_size(0) : c10::SymInt(0);
-  return {at::empty_symint(shape({n_structures}), parameters.options().dtype(at::kDouble)),
-          at::empty_symint(shape({n_atoms, 3}), parameters.options())};
+  const c10::SymInt atoms = atomic ? n_atoms : c10::SymInt(0);
+  const auto doubles = parameters.options().dtype(at::kDouble);
+  return {at::empty_symint(shape({n_structures}), doubles),
+          at::empty_symint(shape({n_atoms, 3}), parameters.options()),
+          at::empty_symint(shape({n_structures, 3, 3}), doubles),
+          at::empty_symint(shape({atoms}), doubles),
+          at::empty_symint(shape({atoms, 3, 3}), parameters.options())};
+}
+std::tuple<Tensor, Tensor> energy_forces_meta(const OptionalTensors& system,
+                                              const Tensor& parameters,
+                                              const std::optional<Tensor>& sae,
+                                              at::ArrayRef<double> descriptor,
+                                              at::IntArrayRef networks, int64_t first_level) {
+  const auto all =
+      energy_forces_virials_meta(system, parameters, sae, descriptor, networks, first_level, false);
+  return {std::get<0>(all), std::get<1>(all)};
 }
 Tensor energy_forces_backward_meta(const Tensor&, const Tensor&, const OptionalTensors&,
                                    const Tensor& parameters, at::ArrayRef<double>, at::IntArrayRef,
-                                   int64_t) {
+                                   int64_t, const std::optional<Tensor>&) {
   return at::empty_like(parameters);
 }
 void force_step_meta(const OptionalTensors&, const Tensor&, const Tensor&, const OptionalTensors&,
@@ -88,6 +101,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
 
 TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("energy_forces", energy_forces_meta);
+  m.impl("energy_forces_virials", energy_forces_virials_meta);
   m.impl("energy_forces_backward", energy_forces_backward_meta);
   m.impl("force_step", force_step_meta);
 }

@@ -13,22 +13,21 @@ struct CudaBackend {
 
   template <class T>
   static void energy_forces(const Model<T>& model, const System<T>& system, int64_t first_level,
-                            double* energies, T* forces, const at::Tensor& like) {
+                            const Outputs<T>& outputs, const at::Tensor& like) {
     translated(system.count(), [&] {
       const Gpu gpu(like);
       const at::Tensor space = gpu.workspace(cuda::energy_forces_workspace(model, system));
-      cuda::energy_forces(model, system, first_level, energies, forces, bytes_of(space),
-                          gpu.stream);
+      cuda::energy_forces(model, system, first_level, outputs, bytes_of(space), gpu.stream);
     });
   }
   template <class T>
   static void energy_forces_backward(const Model<T>& model, const System<T>& system,
-                                     int64_t first_level, const double* e, const T* r, T* gradient,
-                                     const at::Tensor& like) {
+                                     int64_t first_level, const double* e, const T* r,
+                                     const double* w, T* gradient, const at::Tensor& like) {
     translated(system.count(), [&] {
       const Gpu gpu(like);
       const at::Tensor space = gpu.workspace(cuda::force_step_workspace(model, system));
-      cuda::energy_forces_backward(model, system, first_level, e, r, gradient, bytes_of(space),
+      cuda::energy_forces_backward(model, system, first_level, e, r, w, gradient, bytes_of(space),
                                    gpu.stream);
     });
   }

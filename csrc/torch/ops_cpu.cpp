@@ -57,6 +57,22 @@ Tensor aev_vjp(const OptionalTensors& system, const Tensor& gradient,
     cpu::aev_vjp<T>(p, s, g.const_data_ptr<T>(), out, n_threads);
   });
 }
+Tensor aev_virials(const OptionalTensors& system, const Tensor& gradient,
+                   at::ArrayRef<double> descriptor) {
+  const AevCall call(system, descriptor);
+  const Tensor g = call.system.checked_rows(gradient, "gradient", call.parameters.length());
+  const auto options = call.system.coordinates.options();
+  Tensor forces = at::empty({call.system.n_atoms(), 3}, options);
+  Tensor sums = at::zeros({call.system.n_structures(), 3, 3}, options.dtype(at::kDouble));
+  call.run({3, 3}, [&]<class T>(const auto& p, const System<T>& s, T* virials, int n_threads) {
+    cpu::aev_vjp<T>(p, s, g.const_data_ptr<T>(), forces.mutable_data_ptr<T>(), n_threads, virials);
+    double* sum = sums.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < s.n_structures; ++i, sum += 9)
+      for (int64_t a = s.offsets[i]; a < s.offsets[i + 1]; ++a)
+        for (int64_t x = 0; x < 9; ++x) sum[x] += static_cast<double>(virials[9 * a + x]);
+  });
+  return sums;
+}
 Tensor aev_jvp(const OptionalTensors& system, const Tensor& tangent,
                at::ArrayRef<double> descriptor) {
   const AevCall call(system, descriptor);
@@ -309,6 +325,10 @@ Tensor aev_vjp_meta(const OptionalTensors& system, const Tensor&, at::ArrayRef<d
   const Tensor x = coordinates_of(system);
   return at::empty_symint({x.sym_size(0), 3}, x.options());
 }
+Tensor aev_virials_meta(const OptionalTensors& system, const Tensor&, at::ArrayRef<double>) {
+  const c10::SymInt n = entry(system, SystemArguments::kOffsets).sym_size(0) - 1;
+  return at::empty_symint({n, 3, 3}, coordinates_of(system).options().dtype(at::kDouble));
+}
 Tensor aev_jvp_meta(const OptionalTensors& system, const Tensor&, at::ArrayRef<double> descriptor) {
   return aev_meta(system, descriptor);
 }
@@ -364,6 +384,7 @@ void adam_step_meta(Tensor, const Tensor&, Tensor, Tensor, const std::optional<T
 TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
   m.impl("aev", aev);
   m.impl("aev_vjp", aev_vjp);
+  m.impl("aev_virials", aev_virials);
   m.impl("aev_jvp", aev_jvp);
   m.impl("aev_hvp", aev_hvp);
   m.impl("aev_jacobian", aev_jacobian);
@@ -378,6 +399,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
 TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("aev", aev_meta);
   m.impl("aev_vjp", aev_vjp_meta);
+  m.impl("aev_virials", aev_virials_meta);
   m.impl("aev_jvp", aev_jvp_meta);
   m.impl("aev_hvp", aev_hvp_meta);
   m.impl("aev_jacobian", aev_jacobian_meta);

@@ -3,10 +3,15 @@
 // Groups of arguments that always go together are one list each, so that another tensor of a group
 // costs an entry there and no signature:
 //
-//   Tensor?[] system   molecules (SystemArguments): coordinates [n_atoms, 3] in angstrom, species
+//   Tensor?[] system   structures (SystemArguments): coordinates [n_atoms, 3] in angstrom, species
 //                      [n_atoms] int64, offsets [n_structures + 1] int64, stored descriptors
 //                      [n_atoms, D], stored Jacobians [n_atoms, D, columns]. Descriptors come from
-//                      the coordinates, or are the stored ones: then there are no coordinates
+//                      the coordinates, or are the stored ones: then there are no coordinates.
+//                      With coordinates also: cells [n_structures, 3, 3] float64 in angstrom, rows
+//                      are vectors, and periodic [n_structures, 3] int64, along which of them;
+//                      centres [n_structures] int64, how many of the first atoms have energies;
+//                      pairs that are given: pair_starts [n_atoms + 1], neighbours [n_pairs],
+//                      shifts [n_pairs, 3] in cells, int64 (csrc/core/system.h)
 //   Tensor[] order     atoms sorted by species: rows, owners, starts (species_order)
 //   Tensor?[] loss     targets and weights (LossArguments): energies [K, n], weights of energies
 //                      [K, n], forces [K, n_atoms, 3], weights of forces [K, n], scales [2], counts
@@ -21,8 +26,9 @@
 //
 // Differentiation (autograd.cpp), C++ only, so that scripted modules keep it without Python:
 //   aev -> aev_vjp -> aev_jvp, aev_hvp; aev_jvp -> aev_vjp, aev_hvp; aev_hvp -> error
+//   aev -> aev_virials (of the cells) -> error
 //   networks -> networks_backward -> networks_second_backward -> error; networks_forward -> error
-//   energy_forces -> energy_forces_backward (of the parameters) -> error
+//   energy_forces, energy_forces_virials -> energy_forces_backward (of the parameters) -> error
 #include <torch/library.h>
 
 TORCH_LIBRARY(kinml_fast, m) {
@@ -32,6 +38,9 @@ TORCH_LIBRARY(kinml_fast, m) {
   m.def("aev(Tensor?[] system, float[] descriptor) -> Tensor");
   // gradient g [n_atoms, D] -> J^T g [n_atoms, 3]
   m.def("aev_vjp(Tensor?[] system, Tensor gradient, float[] descriptor) -> Tensor");
+  // The virials [n_structures, 3, 3] float64 of sum_i g_i . a_i: sums over pairs of its derivative by
+  // the displacement (x) the displacement
+  m.def("aev_virials(Tensor?[] system, Tensor gradient, float[] descriptor) -> Tensor");
   // tangent v [n_atoms, 3] -> J v [n_atoms, D]
   m.def("aev_jvp(Tensor?[] system, Tensor tangent, float[] descriptor) -> Tensor");
   // d/dx (g . J v) [n_atoms, 3]
@@ -79,10 +88,19 @@ TORCH_LIBRARY(kinml_fast, m) {
   m.def(
       "energy_forces(Tensor?[] system, Tensor parameters, Tensor? sae, float[] descriptor, "
       "int[] networks, int first_level) -> (Tensor energies, Tensor forces)");
-  // Gradient of sum grad_energies E + sum grad_forces F with respect to the parameters.
+  // The same from coordinates with the virials [R, n_structures, 3, 3], float64: the derivative of
+  // the energy by a strain of places and cell; and what atoms have of energies, [R, n_atoms] float64
+  // with sae, and of virials, [R, n_atoms, 3, 3], empty unless atomic, without derivatives.
+  m.def(
+      "energy_forces_virials(Tensor?[] system, Tensor parameters, Tensor? sae, float[] descriptor, "
+      "int[] networks, int first_level, bool atomic) -> (Tensor energies, Tensor forces, "
+      "Tensor virials, Tensor atomic_energies, Tensor atomic_virials)");
+  // Gradient of sum grad_energies E + sum grad_forces F + sum grad_virials W with respect to the
+  // parameters.
   m.def(
       "energy_forces_backward(Tensor grad_energies, Tensor grad_forces, Tensor?[] system, "
-      "Tensor parameters, float[] descriptor, int[] networks, int first_level) -> Tensor");
+      "Tensor parameters, float[] descriptor, int[] networks, int first_level, "
+      "Tensor? grad_virials=None) -> Tensor");
   // Forward and backward pass of a training batch: `structures` [n] of the data set that system and
   // loss describe. Results: losses [2], L_E and L_F, float64; gradient of the loss with respect to
   // the parameters; energy_residuals [K, n] = E - target and force_errors [K, n, 3] = sum |dF|,

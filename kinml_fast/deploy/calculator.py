@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import BaseCalculator, Calculator, CalculatorSetupError, all_changes
+from ase.calculators.calculator import (
+    BaseCalculator,
+    Calculator,
+    CalculatorSetupError,
+    PropertyNotImplementedError,
+    all_changes,
+)
 from ase.outputs import Properties, all_outputs
 from scipy.spatial import cKDTree
 
+from kinml_fast import ops
 from kinml_fast.data.structures import CLOSEST_ALLOWED
 from kinml_fast.deploy import low_level, members, model_file
 from kinml_fast.errors import ConfigError, DataError
@@ -25,8 +33,12 @@ class CalculatorInputError(DataError, CalculatorSetupError):
     """Atoms or arguments that `KinMLCalculator` cannot use: one sentence. Programs for ASE catch it as ASE's error."""
 
 
+class NoStressError(CalculatorInputError, PropertyNotImplementedError):
+    """The stress of a molecule. Programs for ASE that can do without catch it as ASE's error."""
+
+
 class KinMLCalculator(Calculator):
-    """Energies and forces of molecules without periodicity, for everything that ASE does with a calculator.
+    """Energies, forces and stress of molecules and crystals, for everything that ASE does with a calculator.
 
     Parameters
     ----------
@@ -43,28 +55,31 @@ class KinMLCalculator(Calculator):
 
     Notes
     -----
-    ``energy`` and ``free_energy`` (the same, eV) and ``forces`` [n, 3] (−dE/dx, eV/Å) are those of the highest level.
+    ``energy`` and ``free_energy`` (the same, eV) and ``forces`` [n, 3] (−dE/dx, eV/Å) are those of the highest level,
+    as are ``energies`` [n] (of atoms, eV, if asked for) and, of periodic atoms, ``stress`` [6] and ``stresses`` [n, 6]
+    (eV/Å³, ASE's sign and order, by the volume of `atoms.cell`). There are images along the vectors that `atoms.pbc`
+    says.
 
     An ensemble of M models gives their means, and: ``all_energies`` [M], ``all_forces`` [M, n, 3], ``energy_std`` and
     ``forces_std`` [n, 3], the standard deviations of a sample (the divisor is M − 1, ddof = 1). A model of K > 1 levels
     gives ``level_energies`` [K] and ``level_forces`` [K, n, 3], lowest level first. All are in `results` and can be
     asked for with `get_property`.
 
-    Geometries are compared by positions, elements and periodicity; without a base, charges, magnetic moments and cell
-    change nothing. Deep copies and pickles carry the weights; calculators made from one model share them, unless
-    `device` is another one than the model's.
+    Geometries are compared by positions, elements, periodicity and, if periodic, cell; without a base, charges and
+    magnetic moments change nothing. Deep copies and pickles carry the weights; calculators made from one model share
+    them, unless `device` is another one than the model's.
 
     Raises
     ------
     InputError
         A model that cannot be read; models that do not fit together; a delta model without a base, or another with one.
     CalculatorInputError
-        When calculating: periodic atoms, an element that the model does not know, positions that are NaN or infinite,
-        two atoms closer than 0.1 Å, or an energy that is NaN or infinite. It is both a `DataError` and ASE's
-        `CalculatorSetupError`.
+        When calculating: an element that the model does not know, positions that are NaN or infinite, two atoms closer
+        than 0.1 Å, a cell without volume or left-handed, the stress of a molecule, an energy that is NaN or infinite.
+        It is both a `DataError` and ASE's `CalculatorSetupError`.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012 (as ASE declares it)
+    implemented_properties = ["energy", "free_energy", "forces", "energies", "stress", "stresses"]  # noqa: RUF012 (ASE's)
 
     def __init__(
         self,
@@ -82,6 +97,8 @@ class KinMLCalculator(Calculator):
         self.threads = threads
         self.n_members = members.count(self.model)
         properties = list(type(self).implemented_properties)
+        if self.base is not None:  # which tells nothing of atoms
+            properties = [name for name in properties if name not in ("energies", "stresses")]
         if self.n_members > 1:
             properties += ["energy_std", "forces_std", "all_energies", "all_forces"]
         if len(self.model.fidelities) > 1:
@@ -104,6 +121,7 @@ class KinMLCalculator(Calculator):
             "positions": before.positions.tobytes() == atoms.positions.tobytes(),
             "numbers": before.numbers.tobytes() == atoms.numbers.tobytes(),
             "pbc": before.pbc.tobytes() == atoms.pbc.tobytes(),
+            "cell": not atoms.pbc.any() or before.cell.array.tobytes() == atoms.cell.array.tobytes(),
         }
         return [name for name, equal in same.items() if not equal]
 
@@ -119,8 +137,20 @@ class KinMLCalculator(Calculator):
         if self.atoms is None:
             raise CalculatorInputError("there are no atoms to calculate: give atoms")
         self.results = {}
-        self._check(self.atoms)
-        energies, forces = self._evaluate(self.atoms)
+        places = self._check(self.atoms)
+        periodic = self.atoms.pbc.any()
+        if not periodic and (asked := {"stress", "stresses"} & set(properties)):
+            raise NoStressError(
+                f"{self.atoms.symbols} is a molecule (pbc is False), which has no {min(asked)}: ask for "
+                "energy and forces"
+            )
+        further = None
+        if periodic or "energies" in properties:
+            further = self._evaluate(members.results, places)
+            energies, forces = further.energies[..., 0], further.forces
+        else:
+            found = self._evaluate(members.energies_and_forces, places)
+            energies, forces = found[0][..., 0], found[1]
         if not np.isfinite(energies).all():
             raise CalculatorInputError(f"{self.atoms.symbols} {members.NOT_FINITE}")
         if self.base is not None:
@@ -136,18 +166,34 @@ class KinMLCalculator(Calculator):
             results["level_energies"], results["level_forces"] = energies, forces
         results["energy"] = results["free_energy"] = float(energies[-1])
         results["forces"] = forces[-1]
+        if further is not None:
+            results |= self._of_cell_and_atoms(self.atoms, further)
         self.results = results
 
     def export_properties(self) -> Properties:
         """The results that ASE has names for."""
         return Properties({name: value for name, value in self.results.items() if name in all_outputs})
 
-    def _check(self, atoms: Atoms) -> None:
-        if atoms.pbc.any():
-            raise CalculatorInputError(
-                f"{atoms.symbols} is periodic (pbc = {atoms.pbc.tolist()}), and the model is for molecules: set "
-                "atoms.pbc = False"
-            )
+    def _of_cell_and_atoms(self, atoms: Atoms, found: members.Results) -> dict[str, np.ndarray]:
+        """What is asked for of atoms, and the stress of periodic ones."""
+        results = {}
+        if self.base is None:
+            results["energies"] = members.mean(found.atomic_energies)[-1]
+        volume = atoms.cell.volume
+        if not atoms.pbc.any() or volume == 0:  # nothing of a wire or layer without a cell around it
+            return results
+        stress = _voigt(members.mean(found.virials)[-1, 0]) / volume
+        if self.base is None:
+            results["stresses"] = _voigt(members.mean(found.atomic_virials)[-1]) / volume
+        elif "stress" in self.base.implemented_properties:
+            stress = stress + self.base.get_property("stress", atoms)
+        else:
+            return results
+        results["stress"] = stress
+        return results
+
+    def _check(self, atoms: Atoms) -> np.ndarray:
+        """The places [n, 3] of the atoms, those of a crystal within its cell."""
         finite = np.isfinite(atoms.positions)
         if not finite.all():
             atom = int(np.argmin(finite.all(axis=1)))
@@ -159,13 +205,20 @@ class KinMLCalculator(Calculator):
         if numbers != self._numbers:
             self._learn(atoms)
             self._numbers = numbers
-        close = cKDTree(atoms.positions).query_pairs(CLOSEST_ALLOWED) if len(atoms) else ()
+        places, images, owners = atoms.positions, atoms.positions, np.arange(len(atoms))
+        if atoms.pbc.any():
+            _check_cell(atoms)
+            places = atoms.get_positions(wrap=True)
+            images, owners = _near_faces(atoms, places)
+        close = cKDTree(images).query_pairs(CLOSEST_ALLOWED) if len(atoms) else ()
         if close:
-            a, b = min(close)
+            a, b = min(sorted(int(owners[i]) for i in pair) for pair in close)
             raise CalculatorInputError(
                 f"atoms {a} ({atoms.symbols[a]}) and {b} ({atoms.symbols[b]}) of {atoms.symbols} are only "
-                f"{atoms.get_distance(a, b):.3g} Å apart (less than {CLOSEST_ALLOWED} Å): move them apart"
+                f"{atoms.get_distance(a, b, mic=bool(atoms.pbc.any())):.3g} Å apart (less than {CLOSEST_ALLOWED} Å): "
+                "move them apart"
             )
+        return places
 
     def _learn(self, atoms: Atoms) -> None:
         """Keep the codes of the elements, until others come."""
@@ -182,13 +235,53 @@ class KinMLCalculator(Calculator):
         self._species = torch.tensor(codes, dtype=torch.int64, device=device)
         self._offsets = torch.tensor([0, len(symbols)], device=device)
 
-    def _evaluate(self, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
-        """Energies [members, levels] and forces [members, levels, atoms, 3] of the model."""
+    def _evaluate(self, function: Callable, places: np.ndarray) -> Any:
+        """A function of `members`, of the atoms at these places."""
         before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or (1 if len(atoms) < _FEW_ATOMS else before))
+        torch.set_num_threads(self.threads or (1 if len(places) < _FEW_ATOMS else before))
+        device = self.model.sae.device
+        around = None
+        assert self.atoms is not None
+        if self.atoms.pbc.any():
+            cells = torch.tensor(self.atoms.cell.array[None], dtype=torch.float64, device=device)
+            periodic = torch.tensor(self.atoms.pbc[None], dtype=torch.int64, device=device)
+            around = ops.surroundings(cells, periodic)
         try:
-            coordinates = torch.from_numpy(atoms.positions).to(self.model.sae.device, self.model.dtype)
-            energies, forces = members.energies_and_forces(self.model, coordinates, self._species, self._offsets)
+            coordinates = torch.from_numpy(places).to(device, self.model.dtype)
+            return function(self.model, coordinates, self._species, self._offsets, around)
         finally:
             torch.set_num_threads(before)
-        return energies[..., 0], forces
+
+
+def _voigt(tensors: np.ndarray) -> np.ndarray:
+    """xx, yy, zz, yz, xz, xy of symmetric tensors [..., 3, 3]."""
+    symmetric = (tensors + np.swapaxes(tensors, -1, -2)) / 2
+    return symmetric.reshape(*symmetric.shape[:-2], 9)[..., [0, 4, 8, 5, 2, 1]]
+
+
+def _check_cell(atoms: Atoms) -> None:
+    cell, pbc = atoms.cell.array, atoms.pbc
+    what = f"the cell of {atoms.symbols}"
+    if not np.isfinite(cell[pbc]).all():
+        raise CalculatorInputError(f"{what} has a number that is NaN or infinite: {cell.tolist()}")
+    spanned = np.linalg.svd(cell[pbc], compute_uv=False)
+    if spanned[-1] < CLOSEST_ALLOWED:
+        raise CalculatorInputError(
+            f"{what} has no volume along its periodic vectors, or hardly any: {cell[pbc].tolist()}; set atoms.cell, or "
+            "atoms.pbc = False for a molecule"
+        )
+    if pbc.all() and np.linalg.det(cell) < 0:
+        raise CalculatorInputError(f"{what} is left-handed, {cell.tolist()}: swap two of its vectors")
+
+
+def _near_faces(atoms: Atoms, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places in the cell and the images of those that are close to its faces on the other side; the atom of each."""
+    complete = atoms.cell.complete().array
+    owners = np.arange(len(places))
+    inverse = np.linalg.inv(complete)
+    margins = 1.01 * CLOSEST_ALLOWED * np.linalg.norm(inverse, axis=0)
+    for k in np.flatnonzero(atoms.pbc):
+        near = places @ inverse[:, k] < margins[k]
+        places = np.concatenate([places, places[near] + complete[k]])
+        owners = np.concatenate([owners, owners[near]])
+    return places, owners

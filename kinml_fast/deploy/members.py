@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,19 +24,61 @@ def count(model: EnergyModel | Ensemble) -> int:
 
 
 def energies_and_forces(
-    model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor, offsets: Tensor
+    model: EnergyModel | Ensemble,
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    around: list[Tensor | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Energies float64 [M, K, n_structures] in eV and forces float64 [M, K, n_atoms, 3] in eV/Å, of a ragged batch.
 
-    M members (1 for a model), K levels, lowest first. Coordinates are those of the model's device and dtype.
+    M members (1 for a model), K levels, lowest first. Coordinates are those of the model's device and dtype; ``around``
+    is what `ops.surroundings` gives.
     """
     with torch.inference_mode():
         if isinstance(model, Ensemble):
-            energies, forces = model.member_level_energies_and_forces(coordinates, species, offsets)
+            energies, forces = model.member_level_energies_and_forces(coordinates, species, offsets, around)
         else:
-            energies, forces = model.level_energies_and_forces(coordinates, species, offsets)
+            energies, forces = model.level_energies_and_forces(coordinates, species, offsets, around)
             energies, forces = energies.unsqueeze(0), forces.unsqueeze(0)
         return energies.cpu().numpy(), forces.double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Results:
+    """What M members say at K levels of a batch of structures, float64.
+
+    Attributes
+    ----------
+    energies, forces
+        [M, K, n_structures] in eV and [M, K, n_atoms, 3] in eV/Å.
+    virials
+        [M, K, n_structures, 3, 3] in eV; see `EnergyModel.energies_forces_virials`.
+    atomic_energies, atomic_virials
+        [M, K, n_atoms] and [M, K, n_atoms, 3, 3] in eV, the terms of energies and virials.
+    """
+
+    energies: np.ndarray
+    forces: np.ndarray
+    virials: np.ndarray
+    atomic_energies: np.ndarray
+    atomic_virials: np.ndarray
+
+
+def results(
+    model: EnergyModel | Ensemble,
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    around: list[Tensor | None] | None = None,
+) -> Results:
+    """Everything that a model gives; the arguments are those of `EnergyModel.forward`."""
+    with torch.inference_mode():
+        if isinstance(model, Ensemble):
+            found = list(model.member_level_results(coordinates, species, offsets, around))
+        else:
+            found = [t.unsqueeze(0) for t in model.level_results(coordinates, species, offsets, around)]
+        return Results(*(t.double().cpu().numpy() for t in found))
 
 
 def energies(model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor, offsets: Tensor) -> np.ndarray:

@@ -84,7 +84,7 @@ def load(path: str | os.PathLike) -> EnergyModel | Ensemble:
     InputError
         The file is missing, damaged, no model file, or of a later version.
     """
-    path = _file(path)
+    path = place(path)
     contents = _read(path)
     try:
         kind = Ensemble if "members" in contents["model"] else EnergyModel
@@ -161,7 +161,7 @@ def load_training(path: str | os.PathLike) -> dict[str, Any]:
     InputError
         As `load`.
     """
-    return _read(_file(path))["training"]
+    return _read(place(path))["training"]
 
 
 def name(source: Source | Sequence[Source]) -> str:
@@ -181,7 +181,8 @@ def _joined(models: Sequence[EnergyModel | Ensemble], names: Sequence[str]) -> E
     return Ensemble(members, of_members).eval()
 
 
-def _file(path: str | os.PathLike) -> Path:
+def place(path: str | os.PathLike) -> Path:
+    """The file itself, of a run folder its model.pt."""
     path = Path(path)
     return path / "model.pt" if path.is_dir() else path
 
@@ -189,11 +190,11 @@ def _file(path: str | os.PathLike) -> Path:
 def _matches(entry: str | os.PathLike) -> list[Path]:
     """The files that a path or a glob pattern stands for."""
     if Path(entry).exists() or not glob.has_magic(os.fspath(entry)):
-        return [_file(entry)]
+        return [place(entry)]
     matches = sorted(glob.glob(os.fspath(entry), recursive=True))
     if not matches:
         raise ModelError(f"{entry}: the pattern matches no file: correct it")
-    return [_file(match) for match in matches]
+    return [place(match) for match in matches]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, List, Optional  # noqa: UP035  (TorchScript reads the hints)
 
 import torch
 from torch import Tensor
@@ -162,15 +162,24 @@ class AEVParameters:
 
 
 class AEV(torch.nn.Module):
-    """Computes atomic environment vectors: (coordinates, species, offsets) -> [n_atoms, D]."""
+    """Computes atomic environment vectors: (coordinates, species, offsets, around) -> [n_atoms, D].
+
+    ``around`` is what `ops.surroundings` gives, None for molecules.
+    """
 
     def __init__(self, parameters: AEVParameters) -> None:
         super().__init__()
         self.packed = parameters.packed()
         self.length = parameters.length
 
-    def forward(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
-        return torch.ops.kinml_fast.aev(ops.system_tensors(coordinates, species, offsets), self.packed)
+    def forward(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
+        return torch.ops.kinml_fast.aev(ops.surrounded(coordinates, species, offsets, around), self.packed)
 
     def extra_repr(self) -> str:
         return f"length={self.length}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, List, Optional, Tuple  # noqa: UP035  (TorchScript reads the hints)
 
 import torch
 from torch import Tensor
@@ -78,40 +78,67 @@ class Ensemble(Potential):
         """M."""
         return self.networks.weights.shape[0]
 
-    def forward(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
+    def forward(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
         """Mean energies [n_structures] at the highest level in eV, float64, differentiable.
 
         The arguments are those of :meth:`EnergyModel.forward`.
         """
-        return self._mean(self.member_level_energies(coordinates, species, offsets)[:, -1])
+        return self._mean(self.member_level_energies(coordinates, species, offsets, around)[:, -1])
 
     @torch.jit.export
-    def member_level_energies(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
+    def member_level_energies(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
         """Energies [M, K, n_structures] of every member at all levels in eV, float64, differentiable."""
-        features = self.aev(coordinates, species, offsets)
+        features = self.aev(coordinates, species, offsets, around)
+        sums, every = ops.centre_sums(offsets, around)
         energies: list[Tensor] = []
         for member in range(self.sae.size(0)):
-            own = self.networks.with_weights(
-                features, species, offsets, self.sae[member], self.networks.weights[member]
-            )
-            energies.append(own.unsqueeze(0) if self.levels == 1 else own)
+            own = self.networks.with_weights(features, species, sums, self.sae[member], self.networks.weights[member])
+            energies.append((own.unsqueeze(0) if self.levels == 1 else own)[:, ::every])
         return torch.stack(energies)
 
     @torch.jit.export
-    def energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def energies_and_forces(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> tuple[Tensor, Tensor]:
         """Mean energies [n_structures] in eV and mean forces [n_atoms, 3] in eV/Å at the highest level."""
-        energies, forces = self.member_energies_and_forces(coordinates, species, offsets)
+        energies, forces = self.member_energies_and_forces(coordinates, species, offsets, around)
         return self._mean(energies), self._mean(forces)
 
     @torch.jit.export
-    def level_energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def level_energies_and_forces(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> tuple[Tensor, Tensor]:
         """Mean energies [K, n_structures] and mean forces [K, n_atoms, 3] of all levels, lowest first."""
-        energies, forces = self.member_level_energies_and_forces(coordinates, species, offsets)
+        energies, forces = self.member_level_energies_and_forces(coordinates, species, offsets, around)
         return self._mean(energies), self._mean(forces)
 
     @torch.jit.export
     def member_energies_and_forces(
-        self, coordinates: Tensor, species: Tensor, offsets: Tensor
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
     ) -> tuple[Tensor, Tensor]:
         """Energies and forces of every member at the highest level in one pass, in which descriptors are computed once.
 
@@ -127,25 +154,74 @@ class Ensemble(Potential):
         Not differentiable: for derivatives take those of :meth:`forward` or :meth:`member_level_energies`.
         """
         sae = self.sae if self.levels == 1 else self.sae[:, -1]
-        energies, forces = self._fused(coordinates, species, offsets, sae, self.levels - 1)
+        energies, forces = self._fused(coordinates, species, offsets, around, sae, self.levels - 1)
         return energies.squeeze(1), forces.squeeze(1)
 
     @torch.jit.export
     def member_level_energies_and_forces(
-        self, coordinates: Tensor, species: Tensor, offsets: Tensor
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
     ) -> tuple[Tensor, Tensor]:
         """Energies [M, K, n_structures] and forces [M, K, n_atoms, 3] of every member at all levels, lowest first.
 
         Otherwise as :meth:`member_energies_and_forces`.
         """
-        return self._fused(coordinates, species, offsets, self.sae, 0)
+        return self._fused(coordinates, species, offsets, around, self.sae, 0)
+
+    @torch.jit.export
+    def energies_forces_virials(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Means of what :meth:`EnergyModel.energies_forces_virials` gives, at the highest level."""
+        sae = self.sae if self.levels == 1 else self.sae[:, -1]
+        all = self._all(coordinates, species, offsets, around, sae, self.levels - 1, False)
+        return self._mean(all[0].squeeze(1)), self._mean(all[1].squeeze(1)), self._mean(all[2].squeeze(1))
+
+    @torch.jit.export
+    def member_level_results(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+        """What `ops.energy_forces_virials` gives of every member at all levels, with that of each atom."""
+        return self._all(coordinates, species, offsets, around, self.sae, 0, True)
 
     def _fused(
-        self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, first_level: int
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+        sae: Tensor,
+        first_level: int,
     ) -> tuple[Tensor, Tensor]:
-        system = ops.system_tensors(coordinates, species, offsets)
+        system = ops.surrounded(coordinates, species, offsets, around)
         return torch.ops.kinml_fast.energy_forces(
             system, self.networks.weights.detach(), sae, self.aev.packed, self.networks.packed, first_level
+        )
+
+    def _all(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+        sae: Tensor,
+        first_level: int,
+        atomic: bool,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+        system = ops.surrounded(coordinates, species, offsets, around)
+        return torch.ops.kinml_fast.energy_forces_virials(
+            system, self.networks.weights.detach(), sae, self.aev.packed, self.networks.packed, first_level, atomic
         )
 
     def _mean(self, values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple  # noqa: UP035  (TorchScript reads the hints)
 
 import torch
 from torch import Tensor
@@ -123,8 +123,14 @@ class EnergyModel(Potential):
                 f"{list(self._fidelities)} and {self.baseline}."
             )
 
-    def forward(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
-        """Energies of a ragged batch of molecules, at the highest level of theory.
+    def forward(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
+        """Energies of a ragged batch of molecules and crystals, at the highest level of theory.
 
         Parameters
         ----------
@@ -134,22 +140,38 @@ class EnergyModel(Potential):
             [n_atoms] int64, places in ``elements``.
         offsets
             [n_structures + 1] int64.
+        around
+            Cells, ghosts and given pairs, as `ops.surroundings` makes them; None: all structures are molecules.
 
         Returns
         -------
         Tensor
-            [n_structures] energies in eV, float64.
+            [n_structures] energies in eV, float64. They can be differentiated twice with respect to coordinates and
+            weights, once with respect to cells.
         """
-        return self.level_energies(coordinates, species, offsets)[-1]
+        return self.level_energies(coordinates, species, offsets, around)[-1]
 
     @torch.jit.export
-    def level_energies(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> Tensor:
+    def level_energies(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
         """Energies [K, n_structures] of all levels, lowest first; otherwise as :meth:`forward`."""
-        energies = self.networks(self.aev(coordinates, species, offsets), species, offsets, self.sae)
-        return energies.unsqueeze(0) if self.levels == 1 else energies
+        sums, every = ops.centre_sums(offsets, around)
+        energies = self.networks(self.aev(coordinates, species, offsets, around), species, sums, self.sae)
+        return (energies.unsqueeze(0) if self.levels == 1 else energies)[:, ::every]
 
     @torch.jit.export
-    def energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def energies_and_forces(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> tuple[Tensor, Tensor]:
         """Energies and forces at the highest level in one pass; the arguments are those of :meth:`forward`.
 
         Returns
@@ -165,23 +187,78 @@ class EnergyModel(Potential):
         the gradient of what :meth:`forward` gives.
         """
         sae = self.sae if self.levels == 1 else self.sae[-1]
-        energies, forces = self._fused(coordinates, species, offsets, sae, self.levels - 1)
+        energies, forces = self._fused(coordinates, species, offsets, around, sae, self.levels - 1)
         return energies.squeeze(0), forces.squeeze(0)
 
     @torch.jit.export
-    def level_energies_and_forces(self, coordinates: Tensor, species: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def energies_forces_virials(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Energies and forces as of :meth:`energies_and_forces`, and virials [n_structures, 3, 3] in eV, float64.
+
+        The virial is the derivative of the energy by a strain ε that takes all places and lattice vectors x to x + ε x;
+        by the volume of the cell it is the stress in ASE's sign.
+        """
+        sae = self.sae if self.levels == 1 else self.sae[-1]
+        all = self._all(coordinates, species, offsets, around, sae, self.levels - 1, False)
+        return all[0].squeeze(0), all[1].squeeze(0), all[2].squeeze(0)
+
+    @torch.jit.export
+    def level_results(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+        """What `ops.energy_forces_virials` gives of all levels, with that of each atom."""
+        return self._all(coordinates, species, offsets, around, self.sae, 0, True)
+
+    @torch.jit.export
+    def level_energies_and_forces(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> tuple[Tensor, Tensor]:
         """Energies [K, n_structures] and forces [K, n_atoms, 3] of all levels, lowest first, in one pass.
 
         Otherwise as :meth:`energies_and_forces`.
         """
-        return self._fused(coordinates, species, offsets, self.sae, 0)
+        return self._fused(coordinates, species, offsets, around, self.sae, 0)
 
     def _fused(
-        self, coordinates: Tensor, species: Tensor, offsets: Tensor, sae: Tensor, first_level: int
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+        sae: Tensor,
+        first_level: int,
     ) -> tuple[Tensor, Tensor]:
-        system = ops.system_tensors(coordinates, species, offsets)
+        system = ops.surrounded(coordinates, species, offsets, around)
         return torch.ops.kinml_fast.energy_forces(
             system, self.networks.weights, sae, self.aev.packed, self.networks.packed, first_level
+        )
+
+    def _all(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+        sae: Tensor,
+        first_level: int,
+        atomic: bool,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+        system = ops.surrounded(coordinates, species, offsets, around)
+        return torch.ops.kinml_fast.energy_forces_virials(
+            system, self.networks.weights, sae, self.aev.packed, self.networks.packed, first_level, atomic
         )
 
     @torch.jit.unused

@@ -481,7 +481,8 @@ struct Kernels {
       std::vector<T>& sums = dual ? derivative : transposed;
       {
         Guarded<T> memory(scratch(), junk), out(3 * n, T(0));
-        KINML_CALL_KERNEL(aev_transposed, tables, e, g.data(), stride, out.data(), memory.data());
+        KINML_CALL_KERNEL(aev_transposed, tables, e, g.data(), stride, out.data(), nullptr,
+                          memory.data());
         sums.assign(out.data(), out.data() + 3 * n);
       }
       if (dual) continue;
@@ -492,7 +493,8 @@ struct Kernels {
       }
       {
         Guarded<T> memory(scratch(), junk), out(room(n, stride, length), T(kMark));
-        KINML_CALL_KERNEL(aev_tangent_rows, tables, e, v.data(), out.data(), stride, memory.data());
+        KINML_CALL_KERNEL(aev_tangent_rows, tables, e, v.data(), nullptr, out.data(), stride,
+                          memory.data());
         tangent_rows = without_gaps(out, n, stride, length);
       }
     }
@@ -554,12 +556,12 @@ std::vector<std::vector<T>> many_products(const AevParameters& p, const Batch& b
   }
   kinml::cpu::AevTableStorage<T> tables(p);
   kinml::cpu::Environments<T> environments(tables);
-  environments.set_structure(n, x.data(), batch.species.data());
+  environments.set_structure({n, 1, batch.species.data(), batch.offsets.data(), x.data()}, 0);
   for (const auto& [begin, end] : {std::pair{Index(0), n / 3}, std::pair{n / 3, n}}) {
     const kinml::cpu::Environment<T> e = environments.make(begin, end);
     Guarded<T> memory(kinml::cpu::many_scratch_memory<T>(tables, e), junk);
     KINML_CALL_KERNEL(aev_transposed_many, tables, e, from.data(), count, stride, to.data(),
-                      memory.data());
+                      nullptr, memory.data());
   }
   std::vector<std::vector<T>> result;
   for (T* const forces : to) result.emplace_back(forces, forces + 3 * n);

@@ -92,9 +92,9 @@ struct Problem {
   Results<T> on_cpu() const {
     Results<T> x = room();
     const kinml::Model<T> m = with_weights();
-    cpu::energy_forces<T>(m, view(false), first_level, x.energies.data(), x.forces.data(), 1);
+    cpu::energy_forces<T>(m, view(false), first_level, {x.energies.data(), x.forces.data()}, 1);
     if (energies_only) return x;
-    cpu::energy_forces_backward<T>(m, view(false), first_level, e.data(), r.data(),
+    cpu::energy_forces_backward<T>(m, view(false), first_level, e.data(), r.data(), nullptr,
                                    x.gradient.data(), 1);
     const BatchLoss loss(task, chosen, with_jacobian);
     cpu::force_step<T>(m, view(true), loss.view, x.step.losses.data(), x.step.gradient.data(),
@@ -107,11 +107,11 @@ struct Problem {
     const auto memory = [](std::int64_t bytes) { return std::vector<double>((bytes + 7) / 8); };
     const auto begin = [](std::vector<double>& m) { return reinterpret_cast<char*>(m.data()); };
     std::vector<double> space = memory(cuda::energy_forces_workspace<T>(m, view(false)));
-    cuda::energy_forces<T>(m, view(false), first_level, x.energies.data(), x.forces.data(),
+    cuda::energy_forces<T>(m, view(false), first_level, {x.energies.data(), x.forces.data()},
                            begin(space), nullptr);
     if (energies_only) return x;
     space = memory(cuda::force_step_workspace<T>(m, view(false)));
-    cuda::energy_forces_backward<T>(m, view(false), first_level, e.data(), r.data(),
+    cuda::energy_forces_backward<T>(m, view(false), first_level, e.data(), r.data(), nullptr,
                                     x.gradient.data(), begin(space), nullptr);
     const BatchLoss loss(task, chosen, with_jacobian);
     space = memory(cuda::force_step_workspace<T>(m, view(true)));
@@ -198,7 +198,7 @@ std::vector<double> energies_of(const kinml::Model<T>& model, const System<T>& s
   std::vector<double> energies(system.count());
   std::vector<double> space(cuda::energy_forces_workspace<T>(model, system) / 8 + 1);
   std::vector<T> forces(3 * system.n_atoms);
-  cuda::energy_forces<T>(model, system, 0, energies.data(), forces.data(),
+  cuda::energy_forces<T>(model, system, 0, {energies.data(), forces.data()},
                          reinterpret_cast<char*>(space.data()), nullptr);
   return energies;
 }

@@ -146,14 +146,14 @@ struct Library : Data<T> {
                 const std::vector<Index>* chosen = nullptr) const {
     energies = room<double>(model.n_levels * view(chosen).count());
     forces = room<T>(model.n_levels * 3 * batch.n_atoms());
-    kinml::cpu::energy_forces<T>(model.view(weights, 1, sae), view(chosen), 0, energies.data(),
-                                 forces.data(), threads);
+    kinml::cpu::energy_forces<T>(model.view(weights, 1, sae), view(chosen), 0,
+                                 {energies.data(), forces.data()}, threads);
   }
   std::vector<T> gradient(const std::vector<double>& e, const std::vector<T>& r,
                           const std::vector<Index>* chosen = nullptr) const {
     std::vector<T> result = room<T>(weights.size());
     kinml::cpu::energy_forces_backward<T>(model.view(weights), view(chosen), 0, e.data(), r.data(),
-                                          result.data(), threads);
+                                          nullptr, result.data(), threads);
     return result;
   }
   Step<T> step(const Task& task, const std::vector<Index>& chosen) const {
@@ -279,7 +279,7 @@ void test_levels() {
       std::vector<T> all_forces, forces(3 * n_atoms), gradient(model.weights.size());
       library.evaluate(nullptr, all_energies, all_forces);
       kinml::cpu::energy_forces<T>(model.view(library.weights), library.view(), n_levels - 1,
-                                   energies.data(), forces.data(), 1);
+                                   {energies.data(), forces.data()}, 1);
       CHECK(same_bits(energies, {all_energies.end() - count, all_energies.end()}));
       CHECK(same_bits(forces, {all_forces.end() - 3 * n_atoms, all_forces.end()}));
       std::vector<double> e(n_levels * count);
@@ -289,7 +289,7 @@ void test_levels() {
         r[(n_levels - 1) * 3 * n_atoms + c] = static_cast<T>(uniform(-1, 1));
       kinml::cpu::energy_forces_backward<T>(model.view(library.weights), library.view(),
                                             n_levels - 1, e.data() + (n_levels - 1) * count,
-                                            r.data() + (n_levels - 1) * 3 * n_atoms,
+                                            r.data() + (n_levels - 1) * 3 * n_atoms, nullptr,
                                             gradient.data(), 1);
       const std::vector<T> expected = library.gradient(e, r);
       for (std::size_t i = 0; i < expected.size(); ++i)
@@ -329,7 +329,7 @@ void test_ensemble(Index n_members, Index n_levels, bool large) {
     energies = Library<T>::template room<double>(n_members * e);
     forces = Library<T>::template room<T>(n_members * f);
     kinml::cpu::energy_forces<T>(members[0].view(weights, n_members, sae.data()), library.view(), 0,
-                                 energies.data(), forces.data(), threads);
+                                 {energies.data(), forces.data()}, threads);
   };
   evaluate(1);
   for (Index m = 0; m < n_members; ++m) {
@@ -399,12 +399,13 @@ void test_energies_alone() {
     std::vector<double> expected, energies(n_levels * count);
     std::vector<T> forces;
     library.evaluate(nullptr, expected, forces);
-    kinml::cpu::energy_forces<T>(model.view(library.weights), view, 0, energies.data(), nullptr, 1);
+    kinml::cpu::energy_forces<T>(model.view(library.weights), view, 0, {energies.data(), nullptr},
+                                 1);
     CHECK(same_bits(energies, expected));
     const std::vector<double> e = random_numbers(n_levels * count);
     std::vector<T> gradient(model.weights.size());
     kinml::cpu::energy_forces_backward<T>(model.view(library.weights), view, 0, e.data(), nullptr,
-                                          gradient.data(), 1);
+                                          nullptr, gradient.data(), 1);
     const std::vector<T> with_zero =
         library.gradient(e, std::vector<T>(n_levels * 3 * batch.n_atoms()));
     const Real size = std::max<Real>(1, largest(with_zero));
