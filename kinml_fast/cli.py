@@ -121,17 +121,22 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="make a model file of a checkpoint of PyKinML",
-        description="Options that a checkpoint of kinml_fast.pykinml says itself need not be given.",
+        help="make a model file of a checkpoint of PyKinML or a model of TorchANI",
+        description="What a checkpoint of kinml_fast.pykinml or a file of TorchANI says need not be given.",
     )
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help="model-0099.pt of PyKinML or of kinml_fast.pykinml")
+    convert.add_argument(
+        "--from",
+        dest="origin",
+        choices=("pykinml", "torchani"),
+        default="pykinml",
+        help="who wrote CHECKPOINT; for TorchANI see docs/from_torchani.md",
+    )
     convert.add_argument("-o", "--output", metavar="model.pt", required=True, help="model file to write")
     convert.add_argument("--elements", metavar="E", nargs="+", help="present_elements, in their order (C H)")
-    convert.add_argument("--aev-params", metavar="N", nargs=3, type=int, default=[16, 8, 8], help="aev_params (16 8 8)")
-    convert.add_argument(
-        "--cutoffs", metavar="R", nargs=2, type=float, default=[5.2, 3.8], help="cuttoff_radius, Å (5.2 3.8)"
-    )
-    convert.add_argument("--beta", type=float, default=0.95, help="beta (0.95)")
+    convert.add_argument("--aev-params", metavar="N", nargs=3, type=int, help="aev_params (16 8 8)")
+    convert.add_argument("--cutoffs", metavar="R", nargs=2, type=float, help="cuttoff_radius, Å (5.2 3.8)")
+    convert.add_argument("--beta", type=float, help="beta (0.95)")
     convert.add_argument(
         "--fidelity", metavar="F", nargs="+", type=int, help="levels of theory, lowest first (1, or 0 1)"
     )
@@ -266,21 +271,28 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from kinml_fast.deploy import pykinml_checkpoint
+    from kinml_fast.deploy import pykinml_checkpoint, torchani_model
 
     _show_log()
-    pykinml_checkpoint.convert(
-        options.checkpoint,
-        options.output,
-        elements=options.elements,
-        n_radial=options.aev_params[0],
-        n_angular=options.aev_params[1],
-        n_sections=options.aev_params[2],
-        cutoffs=options.cutoffs,
-        beta=options.beta,
-        fidelities=options.fidelity,
-        baseline=options.baseline,
-    )
+    n_radial, n_angular, n_sections = options.aev_params or (None, None, None)
+    settings = {
+        "elements": options.elements,
+        "n_radial": n_radial,
+        "n_angular": n_angular,
+        "n_sections": n_sections,
+        "cutoffs": options.cutoffs,
+        "beta": options.beta,
+        "baseline": options.baseline,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    if options.origin == "pykinml":
+        pykinml_checkpoint.convert(options.checkpoint, options.output, fidelities=options.fidelity, **given)
+        return
+    if given or len(options.fidelity or [1]) > 1:
+        raise ConfigError(
+            "kinml-fast convert --from torchani: the file says all but one --fidelity: leave the rest out"
+        )
+    torchani_model.convert(options.checkpoint, options.output, (options.fidelity or [1])[0])
 
 
 def _export(options: argparse.Namespace) -> None:

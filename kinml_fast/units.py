@@ -4,3 +4,9 @@ from ase import units as _ase
 
 KCAL_PER_MOL = _ase.mol / _ase.kcal
 """kcal/mol in one eV (23.060548012069493, ASE's CODATA 2014 value)."""
+
+HARTREE = _ase.Hartree
+"""One Hartree in eV (27.211386024367243, the same value as TorchANI's)."""
+
+BOHR = _ase.Bohr
+"""One Bohr in Å."""
