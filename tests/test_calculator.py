@@ -206,7 +206,9 @@ def counted(calculator: KinMLCalculator, monkeypatch) -> list[int]:
     calls = []
     evaluate = calculator._evaluate
     monkeypatch.setattr(
-        calculator, "_evaluate", lambda function, places: calls.append(len(places)) or evaluate(function, places)
+        calculator,
+        "_evaluate",
+        lambda function, atoms, places: calls.append(len(places)) or evaluate(function, atoms, places),
     )
     return calls
 
@@ -578,3 +580,71 @@ def test_it_is_imported_when_it_is_asked_for():
     assert done.stdout.splitlines() == ["[]", "KinMLCalculator True"]
     with pytest.raises(AttributeError, match="no attribute 'KinMLCalculater'"):
         kinml_fast.KinMLCalculater  # noqa: B018
+
+
+# Second derivatives
+
+
+def by_forces(calculator: KinMLCalculator, atoms: Atoms) -> np.ndarray:
+    """Second derivatives as central differences (fourth order) of forces."""
+    step, rows = 2e-3, []
+    for atom, axis in np.ndindex(len(atoms), 3):
+        forces = {}
+        for n in (-2, -1, 1, 2):
+            moved = atoms.copy()
+            moved.positions[atom, axis] += n * step
+            forces[n] = calculator.get_forces(moved).reshape(-1)
+        rows.append((forces[2] - forces[-2] - 8 * (forces[1] - forces[-1])) / (12 * step))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_hessian_is_the_derivative_of_forces(members):
+    calculator = KinMLCalculator([make_model(seed) for seed in range(members)])
+    atoms = water(1.1)
+    hessian = calculator.get_hessian(atoms)
+    assert hessian.shape == (9, 9)
+    assert np.abs(hessian).max() > 1e-2
+    np.testing.assert_array_equal(hessian, hessian.T)
+    np.testing.assert_allclose(hessian, by_forces(calculator, atoms), rtol=0, atol=1e-6)
+
+
+def test_hessian_of_levels_and_of_a_base():
+    atoms = water()
+    levels = KinMLCalculator(make_model(fidelities=(0, 1)))
+    np.testing.assert_allclose(levels.get_hessian(atoms), by_forces(levels, atoms), rtol=0, atol=1e-6)
+    delta = KinMLCalculator(make_model(baseline=0), base=KinMLCalculator(make_model(1, fidelities=(0,))))
+    np.testing.assert_allclose(delta.get_hessian(atoms), by_forces(delta, atoms), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pbc", [True, (True, False, False)], ids=str)
+def test_hessian_of_a_crystal_is_the_derivative_of_forces(pbc):
+    calculator = KinMLCalculator(make_model())
+    atoms = Atoms("OH2", WATER + np.array([2.9, 0.1, 0.2]), cell=[[3.0, 0, 0], [0.4, 3.4, 0], [0, 0.3, 6.1]], pbc=pbc)
+    hessian = calculator.get_hessian(atoms)
+    np.testing.assert_allclose(hessian, by_forces(calculator, atoms), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(hessian.reshape(9, 3, 3).sum(axis=1), 0, rtol=0, atol=1e-10)
+
+
+def test_hessian_of_some_atoms_is_a_part_of_the_whole():
+    calculator = KinMLCalculator(make_model())
+    whole = calculator.get_hessian(water())
+    part = calculator.get_hessian(water(), indices=[2, 0])
+    rows = [6, 7, 8, 0, 1, 2]
+    assert part.shape == (6, 9)
+    np.testing.assert_allclose(part, whole[rows], rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(part[:, rows], part[:, rows].T)
+    assert calculator.get_hessian(water(), indices=[]).shape == (0, 9)
+
+
+def test_hessian_leaves_results_and_refuses_what_it_cannot_do():
+    calculator = KinMLCalculator(make_model())
+    energy = calculator.get_potential_energy(water())
+    calculator.get_hessian(water(1.3))
+    assert calculator.results["energy"] == energy
+    with pytest.raises(InputError, match="has no atom 3: give indices from 0 to 2"):
+        calculator.get_hessian(water(), indices=[3])
+    with pytest.raises(InputError, match="Spring has no get_hessian"):
+        KinMLCalculator(make_model(baseline=0), base=Spring()).get_hessian(water())
+    atom = KinMLCalculator(make_model()).get_hessian(Atoms("O"))
+    np.testing.assert_array_equal(atom, np.zeros((3, 3)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -146,10 +147,10 @@ class KinMLCalculator(Calculator):
             )
         further = None
         if periodic or "energies" in properties:
-            further = self._evaluate(members.results, places)
+            further = self._evaluate(members.results, self.atoms, places)
             energies, forces = further.energies[..., 0], further.forces
         else:
-            found = self._evaluate(members.energies_and_forces, places)
+            found = self._evaluate(members.energies_and_forces, self.atoms, places)
             energies, forces = found[0][..., 0], found[1]
         if not np.isfinite(energies).all():
             raise CalculatorInputError(f"{self.atoms.symbols} {members.NOT_FINITE}")
@@ -169,6 +170,53 @@ class KinMLCalculator(Calculator):
         if further is not None:
             results |= self._of_cell_and_atoms(self.atoms, further)
         self.results = results
+
+    def get_hessian(self, atoms: Atoms, indices: Sequence[int] | None = None) -> np.ndarray:
+        """Second derivatives of the energy, of an ensemble those of the mean energy, by differentiation of the model.
+
+        Parameters
+        ----------
+        atoms
+            The molecule or crystal, whose images move with its atoms; `results` are not changed.
+        indices
+            Rows for these atoms only, in this order; None: all of them.
+
+        Returns
+        -------
+        ndarray
+            [3n, 3n] in eV/Å², or [3m, 3n] for m indices: d²E/dx dx', rows and columns x, y, z of atom after atom. The
+            rows are averaged with their columns where both are there, so that a square matrix is symmetric to the last
+            bit.
+
+        Raises
+        ------
+        CalculatorInputError
+            As when calculating, an index that is no atom, or an energy that is NaN or infinite.
+        ConfigError
+            The calculator has a base that has no `get_hessian`.
+        """
+        places = self._check(atoms)
+        chosen = np.arange(len(atoms)) if indices is None else np.asarray(indices, dtype=np.int64).reshape(-1)
+        wrong = chosen[(chosen < -len(atoms)) | (chosen >= len(atoms))]
+        if len(wrong):
+            raise CalculatorInputError(
+                f"{atoms.symbols} has no atom {wrong[0]}: give indices from 0 to {len(atoms) - 1}"
+            )
+        chosen %= max(len(atoms), 1)
+        if self.base is not None and not hasattr(self.base, "get_hessian"):
+            raise ConfigError(
+                f"the base {type(self.base).__name__} has no get_hessian: take finite differences of forces "
+                "(ase.vibrations.Vibrations)"
+            )
+        hessian = self._evaluate(functools.partial(members.second_derivatives, chosen=chosen.tolist()), atoms, places)
+        if not np.isfinite(hessian).all():
+            raise CalculatorInputError(f"{atoms.symbols} {members.NOT_FINITE}")
+        coordinates = (3 * chosen[:, None] + np.arange(3)).reshape(-1)
+        if self.base is not None:
+            hessian = hessian + self.base.get_hessian(atoms)[coordinates]
+        both = hessian[:, coordinates]
+        hessian[:, coordinates] = (both + both.T) / 2
+        return hessian
 
     def export_properties(self) -> Properties:
         """The results that ASE has names for."""
@@ -235,16 +283,15 @@ class KinMLCalculator(Calculator):
         self._species = torch.tensor(codes, dtype=torch.int64, device=device)
         self._offsets = torch.tensor([0, len(symbols)], device=device)
 
-    def _evaluate(self, function: Callable, places: np.ndarray) -> Any:
+    def _evaluate(self, function: Callable, atoms: Atoms, places: np.ndarray) -> Any:
         """A function of `members`, of the atoms at these places."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or (1 if len(places) < _FEW_ATOMS else before))
         device = self.model.sae.device
         around = None
-        assert self.atoms is not None
-        if self.atoms.pbc.any():
-            cells = torch.tensor(self.atoms.cell.array[None], dtype=torch.float64, device=device)
-            periodic = torch.tensor(self.atoms.pbc[None], dtype=torch.int64, device=device)
+        if atoms.pbc.any():
+            cells = torch.tensor(atoms.cell.array[None], dtype=torch.float64, device=device)
+            periodic = torch.tensor(atoms.pbc[None], dtype=torch.int64, device=device)
             around = ops.surroundings(cells, periodic)
         try:
             coordinates = torch.from_numpy(places).to(device, self.model.dtype)

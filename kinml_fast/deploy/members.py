@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +80,30 @@ def results(
         else:
             found = [t.unsqueeze(0) for t in model.level_results(coordinates, species, offsets, around)]
         return Results(*(t.double().cpu().numpy() for t in found))
+
+
+def second_derivatives(
+    model: EnergyModel | Ensemble,
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    around: list[Tensor | None] | None = None,
+    *,
+    chosen: Sequence[int],
+) -> np.ndarray:
+    """Rows float64 [3m, 3 n_atoms] in eV/Å², d²E/dx dx' for the coordinates x of m chosen atoms of a batch.
+
+    E is the energy at the highest level, of an ensemble the mean, summed over the structures.
+    """
+    rows = np.zeros((3 * len(chosen), coordinates.numel()))
+    with torch.enable_grad():
+        coordinates = coordinates.clone().requires_grad_()
+        energies = model(coordinates, species, offsets, around)
+        (slopes,) = torch.autograd.grad(energies.sum(), coordinates, create_graph=True)
+        if slopes.requires_grad:  # an energy that does not depend on coordinates has none
+            for row, slope in zip(rows, slopes[list(chosen)].reshape(-1), strict=True):
+                row[:] = torch.autograd.grad(slope, coordinates, retain_graph=True)[0].reshape(-1).cpu().numpy()
+    return rows
 
 
 def energies(model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor, offsets: Tensor) -> np.ndarray:
