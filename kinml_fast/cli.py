@@ -1,4 +1,4 @@
-"""The command line: kinml-fast info, prepare, train, evaluate, predict, convert."""
+"""The command line: kinml-fast info, prepare, train, evaluate, predict, convert, serve."""
 
 from __future__ import annotations
 
@@ -164,6 +164,16 @@ def _parser() -> argparse.ArgumentParser:
     plugin.add_argument("--compiler", metavar="C++", help="such as mpicxx; default: the environment's CXX, or g++")
     plugin.add_argument("-o", "--output", metavar="FOLDER", required=True, help="where to write kinmlplugin.so")
     plugin.set_defaults(command=_lammps_plugin)
+    serve = commands.add_parser(
+        "serve",
+        help="keep a model and answer the scripts of ORCA and Gaussian",
+        description="The scripts are kinml-fast-orca and kinml-fast-gaussian, see docs/qm_codes.md.",
+    )
+    serve.add_argument("model", metavar="MODEL", help=_MODEL)
+    serve.add_argument("--socket", metavar="FILE", required=True, help="unix socket to make")
+    serve.add_argument("--base", metavar="BASE", help="the low level of a delta model, as in predict")
+    serve.add_argument("--device", default="auto", help=_DEVICE)
+    serve.set_defaults(command=_serve)
     return parser
 
 
@@ -308,6 +318,14 @@ def _lammps_plugin(options: argparse.Namespace) -> None:
     _show_log()
     found = lammps.installed() if options.lammps is None else lammps.at(options.lammps)
     lammps.build(found, options.output, options.compiler)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from kinml_fast.deploy import server
+    from kinml_fast.deploy.calculator import KinMLCalculator
+
+    _show_log()
+    server.serve(KinMLCalculator(options.model, base=options.base, device=options.device), options.socket)
 
 
 def _show_log(quiet: bool = False) -> Progress:

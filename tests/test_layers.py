@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 
 LAYERS = [
     {"errors", "units", "metrics", "signals", "_version"},
-    {"_library"},
+    {"_library", "external"},
     {"devices"},
     {"ops"},
     {"nn"},
