@@ -34,10 +34,15 @@ def calculator() -> KinMLCalculator:
     return KinMLCalculator(model)
 
 
-def test_openmm_computes_with_the_energies_and_forces_of_ase(calculator):
+@pytest.mark.parametrize("periodic", [False, True])
+def test_openmm_computes_with_the_energies_and_forces_of_ase(calculator, periodic):
     openmm = pytest.importorskip("openmm", minversion="8.4", reason="pip install 'openmm>=8.4'")
-    force = openmm_force.make(calculator, C5H5.get_chemical_symbols())
+    force = openmm_force.make(calculator, C5H5.get_chemical_symbols(), periodic)
     system = openmm.System()
+    atoms, conserved, potential = C5H5.copy(), [], []
+    if periodic:  # shorter than twice the cutoff: atoms meet images of themselves
+        atoms.cell, atoms.pbc = [[6.5, 0, 0], [0.5, 7, 0], [0, 0.4, 5]], True
+        system.setDefaultPeriodicBoxVectors(*(atoms.cell.array / 10))
     for mass in C5H5.get_masses():
         system.addParticle(mass)
     system.addForce(openmm.XmlSerializer.clone(force))  # as a saved system has it
@@ -45,7 +50,6 @@ def test_openmm_computes_with_the_energies_and_forces_of_ase(calculator):
     context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
     context.setPositions(C5H5.positions / 10)
     context.setVelocitiesToTemperature(300, 1)
-    atoms, conserved, potential = C5H5.copy(), [], []
     for _ in range(50):
         integrator.step(2)
         state = context.getState(positions=True, energy=True, forces=True)

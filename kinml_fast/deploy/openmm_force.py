@@ -25,11 +25,13 @@ class OpenMMForce:
         What computes.
     symbols
         Elements of the atoms, in OpenMM's order.
+    periodic
+        Whether the atoms are in OpenMM's periodic box.
     """
 
-    def __init__(self, calculator: KinMLCalculator, symbols: Sequence[str]) -> None:
+    def __init__(self, calculator: KinMLCalculator, symbols: Sequence[str], periodic: bool = False) -> None:
         self.calculator = calculator
-        self.atoms = Atoms(symbols)
+        self.atoms = Atoms(symbols, pbc=periodic)
 
     def __call__(self, state: Any) -> tuple[float, np.ndarray]:
         """Energy in kJ/mol and forces [n, 3] in kJ/mol/nm of an `openmm.State`.
@@ -40,13 +42,15 @@ class OpenMMForce:
             As `KinMLCalculator`; OpenMM makes it an `OpenMMException` with the same sentence.
         """
         self.atoms.positions = np.asarray(state.getPositions(asNumpy=True)._value) * 10
+        if self.atoms.pbc.any():
+            self.atoms.cell = np.asarray(state.getPeriodicBoxVectors(asNumpy=True)._value) * 10
         energy = self.calculator.get_property("energy", self.atoms)
         forces = self.calculator.get_property("forces", self.atoms)
         return energy / KJ_PER_MOL, forces * (10 / KJ_PER_MOL)
 
 
-def make(calculator: KinMLCalculator, symbols: Sequence[str]) -> Any:
-    """The force of a molecule, for `openmm.System.addForce`.
+def make(calculator: KinMLCalculator, symbols: Sequence[str], periodic: bool = False) -> Any:
+    """The force of a molecule or a periodic box, for `openmm.System.addForce`.
 
     Parameters
     ----------
@@ -54,11 +58,12 @@ def make(calculator: KinMLCalculator, symbols: Sequence[str]) -> Any:
         What computes.
     symbols
         Elements of the atoms, in OpenMM's order. For a part of a system call `setParticles` of what is returned.
+    periodic
+        Whether they are in OpenMM's periodic box, all three vectors of it.
 
     Returns
     -------
     openmm.PythonForce
-        Without periodicity.
 
     Raises
     ------
@@ -69,4 +74,6 @@ def make(calculator: KinMLCalculator, symbols: Sequence[str]) -> Any:
         from openmm import PythonForce
     except ImportError as error:
         raise ConfigError(f"OpenMM 8.4 or later is needed ({error}): pip install 'openmm>=8.4'") from error
-    return PythonForce(OpenMMForce(calculator, symbols))
+    force = PythonForce(OpenMMForce(calculator, symbols, periodic))
+    force.setUsesPeriodicBoundaryConditions(periodic)
+    return force
