@@ -97,14 +97,20 @@ def of_binary(path: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.skipif(not IPI.exists(), reason="pip install ipi==3.3.1")
-def test_ipi_runs_with_the_energies_and_forces_of_ase(calculator, tmp_path):
-    name = f"kinml_{os.getpid()}"
+@pytest.mark.parametrize("periodic", [False, True])
+def test_ipi_runs_with_the_energies_and_forces_of_ase(calculator, tmp_path, periodic):
+    name, start = f"kinml_{os.getpid()}", C5H5.copy()
+    if periodic:
+        start.cell, start.pbc = [6.5, 7, 5], True
+    start.write(tmp_path / "client.xyz", format="extxyz")
     model_file.save(tmp_path / "model.pt", calculator.model)
     C5H5.write(tmp_path / "c5h5.xyz", format="xyz")
     text = input_of_docs().replace("<address>c5h5</address>", f"<address>{name}</address>")
     text = re.sub(r"<total_steps>\d+", "<total_steps>50", text)
     text = text.replace("trajectory", "trajectory format='bin'").replace("/trajectory format='bin'", "/trajectory")
     text = re.sub("{(electronvolt|angstrom|ev/ang)}", "", text)  # atomic units: those of i-PI and ASE differ by 1e-7
+    if periodic:
+        text = text.replace("[ 100, 100, 100 ]", "[ 6.5, 7, 5 ]").replace(" ] </prop", ", virial_md ] </prop")
     (tmp_path / "input.xml").write_text(text)
     ipi = subprocess.Popen(
         [IPI, "input.xml"], cwd=tmp_path, stdout=(tmp_path / "log").open("wb"), stderr=subprocess.STDOUT
@@ -115,7 +121,7 @@ def test_ipi_runs_with_the_energies_and_forces_of_ase(calculator, tmp_path):
             assert ipi.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < end
             time.sleep(0.05)
-        example = [sys.executable, ROOT / "python_examples" / "run_ipi.py", "model.pt", "c5h5.xyz", name]
+        example = [sys.executable, ROOT / "python_examples" / "run_ipi.py", "model.pt", "client.xyz", name]
         client = subprocess.run(example, cwd=tmp_path, timeout=120, capture_output=True, text=True, check=False)
         assert ipi.wait(60) == 0, (tmp_path / "log").read_text() + client.stderr
     finally:
@@ -130,11 +136,16 @@ def test_ipi_runs_with_the_energies_and_forces_of_ase(calculator, tmp_path):
     assert np.ptp(conserved) < 0.05 * np.ptp(potential)
     frames, all_forces = (of_binary(tmp_path / f"nve.{name}_0.bin") for name in ("pos", "frc"))
     assert len(frames) == len(all_forces) == 51
-    for frame, forces, energy in zip(frames, all_forces, potential, strict=True):
-        atoms = Atoms(C5H5.symbols, frame * units.Bohr)
+    cell = np.fromfile(tmp_path / "nve.pos_0.bin", count=9).reshape(3, 3).T * units.Bohr
+    for frame, forces, energy, row in zip(frames, all_forces, potential, columns, strict=True):
+        atoms = Atoms(C5H5.symbols, frame * units.Bohr, cell=cell, pbc=start.pbc)
         assert energy * units.Hartree == pytest.approx(calculator.get_potential_energy(atoms), abs=1e-7)
         of_ipi = forces * units.Hartree / units.Bohr
         np.testing.assert_allclose(of_ipi, calculator.get_forces(atoms), rtol=0, atol=1e-9)
+        if periodic:  # xx, yy, zz, xy, xz, yz, divided by the volume, in i-PI's sign
+            stress = -calculator.get_stress(atoms)[[0, 1, 2, 5, 4, 3]]
+            np.testing.assert_allclose(row[4:] * units.Hartree / units.Bohr**3, stress, rtol=0, atol=1e-9)
+            assert np.abs(stress).max() > 1e-6
 
 
 def test_the_example_of_openmm_runs(calculator, tmp_path):
