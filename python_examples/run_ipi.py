@@ -5,6 +5,7 @@ when to end. The XYZ file gives the elements, in i-PI's order, and whether they 
 pbc="T T T"): then i-PI gets the virial, too.
 """
 
+# Run by tests/test_md_codes.py.
 import sys
 
 import ase.io

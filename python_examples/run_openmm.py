@@ -3,6 +3,7 @@
 Needs OpenMM 8.4 or later (pip install openmm).
 """
 
+# Run by tests/test_md_codes.py.
 import sys
 
 import ase.io
