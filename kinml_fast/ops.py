@@ -243,7 +243,8 @@ class Loss:
     """Targets and weights of M structures and N atoms at K levels: scales[0] L_E + scales[1] L_F; all float64.
 
     L_E = sum_ks w_ks dE_ks^2 / n_E,k and L_F = sum_ks u_ks mean_c(dF_ksc^2) / n_F,k: sums over the structures of a
-    batch, mean over the 3 n_s force components of a structure.
+    batch, mean over the 3 n_s force components of a structure. With stresses scales[2] L_S is added, where
+    L_S = sum_ks t_ks mean_c(dS_ksc^2) / n_S,k, mean over the nine components of the stress, virial by volume of cell.
 
     Attributes
     ----------
@@ -256,9 +257,14 @@ class Loss:
     force_weights
         [K, M], u; None without forces.
     scales
-        [2], factors of both terms.
+        [2] or, with stresses, [3], factors of the terms.
     counts
-        [2, K], n_E,k and n_F,k: structures of the batch whose weight at level k is not 0 (`count_weights`).
+        [2, K] or, with stresses, [3, K], n_E,k, n_F,k, n_S,k: structures of the batch whose weight at level k is not 0
+        (`count_weights`).
+    stresses
+        [K, M, 3, 3] in eV/Å³, ASE's sign; not read where the structure's weight is 0. None: no stresses.
+    stress_weights
+        [K, M], t; 0 for structures that are not periodic. None without stresses.
     """
 
     energies: Tensor
@@ -267,21 +273,27 @@ class Loss:
     force_weights: Tensor | None
     scales: Tensor
     counts: Tensor
+    stresses: Tensor | None = None
+    stress_weights: Tensor | None = None
 
     @cached_property
     def tensors(self) -> list[Tensor | None]:
         """What the ops take."""
-        return [self.energies, self.energy_weights, self.forces, self.force_weights, self.scales, self.counts]
+        terms = self.energies, self.energy_weights, self.forces, self.force_weights
+        return [*terms, self.scales, self.counts, self.stresses, self.stress_weights]
 
 
-def weighted(energy_weights: Tensor, force_weights: Tensor) -> Tensor:
-    """1 where a weight [K, M] of a data set is not 0, [M + 1, 2, K] float64; the last row, of no structure, is 0."""
-    weights = torch.stack([energy_weights.T, force_weights.T], dim=1)
+def weighted(*weights_of_terms: Tensor) -> Tensor:
+    """1 where a weight [K, M] of a data set is not 0, [M + 1, T, K] float64; the last row, of no structure, is 0.
+
+    The weights of energies, forces and, if they are in the loss, stresses: T is 2 or 3.
+    """
+    weights = torch.stack([weights.T for weights in weights_of_terms], dim=1)
     return torch.nn.functional.pad(weights, (0, 0, 0, 0, 0, 1)).ne_(0)
 
 
 def count_weights(weighted: Tensor, order: Tensor, size: int) -> Tensor:
-    """The ``counts`` [2, K] of `Loss` for each batch of an epoch: float64 [n_batches, 2, K].
+    """The ``counts`` [T, K] of `Loss` for each batch of an epoch: float64 [n_batches, T, K].
 
     Parameters
     ----------
@@ -303,14 +315,15 @@ class StepResults:
     Attributes
     ----------
     losses
-        [2] float64, receives L_E and L_F of `Loss`; a term without structures is 0.
+        [2] or, with stresses, [3] float64, receives L_E, L_F and L_S of `Loss`; a term without structures is 0.
     gradient
         Like the parameters, receives the gradient of the loss.
     energy_residuals
         [K, n] float64, receives predicted - target in the order of the batch; NaN where a target is NaN.
     force_errors
         [K, n, 3] float64, receives the sum, the sum of squares and the largest of the absolute errors of each
-        structure's force components; zeros where its force weight is 0.
+        structure's force components; zeros where its force weight is 0. With stresses [K, n, 6]: behind them the same
+        of the nine components of the stress.
     """
 
     losses: Tensor

@@ -328,6 +328,145 @@ def test_gradcheck_of_weights_through_virials(levels):
     assert [t.requires_grad for t in atomic] == [True, True, True, False, False]
 
 
+# ---- Stresses in the loss ------------------------------------------------------------------------
+
+
+ENERGY_WEIGHTS, FORCE_WEIGHTS = [1, 2, 0.5, 0, 1, 1], [0, 1, 0, 1, 2, 1]
+STRESS_WEIGHTS = [2, 0, 1, 0, 0.5, 3]
+"""The fourth structure is a molecule; the third has no atoms; the first has a stress and no forces."""
+
+
+def step_arguments(own: EnergyModel, system: System, structures: list[int], forces: bool = True) -> dict[str, Any]:
+    """Those of force_step with stresses in the loss; targets without weight are NaN, as are the results."""
+    n, levels, batch = len(system.offsets) - 1, own.levels, torch.tensor(structures, dtype=torch.int64)
+    options = {"dtype": torch.float64}
+    weights = [torch.tensor([w] * levels, **options) for w in (ENERGY_WEIGHTS, FORCE_WEIGHTS, STRESS_WEIGHTS)]
+    if not forces:
+        weights[1] = torch.zeros_like(weights[1])
+    stresses, targets = 0.05 * normal(levels, n, 3, 3, seed=1), normal(levels, len(system.species), 3, seed=4)
+    stresses[weights[2] == 0] = torch.nan
+    for s in torch.nonzero(weights[1][0] == 0)[:, 0].tolist():
+        targets[:, system.offsets[s] : system.offsets[s + 1]] = torch.nan
+    counts = ops.count_weights(ops.weighted(*weights), batch, max(1, len(batch)))
+    flat = own.networks.weights.detach()
+    loss = ops.Loss(
+        normal(levels, n, seed=5),
+        weights[0],
+        targets if forces else None,
+        weights[1] if forces else None,
+        torch.tensor([0.3, 0.7, 11.0], **options),
+        counts[0] if len(batch) else torch.ones(3, levels, **options),
+        stresses,
+        weights[2],
+    )
+    shapes = (3,), (levels, len(batch)), (levels, len(batch), 6)
+    losses, residuals, errors = (torch.full(shape, torch.nan, **options) for shape in shapes)
+    return {
+        "system": system,
+        "structures": batch,
+        "parameters": flat,
+        "loss": loss,
+        "results": ops.StepResults(losses, torch.full_like(flat, torch.nan), residuals, errors),
+        "model": ops.Model(own.aev.packed, own.networks.packed),
+    }
+
+
+def by_autograd(given: dict[str, Any]) -> list[torch.Tensor]:
+    """Losses, gradient, residuals and errors from `ops.energy_forces_virials`."""
+    system, loss, batch = given["system"], given["loss"], given["structures"].tolist()
+    flat = given["parameters"].clone().requires_grad_()
+    energies, forces, virials, *_ = ops.energy_forces_virials(system, flat, None, given["model"])
+    levels = len(energies)
+    terms, errors = [energies.new_zeros(()) for _ in range(3)], energies.new_zeros(levels, len(batch), 6)
+    residuals = (energies - loss.energies)[:, batch].detach()
+    for k in range(levels):
+        for i, s in enumerate(batch):
+            atoms = slice(int(system.offsets[s]), int(system.offsets[s + 1]))
+            if loss.energy_weights[k, s]:
+                of_energy = (energies[k, s] - loss.energies[k, s]).square()
+                terms[0] = terms[0] + loss.energy_weights[k, s] * of_energy / loss.counts[0, k]
+            kinds = [
+                (1, loss.forces, loss.force_weights, lambda k=k, a=atoms: forces[k, a].double() - loss.forces[k, a])
+            ]
+            volume = torch.linalg.det(system.cells[s]).abs()
+            kinds.append(
+                (
+                    2,
+                    loss.stresses,
+                    loss.stress_weights,
+                    lambda k=k, s=s, v=volume: virials[k, s] / v - loss.stresses[k, s],
+                )
+            )
+            for place, targets, weights, difference in kinds:
+                if targets is None or weights[k, s] == 0 or atoms.start == atoms.stop:
+                    continue
+                d = difference()
+                terms[place] = terms[place] + weights[k, s] * d.square().mean() / loss.counts[place, k]
+                size = d.detach().abs()
+                errors[k, i, 3 * place - 3 : 3 * place] = torch.stack([size.sum(), size.square().sum(), size.max()])
+    losses = torch.stack(terms)
+    (gradient,) = torch.autograd.grad((loss.scales * losses).sum() + 0 * flat.sum(), flat)
+    return [losses.detach(), gradient, residuals, errors.detach()]
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("structures", [[0, 1, 2, 3, 4, 5], [4, 0, 0, 2, 4, 3, 4, 2], [1, 3], [2], []])
+def test_a_step_with_stresses_matches_autograd(structures, levels, dtype, rtol):
+    own = model(dtype, levels)
+    for forces in (True, False):
+        given = step_arguments(own, crystals(dtype), structures, forces)
+        ops.force_step(**given)
+        for a, b in zip(given["results"].tensors, by_autograd(given), strict=True):
+            close(a, b, rtol)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 5])
+def test_shares_of_a_step_with_stresses_have_its_bits(n_ranks):
+    own = model()
+    given = step_arguments(own, crystals(), [4, 0, 5, 2, 4, 3, 1, 2])
+    ops.force_step(**given)
+    expected = [t.clone() for t in given["results"].tensors]
+    some = {name: given[name] for name in ("system", "structures", "parameters", "loss")}
+    size = ops.message_bytes(given["system"], given["structures"], given["loss"], given["parameters"], n_ranks)
+    room = torch.zeros(n_ranks * size // 8 + 8, dtype=torch.float64).view(torch.uint8)
+    start = -room.data_ptr() % 64
+    messages = room[start : start + n_ranks * size].view(n_ranks, size)
+    for rank in range(n_ranks):
+        ops.force_step_share(**some, message=messages[rank], model=given["model"], rank=rank, n_ranks=n_ranks)
+    for t in given["results"].tensors:
+        t.fill_(torch.nan)
+    ops.force_step_join(given["system"], given["structures"], given["loss"], messages, given["results"])
+    for a, b in zip(given["results"].tensors, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_losses_of_stresses_that_cannot_be():
+    own, system = model(), crystals()
+    given = step_arguments(own, system, [0, 3])
+
+    def step(**changes):
+        values = {**given, **changes}
+        ops.force_step(**values)
+
+    with pytest.raises(
+        RuntimeError, match=r"stress_targets must be a contiguous float64 tensor of shape \[1, 6, 3, 3\]"
+    ):
+        step(loss=replace(given["loss"], stresses=given["loss"].stresses[:, :-1]))
+    with pytest.raises(RuntimeError, match=r"scales must be a contiguous float64 tensor of shape \[3\]"):
+        step(loss=replace(given["loss"], scales=given["loss"].scales[:2]))
+    with pytest.raises(RuntimeError, match="a loss of stresses needs the cells of the system"):
+        step(system=replace(system, cells=None, periodic=None))
+
+
+@ON_CPU
+def test_the_stress_of_a_molecule_is_refused():
+    given = step_arguments(model(), crystals(), [0, 3])
+    weights = torch.ones_like(given["loss"].stress_weights)
+    with pytest.raises(RuntimeError, match="structure 3 has a weight in the loss of stresses, but is not periodic"):
+        ops.force_step(**{**given, "loss": replace(given["loss"], stress_weights=weights)})
+
+
 # ---- Layouts, modes ------------------------------------------------------------------------------
 
 

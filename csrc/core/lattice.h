@@ -12,6 +12,16 @@ inline namespace KINML_ISA {
 // Cells whose opposite faces are nearer than this bring atoms onto their own images, angstrom.
 inline constexpr double kLowestCell = 0.1;
 
+// Of a cell [3, 3].
+KINML_HD double cell_volume(const double* cell) {
+  double volume = 0;
+  for (int k = 0; k < 3; ++k) {
+    const double *const a = cell + 3 + (k + 1) % 3, *const b = cell + 3 + (k + 2) % 3;
+    volume += cell[k] * (a[0] * b[3] - b[0] * a[3]);
+  }
+  return std::fabs(volume);
+}
+
 // Vectors along which there is no periodicity are replaced by unit vectors perpendicular to the
 // others, so that every place has fractional coordinates and the cell a volume.
 struct Lattice {

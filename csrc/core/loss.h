@@ -3,9 +3,10 @@
 //
 //   L_E = sum_k sum_s w_ks dE_ks^2 / n_E,k
 //   L_F = sum_k sum_s u_ks (mean over 3 n_s components of dF_ks^2) / n_F,k
-//   loss = scales[0] L_E + scales[1] L_F
+//   L_S = sum_k sum_s t_ks (mean over 9 components of dS_ks^2) / n_S,k
+//   loss = scales[0] L_E + scales[1] L_F + scales[2] L_S
 //
-// eV^2 and eV^2/angstrom^2. n_E,k and n_F,k count the structures of the whole batch whose weight at
+// eV^2, eV^2/angstrom^2 and eV^2/angstrom^6; S = virial / volume of the cell. n_E,k, n_F,k, n_S,k count the structures of the whole batch whose weight at
 // level k is not 0. They are arguments: who computes a part of the batch cannot count them. A
 // structure without weight may have no target (NaN), which is not looked at then.
 #pragma once
@@ -22,8 +23,17 @@ struct Loss {
   const double* energy_weights;  // [K, n_structures] w
   const double* forces;          // [K, n_atoms, 3] targets; null, like their weights: no forces
   const double* force_weights;   // [K, n_structures] u
-  const double* scales;          // [2]
-  const double* counts;          // [2, K] n_E,k and n_F,k
+  const double* scales;          // [2], with stresses [3]
+  const double* counts;          // [2, K] n_E,k and n_F,k; with stresses [3, K], n_S,k
+  const double* stresses;        // [K, n_structures, 3, 3] targets; null: no stresses
+  const double* stress_weights;  // [K, n_structures] t; 0 for a structure without periodicity
+
+  KINML_HD bool with_stresses() const { return stresses != nullptr; }
+  KINML_HD bool with_forces() const { return forces != nullptr || with_stresses(); }
+  // L_E, L_F and, with stresses, L_S.
+  KINML_HD int n_terms() const { return with_stresses() ? 3 : 2; }
+  // Numbers of a row of errors: those of the forces and, with stresses, of these.
+  KINML_HD int error_numbers() const { return with_stresses() ? 6 : 3; }
 
   // ---- energies: dE = E - target of structure s at level k
 
@@ -73,10 +83,31 @@ struct Loss {
   KINML_HD double force_mean(std::int64_t k, double terms) const {
     return counts[n_levels + k] == 0 ? terms : terms / counts[n_levels + k];
   }
+
+  // ---- stresses: dS = virial / volume - target
+
+  KINML_HD double stress_weight(std::int64_t k, std::int64_t s) const {
+    return stress_weights == nullptr ? 0.0 : stress_weights[k * n_structures + s];
+  }
+  KINML_HD double stress_difference(std::int64_t k, std::int64_t s, int component, double virial,
+                                    double volume) const {
+    return virial / volume - stresses[9 * (k * n_structures + s) + component];
+  }
+  // d(loss)/dvirial = stress_slope dS
+  KINML_HD double stress_slope(std::int64_t k, std::int64_t s, double volume) const {
+    return 2 * scales[2] / counts[2 * n_levels + k] * stress_weight(k, s) / (9 * volume);
+  }
+  KINML_HD double stress_term(std::int64_t k, std::int64_t s, double squares) const {
+    const double t = stress_weight(k, s);
+    return t == 0 ? 0.0 : t * squares / 9;
+  }
+  KINML_HD double stress_mean(std::int64_t k, double terms) const {
+    return counts[2 * n_levels + k] == 0 ? terms : terms / counts[2 * n_levels + k];
+  }
 };
 
-// Errors of the force components of a structure at a level: sum |dF|, sum dF^2, max |dF|.
-struct ForceErrors {
+// Errors of the force or stress components of a structure at a level: sum |d|, sum d^2, max |d|.
+struct ComponentErrors {
   double sum = 0, squares = 0, largest = 0;
 
   KINML_HD void add(double difference) {
@@ -85,12 +116,12 @@ struct ForceErrors {
     squares += difference * difference;
     largest = larger(size);
   }
-  KINML_HD void add(const ForceErrors& other) {
+  KINML_HD void add(const ComponentErrors& other) {
     sum += other.sum;
     squares += other.squares;
     largest = larger(other.largest);
   }
-  // As rows of force_errors: [3]
+  // As rows of errors: [3]
   KINML_HD void write(double* to) const {
     to[0] = sum;
     to[1] = squares;

@@ -79,7 +79,7 @@ class TreeSum {
 };
 
 // What a process sends to all others, in bytes: gradients of its nodes [nodes, n_weights],
-// energy_residuals [K, n] and force_errors [K, n, 3] of its n structures; with room for the most
+// energy_residuals [K, n] and errors [K, n, error_numbers] of its n structures; with room for the most
 // that any of them has, so that all messages have one length. The last kNotes numbers (double) are
 // the caller's.
 struct Message {
@@ -89,13 +89,13 @@ struct Message {
 
   // number_bytes: of a weight
   static KINML_HD Message of(std::int64_t nodes, std::int64_t structures, std::int64_t n_levels,
-                             std::int64_t n_weights, std::int64_t number_bytes) {
+                             std::int64_t n_weights, std::int64_t number_bytes, int error_numbers) {
     const std::int64_t numbers = sizeof(double), energies = n_levels * structures * numbers;
     Message message;
     message.node_bytes = n_weights * number_bytes;
     message.residuals = aligned(nodes * message.node_bytes);
     message.errors = message.residuals + energies;
-    message.bytes = aligned(message.errors + 3 * energies + kNotes * numbers);
+    message.bytes = aligned(message.errors + error_numbers * energies + kNotes * numbers);
     return message;
   }
 
@@ -108,7 +108,7 @@ struct Message {
     return at<double>(message + residuals);
   }
   template <class Byte>
-  KINML_HD auto* force_errors(Byte* message) const {
+  KINML_HD auto* component_errors(Byte* message) const {
     return at<double>(message + errors);
   }
 

@@ -110,7 +110,7 @@ class TileArrays {
     const std::int64_t matrix = padded(tile.n_rows() * stride);
     next_ = thread_memory().template get<T>((1 + n_levels + n_outputs) * matrix +
                                             n_levels * network_memory_ + (2 + 3 * n_levels) * n_ +
-                                            n_levels * (2 * room_ + kStrain));
+                                            n_levels * (2 * room_ + kStrain) + 3 * room_);
     features = take(matrix);
     inputs = {features, stride, tile.order().rows.data()};
     for (std::int64_t k = 0; k < n_levels; ++k) gradients.push_back(take(matrix));
@@ -124,6 +124,7 @@ class TileArrays {
     forces_ = take(n_levels * room_);
     force_slopes_ = take(n_levels * room_);
     strains_ = take(n_levels * kStrain);
+    atomic_virials_ = take(3 * room_);
   }
 
   T* network_outputs(std::int64_t k) const { return network_outputs_ + k * n_; }  // f_k
@@ -134,6 +135,7 @@ class TileArrays {
   T* forces(std::int64_t k) const { return forces_ + k * room_; }
   T* force_slopes(std::int64_t k) const { return force_slopes_ + k * room_; }
   // Its dL/dvirial: [3, 3].
+  T* atomic_virials() const { return atomic_virials_; }  // [atoms, 3, 3] of one structure
   T* virial_slopes(std::int64_t k) const { return strains_ + k * kStrain; }
 
  private:
@@ -155,7 +157,8 @@ class TileArrays {
   static constexpr std::int64_t kStrain = 16;
   std::int64_t network_memory_, n_, room_;
   T* next_;
-  T *networks_, *network_outputs_, *energies_, *slopes_, *forces_, *force_slopes_, *strains_;
+  T *networks_, *network_outputs_, *energies_, *slopes_, *forces_, *force_slopes_, *strains_,
+      *atomic_virials_;
 };
 
 // ---- passes -------------------------------------------------------------------------------------
@@ -232,9 +235,10 @@ struct StructureSlopes {
   std::vector<double> energies;  // [K] dL/dE
   std::vector<char> on_forces;   // [K] whether dL/dF is in TileArrays::force_slopes; else it is 0
   std::vector<char> on_virials;  // [K] the same of dL/dvirial, only where on_forces
+  std::vector<double> virials;   // [K, 9] what is judged, if the loss asks for it
 
   explicit StructureSlopes(std::int64_t n_levels)
-      : energies(n_levels), on_forces(n_levels), on_virials(n_levels) {}
+      : energies(n_levels), on_forces(n_levels), on_virials(n_levels), virials(9 * n_levels) {}
 };
 
 // What the weight gradients are made of: (U_k, T_k) in place of g_k.

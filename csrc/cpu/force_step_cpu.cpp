@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../core/lattice.h"
 #include "chain.h"
 #include "descriptors.h"
 #include "force_step_kernels.h"
@@ -303,6 +304,7 @@ void sum_virials(const System<T>& system, const OutputRows<T>& out) {
 //   kForces                             whether `judge` has to know the forces
 //   with_forces()                       whether it is a loss of forces, too
 //   on_forces(i)                        whether it depends on the forces of chosen structure i
+//   on_virials(k, i)                    whether `judge` has to know its virial at level k
 //   judge(energies, i, arrays, slopes)  from its energies [K] and, if known, arrays.forces, sets
 //                                       the slopes and arrays.force_slopes
 
@@ -332,8 +334,14 @@ void differentiate(const Model<T>& model, const System<T>& system, const LossOf&
                             : forces || K > 1 ? Height::gradients
                                               : Height::slopes;
       const auto judge = [&](const Ascent<T>& ascent, Index i, StructureSlopes& slopes) {
-        for (Index k = 0; forces && k < K; ++k)
-          descriptors.forces(i, ascent.gradients[k], arrays.forces(k));
+        for (Index k = 0; forces && k < K; ++k) {
+          T* const virials = loss.on_virials(k, tile.chosen(i)) ? arrays.atomic_virials() : nullptr;
+          descriptors.forces(i, ascent.gradients[k], arrays.forces(k), virials);
+          double* const sum = slopes.virials.data() + 9 * k;
+          std::fill_n(sum, 9, 0.0);
+          for (Index c = 0; virials != nullptr && c < tile.rows(i); ++c)
+            for (Index x = 0; x < 9; ++x) sum[x] += static_cast<double>(virials[9 * c + x]);
+        }
         loss.judge(ascent.energies.data() + i * K, tile.chosen(i), arrays, slopes);
       };
       const Descent<T> descent =
@@ -406,6 +414,7 @@ struct GivenSlopes {
 
   bool with_forces() const { return system.has_forces(); }
   bool on_forces(Index) const { return with_forces(); }
+  bool on_virials(Index, Index) const { return false; }
   void judge(const double*, Index i, const TileArrays<T>& arrays, StructureSlopes& slopes) const {
     const Index s = system.structure(i), begin = system.offsets[s], end = system.offsets[s + 1];
     for (Index k = 0; k < arrays.n_levels; ++k) {
@@ -430,13 +439,17 @@ struct BatchLoss {
   const System<T>& system;
   const Loss& loss;
   double* residuals;  // [K, count]
-  double* errors;     // [K, count, 3]
+  double* errors;     // [K, count, loss.error_numbers()]
 
-  bool with_forces() const { return loss.forces != nullptr; }
+  bool with_forces() const { return loss.with_forces(); }
   Index components(Index i) const { return 3 * system.atoms(system.structure(i)); }
   // A structure without atoms counts, but has nothing to add.
   bool on_forces(Index k, Index i) const {
-    return loss.force_weight(k, system.structure(i)) != 0 && components(i) > 0;
+    const Index s = system.structure(i);
+    return (loss.force_weight(k, s) != 0 || loss.stress_weight(k, s) != 0) && components(i) > 0;
+  }
+  bool on_virials(Index k, Index i) const {
+    return loss.stress_weight(k, system.structure(i)) != 0 && components(i) > 0;
   }
   bool on_forces(Index i) const {
     for (Index k = 0; k < loss.n_levels; ++k)
@@ -450,9 +463,12 @@ struct BatchLoss {
       double& residual = residuals[k * system.count() + i];
       residual = loss.energy_residual(k, s, energies[k]);
       slopes.energies[k] = loss.energy_slope(k, s, residual);
-      ForceErrors found;
+      ComponentErrors found, of_stress;
       slopes.on_forces[k] = on_forces(k, i);
-      if (slopes.on_forces[k]) {
+      slopes.on_virials[k] = on_virials(k, i);
+      if (slopes.on_forces[k] && loss.force_weight(k, s) == 0) {
+        std::fill_n(arrays.force_slopes(k), n, T(0));
+      } else if (slopes.on_forces[k]) {
         const double slope = loss.force_slope(k, s, n);
         const T* const forces = arrays.forces(k);
         const double* const targets = loss.force_targets(k, system.offsets[s]);
@@ -463,21 +479,36 @@ struct BatchLoss {
           r[c] = static_cast<T>(slope * difference);
         }
       }
-      found.write(errors + 3 * (k * system.count() + i));
+      if (slopes.on_virials[k]) {
+        const double volume = cell_volume(system.cells + 9 * s);
+        const double slope = loss.stress_slope(k, s, volume);
+        for (int x = 0; x < 9; ++x) {
+          const double difference =
+              loss.stress_difference(k, s, x, slopes.virials[9 * k + x], volume);
+          of_stress.add(difference);
+          arrays.virial_slopes(k)[x] = static_cast<T>(slope * difference);
+        }
+      }
+      double* const to = errors + loss.error_numbers() * (k * system.count() + i);
+      found.write(to);
+      if (loss.with_stresses()) of_stress.write(to + 3);
     }
   }
-  // L_E and L_F, when every structure has been judged.
+  // L_E, L_F and, with stresses, L_S, when every structure has been judged.
   void sum(double* losses) const {
-    losses[0] = losses[1] = 0;
+    std::fill_n(losses, loss.n_terms(), 0.0);
     for (Index k = 0; k < loss.n_levels; ++k) {
-      double of_energies = 0, of_forces = 0;
+      double of_energies = 0, of_forces = 0, of_stresses = 0;
       for (Index i = 0; i < system.count(); ++i) {
         const Index s = system.structure(i), place = k * system.count() + i;
         of_energies += loss.energy_term(k, s, residuals[place]);
-        of_forces += loss.force_term(k, s, errors[3 * place + 1], components(i));
+        const double* const own = errors + loss.error_numbers() * place;
+        of_forces += loss.force_term(k, s, own[1], components(i));
+        if (loss.with_stresses()) of_stresses += loss.stress_term(k, s, own[4]);
       }
       losses[0] += loss.energy_mean(k, of_energies);
       losses[1] += loss.force_mean(k, of_forces);
+      if (loss.with_stresses()) losses[2] += loss.stress_mean(k, of_stresses);
     }
   }
 };
@@ -548,17 +579,18 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
 template <class T>
 std::int64_t message_bytes(const System<T>& system, const Loss& loss, std::int64_t n_weights,
                            std::int64_t n_ranks) {
-  const std::vector<Range> parts = parts_of(system, loss.forces != nullptr);
-  return message_of<T>(shares_of(parts, n_ranks), loss.n_levels, n_weights).bytes;
+  const std::vector<Range> parts = parts_of(system, loss.with_forces());
+  return message_of<T>(shares_of(parts, n_ranks), loss.n_levels, n_weights, loss.error_numbers())
+      .bytes;
 }
 
 template <class T>
 void force_step_share(const Model<T>& model, const System<T>& system, const Loss& loss,
                       std::int64_t rank, std::int64_t n_ranks, std::byte* message, int n_threads) {
-  const std::vector<Range> parts = parts_of(system, loss.forces != nullptr);
+  const std::vector<Range> parts = parts_of(system, loss.with_forces());
   const std::vector<BatchShare> shares = shares_of(parts, n_ranks);
-  const Message layout =
-      message_of<T>(shares, model.networks.n_levels(), model.networks.parameters());
+  const Message layout = message_of<T>(shares, model.networks.n_levels(),
+                                       model.networks.parameters(), loss.error_numbers());
   const auto& [own, structures, firsts] = shares[rank];
   if (own.count() == 0) return;
   System<T> some = system;
@@ -571,7 +603,7 @@ void force_step_share(const Model<T>& model, const System<T>& system, const Loss
   for (std::size_t node = 0; node + 1 < firsts.size(); ++node)
     nodes.push_back(layout.gradient<T>(message, node));
   const BatchLoss<T> batch{some, loss, layout.energy_residuals(message),
-                           layout.force_errors(message)};
+                           layout.component_errors(message)};
   differentiate(model, some, batch, of_some, firsts, nodes, n_threads);
 }
 
@@ -579,9 +611,9 @@ template <class T>
 void force_step_join(const System<T>& system, const Loss& loss, const std::byte* messages,
                      std::int64_t n_ranks, std::int64_t n_weights, double* losses, T* gradient,
                      double* residuals, double* errors, int n_threads) {
-  const std::vector<BatchShare> shares =
-      shares_of(parts_of(system, loss.forces != nullptr), n_ranks);
-  const Message layout = message_of<T>(shares, loss.n_levels, n_weights);
+  const std::vector<BatchShare> shares = shares_of(parts_of(system, loss.with_forces()), n_ranks);
+  const int numbers = loss.error_numbers();
+  const Message layout = message_of<T>(shares, loss.n_levels, n_weights, numbers);
   std::vector<const T*> nodes;
   std::vector<Index> firsts{0};
   for (Index rank = 0; rank < n_ranks; ++rank) {
@@ -595,7 +627,8 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
     for (Index k = 0; k < loss.n_levels; ++k) {
       const Index to = k * system.count() + structures.first;
       std::copy_n(layout.energy_residuals(message) + k * n, n, residuals + to);
-      std::copy_n(layout.force_errors(message) + 3 * k * n, 3 * n, errors + 3 * to);
+      std::copy_n(layout.component_errors(message) + numbers * k * n, numbers * n,
+                  errors + numbers * to);
     }
   }
   if (nodes.empty())

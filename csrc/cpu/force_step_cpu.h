@@ -73,10 +73,11 @@ void energy_forces_backward(const Model<T>& model, const System<T>& system,
                             std::int64_t first_level, const double* e, const T* r, const double* w,
                             T* gradient, int n_threads);
 
-// losses     // [2] L_E, L_F
+// losses     // [2] L_E, L_F; with stresses [3], L_S
 // gradient   // like the weights: that of the loss
 // residuals  // [K, count] E - target
-// errors     // [K, count, 3] ForceErrors of each structure; 0 without weight
+// errors     // [K, count, 3] ComponentErrors of each structure's forces; with stresses
+//            // [K, count, 6], behind them those of the stress; 0 without weight
 template <class T>
 void force_step(const Model<T>& model, const System<T>& system, const Loss& loss, double* losses,
                 T* gradient, double* residuals, double* errors, int n_threads);

@@ -35,13 +35,13 @@ inline std::vector<BatchShare> shares_of(const std::vector<Range>& parts, std::i
 
 template <class T>
 Message message_of(const std::vector<BatchShare>& shares, std::int64_t n_levels,
-                   std::int64_t n_weights) {
+                   std::int64_t n_weights, int error_numbers) {
   std::int64_t nodes = 0, structures = 0;
   for (const BatchShare& share : shares) {
     nodes = std::max(nodes, static_cast<std::int64_t>(share.nodes.size()) - 1);
     structures = std::max(structures, share.structures.last - share.structures.first);
   }
-  return Message::of(nodes, structures, n_levels, n_weights, sizeof(T));
+  return Message::of(nodes, structures, n_levels, n_weights, sizeof(T), error_numbers);
 }
 
 }  // namespace kinml::cpu

@@ -41,14 +41,14 @@ struct TileMemory {
   T* features;    // [kForceRows, plan.features] a, and eps of the level below
   T* gradients;   // [K, kForceRows, plan.features] g_k, later (U_k, T_k)
   HiddenArrays<T> hidden;
-  T* parts;             // [kMostParts, kForceRows, plan.widest]
-  T* below;             // [K, kForceRows] eps_{k-1}
-  T* slopes;            // [K, kForceRows] c_k
-  T* seeds;             // [kForceRows]
-  double* energies;     // [kForceStructures, K]; later dL/dE
-  int* any;             // [kForceStructures, K] whether the loss depends on the forces
-  ForceErrors* errors;  // [kForceStructures, K, kLanes]
-  int* counts;          // [kWarps] neighbours
+  T* parts;                 // [kMostParts, kForceRows, plan.widest]
+  T* below;                 // [K, kForceRows] eps_{k-1}
+  T* slopes;                // [K, kForceRows] c_k
+  T* seeds;                 // [kForceRows]
+  double* energies;         // [kForceStructures, K]; later dL/dE
+  int* any;                 // [kForceStructures, K] whether the loss depends on the forces
+  ComponentErrors* errors;  // [kForceStructures, K, kLanes]
+  int* counts;              // [kWarps] neighbours
 
   KINML_HD void take(Pieces& pieces, const ChainPlan& plan, bool gradient) {
     const int K = plan.n_levels;
@@ -70,7 +70,7 @@ struct TileMemory {
     seeds = pieces.take<T>(kForceRows);
     energies = pieces.take<double>(kForceStructures * K);
     any = pieces.take<int>(kForceStructures * K);
-    errors = pieces.take<ForceErrors>(gradient ? kForceStructures * K * kLanes : 0);
+    errors = pieces.take<ComponentErrors>(gradient ? kForceStructures * K * kLanes : 0);
     counts = pieces.take<int>(kWarps);
   }
 };
@@ -154,7 +154,10 @@ template <class T>
 struct Differentiation {
   const double* e = nullptr;  // [R, count]; null: there is a loss
   const T* r = nullptr;       // [R, n_atoms, 3]
-  const double* w = nullptr;  // [R, count, 3, 3] or null
+  // [R, count, 3, 3] dL/dvirial or null; of the loss written here
+  const double* w = nullptr;
+  double* virial_slopes = nullptr;  // the same memory, with stresses in the loss
+  T* virials = nullptr;             // [K, n_atoms, 3, 3] of the centres, likewise
   Loss loss{};
   double *residuals = nullptr, *errors = nullptr;
   T* minus_r = nullptr;  // [K, n_atoms, 3] forces, then -dL/dF
@@ -318,7 +321,7 @@ struct ForceKernel {
            output * 3 * system.n_atoms;
   }
   KINML_DEVICE T* virials_of(Index output) const {
-    T* const all = kGradient ? nullptr : evaluation.outputs.atomic_virials;
+    T* const all = kGradient ? differentiation.virials : evaluation.outputs.atomic_virials;
     return all == nullptr ? nullptr : all + output * 9 * system.n_atoms;
   }
   KINML_DEVICE double& energy_of(Index output, const TileStructures& structures, int j) const {
@@ -328,7 +331,9 @@ struct ForceKernel {
     if (!system.has_forces() || n == 0) return 0;
     if constexpr (!kGradient) return 1;
     if (differentiation.given()) return k >= first_level;
-    return differentiation.loss.force_weight(k, system.structure(i)) != 0;
+    const Index s = system.structure(i);
+    return differentiation.loss.force_weight(k, s) != 0 ||
+           differentiation.loss.stress_weight(k, s) != 0;
   }
   KINML_DEVICE static int owner_of(const Tile& tile, int row) {
     int j = 0;
@@ -587,11 +592,14 @@ struct ForceKernel {
     const Loss& loss = differentiation.loss;
     block.each(structures.count * K * kLanes, [&](int item) {
       const int lane = item % kLanes, k = item / kLanes % K, j = item / kLanes / K;
-      ForceErrors errors;
-      if (tile.any[j * K + k] != 0) {
+      ComponentErrors errors;
+      const Index s = system.structure(structures.first + j);
+      if (tile.any[j * K + k] != 0 && loss.force_weight(k, s) == 0) {
+        T* const forces = forces_of(k) + 3 * tile.begins[j];
+        for (int c = lane; c < 3 * tile.sizes[j]; c += kLanes) forces[c] = 0;
+      } else if (tile.any[j * K + k] != 0) {
         const int components = 3 * tile.sizes[j];
-        const double slope =
-            loss.force_slope(k, system.structure(structures.first + j), components);
+        const double slope = loss.force_slope(k, s, components);
         T* const forces = forces_of(k) + 3 * tile.begins[j];
         const double* const targets = loss.force_targets(k, tile.begins[j]);
         for (int c = lane; c < components; c += kLanes) {
@@ -606,9 +614,11 @@ struct ForceKernel {
       const int j = item / K, k = item % K;
       const Index s = system.structure(structures.first + j);
       const Index i = k * system.count() + structures.first + j;
-      ForceErrors errors;
+      ComponentErrors errors;
       for (int lane = 0; lane < kLanes; ++lane) errors.add(tile.errors[item * kLanes + lane]);
-      errors.write(differentiation.errors + 3 * i);
+      double* const to = differentiation.errors + loss.error_numbers() * i;
+      errors.write(to);
+      if (loss.with_stresses()) judge_stress(tile, structures, j, k).write(to + 3);
       double& residual = differentiation.residuals[i];
       if (tile.begins[j] < 0) {
         residual = tile.energies[item] = kNoEnergy;
@@ -617,6 +627,30 @@ struct ForceKernel {
       residual = loss.energy_residual(k, s, tile.energies[item]);
       tile.energies[item] = loss.energy_slope(k, s, residual);
     });
+  }
+
+  // Errors of the stress of a structure of the tile, and dL/dvirial.
+  KINML_DEVICE ComponentErrors judge_stress(const Tile& tile, const TileStructures& structures,
+                                            int j, int k) const {
+    const Loss& loss = differentiation.loss;
+    const Index i = structures.first + j, s = system.structure(i);
+    double* const slopes = differentiation.virial_slopes + 9 * (k * system.count() + i);
+    ComponentErrors errors;
+    const bool wanted = tile.begins[j] >= 0 && tile.sizes[j] > 0 && loss.stress_weight(k, s) != 0;
+    const double volume = wanted ? cell_volume(system.cells + 9 * s) : 1.0;
+    const double slope = wanted ? loss.stress_slope(k, s, volume) : 0.0;
+    for (int x = 0; x < 9; ++x) {
+      slopes[x] = 0;
+      if (!wanted) continue;
+      const T* const atomic = virials_of(k) + 9 * tile.begins[j];
+      double virial = 0;
+      for (int row = 0; row < tile.firsts[j + 1] - tile.firsts[j]; ++row)
+        virial += static_cast<double>(atomic[9 * row + x]);
+      const double difference = loss.stress_difference(k, s, x, virial, volume);
+      errors.add(difference);
+      slopes[x] = slope * difference;
+    }
+    return errors;
   }
 
   // Adds the gradient of the atoms of a piece.
@@ -732,6 +766,7 @@ struct GatherKernel {
   Message layout;
   BatchParts parts;
   Index n_ranks, n_levels;
+  int numbers;  // of a row of errors
   double *residuals, *errors;
 
   KINML_DEVICE void operator()(const Block& block) const {
@@ -749,7 +784,8 @@ struct GatherKernel {
       for (Index k = 0; k < n_levels; ++k) {
         const Index from = k * (end - first) + i - first, to = k * parts.count + i;
         residuals[to] = layout.energy_residuals(message)[from];
-        for (int e = 0; e < 3; ++e) errors[3 * to + e] = layout.force_errors(message)[3 * from + e];
+        for (int e = 0; e < numbers; ++e)
+          errors[numbers * to + e] = layout.component_errors(message)[numbers * from + e];
       }
     });
   }
@@ -769,7 +805,7 @@ struct FinishKernel {
   System<T> system;
   Loss loss;
   const double *residuals, *errors;
-  double* losses;  // [2]
+  double* losses;  // [loss.n_terms()]
 
   KINML_HD Index pieces() const { return blocks_for(n_parameters, kThreads); }
 
@@ -800,11 +836,11 @@ struct FinishKernel {
     return tree.total(Add());
   }
   KINML_DEVICE void sum_losses(const Block& block) const {
-    double* const partial = reinterpret_cast<double*>(block.memory());  // [2, kThreads]
+    double* const partial = reinterpret_cast<double*>(block.memory());  // [3, kThreads]
     block.each(kThreads, [&](int lane) {
-      double of_energies = 0, of_forces = 0;
+      double of_energies = 0, of_forces = 0, of_stresses = 0;
       for (Index k = 0; k < loss.n_levels; ++k) {
-        double energies = 0, forces = 0;
+        double energies = 0, forces = 0, stresses = 0;
         for (Index i = lane; i < system.count(); i += kThreads) {
           const Index s = system.structure(i);
           const double residual = residuals[k * system.count() + i];
@@ -814,22 +850,25 @@ struct FinishKernel {
           }
           energies += loss.energy_term(k, s, residual);
           const Index components = 3 * system.atoms(s);
-          if (system.has_forces())
-            forces += loss.force_term(k, s, errors[3 * (k * system.count() + i) + 1], components);
+          const double* const own = errors + loss.error_numbers() * (k * system.count() + i);
+          if (system.has_forces()) forces += loss.force_term(k, s, own[1], components);
+          if (loss.with_stresses()) stresses += loss.stress_term(k, s, own[4]);
         }
         of_energies += loss.energy_mean(k, energies);
         of_forces += loss.force_mean(k, forces);
+        if (loss.with_stresses()) of_stresses += loss.stress_mean(k, stresses);
       }
       partial[lane] = of_energies;
       partial[kThreads + lane] = of_forces;
+      partial[2 * kThreads + lane] = of_stresses;
     });
-    block.each(2, [&](int which) {
+    block.each(loss.n_terms(), [&](int which) {
       double sum = 0;
       for (int lane = 0; lane < kThreads; ++lane) sum += partial[which * kThreads + lane];
       losses[which] = sum;
     });
   }
-  KINML_HD static Index memory() { return 2 * kThreads * Index(sizeof(double)); }
+  KINML_HD static Index memory() { return 3 * kThreads * Index(sizeof(double)); }
 };
 
 // ---- memory ------------------------------------------------------------------------------------
@@ -845,6 +884,8 @@ struct Workspace {
   T* packed;
   T* parts = nullptr;
   T* minus_r = nullptr;
+  T* virials = nullptr;  // for stresses in the loss, of which the step finds out here
+  double* virial_slopes = nullptr;
   Memory memory;
   std::int64_t on_chip = 0;  // bytes of a block
   BatchParts batch;
@@ -865,6 +906,10 @@ struct Workspace {
     if (gradient) {
       parts = pieces.take<T>(n_blocks * plan.parameters);
       minus_r = pieces.take<T>(plan.n_levels * 3 * system.n_atoms);
+      if (system.cells != nullptr) {
+        virials = pieces.take<T>(plan.n_levels * 9 * system.n_atoms);
+        virial_slopes = pieces.take<double>(plan.n_levels * 9 * system.count());
+      }
     }
     TileMemory<T> tile;
     tile.take(tile_pieces, plan, gradient);
@@ -903,6 +948,14 @@ ForceKernel<T, kGradient> force_kernel(const ChainPlan& plan, const Model<T>& mo
   return kernel;
 }
 
+template <class T>
+void set_loss(ForceKernel<T, true>& kernel, const Workspace<T>& space, const Loss& loss) {
+  kernel.differentiation.loss = loss;
+  if (!loss.with_stresses()) return;
+  kernel.differentiation.virials = space.virials;
+  kernel.differentiation.w = kernel.differentiation.virial_slopes = space.virial_slopes;
+}
+
 // The parts of the gradient.
 template <class T>
 void differentiate(const Model<T>& model, const Workspace<T>& space,
@@ -913,7 +966,7 @@ void differentiate(const Model<T>& model, const Workspace<T>& space,
 }
 
 template <class T>
-Message message_of(Index count, Index n_levels, Index n_weights, Index n_ranks) {
+Message message_of(Index count, Index n_levels, Index n_weights, Index n_ranks, int error_numbers) {
   Index nodes = 0, structures = 0;
   for (Index rank = 0; rank < n_ranks; ++rank) {
     const BatchParts parts = BatchParts::of(count, rank, n_ranks);
@@ -921,7 +974,7 @@ Message message_of(Index count, Index n_levels, Index n_weights, Index n_ranks) 
     nodes = own > nodes ? own : nodes;
     structures = parts.structures() > structures ? parts.structures() : structures;
   }
-  return Message::of(nodes, structures, n_levels, n_weights, sizeof(T));
+  return Message::of(nodes, structures, n_levels, n_weights, sizeof(T), error_numbers);
 }
 
 // The structures of a batch that are one process's.
@@ -998,7 +1051,7 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
   const ChainPlan plan = plan_chain(model.networks);
   const Workspace<T> space(plan, model, system, true, workspace);
   ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, system, space);
-  kernel.differentiation.loss = loss;
+  set_loss(kernel, space, loss);
   kernel.differentiation.residuals = residuals;
   kernel.differentiation.errors = errors;
   differentiate(model, space, kernel, stream);
@@ -1020,7 +1073,8 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
 template <class T>
 std::int64_t message_bytes(const System<T>& system, const Loss& loss, std::int64_t n_weights,
                            std::int64_t n_ranks) {
-  return message_of<T>(system.count(), loss.n_levels, n_weights, n_ranks).bytes;
+  return message_of<T>(system.count(), loss.n_levels, n_weights, n_ranks, loss.error_numbers())
+      .bytes;
 }
 
 template <class T>
@@ -1030,13 +1084,14 @@ void force_step_share(const Model<T>& model, const System<T>& system, const Loss
   const BatchParts parts = BatchParts::of(system.count(), rank, n_ranks);
   if (parts.n_blocks() == 0) return;
   const ChainPlan plan = plan_chain(model.networks);
-  const Message layout = message_of<T>(system.count(), plan.n_levels, plan.parameters, n_ranks);
+  const Message layout =
+      message_of<T>(system.count(), plan.n_levels, plan.parameters, n_ranks, loss.error_numbers());
   const System<T> some = of_share(system, parts);
   const Workspace<T> space(plan, model, some, parts, true, workspace);
   ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, some, space);
-  kernel.differentiation.loss = loss;
+  set_loss(kernel, space, loss);
   kernel.differentiation.residuals = layout.energy_residuals(message);
-  kernel.differentiation.errors = layout.force_errors(message);
+  kernel.differentiation.errors = layout.component_errors(message);
   differentiate(model, space, kernel, stream);
   launch(NodesKernel<T>{space.parts, parts.of_blocks, parts.n_parts, plan.parameters,
                         layout.gradient<T>(message, 0)},
@@ -1048,9 +1103,11 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
                      std::int64_t n_ranks, std::int64_t n_weights, double* losses, T* gradient,
                      double* residuals, double* errors, Stream stream) {
   const BatchParts parts = BatchParts::of(system.count());
-  const Message layout = message_of<T>(system.count(), loss.n_levels, n_weights, n_ranks);
+  const Message layout =
+      message_of<T>(system.count(), loss.n_levels, n_weights, n_ranks, loss.error_numbers());
   if (parts.count > 0)
-    launch(GatherKernel{messages, layout, parts, n_ranks, loss.n_levels, residuals, errors},
+    launch(GatherKernel{messages, layout, parts, n_ranks, loss.n_levels, loss.error_numbers(),
+                        residuals, errors},
            blocks_for(parts.count, kThreads), stream);
   const FinishKernel<T> finish{.parts = nullptr,
                                .messages = messages,

@@ -42,10 +42,10 @@ void energy_forces_backward(const Model<T>& model, const System<T>& system,
                             std::int64_t first_level, const double* e, const T* r, const double* w,
                             T* gradient, char* workspace, Stream stream);
 
-// losses     // [2]
+// losses     // [2], with stresses in the loss [3]
 // gradient   // like the weights
 // residuals  // [K, count]
-// errors     // [K, count, 3]
+// errors     // [K, count, 3], with stresses [K, count, 6]
 template <class T>
 void force_step(const Model<T>& model, const System<T>& system, const Loss& loss, double* losses,
                 T* gradient, double* residuals, double* errors, char* workspace, Stream stream);

@@ -109,6 +109,24 @@ KINML_DEVICE Displacement<T> displacement(const T* x, const Displacement<T>& fro
                                           std::int64_t atom) {
   return {x[3 * atom] - from.x, x[3 * atom + 1] - from.y, x[3 * atom + 2] - from.z};
 }
+// To d [3], the difference of the places of an atom and a centre, what the candidate's cell adds;
+// whether that is anything. A function of its own, so that it takes no registers of a kernel that
+// has molecules.
+template <class Real>
+KINML_PHASE bool add_cell(const Candidates& candidates, std::int64_t number, Real* d) {
+  if (candidates.cell != nullptr) {
+    const ImageCell& cell = *candidates.cell;
+    if (!cell.valid) d[0] = aev_detail::kNan<double>;
+    return cell.translate(static_cast<int>(number % cell.images), d);
+  }
+  for (int k = 0; candidates.shifts != nullptr && k < 3; ++k) {
+    const std::int64_t n = candidates.shifts[3 * (candidates.pair + number) + k];
+    for (int c = 0; n != 0 && c < 3; ++c)
+      d[c] += static_cast<double>(n) * candidates.vectors[3 * k + c];
+  }
+  return true;
+}
+
 // Of a candidate from a centre at `from`; for an image or a given pair in float64 up to the end.
 // `other`: whether it is anything but the centre itself.
 template <class T>
@@ -121,21 +139,7 @@ KINML_DEVICE Displacement<T> displacement(const T* x, const Candidates& candidat
   double d[3] = {static_cast<double>(x[3 * atom]) - static_cast<double>(from.x),
                  static_cast<double>(x[3 * atom + 1]) - static_cast<double>(from.y),
                  static_cast<double>(x[3 * atom + 2]) - static_cast<double>(from.z)};
-  if (candidates.cell != nullptr) {
-    const ImageCell& cell = *candidates.cell;
-    if (!cell.valid) d[0] = aev_detail::kNan<double>;
-    other =
-        cell.translate(static_cast<int>((number - (atom - candidates.begin) * cell.images)), d) ||
-        other;
-  } else {
-    other = true;
-    if (candidates.shifts != nullptr)
-      for (int k = 0; k < 3; ++k) {
-        const std::int64_t n = candidates.shifts[3 * (candidates.pair + number) + k];
-        for (int c = 0; n != 0 && c < 3; ++c)
-          d[c] += static_cast<double>(n) * candidates.vectors[3 * k + c];
-      }
-  }
+  other = add_cell(candidates, number, d) || other;
   return {static_cast<T>(d[0]), static_cast<T>(d[1]), static_cast<T>(d[2])};
 }
 template <class T>

@@ -274,19 +274,22 @@ struct LossArguments {
     kForceWeights,
     kScales,
     kCounts,
+    kStresses,
+    kStressWeights,
     kEntries
   };
 
-  // Of n_levels levels, n_structures structures of n_atoms atoms; forces only `with_forces`.
-  // The list must outlive the object.
-  LossArguments(const OptionalTensors& list, int64_t n_levels, int64_t n_structures,
-                int64_t n_atoms, bool with_forces, const at::Tensor& like)
+  // Of n_levels levels of the structures of a system. The list must outlive the object.
+  LossArguments(const OptionalTensors& list, int64_t n_levels, const SystemArguments& system,
+                const at::Tensor& like)
       : loss_{} {
+    const int64_t n_structures = system.n_structures(), n_atoms = system.n_atoms();
+    const bool with_forces = system.has_forces(), with_cells = system.cells.defined();
     loss_.n_levels = n_levels;
     loss_.n_structures = n_structures;
     loss_.n_atoms = n_atoms;
-    TORCH_CHECK(list.size() == kEntries, "kinml_fast: a loss has ", int(kEntries), " tensors, got ",
-                list.size());
+    TORCH_CHECK(list.size() >= kStresses && list.size() <= kEntries, "kinml_fast: a loss has ",
+                int(kStresses), " to ", int(kEntries), " tensors, got ", list.size());
     const auto numbers = [&](Place place, const char* name, at::IntArrayRef shape) {
       const at::Tensor t = entry(list, place);
       TORCH_CHECK(t.defined(), "kinml_fast: a loss needs ", name, ", got none");
@@ -296,8 +299,15 @@ struct LossArguments {
     };
     loss_.energies = numbers(kEnergies, "energy_targets", {n_levels, n_structures});
     loss_.energy_weights = numbers(kEnergyWeights, "energy_weights", {n_levels, n_structures});
-    loss_.scales = numbers(kScales, "scales", {2});
-    loss_.counts = numbers(kCounts, "counts", {2, n_levels});
+    const bool with_stresses = entry(list, kStresses).defined();
+    const int64_t n_terms = with_stresses ? 3 : 2;
+    loss_.scales = numbers(kScales, "scales", {n_terms});
+    loss_.counts = numbers(kCounts, "counts", {n_terms, n_levels});
+    if (with_stresses) {
+      TORCH_CHECK(with_cells, "kinml_fast: a loss of stresses needs the cells of the system");
+      loss_.stresses = numbers(kStresses, "stress_targets", {n_levels, n_structures, 3, 3});
+      loss_.stress_weights = numbers(kStressWeights, "stress_weights", {n_levels, n_structures});
+    }
     if (!with_forces || !entry(list, kForces).defined()) return;
     loss_.forces = numbers(kForces, "force_targets", {n_levels, n_atoms, 3});
     loss_.force_weights = numbers(kForceWeights, "force_weights", {n_levels, n_structures});
@@ -317,20 +327,21 @@ inline int64_t levels_of(const OptionalTensors& loss) {
   return targets.size(0);
 }
 
-// Where a step writes: losses, gradient, energy_residuals, force_errors.
+// Where a step writes: losses, gradient, energy_residuals, errors of components.
 struct StepResults {
-  at::Tensor losses, gradient, energy_residuals, force_errors;
+  at::Tensor losses, gradient, energy_residuals, errors;
 
-  // Of n_levels levels and n structures.
-  StepResults(at::TensorList list, int64_t n_levels, int64_t n, const at::Tensor& parameters) {
+  // Of n structures.
+  StepResults(at::TensorList list, const Loss& loss, int64_t n, const at::Tensor& parameters) {
+    const int64_t n_levels = loss.n_levels;
     TORCH_CHECK(list.size() == 4, "kinml_fast: this step has 4 results, got ", list.size());
     losses = list[0];
     gradient = list[1];
     energy_residuals = list[2];
-    check_doubles(losses, "losses", {2});
+    check_doubles(losses, "losses", {loss.n_terms()});
     check_doubles(energy_residuals, "energy_residuals", {n_levels, n});
-    force_errors = list[3];
-    check_doubles(force_errors, "force_errors", {n_levels, n, 3});
+    errors = list[3];
+    check_doubles(errors, "errors", {n_levels, n, loss.error_numbers()});
     check_same_type(gradient, "gradient", parameters, "parameters");
     TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
                 "kinml_fast: gradient must be contiguous and have the shape of parameters, ",

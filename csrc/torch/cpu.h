@@ -82,6 +82,22 @@ inline void check_surroundings_values(const SystemArguments& system) {
         view, system.structures.defined() ? system.structures.const_data_ptr<int64_t>()[i] : i);
 }
 
+// Structures with a stress in the loss have one.
+inline void check_stress_weights(const SystemArguments& system, const Loss& loss) {
+  if (!loss.with_stresses()) return;
+  const System<double> view{.cells = system.cells.const_data_ptr<double>(),
+                            .periodic = system.periodic.const_data_ptr<int64_t>()};
+  for (int64_t i = 0; i < system.count(); ++i) {
+    const int64_t s =
+        system.structures.defined() ? system.structures.const_data_ptr<int64_t>()[i] : i;
+    for (int64_t k = 0; k < loss.n_levels; ++k)
+      TORCH_CHECK(loss.stress_weight(k, s) == 0 ||
+                      (view.is_periodic(s) && cell_volume(view.cells + 9 * s) > 0),
+                  "kinml_fast: structure ", s, " has a weight in the loss of stresses, but ",
+                  view.is_periodic(s) ? "its cell has no volume" : "is not periodic");
+  }
+}
+
 // Offsets and species of the chosen structures of a system: increasing from 0 to n_atoms, within
 // the list of species, with enough columns of the Jacobian.
 inline void check_system_values(const SystemArguments& system, int64_t n_species) {

@@ -2,6 +2,7 @@
 // Backend.
 //
 //   check_values(SystemArguments, n_species)   may look at values of indices
+//   check_loss(SystemArguments, Loss)          and at weights
 //   energy_forces<T>(Model, System, first_level, Outputs, like)   as the entries of
 //   energy_forces_backward<T>(...), force_step<T>(...)   csrc/cpu/force_step_cpu.h, with a tensor
 //   message_bytes<T>(...), force_step_share<T>(...)      on the device instead of threads
@@ -87,16 +88,16 @@ struct ForceOps {
     const ModelArguments model(system, parameters, std::nullopt, descriptor, networks, 0);
     Backend::check_values(system, model.networks.n_species());
     check_one_member(model);
-    const LossArguments loss(loss_, model.n_levels(), system.n_structures(), system.n_atoms(),
-                             system.has_forces(), model.parameters);
-    const StepResults results(results_, model.n_levels(), system.count(), model.parameters);
+    const LossArguments loss(loss_, model.n_levels(), system, model.parameters);
+    Backend::check_loss(system, loss.view());
+    const StepResults results(results_, loss.view(), system.count(), model.parameters);
     with_type(model.parameters, [&](auto zero) {
       using T = decltype(zero);
-      Backend::template force_step<T>(
-          model.view<T>(), system.view<T>(), loss.view(), results.losses.mutable_data_ptr<double>(),
-          results.gradient.mutable_data_ptr<T>(),
-          results.energy_residuals.mutable_data_ptr<double>(),
-          results.force_errors.mutable_data_ptr<double>(), model.parameters);
+      Backend::template force_step<T>(model.view<T>(), system.view<T>(), loss.view(),
+                                      results.losses.mutable_data_ptr<double>(),
+                                      results.gradient.mutable_data_ptr<T>(),
+                                      results.energy_residuals.mutable_data_ptr<double>(),
+                                      results.errors.mutable_data_ptr<double>(), model.parameters);
     });
   }
 
@@ -106,8 +107,8 @@ struct ForceOps {
     const SystemArguments system(system_, structures);
     Backend::check_values(system, std::numeric_limits<int64_t>::max());
     check_ranks(0, n_ranks);
-    const LossArguments loss(loss_, levels_of(loss_), system.n_structures(), system.n_atoms(),
-                             system.has_forces(), parameters);
+    const LossArguments loss(loss_, levels_of(loss_), system, parameters);
+    Backend::check_loss(system, loss.view());
     int64_t bytes = 0;
     with_type(parameters, [&](auto zero) {
       using T = decltype(zero);
@@ -125,8 +126,8 @@ struct ForceOps {
     const ModelArguments model(system, parameters, std::nullopt, descriptor, networks, 0);
     Backend::check_values(system, model.networks.n_species());
     check_one_member(model);
-    const LossArguments loss(loss_, model.n_levels(), system.n_structures(), system.n_atoms(),
-                             system.has_forces(), model.parameters);
+    const LossArguments loss(loss_, model.n_levels(), system, model.parameters);
+    Backend::check_loss(system, loss.view());
     check_ranks(rank, n_ranks);
     with_type(model.parameters, [&](auto zero) {
       using T = decltype(zero);
@@ -149,9 +150,9 @@ struct ForceOps {
     const at::Tensor gradient = results_[1];
     check_same_type(gradient, "gradient", system.numbers(), system.name());
     const int64_t n_levels = levels_of(loss_);
-    const LossArguments loss(loss_, n_levels, system.n_structures(), system.n_atoms(),
-                             system.has_forces(), gradient);
-    const StepResults results(results_, n_levels, system.count(), gradient);
+    const LossArguments loss(loss_, n_levels, system, gradient);
+    Backend::check_loss(system, loss.view());
+    const StepResults results(results_, loss.view(), system.count(), gradient);
     TORCH_CHECK(messages.dim() == 2 && messages.size(0) > 0,
                 "kinml_fast: messages must have shape [n_ranks, bytes], got ", messages.sizes());
     const int64_t n_ranks = messages.size(0), n_weights = gradient.numel();
@@ -166,7 +167,7 @@ struct ForceOps {
           n_weights, results.losses.mutable_data_ptr<double>(),
           results.gradient.mutable_data_ptr<T>(),
           results.energy_residuals.mutable_data_ptr<double>(),
-          results.force_errors.mutable_data_ptr<double>(), gradient);
+          results.errors.mutable_data_ptr<double>(), gradient);
     });
   }
 

@@ -13,6 +13,9 @@ struct CpuBackend {
   static void check_values(const SystemArguments& system, int64_t n_species) {
     check_system_values(system, n_species);
   }
+  static void check_loss(const SystemArguments& system, const Loss& loss) {
+    check_stress_weights(system, loss);
+  }
   template <class T>
   static void energy_forces(const Model<T>& model, const System<T>& system, int64_t first_level,
                             const Outputs<T>& outputs, const Tensor&) {

@@ -10,6 +10,7 @@ namespace {
 struct CudaBackend {
   // To look at the values of indices would wait for the GPU: what does not exist gives NaN.
   static void check_values(const SystemArguments&, int64_t) {}
+  static void check_loss(const SystemArguments&, const Loss&) {}
 
   template <class T>
   static void energy_forces(const Model<T>& model, const System<T>& system, int64_t first_level,

@@ -15,7 +15,9 @@
 //   Tensor[] order     atoms sorted by species: rows, owners, starts (species_order)
 //   Tensor?[] loss     targets and weights (LossArguments): energies [K, n], weights of energies
 //                      [K, n], forces [K, n_atoms, 3], weights of forces [K, n], scales [2], counts
-//                      [2, K]; all float64. csrc/core/loss.h has the formula
+//                      [2, K]; all float64. With stresses [K, n, 3, 3] in eV/angstrom^3 and their
+//                      weights [K, n] at the end scales [3] and counts [3, K]. csrc/core/loss.h has
+//                      the formula
 //   float[] descriptor AEVParameters.packed(); not looked at (may be empty) for stored descriptors
 //   int[] networks     the chain of networks (csrc/core/network_shape.h): K levels of theory,
 //                      S species, L layers, 1 with biases or 0, [L] codes of
@@ -103,8 +105,9 @@ TORCH_LIBRARY(kinml_fast, m) {
       "Tensor? grad_virials=None) -> Tensor");
   // Forward and backward pass of a training batch: `structures` [n] of the data set that system and
   // loss describe. Results: losses [2], L_E and L_F, float64; gradient of the loss with respect to
-  // the parameters; energy_residuals [K, n] = E - target and force_errors [K, n, 3] = sum |dF|,
-  // sum dF^2, max |dF| over the components of a structure, 0 without weight, both float64. Without
+  // the parameters; energy_residuals [K, n] = E - target and errors [K, n, 3] = sum |dF|, sum dF^2,
+  // max |dF| over the components of a structure, 0 without weight, both float64. With stresses in
+  // the loss, losses [3] and errors [K, n, 6], the same of the 9 components of the stress. Without
   // Jacobians, or without force targets, training is on energies. No autograd.
   m.def(
       "force_step(Tensor?[] system, Tensor structures, Tensor parameters, Tensor?[] loss, "
