@@ -46,6 +46,8 @@ BOUNDS = [
     Bound(r"^ForceKernel<", 255, stack=512),
     # Nodes of a tree that are not yet added, by height (csrc/core/shares.h).
     Bound(r"^(Finish|Nodes)Kernel<", 128, stack=272),
+    # Vectors of a cell, one of which is chosen by number; once for each structure.
+    Bound(r"^ImageKernel<", 128, stack=256),
     # The library's sort, as it is tuned there: on sm_100 one of its kernels spills 44 bytes.
     Bound(r"^cub::", 255, spills=64),
     # Any other: nothing in local memory, two blocks of 128 threads on a multiprocessor.

@@ -46,7 +46,7 @@ struct Centre {
 
 // What all kernels are told.
 template <class T>
-struct Environments {
+struct EnvironmentArguments {
   AevArguments<T> aev;
   System<T> system;
   Cells cells;
@@ -56,6 +56,18 @@ struct Environments {
   Index tables_bytes = 0, warp_bytes = 0, list_bytes = 0;
   char* lists = nullptr;  // [blocks, kWarps, list_bytes]
   int few = 0, most = 0;  // neighbours for which a warp has memory on the chip and in its list
+};
+
+// How kernels find environments, with candidates of type C: those for atoms alone need fewer
+// registers.
+template <class T, class C>
+struct Environments : EnvironmentArguments<T> {
+  using EnvironmentArguments<T>::aev, EnvironmentArguments<T>::system,
+      EnvironmentArguments<T>::cells, EnvironmentArguments<T>::images,
+      EnvironmentArguments<T>::tangent, EnvironmentArguments<T>::tables_bytes,
+      EnvironmentArguments<T>::warp_bytes, EnvironmentArguments<T>::list_bytes,
+      EnvironmentArguments<T>::lists, EnvironmentArguments<T>::few, EnvironmentArguments<T>::most;
+  static constexpr bool kDistinct = std::is_same_v<C, AtomCandidates>;
 
   KINML_DEVICE Centre centre(Index atom) const {
     return {structure_of(system.offsets, system.n_structures, atom), atom};
@@ -74,7 +86,7 @@ struct Environments {
   KINML_DEVICE WarpMemory<N> memory(const Block& block, int w, bool transposed) const {
     WarpMemory<N> memory;
     Pieces pieces(block.memory() + tables_bytes + w * warp_bytes);
-    memory.take(pieces, aev, few, system.distinct(), transposed, true);
+    memory.take(pieces, aev, few, kDistinct, transposed, true);
     return memory;
   }
   // Uses the warp's list instead of its memory on the chip.
@@ -82,7 +94,17 @@ struct Environments {
   KINML_DEVICE void use_list(const Block& block, int w, bool transposed,
                              WarpMemory<N>& memory) const {
     Pieces pieces(lists + (Index(block.index()) * kWarps + w) * list_bytes);
-    memory.take(pieces, aev, most, system.distinct(), transposed, false);
+    memory.take(pieces, aev, most, kDistinct, transposed, false);
+  }
+  KINML_DEVICE C candidates_in(const Warp& warp, const AtomRange& range, const Centre& centre,
+                               Index* bounds) const {
+    if constexpr (kDistinct) {
+      if (cells.keys == nullptr) return {range.begin, range.end};
+      return cell_candidates(warp, cells, system.n_atoms, centre.structure,
+                             place_of(system.coordinates, centre.atom), bounds);
+    } else {
+      return candidates_of(system, images, centre.structure, range, centre.atom);
+    }
   }
   // Sorted neighbours of a centre, in memory that may change to the list; find(candidates,
   // neighbours) makes them. Returns whether it did change.
@@ -90,11 +112,7 @@ struct Environments {
   KINML_DEVICE bool find(const Block& block, const Warp& warp, int w, bool transposed,
                          const Centre& centre, WarpMemory<N>& memory, const Find& find) const {
     const AtomRange range = atoms_of(system, centre.structure);
-    const Candidates candidates =
-        cells.keys == nullptr
-            ? candidates_of(system, images, centre.structure, range, centre.atom)
-            : cell_candidates(warp, cells, system.n_atoms, centre.structure,
-                              place_of(system.coordinates, centre.atom), memory.bounds);
+    const C candidates = candidates_in(warp, range, centre, memory.bounds);
     for (bool in_list = false;; in_list = true) {
       if (in_list) use_list(block, w, transposed, memory);
       find(candidates, memory.neighbours);
@@ -106,7 +124,7 @@ struct Environments {
   KINML_DEVICE bool find(const Block& block, const Warp& warp, const AevTables<T>& tables, int w,
                          bool transposed, const Centre& centre, WarpMemory<N>& memory) const {
     return find(block, warp, w, transposed, centre, memory,
-                [&](const Candidates& candidates, Neighbours<N>& neighbours) {
+                [&](const C& candidates, Neighbours<N>& neighbours) {
                   find_neighbours(warp, tables, atoms(), candidates, centre.atom, neighbours);
                 });
   }
@@ -118,11 +136,11 @@ KINML_DEVICE Index first_centre(const Block& block, int w) {
 }
 
 // a_i, or J_i v for N = Dual<T>.
-template <class T, class N>
+template <class T, class N, class C>
 struct RowKernel {
   static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kBlocks = 4;
-  Environments<T> e;
+  static constexpr int kBlocks = Environments<T, C>::kDistinct ? 4 : 3;
+  Environments<T, C> e;
   T* out;  // [n_atoms, D]
 
   KINML_DEVICE void operator()(const Block& block) const {
@@ -144,12 +162,12 @@ struct RowKernel {
 };
 
 // J_i, column after column: J_i v for unit vectors v that move one neighbour.
-template <class T>
+template <class T, class C>
 struct JacobianKernel {
   static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kBlocks = 3;
+  static constexpr int kBlocks = Environments<T, C>::kDistinct ? 3 : 2;
   using N = Dual<T>;
-  Environments<T> e;
+  Environments<T, C> e;
   Index columns;
   T* out;  // [n_atoms, D, columns]
 
@@ -167,10 +185,10 @@ struct JacobianKernel {
     T* const rows = out + centre.atom * length * columns;
     WarpMemory<N> memory = e.template memory<N>(block, w, false);
     const bool ghost = e.is_ghost(centre);
-    Candidates found{};
+    C found{};
     if (!ghost)
       e.find(block, warp, w, false, centre, memory,
-             [&](const Candidates& candidates, Neighbours<N>& neighbours) {
+             [&](const C& candidates, Neighbours<N>& neighbours) {
                found = candidates;
                list_neighbours(warp, tables, e.atoms(), candidates, centre.atom, neighbours);
              });
@@ -189,8 +207,8 @@ struct JacobianKernel {
     T* const of_centre = rows + 3 * (centre.atom - range.begin);
     for (int moved = 0; moved < nb.count; ++moved) {
       // All images of an atom move with it, and the centre's own with the centre: at the first one.
-      bool first = e.system.distinct() || nb.index[moved] != centre.atom;
-      for (int k = 0; !e.system.distinct() && k < moved; ++k)
+      bool first = e.kDistinct || nb.index[moved] != centre.atom;
+      for (int k = 0; !e.kDistinct && k < moved; ++k)
         first = first && nb.index[k] != nb.index[moved];
       for (int d = 0; first && d < 3; ++d) {
         measure_moved(warp, tables, nb, found, centre.atom, moved, d);
@@ -202,8 +220,8 @@ struct JacobianKernel {
   }
   // The neighbours, and how they change when one moves along axis d.
   KINML_DEVICE void measure_moved(const Warp& warp, const AevTables<T>& tables,
-                                  const Neighbours<N>& nb, const Candidates& candidates,
-                                  Index centre, int moved, int d) const {
+                                  const Neighbours<N>& nb, const C& candidates, Index centre,
+                                  int moved, int d) const {
     measure_neighbours(warp, tables, nb, [&](int k) {
       const Displacement<T> to = pairs_detail::displacement_as(
           e.atoms(), candidates, centre, nb.number[k], static_cast<const T*>(nullptr));
@@ -216,11 +234,11 @@ struct JacobianKernel {
 };
 
 // d/dx sum_i g_i . a_i, or its derivative along v for N = Dual<T>: structure after structure.
-template <class T, class N>
+template <class T, class N, class C>
 struct StructureKernel {
   static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kBlocks = sizeof(N) > sizeof(T) ? 2 : 4;
-  Environments<T> e;
+  static constexpr int kBlocks = sizeof(N) > sizeof(T) ? 2 : Environments<T, C>::kDistinct ? 4 : 3;
+  Environments<T, C> e;
   const T* gradient;  // [n_atoms, D]
   T* out;             // [n_atoms, 3]
   T* virials;         // [n_atoms, 3, 3] of the centres for N = T; or null
@@ -274,7 +292,7 @@ struct StructureKernel {
         if (round.in_list[w] != 0) e.use_list(block, w, true, memory);
         spoiled = spoiled || round.spoiled[w] != 0;
         add_products(block, base + w, round.counts[w], memory.neighbours.index, memory.p, T(1),
-                     e.system.distinct(), out);
+                     e.kDistinct, out);
       }
     }
     // Whom a list without room for all would have named is not known.
@@ -299,11 +317,11 @@ struct Kept {
     p = pieces.take<T>(3 * n_atoms * room);
   }
 };
-template <class T, class N>
+template <class T, class N, class C>
 struct KeepKernel {
   static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kBlocks = sizeof(N) > sizeof(T) ? 2 : 4;
-  Environments<T> e;
+  static constexpr int kBlocks = sizeof(N) > sizeof(T) ? 2 : Environments<T, C>::kDistinct ? 4 : 3;
+  Environments<T, C> e;
   const T* gradient;  // [n_atoms, D]
   Kept<T> kept;
   T* virials;  // as of StructureKernel
@@ -448,7 +466,7 @@ struct CellMemory {
 // found, if they are not given.
 template <class T>
 struct Plan {
-  Environments<T> e;
+  EnvironmentArguments<T> e;
   BlockMemory memory;
   bool keeps = false;
   Kept<T> kept{};
@@ -481,7 +499,7 @@ struct Plan {
     e.blocks = at_most(e.blocks, kMostBlocks);
     if (e.list_bytes > 0) e.blocks = at_most(e.blocks, kListMemory / (kWarps * e.list_bytes) + 1);
     Pieces round(nullptr);
-    typename StructureKernel<T, T>::Round{}.take(round);
+    typename StructureKernel<T, T, AtomCandidates>::Round{}.take(round);
     memory.bytes = e.tables_bytes + kWarps * e.warp_bytes + round.taken();
 
     Pieces pieces(workspace);
@@ -512,24 +530,35 @@ struct Plan {
   }
 };
 
+// launch_with(e), e with the candidates that the system of a plan needs.
+template <class T, class F>
+void with_candidates(const Plan<T>& plan, const F& launch_with) {
+  if (plan.e.system.distinct())
+    launch_with(Environments<T, AtomCandidates>{plan.e});
+  else
+    launch_with(Environments<T, Candidates>{plan.e});
+}
+
 template <class N, class T>
 void rows(const Plan<T>& plan, T* out, Stream stream) {
-  launch(RowKernel<T, N>{plan.e, out}, plan.e.blocks, stream, plan.memory);
+  with_candidates(plan, [&]<class C>(const Environments<T, C>& e) {
+    launch(RowKernel<T, N, C>{e, out}, e.blocks, stream, plan.memory);
+  });
 }
 
 template <class N, class T>
 void transposed(const Plan<T>& plan, const T* gradient, T* out, T* virials, Stream stream) {
-  if (!plan.keeps) {
-    launch(StructureKernel<T, N>{plan.e, gradient, out, virials}, plan.e.blocks, stream,
-           plan.memory);
-    return;
-  }
-  launch(KeepKernel<T, N>{plan.e, gradient, plan.kept, virials}, plan.e.blocks, stream,
-         plan.memory);
-  const Index n_atoms = plan.e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
-  const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), plan.e.system.distinct(),
-                               plan.kept, out};
-  launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
+  with_candidates(plan, [&]<class C>(const Environments<T, C>& e) {
+    if (!plan.keeps) {
+      launch(StructureKernel<T, N, C>{e, gradient, out, virials}, e.blocks, stream, plan.memory);
+      return;
+    }
+    launch(KeepKernel<T, N, C>{e, gradient, plan.kept, virials}, e.blocks, stream, plan.memory);
+    const Index n_atoms = e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
+    const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), e.kDistinct, plan.kept,
+                                 out};
+    launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
+  });
 }
 
 }  // namespace
@@ -607,7 +636,9 @@ template <class T>
 void aev_jacobian(const AevParameters& parameters, const System<T>& system, std::int64_t columns,
                   T* out, char* workspace, Stream stream, const Cells* cells) {
   const Plan<T> plan(parameters, AevProduct::jacobian, system, workspace, stream, cells);
-  launch(JacobianKernel<T>{plan.e, columns, out}, plan.e.blocks, stream, plan.memory);
+  with_candidates(plan, [&]<class C>(const Environments<T, C>& e) {
+    launch(JacobianKernel<T, C>{e, columns, out}, e.blocks, stream, plan.memory);
+  });
 }
 
 #define KINML_INSTANTIATE(T)                                                                      \

@@ -416,7 +416,7 @@ struct ForceKernel {
     const int j = tile.owners[p];
     const AtomRange range{tile.begins[j], tile.begins[j] + tile.sizes[j]};
     const Candidates candidates =
-        system.distinct() ? Candidates{range.begin, range.end}
+        system.distinct() ? Candidates{{range.begin, range.end}}
                           : candidates_of(system, images, system.structure(structures.first + j),
                                           range, tile.atoms[p]);
     find_neighbours(warp, tables, Atoms<T>{system.coordinates, direction, system.species, strain},

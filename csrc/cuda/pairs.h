@@ -35,13 +35,22 @@ KINML_HD AtomRange atoms_of(const System<T>& system, std::int64_t structure) {
                                                              : AtomRange{-1, -1};
 }
 
-// Where the neighbours of a centre are looked for: candidates have numbers. With neither images nor
-// given pairs they are atoms.
-struct Candidates {
+// Where the neighbours of a centre are looked for: candidates have numbers, which here are atoms.
+// What is written for any candidates compiles to what molecules need with these.
+struct AtomCandidates {
   std::int64_t begin, end;               // atoms, if there are no cells
   const std::int64_t* sorted = nullptr;  // atoms in the order of their cells, or null
   const std::int64_t* bounds = nullptr;  // [2, kCellRanges] where ranges of them begin and end
 
+  static KINML_HD bool plain() { return true; }
+  static KINML_HD bool given() { return false; }
+  static KINML_HD std::int64_t atom(std::int64_t number) { return number; }
+  static KINML_HD bool exists(std::int64_t) { return true; }
+  static KINML_HD std::int64_t count(std::int64_t atoms) { return atoms; }
+};
+
+// The same, or images of atoms, or pairs that were given.
+struct Candidates : AtomCandidates {
   // Images of the atoms [begin, end): number (atom - begin) * images + image.
   const ImageCell* cell = nullptr;
 
@@ -51,10 +60,22 @@ struct Candidates {
   const double* vectors = nullptr;
   std::int64_t pair = 0, n_pairs = 0;
 
-  KINML_HD bool plain() const { return cell == nullptr && neighbours == nullptr; }
-  KINML_DEVICE std::int64_t atom(std::int64_t number) const {
-    if (neighbours != nullptr) return neighbours[pair + number];
+  KINML_HD bool given() const { return neighbours != nullptr; }
+  KINML_HD bool plain() const { return cell == nullptr && !given(); }
+  KINML_HD std::int64_t atom(std::int64_t number) const {
+    if (given()) return neighbours[pair + number];
     return cell == nullptr ? number : begin + number / cell->images;
+  }
+  // A given pair may be of an atom that the structure does not have.
+  KINML_HD bool exists(std::int64_t number) const {
+    if (!given()) return true;
+    const std::int64_t found = n_pairs < 0 ? -1 : atom(number);
+    return found >= begin && found < end;
+  }
+  // Of so many atoms.
+  KINML_HD std::int64_t count(std::int64_t atoms) const {
+    if (given()) return n_pairs < 0 ? 1 : n_pairs;
+    return cell == nullptr ? atoms : atoms * cell->images;
   }
 };
 
@@ -64,7 +85,7 @@ template <class T>
 KINML_DEVICE Candidates candidates_of(const System<T>& system, const ImageCell* images,
                                       std::int64_t structure, const AtomRange& range,
                                       std::int64_t centre) {
-  Candidates result{range.begin, range.end};
+  Candidates result{{range.begin, range.end}};
   if (range.begin < 0) return result;
   if (system.pair_starts != nullptr) {
     const std::int64_t begin = system.pair_starts[centre], end = system.pair_starts[centre + 1];
@@ -109,11 +130,9 @@ KINML_DEVICE Displacement<T> displacement(const T* x, const Displacement<T>& fro
                                           std::int64_t atom) {
   return {x[3 * atom] - from.x, x[3 * atom + 1] - from.y, x[3 * atom + 2] - from.z};
 }
-// To d [3], the difference of the places of an atom and a centre, what the candidate's cell adds;
-// whether that is anything. A function of its own, so that it takes no registers of a kernel that
-// has molecules.
-template <class Real>
-KINML_PHASE bool add_cell(const Candidates& candidates, std::int64_t number, Real* d) {
+// To d [3], the difference of the places of an atom and a centre, what the cell of a candidate adds;
+// whether that is anything.
+KINML_HD bool add_cell(const Candidates& candidates, std::int64_t number, double* d) {
   if (candidates.cell != nullptr) {
     const ImageCell& cell = *candidates.cell;
     if (!cell.valid) d[0] = aev_detail::kNan<double>;
@@ -129,6 +148,13 @@ KINML_PHASE bool add_cell(const Candidates& candidates, std::int64_t number, Rea
 
 // Of a candidate from a centre at `from`; for an image or a given pair in float64 up to the end.
 // `other`: whether it is anything but the centre itself.
+template <class T>
+KINML_DEVICE Displacement<T> displacement(const T* x, const AtomCandidates&, std::int64_t centre,
+                                          const Displacement<T>& from, std::int64_t number,
+                                          bool& other) {
+  other = number != centre;
+  return displacement(x, from, number);
+}
 template <class T>
 KINML_DEVICE Displacement<T> displacement(const T* x, const Candidates& candidates,
                                           std::int64_t centre, const Displacement<T>& from,
@@ -149,16 +175,16 @@ KINML_DEVICE T square(const Displacement<T>& d) {
 
 // Candidates by cells for a centre at `place`; bounds [2, kCellRanges] is filled.
 template <class T>
-KINML_DEVICE Candidates cell_candidates(const Warp& warp, const Cells& cells, std::int64_t n_atoms,
-                                        std::int64_t structure, const Displacement<T>& place,
-                                        std::int64_t* bounds) {
+KINML_DEVICE AtomCandidates cell_candidates(const Warp& warp, const Cells& cells,
+                                            std::int64_t n_atoms, std::int64_t structure,
+                                            const Displacement<T>& place, std::int64_t* bounds) {
   const std::int64_t cx = cell_of(place.x, cells.size), cy = cell_of(place.y, cells.size),
                      cz = cell_of(place.z, cells.size);
   warp.each(2 * kCellRanges, [&](int i) {
     bounds[i] = lower_bound(cells.keys, n_atoms,
                             range_key(structure, cx, cy, cz, i % kCellRanges, i >= kCellRanges));
   });
-  return {.begin = 0, .end = 0, .sorted = cells.atoms, .bounds = bounds};
+  return {0, 0, cells.atoms, bounds};
 }
 
 // ---- neighbours ---------------------------------------------------------------------------------
@@ -214,20 +240,13 @@ namespace pairs_detail {
 
 // Candidates within the longer cutoff, and by what they are sorted; returns how many there are,
 // also beyond the capacity.
-template <class T, class N>
+template <class T, class N, class C>
 KINML_DEVICE int collect(const Warp& warp, const AevTables<T>& t, const Atoms<T>& atoms,
-                         const Candidates& candidates, std::int64_t centre,
-                         const Neighbours<N>& n) {
+                         const C& candidates, std::int64_t centre, const Neighbours<N>& n) {
   const T near2 = t.angular_cutoff * t.angular_cutoff;
   const T radial2 = t.radial_cutoff * t.radial_cutoff;
   const T limit = radial2 > near2 ? radial2 : near2;
   const Displacement<T> place = place_of(atoms.coordinates, centre);
-  // What is no atom of the structure is in no list, which spoils all.
-  const auto exists = [&](std::int64_t number) {
-    if (candidates.neighbours == nullptr) return true;
-    const std::int64_t atom = candidates.n_pairs < 0 ? -1 : candidates.atom(number);
-    return atom >= candidates.begin && atom < candidates.end;
-  };
   const auto square_to = [&](std::int64_t number, bool& other) {
     return square(displacement(atoms.coordinates, candidates, centre, place, number, other));
   };
@@ -239,21 +258,17 @@ KINML_DEVICE int collect(const Warp& warp, const AevTables<T>& t, const Atoms<T>
       begin = candidates.bounds[range];
       end = candidates.bounds[kCellRanges + range];
     }
-    std::int64_t count = end - begin;
-    if (candidates.cell != nullptr)
-      count *= candidates.cell->images;
-    else if (candidates.neighbours != nullptr)
-      count = candidates.n_pairs < 0 ? 1 : candidates.n_pairs;
     const auto number_of = [&](int i) -> std::int64_t {
       if (!candidates.plain()) return i;
       return candidates.sorted == nullptr ? begin + i : candidates.sorted[begin + i];
     };
     const int before = found;
     found += warp.select(
-        static_cast<int>(count),
+        static_cast<int>(candidates.count(end - begin)),
         [&](int i) {
           const std::int64_t number = number_of(i);
-          if (!exists(number)) return true;
+          // What is no atom of the structure is in no list, which spoils all.
+          if (!candidates.exists(number)) return true;
           bool other;
           const T r2 = square_to(number, other);
           return other && !(r2 > limit);
@@ -263,7 +278,7 @@ KINML_DEVICE int collect(const Warp& warp, const AevTables<T>& t, const Atoms<T>
           const std::int64_t number = number_of(i);
           n.candidate[before + k] = static_cast<int>(number);
           n.key[before + k] = 2 * t.n_species;
-          if (!exists(number)) return;
+          if (!candidates.exists(number)) return;
           const std::int64_t kind = atoms.species[candidates.atom(number)];
           // NaN counts as a neighbour beyond the angular cutoff: it spoils the vector all the same,
           // and makes no triples. An atom without a valid species is in no list.
@@ -301,16 +316,15 @@ KINML_DEVICE int sort_by_species(const Warp& warp, int n_species, int stored,
   return count;
 }
 
-template <class T>
-KINML_DEVICE Displacement<T> displacement_as(const Atoms<T>& atoms, const Candidates& candidates,
+template <class T, class C>
+KINML_DEVICE Displacement<T> displacement_as(const Atoms<T>& atoms, const C& candidates,
                                              std::int64_t centre, std::int64_t number, const T*) {
   bool other;
   return displacement(atoms.coordinates, candidates, centre, place_of(atoms.coordinates, centre),
                       number, other);
 }
-template <class T>
-KINML_DEVICE Displacement<Dual<T>> displacement_as(const Atoms<T>& atoms,
-                                                   const Candidates& candidates,
+template <class T, class C>
+KINML_DEVICE Displacement<Dual<T>> displacement_as(const Atoms<T>& atoms, const C& candidates,
                                                    std::int64_t centre, std::int64_t number,
                                                    const Dual<T>*) {
   const Displacement<T> x =
@@ -333,10 +347,9 @@ KINML_DEVICE Displacement<Dual<T>> displacement_as(const Atoms<T>& atoms,
 
 // The sorted list of neighbours, without their numbers: in the order of the species, of near and
 // far, and of the candidates.
-template <class T, class N>
+template <class T, class N, class C>
 KINML_DEVICE void list_neighbours(const Warp& warp, const AevTables<T>& t, const Atoms<T>& atoms,
-                                  const Candidates& candidates, std::int64_t centre,
-                                  Neighbours<N>& n) {
+                                  const C& candidates, std::int64_t centre, Neighbours<N>& n) {
   const int found = pairs_detail::collect(warp, t, atoms, candidates, centre, n);
   n.overflown = found > n.capacity;
   const int stored = n.overflown ? n.capacity : found;
@@ -348,7 +361,7 @@ KINML_DEVICE void list_neighbours(const Warp& warp, const AevTables<T>& t, const
   n.spoiled = n.overflown || n.count != stored || kind < 0 || kind >= t.n_species ||
               // By cells or given pairs, an atom whose place is not a number has perhaps no other
               // one to spoil.
-              ((candidates.bounds != nullptr || candidates.neighbours != nullptr) &&
+              ((candidates.bounds != nullptr || candidates.given()) &&
                !(place.x == place.x && place.y == place.y && place.z == place.z));
 }
 
@@ -386,10 +399,9 @@ KINML_DEVICE void measure_neighbours(const Warp& warp, const AevTables<T>& t,
   });
 }
 
-template <class T, class N>
+template <class T, class N, class C>
 KINML_DEVICE void find_neighbours(const Warp& warp, const AevTables<T>& t, const Atoms<T>& atoms,
-                                  const Candidates& candidates, std::int64_t centre,
-                                  Neighbours<N>& n) {
+                                  const C& candidates, std::int64_t centre, Neighbours<N>& n) {
   list_neighbours(warp, t, atoms, candidates, centre, n);
   measure_neighbours(warp, t, n, [&](int k) {
     return pairs_detail::displacement_as(atoms, candidates, centre, n.number[k],
