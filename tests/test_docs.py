@@ -44,6 +44,17 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["atoms"].get_potential_energy() == pytest.approx(names["energies"].item())
 
 
+def test_python_of_the_page_on_crystals_runs():
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "crystals.md").read_text(encoding="utf-8"), flags=re.S
+    )
+    names: dict = {}
+    exec(block, names)
+    assert names["virials"].shape == (1, 3, 3)
+    torch.testing.assert_close(names["virials"], names["virials"].transpose(1, 2))
+    assert names["virials"].any()
+
+
 def test_python_of_the_page_on_stored_jacobians_runs(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "stored.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
