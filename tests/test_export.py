@@ -57,7 +57,8 @@ def test_an_exported_model_has_the_numbers_of_its_source(tmp_path, kind, which):
         pytest.skip("compiles for a minute as the others do")
     path = tmp_path / f"model{suffix(kind)}"
     assert main(["export", str(saved(tmp_path / "source.pt", made)), "-o", str(path)]) == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["source.pt", path.name])
+    left = {file.name for file in tmp_path.iterdir()} - ({"extensions"} if kind == "metatomic" else set())
+    assert left == {"source.pt", path.name}
     opened = exporting.FORMATS[kind].open(path, made)
     for structure in structures(2):
         expected = [value.detach().numpy() for value in Deployed(made)(*structure.tensors(made.dtype))]
