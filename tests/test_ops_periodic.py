@@ -328,6 +328,21 @@ def test_gradcheck_of_weights_through_virials(levels):
     assert [t.requires_grad for t in atomic] == [True, True, True, False, False]
 
 
+def test_the_gradient_op_takes_slopes_of_virials_or_none():
+    system, own = crystals(), model()
+    n, atoms = len(system.offsets) - 1, len(system.species)
+    weights = own.networks.weights.detach()
+    slopes = normal(1, n, seed=1), normal(1, atoms, 3, seed=2)
+    behind = (system.tensors, weights, own.aev.packed, own.networks.packed, 0)
+    of_virials = normal(1, n, 3, 3, seed=3)
+    torch.library.opcheck(OPS.energy_forces_backward, (*slopes, *behind, of_virials))
+    without = OPS.energy_forces_backward(*slopes, *behind)
+    assert torch.equal(OPS.energy_forces_backward(*slopes, *behind, torch.zeros_like(of_virials)), without)
+    assert not torch.equal(OPS.energy_forces_backward(*slopes, *behind, of_virials), without)
+    with pytest.raises(RuntimeError, match=r"grad_virials must be a contiguous float64 tensor of shape \[1, 6, 3, 3\]"):
+        OPS.energy_forces_backward(*slopes, *behind, of_virials[:, 1:])
+
+
 # ---- Stresses in the loss ------------------------------------------------------------------------
 
 
