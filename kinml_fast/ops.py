@@ -43,6 +43,8 @@ def system_tensors(
     """The list that the ops take for a system; see :class:`System`. TorchScript compiles it."""
     system: List[Optional[Tensor]] = [coordinates, species, offsets, features, jacobian]  # noqa: UP006, UP045
     system.extend(surroundings(cells, periodic, centres, pair_starts, neighbours, shifts))
+    while len(system) > 5 and system[-1] is None:  # what is beyond the end is missing, and costs no time in each call
+        system.pop()
     return system
 
 

@@ -341,7 +341,7 @@ struct StepResults {
     check_doubles(losses, "losses", {loss.n_terms()});
     check_doubles(energy_residuals, "energy_residuals", {n_levels, n});
     errors = list[3];
-    check_doubles(errors, "errors", {n_levels, n, loss.error_numbers()});
+    check_doubles(errors, "force_errors", {n_levels, n, loss.error_numbers()});
     check_same_type(gradient, "gradient", parameters, "parameters");
     TORCH_CHECK(gradient.sizes() == parameters.sizes() && gradient.is_contiguous(),
                 "kinml_fast: gradient must be contiguous and have the shape of parameters, ",

@@ -105,7 +105,7 @@ TORCH_LIBRARY(kinml_fast, m) {
       "Tensor? grad_virials=None) -> Tensor");
   // Forward and backward pass of a training batch: `structures` [n] of the data set that system and
   // loss describe. Results: losses [2], L_E and L_F, float64; gradient of the loss with respect to
-  // the parameters; energy_residuals [K, n] = E - target and errors [K, n, 3] = sum |dF|, sum dF^2,
+  // the parameters; energy_residuals [K, n] = E - target, force_errors [K, n, 3] = sum |dF|, sum dF^2,
   // max |dF| over the components of a structure, 0 without weight, both float64. With stresses in
   // the loss, losses [3] and errors [K, n, 6], the same of the 9 components of the stress. Without
   // Jacobians, or without force targets, training is on energies. No autograd.
