@@ -2,6 +2,7 @@
 //
 // The model is a file of `kinml-fast export --format torchscript`, the library is libkinml_ops.so:
 // python -c "from kinml_fast._library import library_path; print(library_path())"
+#include <ATen/Parallel.h>
 #include <dlfcn.h>
 #include <torch/script.h>
 

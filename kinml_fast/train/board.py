@@ -20,8 +20,8 @@ _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_BETWEEN_LOOKS_AT_MOST = 0.5
 _SECONDS_TO_ANSWER = 10.0
 """For which a process is waited for that may have gone, on a busy computer too."""
-_SECONDS_TO_LEAVE = 20.0
-"""For which who keeps the board waits for the others to read it; torchrun kills after 30."""
+_SECONDS_TO_LEAVE = 45.0
+"""For which who keeps the board waits for the others to read it, which may take 10 on a busy computer, or more."""
 
 
 def fresh(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:

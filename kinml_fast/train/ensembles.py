@@ -237,7 +237,10 @@ def _in_processes(config: Config) -> list[Summary]:
     with ThreadPoolExecutor(config.ensemble.processes) as pool:
         jobs = [pool.submit(run, number) for number in range(1, config.ensemble.members + 1)]
         try:
-            wait(jobs, return_when=FIRST_EXCEPTION)
+            waiting = True
+            while waiting:  # not for ever: a signal may reach another thread than this one, which acts on it
+                done, left = wait(jobs, timeout=1.0, return_when=FIRST_EXCEPTION)
+                waiting = bool(left) and all(job.exception() is None for job in done)
             return [summary for job in jobs if job.done() and (summary := job.result()) is not None]
         except BaseException as error:
             ended = True
