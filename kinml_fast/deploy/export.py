@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -90,7 +91,7 @@ def export(
         raise ConfigError(f"{path}: name a format with --format, or take its suffix: {known}")
     if isinstance(source, str | os.PathLike) and path.resolve() == model_file.place(source).resolve():
         raise ConfigError(f"{path}: is the model itself: give the exported one another name")
-    model = model_file.resolve(source, "cpu").requires_grad_(False)
+    model = copy.deepcopy(model_file.resolve(source, "cpu")).requires_grad_(False)
     notes = model_file.load_training(source) if isinstance(source, str | os.PathLike) else {}
     with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / f"model{chosen.suffix}"

@@ -195,35 +195,6 @@ class Ensemble(Potential):
         """What `ops.energy_forces_virials` gives of every member at all levels, with that of each atom."""
         return self._all(coordinates, species, offsets, around, self.sae, 0, True)
 
-    def _fused(
-        self,
-        coordinates: Tensor,
-        species: Tensor,
-        offsets: Tensor,
-        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
-        sae: Tensor,
-        first_level: int,
-    ) -> tuple[Tensor, Tensor]:
-        system = ops.surrounded(coordinates, species, offsets, around)
-        return torch.ops.kinml_fast.energy_forces(
-            system, self.networks.weights.detach(), sae, self.aev.packed, self.networks.packed, first_level
-        )
-
-    def _all(
-        self,
-        coordinates: Tensor,
-        species: Tensor,
-        offsets: Tensor,
-        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
-        sae: Tensor,
-        first_level: int,
-        atomic: bool,
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-        system = ops.surrounded(coordinates, species, offsets, around)
-        return torch.ops.kinml_fast.energy_forces_virials(
-            system, self.networks.weights.detach(), sae, self.aev.packed, self.networks.packed, first_level, atomic
-        )
-
     def _mean(self, values: Tensor) -> Tensor:
         total = values[0]
         for member in range(1, values.size(0)):

@@ -67,6 +67,40 @@ class Potential(torch.nn.Module):
             self.sae = exact.to(self.sae.device)
         return self
 
+    def _weights(self) -> Tensor:
+        """The weights as the fused ops take them: of an ensemble these have no derivative."""
+        weights = self.networks.weights
+        return weights.detach() if weights.dim() == 2 else weights
+
+    def _fused(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+        sae: Tensor,
+        first_level: int,
+    ) -> tuple[Tensor, Tensor]:
+        system = ops.surrounded(coordinates, species, offsets, around)
+        return torch.ops.kinml_fast.energy_forces(
+            system, self._weights(), sae, self.aev.packed, self.networks.packed, first_level
+        )
+
+    def _all(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+        sae: Tensor,
+        first_level: int,
+        atomic: bool,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+        system = ops.surrounded(coordinates, species, offsets, around)
+        return torch.ops.kinml_fast.energy_forces_virials(
+            system, self._weights(), sae, self.aev.packed, self.networks.packed, first_level, atomic
+        )
+
 
 class EnergyModel(Potential):
     """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy).
@@ -231,35 +265,6 @@ class EnergyModel(Potential):
         Otherwise as :meth:`energies_and_forces`.
         """
         return self._fused(coordinates, species, offsets, around, self.sae, 0)
-
-    def _fused(
-        self,
-        coordinates: Tensor,
-        species: Tensor,
-        offsets: Tensor,
-        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
-        sae: Tensor,
-        first_level: int,
-    ) -> tuple[Tensor, Tensor]:
-        system = ops.surrounded(coordinates, species, offsets, around)
-        return torch.ops.kinml_fast.energy_forces(
-            system, self.networks.weights, sae, self.aev.packed, self.networks.packed, first_level
-        )
-
-    def _all(
-        self,
-        coordinates: Tensor,
-        species: Tensor,
-        offsets: Tensor,
-        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
-        sae: Tensor,
-        first_level: int,
-        atomic: bool,
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-        system = ops.surrounded(coordinates, species, offsets, around)
-        return torch.ops.kinml_fast.energy_forces_virials(
-            system, self.networks.weights, sae, self.aev.packed, self.networks.packed, first_level, atomic
-        )
 
     @torch.jit.unused
     def to_dict(self) -> dict[str, Any]:
