@@ -1,10 +1,14 @@
-"""A program for several processes: what differs between them is found. The first one prints what they heard as JSON."""
+"""A program for several processes: what differs between them is found, and connections end with the block.
+
+The first one prints what they heard as JSON, and whether nothing keeps the process group.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+import weakref
 
 import torch.distributed as dist
 from training_helpers import SAE, model, training_data
@@ -34,10 +38,11 @@ def main() -> None:
     with joined() as ranks:
         found = {what: heard(ranks, what) for what in ("nothing", "configuration", "data", "weights")}
         turns = [ranks.told(lambda: "of the first"), str(ranks.largest(7 * ranks.rank))]
+        group = weakref.ref(dist.group.WORLD)
         everyone = [None] * ranks.size
         dist.all_gather_object(everyone, (found, turns))
     if ranks.is_first:
-        json.dump(everyone, sys.stdout)
+        json.dump((everyone, group() is None), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -405,7 +405,9 @@ def test_what_differs_between_processes_is_named(tmp_path):
     processes = start_ranks(2, program=[PROGRAM])
     out, err = processes[0].communicate(timeout=120)
     assert processes[1].wait(60) == processes[0].returncode == 0, err
-    for found, turns in json.loads(out):
+    everyone, closed = json.loads(out)
+    assert closed, "whoever waits for this process would not notice its end of the block"
+    for found, turns in everyone:
         assert found["nothing"] == "nothing"
         assert "process 1 (process id" in found["configuration"]
         assert "has another training.seed (5 instead of 0) than process 0" in found["configuration"]

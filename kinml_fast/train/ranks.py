@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import itertools
 import os
 import signal
@@ -378,6 +379,8 @@ def join(place: Meeting) -> None:
     RankError
         The same, and another process on this computer says it.
     """
+    # Torch imports this sooner or later, and with the group as a default argument in it, which keeps connections open.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if devices.why_no_gpu() is None and dist.is_nccl_available() else "gloo"
     try:
         place.wait()  # torch would say more, and worse, of what is in the way
