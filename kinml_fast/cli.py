@@ -155,6 +155,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--format", choices=("plain", "torchscript", "aoti", "metatomic"), help="default: by the suffix of the file"
     )
+    export.add_argument(
+        "--training-data",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="what the model was trained on: LAMMPS then can grade how far atoms are from it (.kinml only)",
+    )
     export.set_defaults(command=_export)
 
     plugin = commands.add_parser("lammps-plugin", help="compile pair_style kinml for a LAMMPS")
@@ -309,7 +316,7 @@ def _export(options: argparse.Namespace) -> None:
     from kinml_fast.deploy.export import export
 
     _show_log()
-    export(options.model, options.output, options.format)
+    export(options.model, options.output, options.format, options.training_data)
 
 
 def _lammps_plugin(options: argparse.Namespace) -> None:

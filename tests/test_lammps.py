@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from kinml_fast.deploy import lammps, plain
+from kinml_fast.data import Structures, concatenate
+from kinml_fast.deploy import grade, lammps, plain
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
 
 pytest.importorskip("lammps", reason="pip install lammps mpich")
@@ -31,12 +32,18 @@ def model(seed: int = 1, dtype: torch.dtype = torch.float64, **options) -> Energ
     return made
 
 
+def structures_of(atoms: ase.Atoms) -> Structures:
+    return Structures.of_one_formula(list(atoms.symbols), atoms.positions[None], None)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lammps")
     plain.save(folder / "one.kinml", model())
     plain.save(folder / "committee.kinml", Ensemble([model(seed) for seed in (1, 2, 3)]))
     plain.save(folder / "delta.kinml", model(baseline=0))
+    training = concatenate([structures_of(box(30, seed=seed)) for seed in range(1, 9)])
+    plain.save(folder / "graded.kinml", model(), grade=grade.fit(model(), training))
     return folder
 
 
@@ -297,6 +304,32 @@ def test_reports_of_a_committee(folder, environment):
     assert written[1].info["step"] == 2
 
 
+def test_grades_of_atoms(folder, environment):
+    atoms = box(30)
+    watch = "compute p all pair kinml\nfix f all pair 2 kinml grade 0\ncompute m all reduce max f_f"
+    run = Run(
+        folder,
+        environment,
+        atoms,
+        2,
+        name="graded",
+        style="kinml grade 2 report.txt write 1e-9 far.xyz halt 1e9",
+        more=watch,
+        thermo="c_p[4] c_p[5] c_m",
+        run="fix n all nve\ntimestep 1e-9\nrun 3",
+    )
+    grades = found(folder, "graded", atoms)["grades"]
+    assert grades.min() > 0
+    numbers = [grades.max(), grades.mean()]
+    report = np.loadtxt(run.folder / "report.txt")
+    assert report[:, 0].tolist() == [0, 2]
+    np.testing.assert_allclose(report[0, 1:], numbers, rtol=1e-6)
+    np.testing.assert_allclose(run.table[0, -3:], [*numbers, grades.max()], rtol=1e-6)
+    written = ase.io.read(run.folder / "far.xyz", ":")
+    assert [frame.info["step"] for frame in written] == [0, 2]
+    assert written[0].info["largest_grade"] == pytest.approx(grades.max())
+
+
 def test_a_committee_halts_the_run(folder, environment):
     atoms = box(30)
     run = Run(
@@ -347,6 +380,7 @@ def test_beside_another_pair_style(folder, environment):
         ({"name": "delta"}, "differences from another level of theory"),
         ({"units": "lj"}, "units are metal or real, not lj"),
         ({"style": "kinml committee 1 f"}, "is one model: a committee has several"),
+        ({"style": "kinml grade 1 f"}, "has no extrapolation grades: export it with --training-data"),
         ({"style": "kinml precision half"}, "precision is trained, double or single, not half"),
         ({"style": "kinml comittee 1 f"}, "comittee is no keyword"),
         ({"style": "kinml committee 1 none/f", "name": "committee"}, "none/f cannot be written"),

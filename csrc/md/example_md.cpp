@@ -41,7 +41,7 @@ void run(int n_arguments, char** arguments) {
   }
   const std::int64_t n = system.n(), n_members = kinml_n_members(potential.get());
   std::vector<double> energies(n_members), of_members(3 * n_members * n);
-  const kinml_results results = {energies.data(), of_members.data(), nullptr, nullptr};
+  const kinml_results results = {energies.data(), of_members.data(), nullptr, nullptr, nullptr};
   example::run_nve(system, options,
                    [&](const std::vector<double>& positions, std::vector<double>& forces) {
                      const kinml_atoms atoms = {n,

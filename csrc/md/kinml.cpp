@@ -60,6 +60,10 @@ int kinml_is_difference(const kinml_potential* p) {
   return p->potential.model().baseline.has_value() ? 1 : 0;
 }
 
+int kinml_has_grades(const kinml_potential* p) {
+  return p->potential.model().grade.empty() ? 0 : 1;
+}
+
 int kinml_compute(kinml_potential* p, const kinml_atoms* atoms, const kinml_results* results,
                   int n_threads) {
   return guarded(1, [&] {

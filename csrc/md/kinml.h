@@ -52,6 +52,9 @@ typedef struct kinml_results {
   /* [M, n, 3, 3] of the pairs of a centre, the sum of dE/d(displacement) (x) displacement, row by
    * derivative. The sum over atoms is the derivative of the energy by a strain. */
   double* virials;
+  /* [n] extrapolation grades: above 1 the environment of an atom is beyond those of the training data
+   * (kinml_fast/deploy/grade.py has the formula). For models that have them. */
+  double* grades;
 } kinml_results;
 
 /* NULL: kinml_error() says why. */
@@ -68,6 +71,9 @@ KINML_EXPORT double kinml_cutoff(const kinml_potential* potential);
 KINML_EXPORT enum kinml_precision kinml_precision_of(const kinml_potential* potential);
 /* Whether energies are differences from another level of theory (delta learning), not 0. */
 KINML_EXPORT int kinml_is_difference(const kinml_potential* potential);
+
+/* Whether the file has what grades take: it was exported with --training-data. */
+KINML_EXPORT int kinml_has_grades(const kinml_potential* potential);
 
 /* 0, or not: then kinml_error() says why, such as positions that are no numbers. The same bits for any
  * number of threads. One call at a time for a potential. */

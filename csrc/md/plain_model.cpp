@@ -188,6 +188,11 @@ PlainModel read_plain_model(const std::string& path) {
     result.sae = tensor(file, "sae", 3, shape);
     if (shape != std::vector{result.n_members, result.n_levels(), result.n_species()})
       throw JsonError("the single-atom energies do not fit members, levels and elements");
+    if (file.header.has("grade")) {
+      result.grade = tensor(file, "grade", 3, shape);
+      if (shape != std::vector{result.n_species(), result.aev.length(), result.aev.length()})
+        throw JsonError("the matrices of extrapolation grades do not fit elements and descriptor");
+    }
     char crc[9];
     std::snprintf(crc, sizeof crc, "%08x", static_cast<unsigned>(crc32(file.numbers)));
     if (about["crc32"].text() != crc) file.fail("is damaged (its checksum is another one)", kAgain);

@@ -2,8 +2,8 @@
 //
 // It is a safetensors file (https://github.com/huggingface/safetensors): eight bytes, little-endian,
 // the length of a header; the header, JSON; the numbers of its tensors. The tensors are `weights`
-// [M, n] (F64 or F32, in the order of csrc/torch/schema.cpp) and `sae` [M, K, S] (F64, eV). The
-// header's __metadata__ has, as texts,
+// [M, n] (F64 or F32, in the order of csrc/torch/schema.cpp) and `sae` [M, K, S] (F64, eV), and,
+// if there are extrapolation grades, `grade` [S, D, D] (F64). The header's __metadata__ has, as texts,
 //   format          "kinml_fast.plain"
 //   format_version  "1"
 //   crc32           of all tensors' bytes, eight hexadecimal digits
@@ -40,6 +40,7 @@ struct PlainModel {
   std::int64_t n_members;                // M
   std::vector<double> weights;           // [M, n]
   std::vector<double> sae;               // [M, K, S] single-atom energies, eV
+  std::vector<double> grade;             // [S, D, D] matrices of grades' forms, or nothing
 
   std::int64_t n_species() const { return static_cast<std::int64_t>(elements.size()); }
   std::int64_t n_levels() const { return static_cast<std::int64_t>(fidelities.size()); }

@@ -9,7 +9,9 @@
 #include "../core/lattice.h"
 #include "../core/outputs.h"
 #include "../core/system.h"
+#include "../cpu/aev_cpu.h"
 #include "../cpu/force_step_cpu.h"
+#include "../cpu/parallel.h"
 
 namespace kinml::md {
 
@@ -100,9 +102,29 @@ struct Potential::EngineOf final : Potential::Engine {
     prepared.energy_forces(system, model.n_levels() - 1, outputs, n_threads);
     in_double(outputs.forces, results.forces, 3 * numbers);
     if (results.virials != nullptr) in_double(outputs.atomic_virials, results.virials, 9 * numbers);
+    if (results.grades != nullptr) grade(system, atoms.n_centres, results.grades, n_threads);
   }
 
  private:
+  // a^T M a of each centre's descriptor.
+  void grade(const System<T>& system, std::int64_t n_centres, double* grades, int n_threads) {
+    if (model.grade.empty())
+      refuse(model.path + " has no extrapolation grades: export it with --training-data");
+    const std::int64_t length = model.aev.length();
+    features.resize(system.n_atoms * length);
+    cpu::aev_forward(model.aev, system, features.data(), n_threads);
+    std::fill_n(grades, system.n_atoms, 0.0);
+    cpu::parallel_for(n_centres, n_threads, [&](std::int64_t i) {
+      const T* const a = features.data() + i * length;
+      const double* row = model.grade.data() + system.species[i] * length * length;
+      for (std::int64_t k = 0; k < length; ++k, row += length) {
+        double sum = 0;
+        for (std::int64_t l = 0; l < length; ++l) sum += row[l] * static_cast<double>(a[l]);
+        grades[i] += sum * static_cast<double>(a[k]);
+      }
+    });
+  }
+
   // Where numbers of type T are written that the caller wants in double.
   static T* in_type(std::vector<T>& own, double* wanted, std::int64_t count) {
     if constexpr (std::is_same_v<T, double>) return wanted;
@@ -116,7 +138,7 @@ struct Potential::EngineOf final : Potential::Engine {
   std::vector<double> sae;
   std::vector<T> weights;
   cpu::PreparedModel<T> prepared;
-  std::vector<T> positions, forces, virials;
+  std::vector<T> positions, forces, virials, features;
 };
 
 Potential::Potential(const std::string& path, kinml_precision precision) {

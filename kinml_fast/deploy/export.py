@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import os
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from kinml_fast import ops
 from kinml_fast._version import __version__
-from kinml_fast.data import read
+from kinml_fast.data import Selection, read
 from kinml_fast.data.files import replacing
-from kinml_fast.deploy import model_file, plain
+from kinml_fast.deploy import grade, model_file, plain
 from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
 
@@ -65,7 +66,10 @@ class Deployed(torch.nn.Module):
 
 
 def export(
-    source: model_file.Source | Sequence[model_file.Source], path: str | os.PathLike, kind: str | None = None
+    source: model_file.Source | Sequence[model_file.Source],
+    path: str | os.PathLike,
+    kind: str | None = None,
+    training_data: Sequence[str | os.PathLike] = (),
 ) -> None:
     """Write a model in another form, read it again, and compare it with its source on molecules and crystals.
 
@@ -77,6 +81,9 @@ def export(
         The file to write.
     kind
         One of `FORMATS`; default: by the suffix of the path.
+    training_data
+        Files of the structures that the model was trained on: a plain file then has what extrapolation grades take, see
+        `kinml_fast.deploy.grade`.
 
     Raises
     ------
@@ -89,13 +96,21 @@ def export(
     if chosen is None:
         known = ", ".join(f"{name} ({one.suffix})" for name, one in FORMATS.items())
         raise ConfigError(f"{path}: name a format with --format, or take its suffix: {known}")
+    if training_data and chosen is not FORMATS["plain"]:
+        raise ConfigError(
+            f"{path}: only plain files (.kinml) have extrapolation grades: leave --training-data out for other formats"
+        )
     if isinstance(source, str | os.PathLike) and path.resolve() == model_file.place(source).resolve():
         raise ConfigError(f"{path}: is the model itself: give the exported one another name")
     model = copy.deepcopy(model_file.resolve(source, "cpu")).requires_grad_(False)
     notes = model_file.load_training(source) if isinstance(source, str | os.PathLike) else {}
+    write = chosen.write
+    if training_data:
+        known = read(training_data, Selection(model.fidelities, elements=model.elements))
+        write = functools.partial(plain.save, grade=grade.fit(model, known))
     with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / f"model{chosen.suffix}"
-        chosen.write(written, model, notes)
+        write(written, model, notes)
         _compare(path, model, chosen.open(written, model))
         written.replace(temporary)
         for beside in Path(folder).iterdir():  # libraries

@@ -30,7 +30,12 @@ _ALIGNMENT = 64
 _TYPES = {torch.float64: "F64", torch.float32: "F32"}
 
 
-def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[str, Any] | None = None) -> None:
+def save(
+    path: str | os.PathLike,
+    model: EnergyModel | Ensemble,
+    training: dict[str, Any] | None = None,
+    grade: torch.Tensor | None = None,
+) -> None:
     """Write a model, as a whole or not at all.
 
     Parameters
@@ -41,6 +46,8 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
         Of an ensemble all members are in the file.
     training
         What is known about the model's origin; tensors are left out.
+    grade
+        [n_species, D, D] float64 from `grade.fit`, for extrapolation grades of atoms; None: without.
 
     Raises
     ------
@@ -52,6 +59,8 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
         "weights": model.networks.weights.detach().reshape(members, -1),
         "sae": model.sae.detach().reshape(members, levels, -1),
     }
+    if grade is not None:
+        tensors["grade"] = grade.detach()
     about = model.to_dict()
     about |= {"elements": list(model.elements), "layers": model.networks.layers}
     blobs = {name: value.cpu().contiguous().numpy().tobytes() for name, value in tensors.items()}
@@ -117,6 +126,7 @@ class PlainPotential:
         self.n_members = int(self._library.kinml_n_members(self._handle))
         count = self._library.kinml_n_elements(self._handle)
         self.elements = tuple(self._library.kinml_element(self._handle, i).decode() for i in range(count))
+        self.has_grades = bool(self._library.kinml_has_grades(self._handle))
         self.cutoff = float(self._library.kinml_cutoff(self._handle))
 
     def __del__(self) -> None:
@@ -154,7 +164,8 @@ class PlainPotential:
         -------
         dict
             ``energies`` [M] in eV, ``forces`` [M, n, 3] in eV/Å, ``atomic_energies`` [M, n] in eV, and ``virials``
-            [M, n, 3, 3] in eV, whose sum over atoms is the derivative of the energy by a strain.
+            [M, n, 3, 3] in eV, whose sum over atoms is the derivative of the energy by a strain. If `has_grades` also
+            ``grades`` [n], see `kinml_fast.deploy.grade`.
 
         Raises
         ------
@@ -168,6 +179,8 @@ class PlainPotential:
             "atomic_energies": np.zeros((members, n)),
             "virials": np.zeros((members, n, 3, 3)),
         }
+        if self.has_grades:
+            results["grades"] = np.zeros(n)
         numbers: list[np.ndarray | None] = [
             np.ascontiguousarray(positions, float),
             np.ascontiguousarray(species, np.int64),
@@ -194,7 +207,7 @@ class _Atoms(ctypes.Structure):
 
 
 class _Results(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("energies", "forces", "atomic_energies", "virials"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("energies", "forces", "atomic_energies", "virials", "grades"))
 
 
 _PRECISIONS = {None: 0, "float32": 32, "float64": 64}
@@ -215,6 +228,7 @@ def _library() -> ctypes.CDLL:
         ("n_elements", number, [pointer]),
         ("element", text, [pointer, number]),
         ("cutoff", ctypes.c_double, [pointer]),
+        ("has_grades", ctypes.c_int, [pointer]),
         ("compute", ctypes.c_int, [pointer, pointer, pointer, ctypes.c_int]),
         ("error", text, []),
     ):

@@ -20,15 +20,13 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 using namespace LAMMPS_NS;
 
 namespace {
 constexpr int kDim = 3;
-constexpr double kNever = std::numeric_limits<double>::infinity();
-// What compute pair shows: energies' and forces' deviations.
-enum { ENERGY_DEVIATION, LARGEST_DEVIATION, MEAN_DEVIATION, N_EXTRA };
+// What compute pair shows: energies' and forces' deviations, grades.
+enum { ENERGY_DEVIATION, LARGEST_DEVIATION, MEAN_DEVIATION, LARGEST_GRADE, MEAN_GRADE, N_EXTRA };
 }  // namespace
 
 PairKinML::PairKinML(LAMMPS* lmp)
@@ -40,12 +38,19 @@ PairKinML::PairKinML(LAMMPS* lmp)
       energy_unit(1),
       n_centres(0),
       sent(nullptr),
-      every(0),
-      write_above(kNever),
-      halt_above(kNever),
-      report(nullptr),
-      structures(nullptr),
-      judged(false) {
+      committee{
+          .keyword = "committee",
+          .of_atoms = "force_deviation",
+          .of_structure = "largest_force_deviation",
+          .header =
+              "# step, standard deviation of the members' energies, of their forces on an atom: "
+              "largest, mean",
+          .halts = "the members' forces on an atom differ by"},
+      grade{.keyword = "grade",
+            .of_atoms = "grade",
+            .of_structure = "largest_grade",
+            .header = "# step, extrapolation grades of the atoms: largest, mean",
+            .halts = "an atom has the extrapolation grade"} {
   restartinfo = 0;
   one_coeff = 1;
   manybody_flag = 1;
@@ -61,8 +66,9 @@ PairKinML::PairKinML(LAMMPS* lmp)
 }
 
 PairKinML::~PairKinML() {
-  if (report) fclose(report);
-  if (structures) fclose(structures);
+  for (const Watch* watch : {&committee, &grade})
+    for (FILE* file : {watch->report, watch->structures})
+      if (file) fclose(file);
   kinml_close(potential);
   delete[] pvector;
   if (allocated && !copymode) {
@@ -72,12 +78,13 @@ PairKinML::~PairKinML() {
 }
 
 /* pair_style kinml [precision trained|double|single]
-                    [committee N FILE [write X FILE] [halt Y]] */
+                    [committee N FILE [write X FILE] [halt Y]]
+                    [grade N FILE [write X FILE] [halt Y]] */
 
 void PairKinML::settings(int narg, char** arg) {
   precision = KINML_AS_TRAINED;
-  every = 0;
-  write_above = halt_above = kNever;
+  committee.every = grade.every = 0;
+  Watch* watch = nullptr;
   int i = 0;
   const auto value = [&](const char* of) -> std::string {
     if (++i >= narg) error->all(FLERR, "pair_style kinml: {} is followed by nothing", of);
@@ -96,20 +103,22 @@ void PairKinML::settings(int narg, char** arg) {
         precision = KINML_SINGLE;
       else
         error->all(FLERR, "pair_style kinml: precision is trained, double or single, not {}", name);
-    } else if (word == "committee") {
-      every = utils::inumeric(FLERR, value("committee"), false, lmp);
-      if (every < 1) error->all(FLERR, "pair_style kinml: committee needs a number of steps > 0");
-      report_name = value("committee");
-    } else if (word == "write" && every > 0) {
-      write_above = number("write");
-      structures_name = value("write");
-    } else if (word == "halt" && every > 0) {
-      halt_above = number("halt");
+    } else if (word == "committee" || word == "grade") {
+      watch = word == "grade" ? &grade : &committee;
+      watch->every = utils::inumeric(FLERR, value(watch->keyword), false, lmp);
+      if (watch->every < 1)
+        error->all(FLERR, "pair_style kinml: {} needs a number of steps > 0", word);
+      watch->report_name = value(watch->keyword);
+    } else if (word == "write" && watch) {
+      watch->write_above = number("write");
+      watch->structures_name = value("write");
+    } else if (word == "halt" && watch) {
+      watch->halt_above = number("halt");
     } else {
       error->all(
           FLERR,
-          "pair_style kinml: {} is no keyword here: precision, committee, and after committee "
-          "write and halt",
+          "pair_style kinml: {} is no keyword here: precision, committee, grade, and after these "
+          "two write and halt",
           word);
     }
   }
@@ -168,8 +177,12 @@ void PairKinML::coeff(int narg, char** arg) {
         "pair_style kinml: {} gives differences from another level of theory (delta learning), "
         "not energies: train a model of whole energies",
         arg[2]);
-  if (every > 0 && n_members < 2)
+  if (committee.every > 0 && n_members < 2)
     error->all(FLERR, "pair_style kinml: {} is one model: a committee has several members", arg[2]);
+  if (grade.every > 0 && !kinml_has_grades(potential))
+    error->all(FLERR,
+               "pair_style kinml: {} has no extrapolation grades: export it with --training-data",
+               arg[2]);
   if (comm->me == 0)
     utils::logmesg(lmp, "kinml: {}, {} member(s), cutoff {} A, {} precision\n", arg[2], n_members,
                    cutoff, kinml_precision_of(potential) == KINML_SINGLE ? "single" : "double");
@@ -184,7 +197,8 @@ void PairKinML::init_style() {
     error->all(FLERR, "pair_style kinml: units are metal or real, not {}", update->unit_style);
   if (domain->dimension != 3) error->all(FLERR, "pair_style kinml: the dimension must be 3");
   neighbor->add_request(this, NeighConst::REQ_FULL);
-  open_reports();
+  open_reports(committee);
+  open_reports(grade);
 }
 
 double PairKinML::init_one(int i, int j) {
@@ -220,13 +234,18 @@ void PairKinML::compute(int eflag, int vflag) {
   atomic_energies.resize(eflag_atom ? n_members * atoms.n : 0);
   virials.resize(vflag_either ? kDim * kDim * n_members * atoms.n : 0);
   const auto wanted = [](std::vector<double>& of) { return of.empty() ? nullptr : of.data(); };
+  const auto now = [&](const Watch& watch) {
+    return watch.every > 0 && update->ntimestep % watch.every == 0;
+  };
+  grades.resize(now(grade) ? atoms.n : 0);
   const kinml_results results = {energies.data(), forces.data(), wanted(atomic_energies),
-                                 wanted(virials)};
+                                 wanted(virials), wanted(grades)};
   if (kinml_compute(potential, &atoms, &results, comm->nthreads) != 0)
     error->one(FLERR, "pair_style kinml: {}", kinml_error());
   add_forces();
   tally();
-  if (every > 0 && update->ntimestep % every == 0) judge_committee();
+  if (now(committee)) judge_committee();
+  if (now(grade)) judge_environments();
 }
 
 /* The atoms of this process and its ghosts, and the list of neighbours, when LAMMPS has a new one. */
@@ -338,49 +357,61 @@ void PairKinML::judge_committee() {
     comm->reverse_comm(this);
     of_members.emplace_back(sent, sent + kDim * atom->nlocal);
   }
-  deviations.assign(atom->nmax, 0.0);
-  judged = true;
-  double largest = 0, sums[2] = {0, 0};
+  committee.values.assign(atom->nmax, 0.0);
   for (std::int64_t p = 0; p < n_centres; ++p) {
     const int i = atom_of[p];
     double squares = 0;
     for (int d = 0; d < kDim; ++d)
       squares += deviation([&](std::int64_t m) { return of_members[m][kDim * i + d]; });
-    deviations[i] = std::sqrt(squares);
-    largest = std::max(largest, deviations[i]);
-    sums[0] += deviations[i];
+    committee.values[i] = std::sqrt(squares);
+  }
+  const double of_energy = std::sqrt(deviation([&](std::int64_t m) { return whole[m]; }));
+  if (comm->me == 0) pvector[ENERGY_DEVIATION] = of_energy;
+  judge(committee, &of_energy, LARGEST_DEVIATION);
+}
+
+void PairKinML::judge_environments() {
+  grade.values.assign(atom->nmax, 0.0);
+  for (std::int64_t p = 0; p < n_centres; ++p) grade.values[atom_of[p]] = grades[p];
+  judge(grade, nullptr, LARGEST_GRADE);
+}
+
+/* Report the largest and the mean value of the atoms, which compute pair has from there, behind
+   another number of the structure; do what is to be done about the largest. */
+
+void PairKinML::judge(Watch& watch, const double* before, int place) {
+  double largest = 0, sums[2] = {0, 0};
+  for (std::int64_t p = 0; p < n_centres; ++p) {
+    largest = std::max(largest, watch.values[atom_of[p]]);
+    sums[0] += watch.values[atom_of[p]];
     sums[1] += 1;
   }
   double largest_of_all = 0, of_all[2];
   MPI_Allreduce(&largest, &largest_of_all, 1, MPI_DOUBLE, MPI_MAX, world);
   MPI_Allreduce(sums, of_all, 2, MPI_DOUBLE, MPI_SUM, world);
-  const double of_energy = std::sqrt(deviation([&](std::int64_t m) { return whole[m]; }));
   const double mean = of_all[1] > 0 ? of_all[0] / of_all[1] : 0.0;
   if (comm->me == 0) {  // compute pair adds up those of all processes
-    pvector[ENERGY_DEVIATION] = of_energy;
-    pvector[LARGEST_DEVIATION] = largest_of_all;
-    pvector[MEAN_DEVIATION] = mean;
+    pvector[place] = largest_of_all;
+    pvector[place + 1] = mean;
   }
-  if (report) {
-    fprintf(report, BIGINT_FORMAT " %.10g %.10g %.10g\n", update->ntimestep, of_energy,
-            largest_of_all, mean);
-    fflush(report);
+  if (watch.report) {
+    fprintf(watch.report, BIGINT_FORMAT, update->ntimestep);
+    if (before) fprintf(watch.report, " %.10g", *before);
+    fprintf(watch.report, " %.10g %.10g\n", largest_of_all, mean);
+    fflush(watch.report);
   }
-  if (largest_of_all > write_above) write_structure(largest_of_all);
-  if (largest_of_all > halt_above) {
+  if (largest_of_all > watch.write_above) write_structure(watch, largest_of_all);
+  if (largest_of_all > watch.halt_above) {
     if (comm->me == 0)
-      utils::logmesg(
-          lmp,
-          "kinml: the run halts at step {}: the members' forces on an atom differ by {:.6g}, "
-          "more than {:.6g}\n",
-          update->ntimestep, largest_of_all, halt_above);
+      utils::logmesg(lmp, "kinml: the run halts at step {}: {} {:.6g}, more than {:.6g}\n",
+                     update->ntimestep, watch.halts, largest_of_all, watch.halt_above);
     timer->force_timeout();
   }
 }
 
 /* Append the atoms of all processes to an extended XYZ file. */
 
-void PairKinML::write_structure(double largest) {
+void PairKinML::write_structure(const Watch& watch, double largest) {
   constexpr int kColumns = 5;  // id, type, position
   std::vector<double> own;
   for (int i = 0; i < atom->nlocal; ++i) {
@@ -395,6 +426,7 @@ void PairKinML::write_structure(double largest) {
   std::vector<double> all(comm->me == 0 ? places.back() + counts.back() : 0);
   MPI_Gatherv(own.data(), n, MPI_DOUBLE, all.data(), counts.data(), places.data(), MPI_DOUBLE, 0,
               world);
+  FILE* const structures = watch.structures;
   if (!structures) return;
   std::vector<const double*> rows;
   for (std::size_t i = 0; i < all.size(); i += kColumns) rows.push_back(all.data() + i);
@@ -403,9 +435,9 @@ void PairKinML::write_structure(double largest) {
   const auto periodic = [&](int k) { return domain->periodicity[k] ? 'T' : 'F'; };
   fprintf(structures,
           "%zu\nLattice=\"%.10g 0 0 %.10g %.10g 0 %.10g %.10g %.10g\" pbc=\"%c %c %c\" "
-          "step=" BIGINT_FORMAT " largest_force_deviation=%.10g Properties=species:S:1:pos:R:3\n",
+          "step=" BIGINT_FORMAT " %s=%.10g Properties=species:S:1:pos:R:3\n",
           rows.size(), h[0], h[5], h[1], h[4], h[3], h[2], periodic(0), periodic(1), periodic(2),
-          update->ntimestep, largest);
+          update->ntimestep, watch.of_structure, largest);
   for (const double* const row : rows) {
     const int s = species_of_type[static_cast<int>(row[1])];
     fprintf(structures, "%s %.10g %.10g %.10g\n", s < 0 ? "X" : kinml_element(potential, s), row[2],
@@ -414,21 +446,19 @@ void PairKinML::write_structure(double largest) {
   fflush(structures);
 }
 
-void PairKinML::open_reports() {
-  if (comm->me != 0 || every == 0) return;
+void PairKinML::open_reports(Watch& watch) {
+  if (comm->me != 0 || watch.every == 0) return;
   const auto opened = [&](FILE*& file, const std::string& name) {
     if (file || name.empty()) return;
     file = fopen(name.c_str(), "w");
     if (!file)
       error->one(FLERR, "pair_style kinml: {} cannot be written ({})", name, std::strerror(errno));
   };
-  if (!report) {
-    opened(report, report_name);
-    fprintf(report,
-            "# step, standard deviation of the members' energies, of their forces on an atom: "
-            "largest, mean\n");
+  if (!watch.report) {
+    opened(watch.report, watch.report_name);
+    fprintf(watch.report, "%s\n", watch.header);
   }
-  opened(structures, structures_name);
+  opened(watch.structures, watch.structures_name);
 }
 
 int PairKinML::pack_reverse_comm(int n, int first, double* buffer) {
@@ -445,7 +475,8 @@ double PairKinML::memory_usage() {
   return Pair::memory_usage() +
          static_cast<double>(neighbours.capacity() + starts.capacity() + species.capacity() +
                              positions.capacity() + sent_memory.capacity() + energies.capacity() +
-                             forces.capacity() + atomic_energies.capacity() + virials.capacity()) *
+                             forces.capacity() + atomic_energies.capacity() + virials.capacity() +
+                             grades.capacity()) *
              sizeof(double);
 }
 
@@ -454,11 +485,14 @@ void* PairKinML::extract(const char* name, int& dim) {
   return strcmp(name, "cut") == 0 ? &cutoff : nullptr;
 }
 
-/* For fix pair: kinml force_deviation, of the last report. */
+/* For fix pair: what is watched of atoms, as of the last report. */
 
 void* PairKinML::extract_peratom(const char* name, int& n_columns) {
   n_columns = 0;
-  if (strcmp(name, "force_deviation") != 0 || every == 0) return nullptr;
-  if (!judged) deviations.assign(atom->nmax, 0.0);
-  return deviations.data();
+  for (Watch* watch : {&committee, &grade}) {
+    if (strcmp(name, watch->of_atoms) != 0 || watch->every == 0) continue;
+    if (watch->values.empty()) watch->values.assign(atom->nmax, 0.0);
+    return watch->values.data();
+  }
+  return nullptr;
 }

@@ -41,9 +41,27 @@ class PairKinML : public Pair {
   void gather_positions();
   void add_forces();
   void tally();
+  // What is looked at every so many steps: how far the members' forces differ, how far the
+  // environments of atoms are from those of the training data.
+  struct Watch {
+    const char* keyword;
+    const char* of_atoms;  // for fix pair
+    const char* of_structure;
+    const char* header;
+    const char* halts;  // because of the largest value of any atom
+    int every = 0;      // steps from one report to the next, 0: none
+    std::string report_name = {}, structures_name = {};
+    double write_above = kNever, halt_above = kNever;
+    FILE *report = nullptr, *structures = nullptr;
+    std::vector<double> values = {};  // [nmax] of atoms, of the last report
+  };
+  static constexpr double kNever = 1e300;
+
   void judge_committee();
-  void write_structure(double);
-  void open_reports();
+  void judge_environments();
+  void judge(Watch&, const double*, int);
+  void write_structure(const Watch&, double);
+  void open_reports(Watch&);
 
   kinml_potential* potential;
   kinml_precision precision;
@@ -58,18 +76,12 @@ class PairKinML : public Pair {
   std::vector<double> positions;
   std::int64_t n_centres;
   // What the potential finds of all members: kinml_results.
-  std::vector<double> energies, forces, atomic_energies, virials;
+  std::vector<double> energies, forces, atomic_energies, virials, grades;
 
   double* sent;  // [nall, 3] what reverse_comm sends and adds to
   std::vector<double> sent_memory;
 
-  // The committee.
-  int every;  // steps from one report to the next, 0: none
-  std::string report_name, structures_name;
-  double write_above, halt_above;  // eV/Angstrom
-  FILE *report, *structures;
-  std::vector<double> deviations;  // [nmax] of forces
-  bool judged;                     // whether any have been found
+  Watch committee, grade;
 };
 
 }  // namespace LAMMPS_NS
