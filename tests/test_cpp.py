@@ -217,3 +217,75 @@ def test_library_symbols():
 
     script = ROOT / "tests" / "cpp" / "test_symbols.sh"
     assert run("sh", script, "library", library_path()).endswith(" 0 failed\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("periodic", [False, True])
+def test_dynamics_is_the_same_from_every_kind_of_file(dynamics, tmp_path, periodic):
+    """csrc/md's two examples: the torch-free one, and that with libtorch on TorchScript and AOTInductor."""
+    import ase.io
+    import numpy as np
+
+    from kinml_fast import KinMLCalculator
+
+    places = np.array([[0.1, 0, 0.6], [0, 0.2, -0.6], [0, 0.1, 1.7], [0, 0, -1.7]])
+    cell = [[4.1, 0, 0], [0.3, 4.4, 0], [-0.2, 0.5, 5.3]]
+    atoms = ase.Atoms("CCHH", places, cell=cell if periodic else None, pbc=periodic)
+    ase.io.write(tmp_path / "in.xyz", atoms, format="extxyz")
+    atoms.calc = KinMLCalculator(dynamics["model"])
+
+    printed = {}
+    for name, command in dynamics["commands"].items():
+        with (tmp_path / "in.xyz").open() as file:
+            rows = run(*command, "200", "0.5", "300", stdin=file).splitlines()[1:]
+        printed[name] = np.array([row.split() for row in rows], float)
+    for name, rows in printed.items():
+        assert len(rows) == 11
+        np.testing.assert_allclose(rows, printed["plain"], atol=2e-9, err_msg=name)
+        np.testing.assert_allclose(rows[0, 1], atoms.get_potential_energy(), atol=1e-9)
+    moved = np.ptp(printed["plain"][:, 1])
+    assert np.ptp(printed["plain"][:, 3]) < 0.05 * moved
+
+
+@pytest.mark.slow
+def test_what_is_wrong_ends_the_dynamics_in_a_sentence(dynamics, tmp_path):
+    (tmp_path / "in.xyz").write_text("1\n\nFe 0 0 0\n")
+    (tmp_path / "none").write_text("no model")
+    for command in dynamics["commands"].values():
+        for changed, sentence in (
+            (command, "the model does not know the element Fe"),
+            ([command[0], tmp_path / "none", *command[2:]], ""),
+        ):
+            with (tmp_path / "in.xyz").open() as file:
+                done = subprocess.run(changed, stdin=file, capture_output=True, text=True)
+            assert done.returncode == 2
+            assert len(done.stderr.splitlines()) == 1
+            assert sentence in done.stderr
+
+
+@pytest.fixture(scope="module")
+def dynamics(tmp_path_factory) -> dict:
+    """A model, and the commands that run it in each form."""
+    import torch
+
+    from kinml_fast._library import library_path
+    from kinml_fast.deploy import export, model_file
+    from kinml_fast.nn import AEVParameters, EnergyModel
+
+    options = {"KINML_WITH_TORCH": "ON", "CMAKE_PREFIX_PATH": torch.utils.cmake_prefix_path}
+    build = cmake_build.build(["example_md", "example_md_torch"], **options)
+    folder = tmp_path_factory.mktemp("dynamics")
+    torch.manual_seed(0)
+    model = EnergyModel(AEVParameters.aevmod(("C", "H"), 4, 2, 2), (8, 4, 4, 1))
+    model_file.save(folder / "model.pt", model)
+    for suffix in ("kinml", "ts", "pt2"):
+        export.export(folder / "model.pt", folder / f"model.{suffix}")
+    with_torch = [[build / "example_md_torch", folder / f"model.{s}", library_path()] for s in ("ts", "pt2")]
+    return {
+        "model": folder / "model.pt",
+        "commands": {
+            "plain": [build / "example_md", folder / "model.kinml"],
+            "TorchScript": with_torch[0],
+            "AOTInductor": with_torch[1],
+        },
+    }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import kinml_fast
 from kinml_fast.cli import main
 from kinml_fast.deploy import export as exporting
 from kinml_fast.deploy import model_file, plain
@@ -67,7 +68,7 @@ def test_an_exported_model_has_the_numbers_of_its_source(tmp_path, kind, which):
             np.testing.assert_allclose(np.asarray(one).reshape(other.shape), other, **tolerance)
 
 
-@pytest.mark.parametrize("kind", FORMS[1:])
+@pytest.mark.parametrize("kind", FORMS)
 def test_what_a_file_says_is_read_without_running_it(tmp_path, kind):
     path = tmp_path / f"model{suffix(kind)}"
     export(saved(tmp_path / "source.pt", model()), path)
@@ -77,6 +78,7 @@ def test_what_a_file_says_is_read_without_running_it(tmp_path, kind):
     assert about["units"]["energy"] == "eV"
     assert about["single_atom_energies"] == [-100.25, -99.25]
     assert about["training"] == {"epoch": 7, "note": "Å", "tensor": "(Tensor)"}
+    assert about["version"] == kinml_fast.__version__
     with pytest.raises(ModelError, match="is no file that"):
         read_about(tmp_path / "source.pt")
 

@@ -1,30 +1,39 @@
 // example_md_torch MODEL LIBRARY [STEPS] [FEMTOSECONDS] [KELVIN] < in.xyz: example_md with libtorch.
 //
-// The model is a file of `kinml-fast export --format torchscript`, the library is libkinml_ops.so:
-// python -c "from kinml_fast._library import library_path; print(library_path())"
+// The model is a file of `kinml-fast export --format torchscript` or `aoti` (MODEL.pt2), the library
+// is libkinml_ops.so:
+// python -I -c "from kinml_fast._library import library_path; print(library_path())"
 #include <ATen/Parallel.h>
+#include <caffe2/serialize/inline_container.h>
 #include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/script.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <functional>
 #include <iostream>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "example_system.h"
 
 namespace {
 
-// The list of elements in the description that the file carries, and whether it computes in float.
+// What the file says of its model: the list of elements, and whether it computes in float.
 struct Description {
   std::map<std::string, std::int64_t> species;
   torch::Dtype type = torch::kFloat64;
 
-  explicit Description(const std::string& json) {
+  explicit Description(const std::string& path) {
+    caffe2::serialize::PyTorchStreamReader archive(path);
+    const auto [bytes, size] = archive.getRecord("extra/kinml_fast.json");
+    const std::string json(static_cast<const char*>(bytes.get()), size);
     const std::string list = between(json, "\"elements\": [", "]");
     for (std::size_t at = list.find('"'); at != list.npos;) {
       const std::size_t end = list.find('"', at + 1);
@@ -45,15 +54,42 @@ struct Description {
   }
 };
 
+// One structure, but for its coordinates.
+struct System {
+  torch::Tensor species, offsets, cells, periodic;
+};
+// Coordinates -> energy and forces.
+using Evaluate = std::function<std::pair<torch::Tensor, torch::Tensor>(const torch::Tensor&)>;
+
+Evaluate scripted(const std::string& path, const System& system) {
+  const torch::jit::Module model = torch::jit::load(path, torch::kCPU);
+  c10::List<std::optional<torch::Tensor>> around({system.cells, system.periodic});
+  for (int i = 0; i < 4; ++i) around.push_back(std::nullopt);
+  return [=](const torch::Tensor& coordinates) {
+    const auto found = model.get_method("energies_and_forces")(
+        {coordinates, system.species, system.offsets, around});
+    const auto& parts = found.toTuple()->elements();
+    return std::pair(parts[0].toTensor(), parts[1].toTensor());
+  };
+}
+
+Evaluate compiled(const std::string& path, const System& system) {
+  const auto model = std::make_shared<torch::inductor::AOTIModelPackageLoader>(path);
+  return [=](const torch::Tensor& coordinates) {
+    const auto parts =
+        model->run({coordinates, system.species, system.offsets, system.cells, system.periodic});
+    return std::pair(parts[0], parts[1]);
+  };
+}
+
 void run(int n_arguments, char** arguments) {
   if (n_arguments < 3)
     throw std::invalid_argument(
         "example_md_torch MODEL LIBRARY [STEPS] [FEMTOSECONDS] [KELVIN] < in.xyz");
   if (dlopen(arguments[2], RTLD_NOW) == nullptr)
     throw std::runtime_error(std::string("the library of the ops does not load: ") + dlerror());
-  torch::jit::ExtraFilesMap extra = {{"kinml_fast.json", ""}};
-  torch::jit::Module model = torch::jit::load(arguments[1], torch::kCPU, extra);
-  const Description about(extra["kinml_fast.json"]);
+  const std::string path = arguments[1];
+  const Description about(path);
   const example::Options options(n_arguments, arguments, 3);
   at::set_num_threads(options.threads);
   example::System system = example::read_xyz(std::cin);
@@ -65,26 +101,21 @@ void run(int n_arguments, char** arguments) {
     species.push_back(about.species.at(element));
   }
   const std::int64_t n = system.n();
-  const torch::Tensor codes = torch::tensor(species, torch::kInt64),
-                      offsets = torch::tensor({std::int64_t(0), n}, torch::kInt64);
-  c10::List<std::optional<torch::Tensor>> around;
-  if (!system.cell.empty()) {
-    around.push_back(torch::tensor(system.cell, torch::kFloat64).reshape({1, 3, 3}));
-    around.push_back(torch::tensor(system.periodic, torch::kInt64).reshape({1, 3}));
-    for (int i = 0; i < 4; ++i) around.push_back(std::nullopt);
-  }
+  const System of_torch = {
+      torch::tensor(species, torch::kInt64), torch::tensor({std::int64_t(0), n}, torch::kInt64),
+      system.cell.empty() ? torch::eye(3, torch::kFloat64).unsqueeze(0)
+                          : torch::tensor(system.cell, torch::kFloat64).reshape({1, 3, 3}),
+      torch::tensor(system.periodic, torch::kInt64).reshape({1, 3})};
+  const Evaluate evaluate =
+      path.ends_with(".pt2") ? compiled(path, of_torch) : scripted(path, of_torch);
   c10::InferenceMode inference;
   example::run_nve(
       system, options, [&](const std::vector<double>& positions, std::vector<double>& forces) {
-        const torch::Tensor coordinates =
-            torch::tensor(positions, torch::kFloat64).reshape({n, 3}).to(about.type);
-        std::vector<c10::IValue> inputs = {coordinates, codes, offsets};
-        inputs.push_back(around.empty() ? c10::IValue() : c10::IValue(around));
-        const auto found = model.get_method("energies_and_forces")(inputs).toTuple();
-        const torch::Tensor on_atoms =
-            found->elements()[1].toTensor().to(torch::kFloat64).contiguous();
-        forces.assign(on_atoms.data_ptr<double>(), on_atoms.data_ptr<double>() + 3 * n);
-        return found->elements()[0].toTensor().item<double>();
+        const auto [energy, on_atoms] =
+            evaluate(torch::tensor(positions, torch::kFloat64).reshape({n, 3}).to(about.type));
+        const torch::Tensor f = on_atoms.to(torch::kFloat64).contiguous();
+        forces.assign(f.data_ptr<double>(), f.data_ptr<double>() + 3 * n);
+        return energy.item<double>();
       });
 }
 

@@ -9,7 +9,7 @@
 //   crc32           of all tensors' bytes, eight hexadecimal digits
 //   model           JSON: elements, descriptor (AEVParameters), layers [S][L], activations [L],
 //                   biases, dtype, fidelities [K], baseline (null: whole energies)
-//   units, training, version   JSON, JSON, text: for people; not read here
+//   units, single_atom_energies, training, version   JSON, for people; not read here
 #pragma once
 
 #include <cstdint>

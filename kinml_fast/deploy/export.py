@@ -106,8 +106,8 @@ def export(
     notes = model_file.load_training(source) if isinstance(source, str | os.PathLike) else {}
     write = chosen.write
     if training_data:
-        known = read(training_data, Selection(model.fidelities, elements=model.elements))
-        write = functools.partial(plain.save, grade=grade.fit(model, known))
+        trained_on = read(training_data, Selection(model.fidelities, elements=model.elements))
+        write = functools.partial(plain.save, grade=grade.fit(model, trained_on))
     with replacing(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / f"model{chosen.suffix}"
         write(written, model, notes)
@@ -214,11 +214,17 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
         It is no such file.
     """
     try:
+        if (texts := plain.read_texts(path)) is not None:
+            said = {name: json.loads(texts[name]) for name in _ABOUT_PLAIN}
+            return {"format": texts["format"], "elements": said["model"]["elements"], **said}
         with zipfile.ZipFile(path) as archive:
             entry = next(name for name in archive.namelist() if name.endswith(f"/{ABOUT}"))
             return json.loads(archive.read(entry))
-    except (OSError, StopIteration, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, StopIteration, zipfile.BadZipFile, ValueError, KeyError) as error:
         raise ModelError(f"{path}: is no file that `kinml-fast export` has written: name one") from error
+
+
+_ABOUT_PLAIN = ("model", "single_atom_energies", "training", "units", "version")
 
 
 def _compare(path: Path, model: EnergyModel | Ensemble, opened: Opened) -> None:

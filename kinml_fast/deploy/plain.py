@@ -77,9 +77,10 @@ def save(
         "format_version": FORMAT_VERSION,
         "crc32": f"{crc:08x}",
         "model": json.dumps(about),
+        "single_atom_energies": json.dumps(model.sae.tolist()),
         "units": json.dumps(model_file.UNITS, ensure_ascii=False),
         "training": json.dumps(readable(training or {}), ensure_ascii=False),
-        "version": __version__,
+        "version": json.dumps(__version__),
     }
     header = json.dumps({"__metadata__": texts, **entries}).encode()
     header += b" " * (-(8 + len(header)) % _ALIGNMENT)
@@ -87,6 +88,17 @@ def save(
         file.write(struct.pack("<Q", len(header)) + header)
         for blob in blobs.values():
             file.write(blob)
+
+
+def read_texts(path: str | os.PathLike) -> dict[str, str] | None:
+    """The texts of a plain file's header; None: it is none. OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            texts = json.loads(file.read(min(length, os.path.getsize(path))))["__metadata__"]
+            return texts if texts["format"] == FORMAT else None
+        except (struct.error, ValueError, KeyError, TypeError):
+            return None
 
 
 def readable(value: Any) -> Any:
