@@ -162,6 +162,8 @@ struct BatchLoss {
              forces ? task.forces.data() : nullptr,
              forces ? task.force_weights.data() : nullptr,
              scales.data(),
+             nullptr,
+             nullptr,
              nullptr} {
     for (const auto* weights : {&task.energy_weights, &task.force_weights})
       for (Index k = 0; k < task.n_levels; ++k) {
