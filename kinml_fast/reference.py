@@ -115,36 +115,12 @@ def aev(
     angular_shifts = torch.as_tensor(angular_shifts, dtype=torch.float64).to(coordinates)
     sections = torch.as_tensor(sections, dtype=torch.float64).to(coordinates)
 
-    pairs: list[tuple[int, int, int]] = []
-    shifts: list[tuple[int, ...]] = []
-    triples: list[tuple[int, int]] = []  # two places in the list of pairs
-    for s, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        x = coordinates[start:stop].detach()
-        counts = [0, 0, 0]
-        cell = torch.zeros(3, 3, dtype=x.dtype)
-        if cells is not None and periodic is not None:
-            cell = cells[s].detach().to(x) * (periodic[s] != 0)[:, None]
-            counts = images(x, cell, max(radial_cutoff, angular_cutoff))
-        all_shifts = list(itertools.product(*(range(-n, n + 1) for n in counts)))
-        for i in range(stop - start if centres is None else int(centres[s])):
-            near = []
-            for shift in all_shifts:
-                distance = (x + torch.tensor(shift, dtype=x.dtype) @ cell - x[i]).norm(dim=1).tolist()
-                for j in range(stop - start):
-                    if (j == i and shift == (0, 0, 0)) or distance[j] > max(radial_cutoff, angular_cutoff):
-                        continue
-                    if distance[j] <= angular_cutoff:
-                        near.append(len(pairs))
-                    pairs.append((start + i, start + j, s))
-                    shifts.append(shift)
-            triples += itertools.combinations(near, 2)
-
-    center, other, structure = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    r = coordinates[other] - coordinates[center]
-    if cells is not None:
-        translation = torch.tensor(shifts, dtype=cells.dtype).reshape(-1, 1, 3) @ cells[structure]
-        r = r + translation[:, 0].to(r)
+    longest = max(radial_cutoff, angular_cutoff)
+    center, other, r = neighbours(coordinates, offsets, longest, cells, periodic, centres)
     d_ij = r.norm(dim=1)
+    near = (d_ij.detach() <= angular_cutoff).nonzero().flatten().tolist()
+    groups = itertools.groupby(near, key=center.tolist().__getitem__)
+    triples = [pair for _, of_center in groups for pair in itertools.combinations(of_center, 2)]
     terms = torch.exp(-radial_eta * (d_ij[:, None] - radial_shifts) ** 2)  # [pairs, R]
     terms = radial_factor * terms * cutoff_function(d_ij, radial_cutoff)[:, None]
     blocks = coordinates.new_zeros(len(species) * n_species, len(radial_shifts))
@@ -166,6 +142,77 @@ def aev(
 
     lengths = n_species * len(radial_shifts), len(order) * len(angular_shifts) * len(sections)
     return torch.cat([radial.reshape(-1, lengths[0]), angular.reshape(-1, lengths[1])], dim=1)
+
+
+def neighbours(
+    coordinates: Tensor,
+    offsets: Tensor,
+    cutoff: float,
+    cells: Tensor | None = None,
+    periodic: Tensor | None = None,
+    centres: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs within a cutoff, center after center: int64 [pairs] atoms, their neighbours, and displacements [pairs, 3].
+
+    Other arguments are those of `aev`.
+    """
+    pairs: list[tuple[int, int, int]] = []
+    shifts: list[tuple[int, ...]] = []
+    for s, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        x = coordinates[start:stop].detach()
+        counts = [0, 0, 0]
+        cell = torch.zeros(3, 3, dtype=x.dtype)
+        if cells is not None and periodic is not None:
+            cell = cells[s].detach().to(x) * (periodic[s] != 0)[:, None]
+            counts = images(x, cell, cutoff)
+        all_shifts = list(itertools.product(*(range(-n, n + 1) for n in counts)))
+        for i in range(stop - start if centres is None else int(centres[s])):
+            for shift in all_shifts:
+                distance = (x + torch.tensor(shift, dtype=x.dtype) @ cell - x[i]).norm(dim=1).tolist()
+                for j in range(stop - start):
+                    if (j == i and shift == (0, 0, 0)) or distance[j] > cutoff:
+                        continue
+                    pairs.append((start + i, start + j, s))
+                    shifts.append(shift)
+    center, other, structure = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    r = coordinates[other] - coordinates[center]
+    if cells is not None:
+        translation = torch.tensor(shifts, dtype=cells.dtype).reshape(-1, 1, 3) @ cells[structure]
+        r = r + translation[:, 0].to(r)
+    return center, other, r
+
+
+def repulsion(
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    *,
+    charges: Sequence[float],
+    radii: Sequence[float],
+    inner: float,
+    outer: float,
+    cells: Tensor | None = None,
+    periodic: Tensor | None = None,
+    centres: Tensor | None = None,
+) -> Tensor:
+    """Each atom's half of the screened repulsion of nuclei (ZBL), [n_atoms] in eV; 0 for ghosts.
+
+    ``charges`` and ``radii`` (Å) are of the species, ``inner`` and ``outer`` fractions of the sum of two radii between
+    which the repulsion fades. Other arguments are those of `aev`.
+
+    Source: Ziegler, Biersack, Littmark, The Stopping and Range of Ions in Matter, Pergamon, New York 1985.
+    """
+    center, other, r = neighbours(coordinates, offsets, 2 * outer * max(radii), cells, periodic, centres)
+    z, radius = (torch.as_tensor(values, dtype=torch.float64).to(r)[species] for values in (charges, radii))
+    d, sizes = r.norm(dim=1), radius[center] + radius[other]
+    x = d * (z[center] ** 0.23 + z[other] ** 0.23) / 0.4685
+    screening = sum(
+        c * torch.exp(-k * x)
+        for c, k in ((0.02817, 0.20162), (0.28022, 0.40290), (0.50986, 0.94229), (0.18175, 3.19980))
+    )
+    t = ((d / sizes - inner) / (outer - inner)).clamp(0, 1)
+    energies = 14.399645478 * z[center] * z[other] / d * screening * (1 - 10 * t**3 + 15 * t**4 - 6 * t**5)
+    return coordinates.new_zeros(len(species)).index_add(0, center, energies / 2)
 
 
 def images(x: Tensor, cell: Tensor, cutoff: float) -> list[int]:

@@ -43,6 +43,7 @@ struct Dual {
 
 template <class T>
 KINML_HD Dual<T> exp(Dual<T> x) {
+  using std::exp;
   const T e = exp(x.value);
   return {e, e * x.tangent};
 }

@@ -9,6 +9,7 @@
 #include "aev_layout.h"
 #include "aev_numbers.h"
 #include "network_shape.h"
+#include "repulsion.h"
 
 namespace kinml {
 
@@ -26,11 +27,21 @@ struct AevParameters {
   double zeta;
   double beta;  // theta = arccos(beta cos(angle))
 
+  // What is added to the energy of each atom beside the networks. Parameters without shifts are of
+  // the repulsion alone: then the vector of an atom is one number, its share of that energy.
+  Repulsion repulsion{};
+
+  bool is_repulsion() const { return radial_shifts.empty(); }
+  AevParameters of_repulsion() const {
+    AevParameters p{.n_species = n_species, .radial_eta = 0, .radial_cutoff = repulsion.cutoff()};
+    p.repulsion = repulsion;
+    return p;
+  }
   AevLayout layout() const {
     return {static_cast<int>(n_species), static_cast<int>(radial_shifts.size()),
             static_cast<int>(angular_shifts.size()), static_cast<int>(sections.size())};
   }
-  std::int64_t length() const { return layout().length(); }  // D
+  std::int64_t length() const { return is_repulsion() ? 1 : layout().length(); }  // D
 };
 
 template <class T>

@@ -4,6 +4,7 @@
 
 #include "aev_environments.h"
 #include "guarded.h"
+#include "repulsion_kernels.h"
 #include "tile.h"
 
 namespace kinml::cpu {
@@ -28,7 +29,8 @@ struct Task {
   const T* gradient;     // [n_atoms, D]
   const T* tangent;      // [n_atoms, 3]
   T* out;
-  T* virials;  // [n_atoms, 9] of vjp, or null
+  T* virials;                         // [n_atoms, 9] of vjp, or null
+  const RepulsionPair<T>* repulsion;  // [n_species, n_species] of what has no vector; else null
 
   bool to_coordinates() const { return product == Product::vjp || product == Product::hvp; }
   std::int64_t out_stride() const {
@@ -57,12 +59,38 @@ void jacobian(const AevTables<T>& tables, Environments<T>& environments, const E
     const std::int64_t atom = p < 0 ? i : e.index[p];
     for (std::int64_t c = 3 * atom; c < 3 * atom + 3; ++c) {
       direction[c] = T(1);
-      // The kernel writes the row of atom i.
-      KINML_CALL_KERNEL(aev_tangent_rows, tables, e, direction.data(), nullptr, column.data(), 0,
-                        scratch);
+      // The kernels write the row of atom i.
+      if (task.repulsion != nullptr)
+        KINML_CALL_KERNEL(repulsion_tangent_rows, task.repulsion, tables, e, direction.data(),
+                          column.data() - i);
+      else
+        KINML_CALL_KERNEL(aev_tangent_rows, tables, e, direction.data(), nullptr, column.data(), 0,
+                          scratch);
       direction[c] = T(0);
       for (std::int64_t d = 0; d < task.length; ++d) out[d * task.columns + c] = column[d];
     }
+  }
+}
+
+// What run_centres does for a repulsion.
+template <class T>
+void run_repulsion(const AevTables<T>& tables, Environments<T>& environments,
+                   const Environment<T>& e, const Task<T>& task) {
+  switch (task.product) {
+    case Product::forward:
+      KINML_CALL_KERNEL(repulsion_rows, task.repulsion, tables, e, task.out);
+      break;
+    case Product::jvp:
+      KINML_CALL_KERNEL(repulsion_tangent_rows, task.repulsion, tables, e, task.tangent, task.out);
+      break;
+    case Product::vjp:
+    case Product::hvp:
+      KINML_CALL_KERNEL(repulsion_transposed, task.repulsion, tables, e, task.gradient, task.out,
+                        task.virials);
+      break;
+    case Product::jacobian:
+      jacobian(tables, environments, e, task);
+      break;
   }
 }
 
@@ -73,8 +101,13 @@ void run_centres(const AevTables<T>& tables, Environments<T>& environments, cons
   const std::int64_t step = task.product == Product::jacobian ? 1 : kCentres;
   for (std::int64_t first = begin; first < end; first += step) {
     environments.clear();
-    const Environment<T> e = environments.make(
-        first, std::min(first + step, end), task.product == Product::hvp ? task.tangent : nullptr);
+    const std::int64_t last = std::min(first + step, end);
+    const T* const direction = task.product == Product::hvp ? task.tangent : nullptr;
+    if (task.repulsion != nullptr) {
+      run_repulsion(tables, environments, environments.find(first, last, direction), task);
+      continue;
+    }
+    const Environment<T> e = environments.make(first, last, direction);
     switch (task.product) {
       case Product::forward:
         KINML_CALL_KERNEL(aev_rows, tables, e, task.out, task.length);
@@ -155,7 +188,13 @@ void run(const AevParameters& parameters, const System<T>& system, Product produ
          const T* gradient, const T* tangent, std::int64_t columns, T* out, int n_threads,
          T* virials = nullptr) {
   const AevTableStorage<T> tables(parameters);
-  const Task<T> all{product, parameters.length(), columns, gradient, tangent, out, virials};
+  const std::vector<RepulsionPair<T>> repulsion = parameters.is_repulsion()
+                                                      ? repulsion_pairs<T>(parameters.repulsion)
+                                                      : std::vector<RepulsionPair<T>>();
+  const Task<T> all{product, parameters.length(),
+                    columns, gradient,
+                    tangent, out,
+                    virials, parameters.is_repulsion() ? repulsion.data() : nullptr};
   // What is added to, and what ghosts have.
   if (all.to_coordinates() || system.centres != nullptr)
     std::fill_n(out, all.out_stride() * system.n_atoms, T(0));

@@ -42,6 +42,7 @@ struct AevTableStorage : AevTables<T> {
   // one leaves the range of T within the cutoff.
   static double even_step(const AevParameters& p) {
     const std::vector<double>& shifts = p.angular_shifts;
+    if (shifts.empty()) return 0.0;  // of a repulsion alone
     const double step = shifts.size() > 1 ? shifts[1] - shifts[0] : 0.0;
     for (std::size_t l = 1; l < shifts.size(); ++l)
       if (std::abs(shifts[l] - shifts[0] - l * step) > 1e-12 * p.angular_cutoff) return 0.0;

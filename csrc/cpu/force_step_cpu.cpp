@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../core/lattice.h"
+#include "aev_cpu.h"
 #include "chain.h"
 #include "descriptors.h"
 #include "force_step_kernels.h"
@@ -286,6 +287,34 @@ void add_single_atom_energies(const Model<T>& model, const System<T>& system,
     }
 }
 
+// The repulsion is the same for all members and levels.
+template <class T>
+void add_repulsion(const Model<T>& model, const System<T>& system, const OutputRows<T>& out,
+                   int n_threads) {
+  const AevParameters parameters = model.aev.of_repulsion();
+  const bool with_virials = out.all.atomic_virials != nullptr;
+  const std::vector<T> ones(system.n_atoms, T(1));
+  std::vector<T> energies(system.n_atoms), gradient(3 * system.n_atoms),
+      virials(with_virials ? 9 * system.n_atoms : 0);
+  aev_forward(parameters, system, energies.data(), n_threads);
+  aev_vjp(parameters, system, ones.data(), gradient.data(), n_threads,
+          with_virials ? virials.data() : nullptr);
+  for (Index row = 0; row < out.rows(); ++row)
+    for (Index i = 0; i < out.count; ++i) {
+      const Index s = system.structure(i), begin = system.offsets[s], end = system.offsets[s + 1];
+      T* const forces = out.all.forces + 3 * row * out.n_atoms;
+      double sum = 0;
+      for (Index a = begin; a < begin + system.rows(s); ++a) {
+        sum += static_cast<double>(energies[a]);
+        if (out.all.atomic_energies != nullptr)
+          out.all.atomic_energies[row * out.n_atoms + a] += static_cast<double>(energies[a]);
+        for (Index x = 0; with_virials && x < 9; ++x) out.virial(row, a)[x] += virials[9 * a + x];
+      }
+      out.energy(row, i) += sum;
+      for (Index x = 3 * begin; x < 3 * end; ++x) forces[x] -= gradient[x];
+    }
+}
+
 template <class T>
 void sum_virials(const System<T>& system, const OutputRows<T>& out) {
   for (Index row = 0; row < out.rows(); ++row)
@@ -526,6 +555,7 @@ void evaluate_members(const Model<T>& model, const std::vector<PackedChain<T>>& 
                           model.n_members, system.count(), system.n_atoms};
   evaluate(members, source, system, out, n_threads);
   if (model.sae != nullptr) add_single_atom_energies(model, system, out);
+  if (model.aev.repulsion.any()) add_repulsion(model, system, out, n_threads);
   if (outputs.virials != nullptr) sum_virials(system, out);
 }
 

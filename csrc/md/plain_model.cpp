@@ -17,7 +17,7 @@ static_assert(std::endian::native == std::endian::little, "model files are littl
 
 namespace {
 
-constexpr std::string_view kFormat = "kinml_fast.plain", kVersion = "1";
+constexpr std::string_view kFormat = "kinml_fast.plain", kVersions[] = {"1", "2"};
 constexpr std::int64_t kMost = std::int64_t(1) << 24;  // widths, elements, members beyond are none
 // In the order of their codes: core/network_shape.h.
 constexpr std::array<std::string_view, 7> kActivations = {"identity", "gaussian", "tanh", "relu",
@@ -99,6 +99,22 @@ std::vector<double> tensor(const File& file, const char* name, std::size_t dimen
   return result;
 }
 
+void repel(const Json& r, PlainModel& result) {
+  if (r["kind"].text() != "zbl")
+    throw JsonError("the repulsion is of the unknown kind '" + r["kind"].text() + "'");
+  Repulsion& repulsion = result.aev.repulsion;
+  repulsion = {r["charges"].numbers(), r["radii"].numbers(), r["inner"].number(),
+               r["outer"].number()};
+  const auto positive = [](double x) { return x > 0; };
+  const bool fits = static_cast<std::int64_t>(repulsion.charges.size()) == result.n_species() &&
+                    repulsion.radii.size() == repulsion.charges.size();
+  if (!fits || !std::all_of(repulsion.charges.begin(), repulsion.charges.end(), positive) ||
+      !std::all_of(repulsion.radii.begin(), repulsion.radii.end(), positive) ||
+      !(repulsion.inner >= 0 && repulsion.inner < repulsion.outer) ||
+      !(repulsion.cutoff() <= result.cutoff()))
+    throw JsonError("the repulsion does not fit the elements or the descriptor");
+}
+
 void describe(const Json& model, PlainModel& result) {
   result.elements = model["elements"].texts();
   const Json& d = model["descriptor"];
@@ -114,6 +130,7 @@ void describe(const Json& model, PlainModel& result) {
                 .sections = d["sections"].numbers(),
                 .zeta = d["zeta"].number(),
                 .beta = d["beta"].number()};
+  if (model.has("repulsion")) repel(model["repulsion"], result);
   result.fidelities = model["fidelities"].integers();
   if (!model["baseline"].is_null()) result.baseline = model["baseline"].integer();
   result.biases = model["biases"].boolean();
@@ -175,9 +192,10 @@ PlainModel read_plain_model(const std::string& path) {
     const Json& about = file.header["__metadata__"];
     if (!about.has("format") || about["format"].text() != kFormat)
       file.fail("is no plain model file", kExport);
-    if (about["format_version"].text() != kVersion)
-      file.fail("is a plain model file of version " + about["format_version"].text() +
-                    ", this program reads version " + std::string(kVersion),
+    const std::string& version = about["format_version"].text();
+    if (std::find(std::begin(kVersions), std::end(kVersions), version) == std::end(kVersions))
+      file.fail("is a plain model file of version " + version +
+                    ", this program reads versions up to " + std::string(std::end(kVersions)[-1]),
                 "export the model with the kinml_fast that this program was built from");
     describe(Json::parse(about["model"].text()), result);
     std::vector<std::int64_t> shape;

@@ -5,10 +5,12 @@
 // [M, n] (F64 or F32, in the order of csrc/torch/schema.cpp) and `sae` [M, K, S] (F64, eV), and,
 // if there are extrapolation grades, `grade` [S, D, D] (F64). The header's __metadata__ has, as texts,
 //   format          "kinml_fast.plain"
-//   format_version  "1"
+//   format_version  "1", or "2" with a repulsion: what does not know it must refuse the file
 //   crc32           of all tensors' bytes, eight hexadecimal digits
 //   model           JSON: elements, descriptor (AEVParameters), layers [S][L], activations [L],
-//                   biases, dtype, fidelities [K], baseline (null: whole energies)
+//                   biases, dtype, fidelities [K], baseline (null: whole energies),
+//                   and where there is one repulsion (kind "zbl", charges [S], radii [S] in angstrom,
+//                   inner, outer: core/repulsion.h)
 //   units, single_atom_energies, training, version   JSON, for people; not read here
 #pragma once
 

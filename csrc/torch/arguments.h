@@ -225,6 +225,8 @@ struct ModelArguments {
     if (system.stored()) {
       aev.n_species = 0;
       check_networks(networks, system.features.size(1), parameters);
+      TORCH_CHECK(descriptor.empty() || !unpack_descriptor(descriptor).repulsion.any(),
+                  "kinml_fast: stored descriptors do not tell how atoms repel each other");
     } else {
       aev = unpack_descriptor(descriptor);
       check_networks(networks, aev.length(), parameters);

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "../core/model.h"
@@ -46,6 +47,20 @@ inline void check_matrix(const at::Tensor& t, const char* name, int64_t rows, in
               " must have shape [", rows, ", ", columns, "], got ", t.sizes());
 }
 
+// Packed by kinml_fast.nn.repulsion.Repulsion.
+inline Repulsion unpack_repulsion(at::ArrayRef<double> packed) {
+  const double* const charges = packed.data() + 2;
+  const size_t n = packed.size() / 2 - 1;
+  const Repulsion r{{charges, charges + n}, {charges + n, charges + 2 * n}, packed[0], packed[1]};
+  TORCH_CHECK(r.inner >= 0 && r.inner < r.outer,
+              "kinml_fast: a repulsion needs 0 <= inner < outer, got ", r.inner, " and ", r.outer);
+  for (size_t i = 0; i < n; ++i)
+    TORCH_CHECK(r.charges[i] > 0 && r.radii[i] > 0,
+                "kinml_fast: a repulsion needs positive charges and radii, got ", r.charges[i],
+                " and ", r.radii[i], " of species ", i);
+  return r;
+}
+
 // The packed descriptor: see kinml_fast.nn.aev.AEVParameters.packed.
 inline AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
   constexpr size_t kHead = 12;
@@ -56,12 +71,18 @@ inline AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
   const auto n_radial = static_cast<size_t>(packed[1]);
   const auto n_angular = static_cast<size_t>(packed[2]);
   const auto n_sections = static_cast<size_t>(packed[3]);
-  TORCH_CHECK(p.n_species >= 1 && n_radial >= 1 && n_angular >= 1 && n_sections >= 1 &&
-                  packed.size() == kHead + n_radial + n_angular + n_sections,
+  // Behind the lists there may be a repulsion: inner, outer, charges and radii of the species.
+  const size_t n_numbers = kHead + n_radial + n_angular + n_sections;
+  const size_t n_repulsion = 2 + 2 * static_cast<size_t>(p.n_species);
+  const bool repels = p.n_species >= 1 && packed.size() == n_numbers + n_repulsion;
+  const bool alone = repels && n_radial + n_angular + n_sections == 0;
+  TORCH_CHECK((alone || (p.n_species >= 1 && n_radial >= 1 && n_angular >= 1 && n_sections >= 1)) &&
+                  (repels || packed.size() == n_numbers),
               "kinml_fast: the descriptor says ", p.n_species, " species, ", n_radial,
               " radial shifts, ", n_angular, " angular shifts and ", n_sections,
-              " sections, which needs ", kHead + n_radial + n_angular + n_sections,
-              " numbers; it has ", packed.size());
+              " sections, which needs ", n_numbers, " numbers; it has ", packed.size());
+  if (repels) p.repulsion = unpack_repulsion(packed.slice(n_numbers));
+  if (alone) return p.of_repulsion();
   p.radial_eta = packed[4];
   p.radial_cutoff = packed[5];
   p.radial_factor = packed[6];
@@ -81,6 +102,9 @@ inline AevParameters unpack_descriptor(at::ArrayRef<double> packed) {
   p.angular_shifts.assign(next, next + n_angular);
   next += n_angular;
   p.sections.assign(next, next + n_sections);
+  TORCH_CHECK(p.repulsion.cutoff() <= std::max(p.radial_cutoff, p.angular_cutoff),
+              "kinml_fast: the repulsion must end within the cutoffs, it reaches ",
+              p.repulsion.cutoff());
   return p;
 }
 

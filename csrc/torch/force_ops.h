@@ -88,6 +88,7 @@ struct ForceOps {
     const ModelArguments model(system, parameters, std::nullopt, descriptor, networks, 0);
     Backend::check_values(system, model.networks.n_species());
     check_one_member(model);
+    check_no_repulsion(model);
     const LossArguments loss(loss_, model.n_levels(), system, model.parameters);
     Backend::check_loss(system, loss.view());
     const StepResults results(results_, loss.view(), system.count(), model.parameters);
@@ -126,6 +127,7 @@ struct ForceOps {
     const ModelArguments model(system, parameters, std::nullopt, descriptor, networks, 0);
     Backend::check_values(system, model.networks.n_species());
     check_one_member(model);
+    check_no_repulsion(model);
     const LossArguments loss(loss_, model.n_levels(), system, model.parameters);
     Backend::check_loss(system, loss.view());
     check_ranks(rank, n_ranks);
@@ -242,6 +244,11 @@ struct ForceOps {
         "kinml_fast: messages must be uint8 of shape ", shape, ", contiguous and aligned to ",
         Message::kAlignment, " bytes, got ", messages.scalar_type(), " of shape ",
         messages.sizes());
+  }
+  static void check_no_repulsion(const ModelArguments& model) {
+    TORCH_CHECK(!model.aev.repulsion.any(),
+                "kinml_fast: a training step takes targets without the repulsion, and a descriptor "
+                "that has none");
   }
   static void check_one_member(const ModelArguments& model) {
     TORCH_CHECK(!model.ensemble(),

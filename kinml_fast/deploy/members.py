@@ -116,7 +116,7 @@ def energies(model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor
             model.sae.reshape(members, model.levels, -1),
             ops.Model([], networks.packed),
         )
-        return found.cpu().numpy()
+        return model.aev.add_repulsion(found, coordinates, species, offsets).cpu().numpy()
 
 
 def sae(model: EnergyModel | Ensemble) -> np.ndarray:

@@ -141,7 +141,11 @@ class MetatomicModel(torch.nn.Module):
             sae = self.sae[member] if self.levels > 1 else self.sae[member, 0]
             own = self.networks.with_weights(features, all_species, each, sae, self.weights[member])
             energies.append(own[-1] if self.levels > 1 else own)
-        return torch.stack(energies), all_atoms
+        of_members = torch.stack(energies)
+        if self.aev.repels:
+            repulsion = self.aev.atomic_repulsion(torch.cat(coordinates[1:]), all_species, starts, around)
+            of_members = of_members + repulsion.to(torch.float64)
+        return of_members, all_atoms
 
     def _among(self, atoms: Tensor, selected: Labels) -> Tensor:
         """Which rows of atoms [n, 2] are selected."""

@@ -25,7 +25,8 @@ from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
 
 FORMAT = "kinml_fast.model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is read. A file has the lowest version that tells its model, so that older programs read it or refuse it."""
 UNITS = {"energy": "eV", "length": "Å", "force": "eV/Å"}
 
 Source = EnergyModel | Ensemble | str | os.PathLike
@@ -51,7 +52,7 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
     """
     contents = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": version_for(model),
         "model": model.to_dict(),
         "state_dict": {name: value.detach().cpu() for name, value in model.state_dict().items()},
         "units": UNITS,
@@ -69,6 +70,11 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
         ) from error
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+
+
+def version_for(model: EnergyModel | Ensemble) -> int:
+    """The lowest version of a file that tells all of a model: with a repulsion 2, else 1."""
+    return 1 if model.repulsion is None else 2
 
 
 def load(path: str | os.PathLike) -> EnergyModel | Ensemble:
@@ -221,9 +227,9 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: is no model file: name one that was written by training, such as model.pt "
             "(checkpoints of PyKinML are converted first)"
         )
-    if contents.get("format_version") != FORMAT_VERSION:
+    if contents.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise ModelError(
-            f"{path}: is a model file of version {contents.get('format_version')}, this program reads version "
+            f"{path}: is a model file of version {contents.get('format_version')}, this program reads versions up to "
             f"{FORMAT_VERSION}: use the program that wrote it"
         )
     return contents

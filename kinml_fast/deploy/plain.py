@@ -25,7 +25,6 @@ from kinml_fast.errors import DataError, ModelError
 from kinml_fast.nn import EnergyModel, Ensemble
 
 FORMAT = "kinml_fast.plain"
-FORMAT_VERSION = "1"
 _ALIGNMENT = 64
 _TYPES = {torch.float64: "F64", torch.float32: "F32"}
 
@@ -74,7 +73,7 @@ def save(
         crc, place = zlib.crc32(blob, crc), place + len(blob)
     texts = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": str(model_file.version_for(model)),
         "crc32": f"{crc:08x}",
         "model": json.dumps(about),
         "single_atom_energies": json.dumps(model.sae.tolist()),

@@ -5,5 +5,6 @@ from kinml_fast.nn.ensemble import Ensemble
 from kinml_fast.nn.extension import extended
 from kinml_fast.nn.networks import ACTIVATIONS, SpeciesNetworks
 from kinml_fast.nn.potential import EnergyModel
+from kinml_fast.nn.repulsion import Repulsion
 
-__all__ = ["ACTIVATIONS", "AEV", "AEVParameters", "EnergyModel", "Ensemble", "SpeciesNetworks", "extended"]
+__all__ = ["ACTIVATIONS", "AEV", "AEVParameters", "EnergyModel", "Ensemble", "Repulsion", "SpeciesNetworks", "extended"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kinml_fast import ops
 from kinml_fast.errors import ConfigError
+from kinml_fast.nn.repulsion import Repulsion
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,24 @@ class AEV(torch.nn.Module):
     """Computes atomic environment vectors: (coordinates, species, offsets, around) -> [n_atoms, D].
 
     ``around`` is what `ops.surroundings` gives, None for molecules.
+
+    Attributes
+    ----------
+    packed : list of float
+        What the ops take for the descriptor, with the model's repulsion, if it has one, behind it: those for energies
+        and forces together add that energy.
+    repels : bool
+        Whether there is a repulsion.
+    repulsion : list of float
+        What the ops take for the repulsion alone.
     """
 
-    def __init__(self, parameters: AEVParameters) -> None:
+    def __init__(self, parameters: AEVParameters, repulsion: Repulsion | None = None) -> None:
         super().__init__()
-        self.packed = parameters.packed()
+        self.packed = parameters.packed() + ([] if repulsion is None else repulsion.packed())
         self.length = parameters.length
+        self.repels = repulsion is not None
+        self.repulsion = [0.0] if repulsion is None else repulsion.alone()
 
     def forward(
         self,
@@ -180,6 +193,37 @@ class AEV(torch.nn.Module):
         around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
     ) -> Tensor:
         return torch.ops.kinml_fast.aev(ops.surrounded(coordinates, species, offsets, around), self.packed)
+
+    @torch.jit.export
+    def add_repulsion(
+        self,
+        energies: Tensor,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
+        """Energies [..., n_structures] in eV with the repulsion, if there is one; differentiable as the vectors are."""
+        if not self.repels:
+            return energies
+        of_atoms = self.atomic_repulsion(coordinates, species, offsets, around)
+        structures = torch.arange(offsets.size(0) - 1, device=offsets.device)
+        owners = torch.repeat_interleave(structures, offsets.diff(), output_size=species.size(0))
+        sums = torch.zeros(offsets.size(0) - 1, dtype=energies.dtype, device=energies.device)
+        return energies + sums.index_add(0, owners, of_atoms.to(energies.dtype))
+
+    @torch.jit.export
+    def atomic_repulsion(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
+        """Each atom's half of the repulsion of its pairs, [n_atoms] in eV; 0 for ghosts."""
+        if not self.repels:
+            return torch.zeros_like(coordinates[:, 0])
+        return torch.ops.kinml_fast.aev(ops.surrounded(coordinates, species, offsets, around), self.repulsion)[:, 0]
 
     def extra_repr(self) -> str:
         return f"length={self.length}"

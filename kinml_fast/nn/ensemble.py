@@ -23,6 +23,7 @@ _WORDS = {
     "dtype": "computes in",
     "fidelities": "has the fidelities",
     "baseline": "has the baseline",
+    "repulsion": "has the repulsion",
 }
 """What members share, and how a message says that one differs."""
 
@@ -66,7 +67,8 @@ class Ensemble(Potential):
         self.baseline = first.baseline
         self.levels = first.levels
         self.descriptor = first.descriptor
-        self.aev = AEV(first.descriptor)
+        self.repulsion = first.repulsion
+        self.aev = AEV(first.descriptor, first.repulsion)
         self.networks = copy.deepcopy(first.networks)
         device = first.sae.device
         weights = torch.stack([member.networks.weights.detach().to(device) for member in members])
@@ -106,7 +108,7 @@ class Ensemble(Potential):
         for member in range(self.sae.size(0)):
             own = self.networks.with_weights(features, species, sums, self.sae[member], self.networks.weights[member])
             energies.append((own.unsqueeze(0) if self.levels == 1 else own)[:, ::every])
-        return torch.stack(energies)
+        return self.aev.add_repulsion(torch.stack(energies), coordinates, species, offsets, around)
 
     @torch.jit.export
     def energies_and_forces(
@@ -225,7 +227,7 @@ class Ensemble(Potential):
         return cls([EnergyModel.from_dict(values)] * values["members"])
 
     def extra_repr(self) -> str:
-        return f"members: {self.n_members}"
+        return ", ".join(filter(None, (f"members: {self.n_members}", super().extra_repr())))
 
 
 def _check_alike(members: Sequence[EnergyModel], names: Sequence[str]) -> None:

@@ -42,6 +42,8 @@ def extended(
     new = [element for element in elements if element not in model.elements]
     architecture = model.to_dict()
     architecture["descriptor"] = replace(model.descriptor, elements=(*model.elements, *new)).to_dict()
+    if model.repulsion is not None:
+        architecture["repulsion"] = model.repulsion.with_elements((*model.elements, *new)).to_dict()
     layers = model.networks.layers
     architecture["layers"] = [*layers, *[layers[0]] * len(new)]
     if dtype is not None:

@@ -12,6 +12,7 @@ from kinml_fast import ops
 from kinml_fast.errors import ConfigError
 from kinml_fast.nn.aev import AEV, AEVParameters
 from kinml_fast.nn.networks import SpeciesNetworks
+from kinml_fast.nn.repulsion import Repulsion
 
 
 class Potential(torch.nn.Module):
@@ -31,6 +32,8 @@ class Potential(torch.nn.Module):
         The level that the energies are differences from (delta learning).
     levels : int
         K, the number of levels of theory.
+    repulsion : Repulsion or None
+        What is added to the energies of all levels at short distances.
     """
 
     __jit_unused_properties__: tuple[str, ...] = ("dtype", "elements", "fidelities")
@@ -42,6 +45,7 @@ class Potential(torch.nn.Module):
         sae: Tensor
         baseline: int | None
         levels: int
+        repulsion: Repulsion | None
         _fidelities: tuple[int, ...]
 
     @property
@@ -66,6 +70,9 @@ class Potential(torch.nn.Module):
         if self.sae.dtype != exact.dtype:
             self.sae = exact.to(self.sae.device)
         return self
+
+    def extra_repr(self) -> str:
+        return "" if self.repulsion is None else f"repulsion: {self.repulsion}"
 
     def _weights(self) -> Tensor:
         """The weights as the fused ops take them: of an ensemble these have no derivative."""
@@ -103,7 +110,8 @@ class Potential(torch.nn.Module):
 
 
 class EnergyModel(Potential):
-    """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy).
+    """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy), and,
+    if the model has one, a repulsion of pairs at short distances.
 
     At several levels of theory the energies of a level are those of the level below plus what a network of its own
     adds, which takes the AEV and the atom's energy at the level below (without single-atom energy).
@@ -118,6 +126,8 @@ class EnergyModel(Potential):
         The levels of theory, lowest first, as the data call them; their number is K.
     baseline
         The level that the energies of the model are differences from (delta learning); None: they are whole energies.
+    repulsion
+        Of pairs at short distances, for the same elements; None: there is none. Differences have none.
 
     Attributes
     ----------
@@ -134,6 +144,7 @@ class EnergyModel(Potential):
         dtype: torch.dtype = torch.float64,
         fidelities: Sequence[int] = (1,),
         baseline: int | None = None,
+        repulsion: Repulsion | None = None,
     ) -> None:
         super().__init__()
         self._fidelities = tuple(fidelities)
@@ -141,7 +152,9 @@ class EnergyModel(Potential):
         self._check_levels()
         self.levels = len(self._fidelities)
         self.descriptor = descriptor
-        self.aev = AEV(descriptor)
+        self.repulsion = repulsion
+        self._check_repulsion()
+        self.aev = AEV(descriptor, repulsion)
         self.networks = SpeciesNetworks(
             descriptor.elements, descriptor.length, layers, activations, biases, dtype, self.levels
         )
@@ -155,6 +168,23 @@ class EnergyModel(Potential):
             raise ConfigError(
                 f"A model of differences has one fidelity and another one as its baseline, not "
                 f"{list(self._fidelities)} and {self.baseline}."
+            )
+
+    def _check_repulsion(self) -> None:
+        if self.repulsion is None:
+            return
+        if self.baseline is not None:
+            raise ConfigError("A model of differences has no repulsion: give one to the level that it is added to.")
+        if len(self.repulsion.charges) != len(self.descriptor.elements):
+            raise ConfigError(
+                f"The repulsion is of {len(self.repulsion.charges)} elements, the model of "
+                f"{len(self.descriptor.elements)}."
+            )
+        longest = max(self.descriptor.radial_cutoff, self.descriptor.angular_cutoff)
+        if self.repulsion.cutoff > longest:
+            raise ConfigError(
+                f"The repulsion reaches {self.repulsion.cutoff:.3g} Å, farther than the descriptor's {longest:.3g} Å: "
+                f"make outer smaller than {longest / (2 * max(self.repulsion.radii)):.3g}."
             )
 
     def forward(
@@ -196,7 +226,8 @@ class EnergyModel(Potential):
         """Energies [K, n_structures] of all levels, lowest first; otherwise as :meth:`forward`."""
         sums, every = ops.centre_sums(offsets, around)
         energies = self.networks(self.aev(coordinates, species, offsets, around), species, sums, self.sae)
-        return (energies.unsqueeze(0) if self.levels == 1 else energies)[:, ::every]
+        of_levels = (energies.unsqueeze(0) if self.levels == 1 else energies)[:, ::every]
+        return self.aev.add_repulsion(of_levels, coordinates, species, offsets, around)
 
     @torch.jit.export
     def energies_and_forces(
@@ -270,7 +301,7 @@ class EnergyModel(Potential):
     def to_dict(self) -> dict[str, Any]:
         """The architecture, as plain lists, strings and numbers."""
         layers = self.networks.layers
-        return {
+        values = {
             "descriptor": self.descriptor.to_dict(),
             "layers": layers[0] if all(widths == layers[0] for widths in layers) else layers,
             "activations": list(self.networks.activations),
@@ -279,6 +310,8 @@ class EnergyModel(Potential):
             "fidelities": list(self.fidelities),
             "baseline": self.baseline,
         }
+        # Only where there is one: what does not know it must not take the file for one without (model_file.py).
+        return values if self.repulsion is None else {**values, "repulsion": self.repulsion.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EnergyModel:
@@ -292,6 +325,7 @@ class EnergyModel(Potential):
                 {"float64": torch.float64, "float32": torch.float32}[values["dtype"]],
                 values["fidelities"],
                 values["baseline"],
+                Repulsion.from_dict(values["repulsion"]) if "repulsion" in values else None,
             )
         except KeyError as error:
             raise ConfigError(f"The model's architecture lacks or does not know {error}.") from error

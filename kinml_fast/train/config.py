@@ -17,7 +17,7 @@ from kinml_fast import datasets, devices
 from kinml_fast.data.files import replacing
 from kinml_fast.data.selection import Selection
 from kinml_fast.errors import ConfigError, InputError
-from kinml_fast.nn import ACTIVATIONS
+from kinml_fast.nn import ACTIVATIONS, Repulsion
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +166,37 @@ class DescriptorConfig(Section):
     """What computes descriptors that are stored (training.jacobian): the op of this package, or the package aevmod."""
 
 
+class RepulsionConfig(Section):
+    """A repulsion of nuclei at short distances, where there are no data, as a part of the model: networks learn what is
+    left of energies and forces without it (docs/repulsion.md)."""
+
+    kind: Literal["none", "zbl"] = "none"
+    """none, or zbl, the universal screened potential of Ziegler, Biersack and Littmark."""
+    inner: NotNegative = 0.4
+    """It is whole up to this distance, in sums of the two atoms' covalent radii."""
+    outer: Positive = 0.75
+    """It has faded out at this distance, in the same unit, energy, forces and their derivatives alike."""
+
+    @model_validator(mode="after")
+    def _check_distances(self) -> RepulsionConfig:
+        if self.inner >= self.outer:
+            raise ValueError(f"inner must be smaller than outer, which is {self.outer}")
+        return self
+
+    def made(self, elements: Sequence[str]) -> Repulsion | None:
+        """That of a model of some elements."""
+        return None if self.kind == "none" else Repulsion.zbl(elements, self.inner, self.outer)
+
+    @classmethod
+    def of(cls, repulsion: Repulsion | None) -> RepulsionConfig:
+        """What names the repulsion of a model."""
+        return cls() if repulsion is None else cls(kind="zbl", inner=repulsion.inner, outer=repulsion.outer)
+
+    def ignored(self) -> list[str]:
+        """Keys that were changed but have no effect."""
+        return _changed(self, {"inner", "outer"}) if self.kind == "none" else []
+
+
 class NetworkConfig(Section):
     """The networks, one for each element."""
 
@@ -177,6 +208,8 @@ class NetworkConfig(Section):
     """Whether the layers have biases."""
     seed: Seed = 0
     """Seed of the initial weights."""
+    repulsion: RepulsionConfig = RepulsionConfig()
+    """See the section."""
 
     @field_validator("layers")
     @classmethod
@@ -538,6 +571,10 @@ class Config(Section):
     def ignored(self) -> list[str]:
         """Sentences about keys that were changed but have no effect."""
         sentences = self.training.ignored()
+        sentences += [
+            f"network.repulsion.{key} has no effect with network.repulsion.kind = none"
+            for key in self.network.repulsion.ignored()
+        ]
         if self.start.model is None and self.start.sae != "keep":
             sentences.append("start.sae has no effect without start.model")
         if self.ensemble.members == 1:

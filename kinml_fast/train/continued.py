@@ -21,7 +21,7 @@ from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
-from kinml_fast.train.config import Config, TrainingConfig
+from kinml_fast.train.config import Config, RepulsionConfig, Section, TrainingConfig
 from kinml_fast.train.metrics import ResidualSums
 from kinml_fast.train.update import Update
 
@@ -127,6 +127,7 @@ def resolved(config: Config, origin: Origin) -> Config:
             "layers": layers[0] if all(widths == layers[0] for widths in layers) else layers,
             "activations": list(networks.activations),
             "biases": networks.biases,
+            "repulsion": RepulsionConfig.of(model.repulsion),
         },
         "descriptor": {
             "n_radial": len(descriptor.radial_shifts),
@@ -141,6 +142,7 @@ def resolved(config: Config, origin: Origin) -> Config:
         for key, value in values.items():
             wanted = getattr(given, key)
             if key in given.model_fields_set and wanted is not None and wanted != value:
+                wanted, value = (x.model_dump() if isinstance(x, Section) else x for x in (wanted, value))
                 raise ConfigError(
                     f"{section}.{key} is {wanted} in the configuration and {value} in the start model {origin.path}: "
                     f"leave the key out, which takes the model's, or set {section}.{key}={value}"

@@ -209,7 +209,7 @@ class InMemory(Dataset):
         weights = _weights(data)[origin]
         source = data.source if config.jacobian == "stored" else None
         sae = model.sae.view(self.levels, -1).cpu().numpy()
-        window = Window(Piece(structures, origin, weights), sae, model.dtype, config, source)
+        window = Window(Piece(structures, origin, weights), sae, model.repulsion, model.dtype, config, source)
         self.whole = window.to(model.sae.device)
         self._order_seed = config.seed if config.shuffle else None
         train, atoms = self.range("train"), structures.sizes
@@ -278,12 +278,14 @@ class OnDisk(Dataset):
         self._species = np.array([_place(element, model, data) for element in data.elements], dtype=np.int64)
         if data.sae is not None:
             model.sae.copy_(_of_elements(data.sae, data.elements, model.elements))
-        self._sae = model.sae.view(self.levels, -1).cpu().numpy()
+        self._sae, self._repulsion = model.sae.view(self.levels, -1).cpu().numpy(), model.repulsion
         factors = config.loss.level_weights or [1.0] * self.levels
         self.trained_components = [
             count if factor else 0 for count, factor in zip(data.file.components, factors, strict=True)
         ]
         digest = hashlib.sha256(repr((model.elements, data.file.digest, model.sae.tolist())).encode())
+        if model.repulsion is not None:
+            digest.update(repr(model.repulsion).encode())
         self.fingerprint = digest.hexdigest()
 
     def order(self, epoch: int) -> np.ndarray:
@@ -375,7 +377,7 @@ class OnDisk(Dataset):
             labels=s.labels,
         )
         read = Piece(structures, piece.origin, piece.weights)
-        window = Window(read, self._sae, self._dtype, self._config, lasting=False)
+        window = Window(read, self._sae, self._repulsion, self._dtype, self._config, lasting=False)
         return window.pinned() if self._device.type == "cuda" else window
 
 

@@ -229,6 +229,7 @@ def make_model(
         dtype=getattr(torch, config.training.dtype),
         fidelities=fidelities,
         baseline=baseline,
+        repulsion=network.repulsion.made(elements),
     )
 
 

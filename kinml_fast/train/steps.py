@@ -105,7 +105,7 @@ class FusedStep:
     ) -> None:
         self._with_forces = with_forces
         self.system, self._weights, self._data, self._tasks = system, model.networks.weights, data, tasks
-        self._model = ops.Model(model.aev.packed, model.networks.packed)
+        self._model = ops.Model(model.descriptor.packed(), model.networks.packed)  # the targets have no repulsion
         self._weighted = ops.weighted(data.energy_weights, data.force_weights)
 
     def batches(self, order: Tensor, size: int, errors: EpochErrors) -> Batches:

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinml_fast import ops
 from kinml_fast.data import stored
 from kinml_fast.data.blocks import Piece
 from kinml_fast.data.sources import DescriptorSource
 from kinml_fast.data.stored import StoredDescriptors
-from kinml_fast.nn import EnergyModel
+from kinml_fast.errors import DataError
+from kinml_fast.nn import EnergyModel, Repulsion
 from kinml_fast.train.config import TrainingConfig
 
 _TENSORS = (
@@ -38,6 +40,8 @@ class Window:
         The structures, their elements in the order of the model's.
     sae
         The model's single-atom energies, float64 [K, n_elements].
+    repulsion
+        The model's, or None.
     dtype
         The model's precision.
     config
@@ -53,8 +57,8 @@ class Window:
     species : [N] int64
     offsets : [M + 1] int64
     levels : int, K
-    energies : [K, M] float64, eV, without single-atom energies; NaN where a level is unknown
-    forces : [K, N, 3] float64, eV/Å; NaN for structures without forces
+    energies : [K, M] float64, eV, without single-atom energies and repulsion; NaN where a level is unknown
+    forces : [K, N, 3] float64, eV/Å, without repulsion; NaN for structures without forces
     n_atoms : int, N
     energy_weights, force_weights : [K, M] float64, weights in L_E and L_F; 0 where nothing is known
     origin : [M] int64, where each structure is in the data that were given
@@ -67,6 +71,7 @@ class Window:
         self,
         piece: Piece,
         sae: np.ndarray,
+        repulsion: Repulsion | None,
         dtype: torch.dtype,
         config: TrainingConfig,
         source: DescriptorSource | None = None,
@@ -85,6 +90,16 @@ class Window:
             forces = np.full((self.levels, self.n_atoms, 3), np.nan)
         else:
             forces = structures.forces.reshape(self.levels, -1, 3)
+        if repulsion is not None:
+            # Taken off once, so that steps neither compute it nor tell it from the energies of networks.
+            if structures.coordinates is None:
+                raise DataError(
+                    f"{structures.labels[0]} has no coordinates, only stored descriptors, by which atoms do not repel "
+                    "each other: leave out network.repulsion, or give data with coordinates"
+                )
+            tensors = map(torch.from_numpy, (structures.coordinates, structures.species, structures.offsets))
+            found, slopes = repulsion.energies_and_forces(ops.System(*tensors))
+            targets, forces = targets - found.numpy(), forces - slopes.numpy()
         weights = np.ones(len(piece)) if piece.weights is None else piece.weights
         factors = np.array(config.loss.level_weights or [1.0] * self.levels)[:, None]
         energy_weights = (weights / atoms**2 if config.loss.energy_per_atom else weights) * factors
