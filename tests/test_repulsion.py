@@ -170,8 +170,8 @@ def test_it_fades_smoothly_and_is_zbl_within():
 @pytest.mark.parametrize("outer", [0.75, 1.4])
 def test_large_structures_and_any_number_of_threads(any_threads, outer):
     rng = np.random.default_rng(0)
-    places = np.stack(np.meshgrid(*[np.arange(10)] * 3), -1).reshape(-1, 3)[:900] * 1.1
-    x = torch.tensor(places + rng.uniform(-0.2, 0.2, places.shape))
+    places = np.stack(np.meshgrid(*[np.arange(10)] * 3), -1).reshape(-1, 3)[:900] * 1.5
+    x = torch.tensor(places + rng.uniform(-0.4, 0.4, places.shape))
     species, offsets = torch.tensor(rng.integers(0, 2, 900)), torch.tensor([0, 900])
     own, results = model(Repulsion.zbl(ELEMENTS, 0.3, outer)), []
     for threads in (1, 2):

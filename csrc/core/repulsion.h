@@ -42,23 +42,21 @@ struct RepulsionPair {
   T inverse_width;  // 1 / (outer - inner)
 };
 
-template <class T>
-std::vector<RepulsionPair<T>> repulsion_pairs(const Repulsion& r) {
-  constexpr double kCoulomb = 14.399645478, kScreening = 0.4685, kPower = 0.23;
-  std::vector<RepulsionPair<T>> pairs;
-  for (std::size_t i = 0; i < r.charges.size(); ++i)
-    for (std::size_t j = 0; j < r.charges.size(); ++j) {
-      const double sum = std::pow(r.charges[i], kPower) + std::pow(r.charges[j], kPower);
-      const double radii = r.radii[i] + r.radii[j];
-      pairs.push_back({static_cast<T>(kCoulomb / 2 * r.charges[i] * r.charges[j]),
-                       static_cast<T>(sum / kScreening), static_cast<T>(r.inner * radii),
-                       static_cast<T>(r.outer * radii),
-                       static_cast<T>(1 / ((r.outer - r.inner) * radii))});
-    }
-  return pairs;
-}
-
 inline namespace KINML_ISA {
+
+// Of one species.
+template <class T>
+struct RepulsionSpecies {
+  T charge, power, radius;  // power: of the charge, as it is in a
+};
+
+template <class T>
+KINML_HD RepulsionPair<T> repulsion_pair(const RepulsionSpecies<T>& i, const RepulsionSpecies<T>& j,
+                                         T inner, T outer) {
+  const T radii = i.radius + j.radius;
+  return {T(14.399645478 / 2) * i.charge * j.charge, (i.power + j.power) * T(1 / 0.4685),
+          inner * radii, outer * radii, T(1) / ((outer - inner) * radii)};
+}
 
 template <class N>
 struct Repelled {
@@ -91,4 +89,26 @@ KINML_HD Repelled<N> repulsion(N r, const RepulsionPair<T>& p) {
 }
 
 }  // namespace KINML_ISA
+
+inline std::vector<RepulsionSpecies<double>> repulsion_species(const Repulsion& r) {
+  std::vector<RepulsionSpecies<double>> species;
+  for (std::size_t i = 0; i < r.charges.size(); ++i)
+    species.push_back({r.charges[i], std::pow(r.charges[i], 0.23), r.radii[i]});
+  return species;
+}
+// [n_species, n_species]
+template <class T>
+std::vector<RepulsionPair<T>> repulsion_pairs(const Repulsion& r) {
+  const std::vector<RepulsionSpecies<double>> species = repulsion_species(r);
+  std::vector<RepulsionPair<T>> pairs;
+  for (const RepulsionSpecies<double>& i : species)
+    for (const RepulsionSpecies<double>& j : species) {
+      const RepulsionPair<double> p = repulsion_pair(i, j, r.inner, r.outer);
+      pairs.push_back({static_cast<T>(p.strength), static_cast<T>(p.inverse_a),
+                       static_cast<T>(p.inner), static_cast<T>(p.outer),
+                       static_cast<T>(p.inverse_width)});
+    }
+  return pairs;
+}
+
 }  // namespace kinml

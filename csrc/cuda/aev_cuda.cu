@@ -4,6 +4,7 @@
 
 #include "aev_group.h"
 #include "pairs.h"
+#include "repulsion_group.h"
 #include "sort.h"
 
 namespace kinml::cuda {
@@ -130,22 +131,62 @@ struct Environments : EnvironmentArguments<T> {
   }
 };
 
+// What kernels compute of an environment: vectors, or the repulsion (repulsion_group.h).
+struct VectorTerms {
+  template <class T>
+  KINML_DEVICE int length(const AevTables<T>& tables) const {
+    return tables.layout().length();
+  }
+  template <class T, class N>
+  KINML_DEVICE void row(const Warp& warp, const AevTables<T>& tables, const Neighbours<N>& nb,
+                        const TripleScratch<N>& triples, const Index*, Index, T* out,
+                        Index stride = 1) const {
+    aev_row(warp, tables, nb, triples, out, stride);
+  }
+  template <class T, class N>
+  KINML_DEVICE void transposed(const Warp& warp, const AevTables<T>& tables,
+                               const Neighbours<N>& nb, const TripleScratch<N>& triples,
+                               const Index*, Index, const T* g, N* p) const {
+    aev_row_transposed(warp, tables, nb, triples, g, p);
+  }
+};
+template <class S>
+struct RepulsionTerms : RepulsionArguments<S> {
+  template <class T>
+  KINML_DEVICE int length(const AevTables<T>&) const {
+    return 1;
+  }
+  template <class T, class N>
+  KINML_DEVICE void row(const Warp& warp, const AevTables<T>&, const Neighbours<N>& nb,
+                        const TripleScratch<N>&, const Index* species, Index centre, T* out,
+                        Index = 1) const {
+    repulsion_row(warp, *this, nb, species, centre, out);
+  }
+  template <class T, class N>
+  KINML_DEVICE void transposed(const Warp& warp, const AevTables<T>&, const Neighbours<N>& nb,
+                               const TripleScratch<N>&, const Index* species, Index centre,
+                               const T* g, N* p) const {
+    repulsion_transposed(warp, *this, nb, species, centre, g, p);
+  }
+};
+
 // Of those that warp w of a block takes.
 KINML_DEVICE Index first_centre(const Block& block, int w) {
   return Index(block.index()) * kWarps + w;
 }
 
 // a_i, or J_i v for N = Dual<T>.
-template <class T, class N, class C>
+template <class T, class N, class C, class Terms>
 struct RowKernel {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr int kBlocks = Environments<T, C>::kDistinct ? 4 : 3;
   Environments<T, C> e;
+  Terms terms;
   T* out;  // [n_atoms, D]
 
   KINML_DEVICE void operator()(const Block& block) const {
     const AevTables<T> tables = e.tables(block);
-    const Index length = tables.layout().length();
+    const Index length = terms.length(tables);
     block.each_warp([&](const Warp& warp, int w) {
       for (Index i = first_centre(block, w); i < e.system.n_atoms; i += e.blocks * kWarps) {
         const Centre centre = e.centre(i);
@@ -155,19 +196,21 @@ struct RowKernel {
         }
         WarpMemory<N> memory = e.template memory<N>(block, w, false);
         e.find(block, warp, tables, w, false, centre, memory);
-        aev_row(warp, tables, memory.neighbours, memory.triples, out + i * length);
+        terms.row(warp, tables, memory.neighbours, memory.triples, e.system.species, i,
+                  out + i * length);
       }
     });
   }
 };
 
 // J_i, column after column: J_i v for unit vectors v that move one neighbour.
-template <class T, class C>
+template <class T, class C, class Terms>
 struct JacobianKernel {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr int kBlocks = Environments<T, C>::kDistinct ? 3 : 2;
   using N = Dual<T>;
   Environments<T, C> e;
+  Terms terms;
   Index columns;
   T* out;  // [n_atoms, D, columns]
 
@@ -180,7 +223,7 @@ struct JacobianKernel {
   }
   KINML_DEVICE void run_centre(const Block& block, const Warp& warp, const AevTables<T>& tables,
                                int w, const Centre& centre) const {
-    const int length = tables.layout().length();
+    const int length = terms.length(tables);
     const AtomRange range = atoms_of(e.system, centre.structure);
     T* const rows = out + centre.atom * length * columns;
     WarpMemory<N> memory = e.template memory<N>(block, w, false);
@@ -213,7 +256,7 @@ struct JacobianKernel {
       for (int d = 0; first && d < 3; ++d) {
         measure_moved(warp, tables, nb, found, centre.atom, moved, d);
         T* const column = rows + 3 * (nb.index[moved] - range.begin) + d;
-        aev_row(warp, tables, nb, memory.triples, column, columns);
+        terms.row(warp, tables, nb, memory.triples, e.system.species, centre.atom, column, columns);
         warp.each(length, [&](int row) { of_centre[row * columns + d] -= column[row * columns]; });
       }
     }
@@ -234,11 +277,12 @@ struct JacobianKernel {
 };
 
 // d/dx sum_i g_i . a_i, or its derivative along v for N = Dual<T>: structure after structure.
-template <class T, class N, class C>
+template <class T, class N, class C, class Terms>
 struct StructureKernel {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr int kBlocks = sizeof(N) > sizeof(T) ? 2 : Environments<T, C>::kDistinct ? 4 : 3;
   Environments<T, C> e;
+  Terms terms;
   const T* gradient;  // [n_atoms, D]
   T* out;             // [n_atoms, 3]
   T* virials;         // [n_atoms, 3, 3] of the centres for N = T; or null
@@ -267,7 +311,7 @@ struct StructureKernel {
   KINML_DEVICE void run_structure(const Block& block, const AevTables<T>& tables,
                                   const Round& round, Index s) const {
     const auto [first, end] = atoms_of(e.system, s);
-    const Index length = tables.layout().length();
+    const Index length = terms.length(tables);
     const Index last = e.system.centres == nullptr || first < 0 ? end : first + e.system.centres[s];
     bool spoiled = last > end;
     block.each(static_cast<int>(3 * (end - first)), [&](int i) { out[3 * first + i] = 0; });
@@ -277,8 +321,8 @@ struct StructureKernel {
         if (i >= last) return;
         WarpMemory<N> memory = e.template memory<N>(block, w, true);
         const bool in_list = e.find(block, warp, tables, w, true, {s, i}, memory);
-        aev_row_transposed(warp, tables, memory.neighbours, memory.triples, gradient + i * length,
-                           memory.p);
+        terms.transposed(warp, tables, memory.neighbours, memory.triples, e.system.species, i,
+                         gradient + i * length, memory.p);
         if constexpr (std::is_same_v<T, N>)
           if (virials != nullptr) centre_virial(warp, memory.neighbours, memory.p, virials + 9 * i);
         warp.each(1, [&](int) {
@@ -317,18 +361,19 @@ struct Kept {
     p = pieces.take<T>(3 * n_atoms * room);
   }
 };
-template <class T, class N, class C>
+template <class T, class N, class C, class Terms>
 struct KeepKernel {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr int kBlocks = sizeof(N) > sizeof(T) ? 2 : Environments<T, C>::kDistinct ? 4 : 3;
   Environments<T, C> e;
+  Terms terms;
   const T* gradient;  // [n_atoms, D]
   Kept<T> kept;
   T* virials;  // as of StructureKernel
 
   KINML_DEVICE void operator()(const Block& block) const {
     const AevTables<T> tables = e.tables(block);
-    const Index length = tables.layout().length();
+    const Index length = terms.length(tables);
     block.each_warp([&](const Warp& warp, int w) {
       for (Index i = first_centre(block, w); i < e.system.n_atoms; i += e.blocks * kWarps) {
         WarpMemory<N> memory = e.template memory<N>(block, w, true);
@@ -340,7 +385,8 @@ struct KeepKernel {
             warp.each(9, [&](int x) { virials[9 * i + x] = aev_detail::kNan<T>; });
           continue;
         }
-        aev_row_transposed(warp, tables, nb, memory.triples, gradient + i * length, memory.p);
+        terms.transposed(warp, tables, nb, memory.triples, e.system.species, i,
+                         gradient + i * length, memory.p);
         if constexpr (std::is_same_v<T, N>)
           if (virials != nullptr) centre_virial(warp, nb, memory.p, virials + 9 * i);
         warp.each(nb.count, [&](int k) { kept.index[i * kept.room + k] = nb.index[k]; });
@@ -499,7 +545,7 @@ struct Plan {
     e.blocks = at_most(e.blocks, kMostBlocks);
     if (e.list_bytes > 0) e.blocks = at_most(e.blocks, kListMemory / (kWarps * e.list_bytes) + 1);
     Pieces round(nullptr);
-    typename StructureKernel<T, T, AtomCandidates>::Round{}.take(round);
+    typename StructureKernel<T, T, AtomCandidates, VectorTerms>::Round{}.take(round);
     memory.bytes = e.tables_bytes + kWarps * e.warp_bytes + round.taken();
 
     Pieces pieces(workspace);
@@ -539,26 +585,42 @@ void with_candidates(const Plan<T>& plan, const F& launch_with) {
     launch_with(Environments<T, Candidates>{plan.e});
 }
 
-template <class N, class T>
-void rows(const Plan<T>& plan, T* out, Stream stream) {
-  with_candidates(plan, [&]<class C>(const Environments<T, C>& e) {
-    launch(RowKernel<T, N, C>{e, out}, e.blocks, stream, plan.memory);
+// launch_with(e, terms), as well with what is computed.
+template <class T, class F>
+void with_terms(const AevParameters& parameters, const Plan<T>& plan, const F& launch_with) {
+  with_candidates(plan, [&](const auto& e) {
+    if (parameters.is_repulsion())
+      launch_with(e, RepulsionTerms<T>{repulsion_arguments<T>(parameters.repulsion)});
+    else
+      launch_with(e, VectorTerms());
   });
 }
 
 template <class N, class T>
-void transposed(const Plan<T>& plan, const T* gradient, T* out, T* virials, Stream stream) {
-  with_candidates(plan, [&]<class C>(const Environments<T, C>& e) {
-    if (!plan.keeps) {
-      launch(StructureKernel<T, N, C>{e, gradient, out, virials}, e.blocks, stream, plan.memory);
-      return;
-    }
-    launch(KeepKernel<T, N, C>{e, gradient, plan.kept, virials}, e.blocks, stream, plan.memory);
-    const Index n_atoms = e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
-    const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), e.kDistinct, plan.kept,
-                                 out};
-    launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
-  });
+void rows(const AevParameters& parameters, const Plan<T>& plan, T* out, Stream stream) {
+  with_terms(parameters, plan,
+             [&]<class C, class Terms>(const Environments<T, C>& e, const Terms& terms) {
+               launch(RowKernel<T, N, C, Terms>{e, terms, out}, e.blocks, stream, plan.memory);
+             });
+}
+
+template <class N, class T>
+void transposed(const AevParameters& parameters, const Plan<T>& plan, const T* gradient, T* out,
+                T* virials, Stream stream) {
+  with_terms(parameters, plan,
+             [&]<class C, class Terms>(const Environments<T, C>& e, const Terms& terms) {
+               if (!plan.keeps) {
+                 launch(StructureKernel<T, N, C, Terms>{e, terms, gradient, out, virials}, e.blocks,
+                        stream, plan.memory);
+                 return;
+               }
+               launch(KeepKernel<T, N, C, Terms>{e, terms, gradient, plan.kept, virials}, e.blocks,
+                      stream, plan.memory);
+               const Index n_atoms = e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
+               const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), e.kDistinct,
+                                            plan.kept, out};
+               launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
+             });
 }
 
 }  // namespace
@@ -610,35 +672,36 @@ template <class T>
 void aev_forward(const AevParameters& parameters, const System<T>& system, T* aev, char* workspace,
                  Stream stream, const Cells* cells) {
   const Plan<T> plan(parameters, AevProduct::forward, system, workspace, stream, cells);
-  rows<T>(plan, aev, stream);
+  rows<T>(parameters, plan, aev, stream);
 }
 template <class T>
 void aev_jvp(const AevParameters& parameters, const System<T>& system, const T* tangent, T* out,
              char* workspace, Stream stream, const Cells* cells) {
   Plan<T> plan(parameters, AevProduct::jvp, system, workspace, stream, cells);
   plan.e.tangent = tangent;
-  rows<Dual<T>>(plan, out, stream);
+  rows<Dual<T>>(parameters, plan, out, stream);
 }
 template <class T>
 void aev_vjp(const AevParameters& parameters, const System<T>& system, const T* gradient, T* out,
              char* workspace, Stream stream, const Cells* cells, T* virials) {
   const Plan<T> plan(parameters, AevProduct::vjp, system, workspace, stream, cells);
-  transposed<T>(plan, gradient, out, virials, stream);
+  transposed<T>(parameters, plan, gradient, out, virials, stream);
 }
 template <class T>
 void aev_hvp(const AevParameters& parameters, const System<T>& system, const T* gradient,
              const T* tangent, T* out, char* workspace, Stream stream, const Cells* cells) {
   Plan<T> plan(parameters, AevProduct::hvp, system, workspace, stream, cells);
   plan.e.tangent = tangent;
-  transposed<Dual<T>>(plan, gradient, out, static_cast<T*>(nullptr), stream);
+  transposed<Dual<T>>(parameters, plan, gradient, out, static_cast<T*>(nullptr), stream);
 }
 template <class T>
 void aev_jacobian(const AevParameters& parameters, const System<T>& system, std::int64_t columns,
                   T* out, char* workspace, Stream stream, const Cells* cells) {
   const Plan<T> plan(parameters, AevProduct::jacobian, system, workspace, stream, cells);
-  with_candidates(plan, [&]<class C>(const Environments<T, C>& e) {
-    launch(JacobianKernel<T, C>{e, columns, out}, e.blocks, stream, plan.memory);
-  });
+  with_terms(
+      parameters, plan, [&]<class C, class Terms>(const Environments<T, C>& e, const Terms& terms) {
+        launch(JacobianKernel<T, C, Terms>{e, terms, columns, out}, e.blocks, stream, plan.memory);
+      });
 }
 
 #define KINML_INSTANTIATE(T)                                                                      \

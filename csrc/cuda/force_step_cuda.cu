@@ -11,6 +11,7 @@
 #include "network_group.h"
 #include "networks_cuda.h"
 #include "pairs.h"
+#include "repulsion_cuda.h"
 
 namespace kinml::cuda {
 
@@ -988,11 +989,23 @@ System<T> of_share(const System<T>& system, const BatchParts& parts) {
 
 }  // namespace
 
+namespace {
+
+// What energy_forces takes beside the repulsion, a multiple of 16 bytes.
+template <class T>
+Index networks_workspace(const ChainPlan& plan, const Model<T>& model, const System<T>& system) {
+  const Index bytes = structures_are_large(system)
+                          ? large_structures_workspace(plan, model, system)
+                          : Workspace<T>(plan, model, system, false, nullptr).bytes;
+  return (bytes + 15) / 16 * 16;
+}
+
+}  // namespace
+
 template <class T>
 std::int64_t energy_forces_workspace(const Model<T>& model, const System<T>& system) {
-  const ChainPlan plan = plan_chain(model.networks);
-  if (structures_are_large(system)) return large_structures_workspace(plan, model, system);
-  return Workspace<T>(plan, model, system, false, nullptr).bytes;
+  const Index bytes = networks_workspace(plan_chain(model.networks), model, system);
+  return bytes + (model.aev.repulsion.any() ? repulsion_workspace(model.aev, system) : 0);
 }
 template <class T>
 std::int64_t force_step_workspace(const Model<T>& model, const System<T>& system) {
@@ -1011,6 +1024,9 @@ void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t 
                    const Outputs<T>& outputs, char* workspace, Stream stream) {
   const ChainPlan plan = plan_chain(model.networks);
   const auto sum = [&] {
+    if (model.aev.repulsion.any())
+      add_repulsion(model.aev, system, model.n_members * (plan.n_levels - first_level), outputs,
+                    workspace + networks_workspace(plan, model, system), stream);
     if (outputs.virials != nullptr)
       sum_virials(system, model.n_members * (plan.n_levels - first_level),
                   static_cast<const T*>(outputs.atomic_virials), outputs.virials, stream);
