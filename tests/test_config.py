@@ -96,7 +96,7 @@ def test_plain_scalars_are_those_of_yaml_1_2(text, value):
         ("training.epoch", "did you mean training.epochs?"),
         ("training.optimiser.name", "did you mean training.optimizer?"),
         ("trainig", "did you mean training?"),
-        ("network.xyz", "the keys there are activations, biases, layers, repulsion, seed"),
+        ("network.xyz", "the keys there are activations, biases, dispersion, layers, repulsion, seed"),
         ("training.epochs.more", "training.epochs"),
     ],
 )

@@ -33,6 +33,7 @@ LAYERS = [
 
 LATE = {
     "aevmod": "optional",
+    "dftd3": "optional",
     "openmm": "optional",
     "tblite": "optional",
     "matplotlib": "takes half a second, and only drawing needs it",

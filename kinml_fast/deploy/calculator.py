@@ -22,7 +22,7 @@ from scipy.spatial import cKDTree
 
 from kinml_fast import ops
 from kinml_fast.data.structures import CLOSEST_ALLOWED
-from kinml_fast.deploy import low_level, members, model_file
+from kinml_fast.deploy import dispersion, low_level, members, model_file
 from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.nn import EnergyModel, Ensemble
 
@@ -59,7 +59,8 @@ class KinMLCalculator(Calculator):
     ``energy`` and ``free_energy`` (the same, eV) and ``forces`` [n, 3] (−dE/dx, eV/Å) are those of the highest level,
     as are ``energies`` [n] (of atoms, eV, if asked for) and, of periodic atoms, ``stress`` [6] and ``stresses`` [n, 6]
     (eV/Å³, ASE's sign and order, by the volume of `atoms.cell`). There are images along the vectors that `atoms.pbc`
-    says.
+    says. Where the model has a dispersion (docs/repulsion.md), it is in all of these but `energies` and `stresses`,
+    which then are missing.
 
     An ensemble of M models gives their means, and: ``all_energies`` [M], ``all_forces`` [M, n, 3], ``energy_std`` and
     ``forces_std`` [n, 3], the standard deviations of a sample (the divisor is M − 1, ddof = 1). A model of K > 1 levels
@@ -95,10 +96,11 @@ class KinMLCalculator(Calculator):
             raise ConfigError(f"threads is {threads}: give a number of at least 1")
         self.model = model_file.resolve(model, device)
         self.base = low_level.checked(self.model, base, KinMLCalculator)
+        self._added: list[Any] = [one for one in (self.base, dispersion.make(self.model.dispersion)) if one is not None]
         self.threads = threads
         self.n_members = members.count(self.model)
         properties = list(type(self).implemented_properties)
-        if self.base is not None:  # which tells nothing of atoms
+        if self._added:  # which tell nothing of atoms
             properties = [name for name in properties if name not in ("energies", "stresses")]
         if self.n_members > 1:
             properties += ["energy_std", "forces_std", "all_energies", "all_forces"]
@@ -154,9 +156,10 @@ class KinMLCalculator(Calculator):
             energies, forces = found[0][..., 0], found[1]
         if not np.isfinite(energies).all():
             raise CalculatorInputError(f"{self.atoms.symbols} {members.NOT_FINITE}")
-        if self.base is not None:
-            energies = energies + self.base.get_property("energy", self.atoms)
-            forces = forces + self.base.get_property("forces", self.atoms)
+        for added in self._added:
+            # Some compute energies with forces, and none forces with energies.
+            forces = forces + added.get_property("forces", self.atoms)
+            energies = energies + added.get_property("energy", self.atoms)
         results: dict[str, float | np.ndarray] = {}
         if self.n_members > 1:
             results["all_energies"], results["all_forces"] = energies[:, -1], forces[:, -1]
@@ -203,17 +206,18 @@ class KinMLCalculator(Calculator):
                 f"{atoms.symbols} has no atom {wrong[0]}: give indices from 0 to {len(atoms) - 1}"
             )
         chosen %= max(len(atoms), 1)
-        if self.base is not None and not hasattr(self.base, "get_hessian"):
-            raise ConfigError(
-                f"the base {type(self.base).__name__} has no get_hessian: take finite differences of forces "
-                "(ase.vibrations.Vibrations)"
-            )
+        for added in self._added:
+            if not hasattr(added, "get_hessian"):
+                raise ConfigError(
+                    f"the base {type(added).__name__} has no get_hessian: take finite differences of forces "
+                    "(ase.vibrations.Vibrations)"
+                )
         hessian = self._evaluate(functools.partial(members.second_derivatives, chosen=chosen.tolist()), atoms, places)
         if not np.isfinite(hessian).all():
             raise CalculatorInputError(f"{atoms.symbols} {members.NOT_FINITE}")
         coordinates = (3 * chosen[:, None] + np.arange(3)).reshape(-1)
-        if self.base is not None:
-            hessian = hessian + self.base.get_hessian(atoms)[coordinates]
+        for added in self._added:
+            hessian = hessian + added.get_hessian(atoms)[coordinates]
         both = hessian[:, coordinates]
         hessian[:, coordinates] = (both + both.T) / 2
         return hessian
@@ -225,18 +229,18 @@ class KinMLCalculator(Calculator):
     def _of_cell_and_atoms(self, atoms: Atoms, found: members.Results) -> dict[str, np.ndarray]:
         """What is asked for of atoms, and the stress of periodic ones."""
         results = {}
-        if self.base is None:
+        if not self._added:
             results["energies"] = members.mean(found.atomic_energies)[-1]
         volume = atoms.cell.volume
         if not atoms.pbc.any() or volume == 0:  # nothing of a wire or layer without a cell around it
             return results
         stress = _voigt(members.mean(found.virials)[-1, 0]) / volume
-        if self.base is None:
+        if not self._added:
             results["stresses"] = _voigt(members.mean(found.atomic_virials)[-1]) / volume
-        elif "stress" in self.base.implemented_properties:
-            stress = stress + self.base.get_property("stress", atoms)
-        else:
-            return results
+        for added in self._added:
+            if "stress" not in added.implemented_properties:
+                return results
+            stress = stress + added.get_property("stress", atoms)
         results["stress"] = stress
         return results
 

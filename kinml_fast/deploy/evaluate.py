@@ -265,6 +265,8 @@ def run_evaluate(
     fidelities = _fidelities(model, fidelity, model_path)
     if model.baseline is not None:
         log.info("energies and forces are differences of fidelity %d to fidelity %d", fidelities[0], model.baseline)
+    if model.dispersion is not None:
+        log.info("energies and forces are those without %s, as the model was trained", model.dispersion)
     selection = replace(selection, fidelity=fidelities, baseline=model.baseline)
     rows: list[Group] = []
     found: list[Part] = []

@@ -25,7 +25,7 @@ from kinml_fast import ops
 from kinml_fast._version import __version__
 from kinml_fast.data import Selection, read
 from kinml_fast.data.files import replacing
-from kinml_fast.deploy import grade, model_file, plain
+from kinml_fast.deploy import dispersion, grade, model_file, plain
 from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
 
@@ -103,6 +103,7 @@ def export(
     if isinstance(source, str | os.PathLike) and path.resolve() == model_file.place(source).resolve():
         raise ConfigError(f"{path}: is the model itself: give the exported one another name")
     model = copy.deepcopy(model_file.resolve(source, "cpu")).requires_grad_(False)
+    dispersion.check_without(model, "exported files do", "add D3 there: in LAMMPS by hybrid/overlay with dispersion/d3")
     notes = model_file.load_training(source) if isinstance(source, str | os.PathLike) else {}
     write = chosen.write
     if training_data:

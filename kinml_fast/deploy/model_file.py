@@ -73,8 +73,8 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
 
 
 def version_for(model: EnergyModel | Ensemble) -> int:
-    """The lowest version of a file that tells all of a model: with a repulsion 2, else 1."""
-    return 1 if model.repulsion is None else 2
+    """The lowest version of a file that tells all of a model: with a repulsion or dispersion 2, else 1."""
+    return 1 if model.repulsion is None and model.dispersion is None else 2
 
 
 def load(path: str | os.PathLike) -> EnergyModel | Ensemble:

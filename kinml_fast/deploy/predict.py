@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ase.io
@@ -16,7 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from kinml_fast.data import xyz
 from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.structures import Structures
-from kinml_fast.deploy import low_level, model_file
+from kinml_fast.deploy import dispersion, low_level, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.deploy.evaluate import BATCH_SIZE, Predictions, evaluate
 from kinml_fast.errors import ConfigError, DataError, InputError
@@ -67,7 +67,10 @@ def predict(
         cannot be used.
     """
     model = model_file.resolve(model_path, device)
-    calculator = low_level.checked(model, base, KinMLCalculator)
+    added = {
+        "base": low_level.checked(model, base, KinMLCalculator),
+        "dispersion": dispersion.make(model.dispersion),
+    }
     path, *others = expand(in_path)
     if others:
         raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
@@ -75,7 +78,7 @@ def predict(
     _check_elements(path, structures, model.elements, model_file.name(model_path))
     predictions = evaluate(model, structures, batch_size, forces=True)
     with replacing(out_path) as temporary:
-        frames = list(_frames(path, structures, predictions, model.fidelities, calculator))
+        frames = list(_frames(path, structures, predictions, model.fidelities, added))
         ase.io.write(temporary, frames, format="extxyz")
     log.info("wrote energies and forces of %d molecules to %s", len(structures), out_path)
     return len(structures)
@@ -86,7 +89,7 @@ def _frames(
     structures: Structures,
     predictions: Predictions,
     fidelities: Sequence[int],
-    base: BaseCalculator | None,
+    added: Mapping[str, BaseCalculator | None],
 ) -> Iterator[Atoms]:
     levels = len(fidelities)
     assert predictions.forces is not None
@@ -95,9 +98,10 @@ def _frames(
     for i, frame in enumerate(frames):
         atoms = slice(structures.offsets[i], structures.offsets[i + 1])
         energy, of_frame = float(energies[-1, i]), forces[-1, atoms]
-        if base is not None:
-            low_energy, low_forces = _low_level(f"{path}: frame {i + 1}", frame, base)
-            energy, of_frame = energy + low_energy, of_frame + low_forces
+        for name, other in added.items():
+            if other is not None:
+                further_energy, further_forces = _further(f"{path}: frame {i + 1}: the {name}", frame, other)
+                energy, of_frame = energy + further_energy, of_frame + further_forces
         if predictions.energy_std is not None and predictions.forces_std is not None:
             frame.info["energy_std"] = float(predictions.energy_std.reshape(levels, -1)[-1, i])
             frame.arrays["forces_std"] = predictions.forces_std.reshape(levels, -1, 3)[-1, atoms]
@@ -108,11 +112,12 @@ def _frames(
         yield frame
 
 
-def _low_level(where: str, frame: Atoms, base: BaseCalculator) -> tuple[float, np.ndarray]:
+def _further(what: str, frame: Atoms, other: BaseCalculator) -> tuple[float, np.ndarray]:
     try:
-        return base.get_property("energy", frame), base.get_property("forces", frame)
+        forces = other.get_property("forces", frame)
+        return other.get_property("energy", frame), forces
     except (InputError, CalculatorError) as error:
-        raise DataError(f"{where}: the base cannot compute it ({error}): leave the frame out") from error
+        raise DataError(f"{what} cannot compute it ({error}): leave the frame out") from error
 
 
 def _check_elements(path: Path, structures: Structures, elements: tuple[str, ...], model: str) -> None:

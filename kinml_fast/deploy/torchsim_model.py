@@ -15,7 +15,7 @@ from torch_sim import SimState
 from torch_sim.models.interface import ModelInterface
 
 from kinml_fast import ops
-from kinml_fast.deploy import model_file
+from kinml_fast.deploy import dispersion, model_file
 from kinml_fast.errors import DataError, ModelError
 
 
@@ -51,6 +51,7 @@ class TorchSimModel(ModelInterface):
                 f"the model gives differences from fidelity {self.model.baseline} (delta learning), not energies: "
                 "train a model of whole energies for TorchSim"
             )
+        dispersion.check_without(self.model, "TorchSim does", "add D3 there by a model of its own")
         self.model.requires_grad_(False)
         self._device, self._dtype = self.model.sae.device, self.model.dtype
         self._compute_forces, self._compute_stress = compute_forces, compute_stress

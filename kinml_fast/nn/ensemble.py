@@ -24,6 +24,7 @@ _WORDS = {
     "fidelities": "has the fidelities",
     "baseline": "has the baseline",
     "repulsion": "has the repulsion",
+    "dispersion": "has the dispersion",
 }
 """What members share, and how a message says that one differs."""
 
@@ -49,7 +50,7 @@ class Ensemble(Potential):
     ------
     InputError
         No members, or one that differs from the first in elements, descriptor, layers, activations, biases, precision,
-        fidelities or baseline.
+        fidelities, baseline, repulsion or dispersion.
 
     Notes
     -----
@@ -67,7 +68,7 @@ class Ensemble(Potential):
         self.baseline = first.baseline
         self.levels = first.levels
         self.descriptor = first.descriptor
-        self.repulsion = first.repulsion
+        self.repulsion, self.dispersion = first.repulsion, first.dispersion
         self.aev = AEV(first.descriptor, first.repulsion)
         self.networks = copy.deepcopy(first.networks)
         device = first.sae.device

@@ -11,6 +11,7 @@ from torch import Tensor
 from kinml_fast import ops
 from kinml_fast.errors import ConfigError
 from kinml_fast.nn.aev import AEV, AEVParameters
+from kinml_fast.nn.dispersion import Dispersion
 from kinml_fast.nn.networks import SpeciesNetworks
 from kinml_fast.nn.repulsion import Repulsion
 
@@ -34,6 +35,8 @@ class Potential(torch.nn.Module):
         K, the number of levels of theory.
     repulsion : Repulsion or None
         What is added to the energies of all levels at short distances.
+    dispersion : Dispersion or None
+        What `KinMLCalculator` adds to them; the methods here do not.
     """
 
     __jit_unused_properties__: tuple[str, ...] = ("dtype", "elements", "fidelities")
@@ -46,6 +49,7 @@ class Potential(torch.nn.Module):
         baseline: int | None
         levels: int
         repulsion: Repulsion | None
+        dispersion: Dispersion | None
         _fidelities: tuple[int, ...]
 
     @property
@@ -72,7 +76,8 @@ class Potential(torch.nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return "" if self.repulsion is None else f"repulsion: {self.repulsion}"
+        parts = {"repulsion": self.repulsion, "dispersion": self.dispersion}
+        return ", ".join(f"{name}: {part}" for name, part in parts.items() if part is not None)
 
     def _weights(self) -> Tensor:
         """The weights as the fused ops take them: of an ensemble these have no derivative."""
@@ -128,6 +133,8 @@ class EnergyModel(Potential):
         The level that the energies of the model are differences from (delta learning); None: they are whole energies.
     repulsion
         Of pairs at short distances, for the same elements; None: there is none. Differences have none.
+    dispersion
+        What is added where the model runs in ASE, and is not in the energies that it is trained on; None: nothing.
 
     Attributes
     ----------
@@ -145,6 +152,7 @@ class EnergyModel(Potential):
         fidelities: Sequence[int] = (1,),
         baseline: int | None = None,
         repulsion: Repulsion | None = None,
+        dispersion: Dispersion | None = None,
     ) -> None:
         super().__init__()
         self._fidelities = tuple(fidelities)
@@ -152,7 +160,7 @@ class EnergyModel(Potential):
         self._check_levels()
         self.levels = len(self._fidelities)
         self.descriptor = descriptor
-        self.repulsion = repulsion
+        self.repulsion, self.dispersion = repulsion, dispersion
         self._check_repulsion()
         self.aev = AEV(descriptor, repulsion)
         self.networks = SpeciesNetworks(
@@ -310,8 +318,9 @@ class EnergyModel(Potential):
             "fidelities": list(self.fidelities),
             "baseline": self.baseline,
         }
-        # Only where there is one: what does not know it must not take the file for one without (model_file.py).
-        return values if self.repulsion is None else {**values, "repulsion": self.repulsion.to_dict()}
+        # Only where there are such: what does not know them must not take the file for one without (model_file.py).
+        further = {"repulsion": self.repulsion, "dispersion": self.dispersion}
+        return values | {name: part.to_dict() for name, part in further.items() if part is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EnergyModel:
@@ -326,6 +335,7 @@ class EnergyModel(Potential):
                 values["fidelities"],
                 values["baseline"],
                 Repulsion.from_dict(values["repulsion"]) if "repulsion" in values else None,
+                Dispersion.from_dict(values["dispersion"]) if "dispersion" in values else None,
             )
         except KeyError as error:
             raise ConfigError(f"The model's architecture lacks or does not know {error}.") from error

@@ -17,7 +17,7 @@ from kinml_fast import datasets, devices
 from kinml_fast.data.files import replacing
 from kinml_fast.data.selection import Selection
 from kinml_fast.errors import ConfigError, InputError
-from kinml_fast.nn import ACTIVATIONS, Repulsion
+from kinml_fast.nn import ACTIVATIONS, Dispersion, Repulsion
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +197,33 @@ class RepulsionConfig(Section):
         return _changed(self, {"inner", "outer"}) if self.kind == "none" else []
 
 
+class DispersionConfig(Section):
+    """D3(BJ), which `KinMLCalculator` adds to the model's energies, forces and stress (docs/repulsion.md). It takes no
+    part in training: it is for data of a functional without dispersion, never for data that have it already."""
+
+    method: str | None = None
+    """The functional, as the package dftd3 calls it, such as pbe; null: no dispersion."""
+    parameters: dict[str, float] = {}
+    """Instead of a method: s8, a1, a2 and, if they are not 1, s6 and s9."""
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> DispersionConfig:
+        try:
+            self.made()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def made(self) -> Dispersion | None:
+        """That of a model."""
+        return Dispersion(self.method, self.parameters) if self.method or self.parameters else None
+
+    @classmethod
+    def of(cls, dispersion: Dispersion | None) -> DispersionConfig:
+        """What names the dispersion of a model."""
+        return cls() if dispersion is None else cls(method=dispersion.method, parameters=dict(dispersion.parameters))
+
+
 class NetworkConfig(Section):
     """The networks, one for each element."""
 
@@ -209,6 +236,8 @@ class NetworkConfig(Section):
     seed: Seed = 0
     """Seed of the initial weights."""
     repulsion: RepulsionConfig = RepulsionConfig()
+    """See the section."""
+    dispersion: DispersionConfig = DispersionConfig()
     """See the section."""
 
     @field_validator("layers")

@@ -21,7 +21,7 @@ from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
-from kinml_fast.train.config import Config, RepulsionConfig, Section, TrainingConfig
+from kinml_fast.train.config import Config, DispersionConfig, RepulsionConfig, Section, TrainingConfig
 from kinml_fast.train.metrics import ResidualSums
 from kinml_fast.train.update import Update
 
@@ -128,6 +128,7 @@ def resolved(config: Config, origin: Origin) -> Config:
             "activations": list(networks.activations),
             "biases": networks.biases,
             "repulsion": RepulsionConfig.of(model.repulsion),
+            "dispersion": DispersionConfig.of(model.dispersion),
         },
         "descriptor": {
             "n_radial": len(descriptor.radial_shifts),

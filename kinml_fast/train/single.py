@@ -230,6 +230,7 @@ def make_model(
         fidelities=fidelities,
         baseline=baseline,
         repulsion=network.repulsion.made(elements),
+        dispersion=network.dispersion.made(),
     )
 
 
