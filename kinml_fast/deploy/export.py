@@ -180,7 +180,7 @@ class Format:
 
 
 def structures(n_species: int) -> Iterator[Structure]:
-    """Shipped molecules in the elements of a model: alone, in a crystal, in a slab, and a single atom."""
+    """Shipped molecules in the elements of a model: alone, in a crystal, in a slab, pressed together; a single atom."""
     data = read("shipped:C5H5.db").select([0, 100])
     assert data.coordinates is not None
     skewed = np.array([[6.2, 0.0, 0.0], [1.1, 6.9, 0.0], [-0.8, 1.3, 7.4]])
@@ -190,6 +190,7 @@ def structures(n_species: int) -> Iterator[Structure]:
         species = (np.arange(len(positions)) + i) % n_species
         for periodic in ((False, False, False), (True, True, True), (True, False, True)):
             yield Structure(positions, species, skewed, periodic)
+    yield Structure(0.5 * positions, species, skewed, (False, False, False))
     yield Structure(np.zeros((1, 3)), np.zeros(1, np.int64), skewed, (False, False, False))
 
 
