@@ -412,8 +412,26 @@ def networks(
 # ---- energies and forces in one pass over the molecules ----------------------------------------
 
 
+def prepare_weights(parameters: Tensor, model: Model) -> Tensor:
+    """Parameters [P] or [M, P] in the order in which this processor reads them, for many evaluations.
+
+    Returns
+    -------
+    Tensor
+        Opaque bytes [B], uint8, for :func:`energy_forces` and :func:`energy_forces_virials`. They are of one
+        instruction set and dtype: a file has no use for them. As long as the parameters are the same, so is the tensor,
+        which is not to be written to. On a GPU, which has no use for them, [0].
+    """
+    return _OPS.prepare_weights(parameters, model.networks)
+
+
 def energy_forces(
-    system: System, parameters: Tensor, sae: Tensor | None, model: Model, first_level: int = 0
+    system: System,
+    parameters: Tensor,
+    sae: Tensor | None,
+    model: Model,
+    first_level: int = 0,
+    prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Energies and forces of the R = K - first_level levels of theory from ``first_level`` on.
 
@@ -429,8 +447,12 @@ def energy_forces(
     Differentiable once, with respect to ``parameters``, through energies and forces; a system that requires a gradient
     is refused. ``parameters`` [M, P] are those of an ensemble of M models, whose descriptors are computed once: results
     and ``sae`` have one more dimension M before all others, and cannot be differentiated.
+
+    ``prepared`` is what :func:`prepare_weights` gave for ``parameters``: it saves much of the time of a small molecule
+    and changes no bit. What was prepared for others, for another dtype or another processor is refused; on a GPU it is
+    not looked at.
     """
-    return _OPS.energy_forces(system.tensors, parameters, sae, model.descriptor, model.networks, first_level)
+    return _OPS.energy_forces(system.tensors, parameters, sae, model.descriptor, model.networks, first_level, prepared)
 
 
 def energy_forces_virials(
@@ -440,6 +462,7 @@ def energy_forces_virials(
     model: Model,
     first_level: int = 0,
     atomic: bool = False,
+    prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `energy_forces` gives, with virials and, if ``atomic``, what each atom has; from coordinates.
 
@@ -463,7 +486,7 @@ def energy_forces_virials(
     Differentiable once with respect to ``parameters`` through energies, forces and virials.
     """
     return _OPS.energy_forces_virials(
-        system.tensors, parameters, sae, model.descriptor, model.networks, first_level, atomic
+        system.tensors, parameters, sae, model.descriptor, model.networks, first_level, atomic, prepared
     )
 
 

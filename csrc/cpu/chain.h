@@ -63,6 +63,13 @@ class PackedChain {
       weights += chain.parameters_of(k);
     }
   }
+  // Of what PackedNetworks::pack wrote, level after level; it must outlive the object.
+  PackedChain(const NetworkChain& chain, const T* packed) : chain_(chain) {
+    for (const NetworkShape& shape : chain.shapes) {
+      levels_.push_back(std::make_unique<const PackedNetworks<T>>(shape, packed));
+      packed += PackedNetworks<T>::packed_numbers(shape);
+    }
+  }
   const NetworkChain& chain() const { return chain_; }
   const PackedNetworks<T>& operator[](std::int64_t k) const { return *levels_[k]; }
   // Numbers that any of the networks needs for a tile; widths of levels may differ.

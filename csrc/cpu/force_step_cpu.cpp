@@ -11,6 +11,7 @@
 #include "descriptors.h"
 #include "force_step_kernels.h"
 #include "guarded.h"
+#include "prepared_weights.h"
 #include "shares.h"
 
 namespace kinml::cpu {
@@ -563,8 +564,10 @@ void evaluate_members(const Model<T>& model, const std::vector<PackedChain<T>>& 
 
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
-                   const Outputs<T>& outputs, int n_threads) {
-  evaluate_members(model, packed_members(model, system.has_forces(), n_threads),
+                   const Outputs<T>& outputs, int n_threads, const std::byte* prepared) {
+  evaluate_members(model,
+                   prepared != nullptr ? prepared_members(model, prepared)
+                                       : packed_members(model, system.has_forces(), n_threads),
                    DescriptorSource<T>(model.aev, system), system, first_level, outputs, n_threads);
 }
 
@@ -671,7 +674,7 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
 #define KINML_INSTANTIATE(T)                                                                      \
   template class PreparedModel<T>;                                                                \
   template void energy_forces<T>(const Model<T>&, const System<T>&, std::int64_t,                 \
-                                 const Outputs<T>&, int);                                         \
+                                 const Outputs<T>&, int, const std::byte*);                       \
   template void energy_forces_backward<T>(const Model<T>&, const System<T>&, std::int64_t,        \
                                           const double*, const T*, const double*, T*, int);       \
   template void force_step<T>(const Model<T>&, const System<T>&, const Loss&, double*, T*,        \

@@ -41,9 +41,12 @@ namespace kinml::cpu {
 //
 // A structure of many centres is cut into tiles of some of them; whether it is depends on their
 // number alone.
+//
+// prepared  // the weights of `model` from prepare_weights (prepared_weights.h), which gives the same
+//           // bits; null: they are laid out in this call
 template <class T>
 void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t first_level,
-                   const Outputs<T>& outputs, int n_threads);
+                   const Outputs<T>& outputs, int n_threads, const std::byte* prepared = nullptr);
 
 // A model whose weights and tables are laid out once for many calls, on coordinates: for one small
 // molecule that takes as long as all else. What `model` points to must stay, but for its weights.

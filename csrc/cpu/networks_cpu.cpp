@@ -258,17 +258,24 @@ void networks_backward(const NetworkShape& shape, const T* parameters, const T* 
 
 template <class T>
 struct PackedNetworks<T>::State {
-  State(const NetworkShape& shape, const T* parameters, int n_threads, bool of_features)
+  State(const NetworkShape& shape, bool of_features)
       : layout(shape, nullptr,
                Layout::for_forward | Layout::for_backward |
-                   (of_features ? Layout::for_grad_features | Layout::for_grad_last : 0)) {
+                   (of_features ? Layout::for_grad_features | Layout::for_grad_last : 0)) {}
+  State(const NetworkShape& shape, const T* given) : State(shape, true) { packed = given; }
+  State(const NetworkShape& shape, const T* parameters, int n_threads, bool of_features)
+      : State(shape, of_features) {
     buffer.swap(kept());
-    packed = buffer.template get<T>(layout.packed());
-    KINML_CALL_KERNEL(networks_pack, plan(), parameters, packed, n_threads);
+    T* const own = buffer.template get<T>(layout.packed());
+    pack(parameters, own, n_threads);
+    packed = own;
   }
   ~State() {
     buffer.trim();
     if (buffer.size() > kept().size()) buffer.swap(kept());
+  }
+  void pack(const T* parameters, T* to, int n_threads) const {
+    KINML_CALL_KERNEL(networks_pack, plan(), parameters, to, n_threads);
   }
   const NetworkPlan& plan() const { return layout.plan(); }
 
@@ -280,7 +287,7 @@ struct PackedNetworks<T>::State {
 
   Layout layout;
   Buffer buffer;
-  T* packed;
+  const T* packed = nullptr;
 };
 
 template <class T>
@@ -288,7 +295,20 @@ PackedNetworks<T>::PackedNetworks(const NetworkShape& shape, const T* parameters
                                   bool of_features)
     : state_(new State(shape, parameters, n_threads, of_features)) {}
 template <class T>
+PackedNetworks<T>::PackedNetworks(const NetworkShape& shape, const T* packed)
+    : state_(new State(shape, packed)) {}
+template <class T>
 PackedNetworks<T>::~PackedNetworks() = default;
+
+template <class T>
+Index PackedNetworks<T>::packed_numbers(const NetworkShape& shape) {
+  return State(shape, true).layout.packed();
+}
+template <class T>
+void PackedNetworks<T>::pack(const NetworkShape& shape, const T* parameters, T* packed,
+                             int n_threads) {
+  State(shape, true).pack(parameters, packed, n_threads);
+}
 
 template <class T>
 Index PackedNetworks<T>::tile_memory(Index n_atoms) const {

@@ -85,9 +85,16 @@ class PackedNetworks {
   // may be asked for grad_features or grad_last.
   PackedNetworks(const NetworkShape& shape, const T* parameters, int n_threads,
                  bool of_features = true);
+  // Of what `pack` wrote, which must outlive the object.
+  PackedNetworks(const NetworkShape& shape, const T* packed);
   ~PackedNetworks();
   PackedNetworks(const PackedNetworks&) = delete;
   PackedNetworks& operator=(const PackedNetworks&) = delete;
+
+  // The weights in that order, for all passes: packed [packed_numbers], aligned to 64 bytes. The
+  // instruction set decides on the order; what no pass reads stays as it is.
+  static std::int64_t packed_numbers(const NetworkShape& shape);
+  static void pack(const NetworkShape& shape, const T* parameters, T* packed, int n_threads);
 
   // Numbers that a tile of so many atoms needs.
   std::int64_t tile_memory(std::int64_t n_atoms) const;

@@ -29,6 +29,7 @@ void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor squ
                         largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr},
                        gpu.stream);
   });
+  count_write(parameter);
 }
 
 }  // namespace

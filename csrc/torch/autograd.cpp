@@ -362,30 +362,39 @@ std::tuple<Tensor, Tensor, Tensor> networks_second_backward(T tangents, T g, T f
 // ---- energies and forces, differentiated with respect to the weights ---------------------------
 
 using EnergyForcesOp = std::tuple<Tensor, Tensor>(SystemList, T, MaybeTensor, Doubles, Ints,
-                                                  int64_t);
+                                                  int64_t, MaybeTensor);
 using AllOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using EnergyForcesVirialsOp = AllOutputs(SystemList, T, MaybeTensor, Doubles, Ints, int64_t, bool);
+using EnergyForcesVirialsOp = AllOutputs(SystemList, T, MaybeTensor, Doubles, Ints, int64_t, bool,
+                                         MaybeTensor);
 using EnergyForcesGrad = Tensor(T, T, SystemList, T, Doubles, Ints, int64_t, MaybeTensor);
 
 struct EnergyForces : Function<EnergyForces> {
   static variable_list forward(AutogradContext* ctx, SystemList system, T parameters,
                                MaybeTensor sae, Doubles d, Ints networks, int64_t first_level,
-                               bool virials, bool atomic) {
-    at::AutoDispatchBelowADInplaceOrView guard;
+                               bool virials, bool atomic, MaybeTensor prepared) {
     save(ctx, {parameters}, system);
     ctx->saved_data["descriptor"] = d.vec();
     ctx->saved_data["networks"] = networks.vec();
     ctx->saved_data["first_level"] = first_level;
     ctx->saved_data["virials"] = virials;
+    variable_list outputs =
+        call(system, parameters, sae, d, networks, first_level, virials, atomic, prepared);
+    if (virials) ctx->mark_non_differentiable({outputs[3], outputs[4]});
+    return outputs;
+  }
+  // Without autograd.
+  static variable_list call(SystemList system, T parameters, MaybeTensor sae, Doubles d,
+                            Ints networks, int64_t first_level, bool virials, bool atomic,
+                            MaybeTensor prepared) {
+    at::AutoDispatchBelowADInplaceOrView guard;
     if (!virials) {
       static const Op<EnergyForcesOp> op("kinml_fast::energy_forces");
-      auto [energies, forces] = op(system, parameters, sae, d, networks, first_level);
+      auto [energies, forces] = op(system, parameters, sae, d, networks, first_level, prepared);
       return {energies, forces};
     }
     static const Op<EnergyForcesVirialsOp> op("kinml_fast::energy_forces_virials");
     auto [energies, forces, of_structures, atomic_energies, atomic_virials] =
-        op(system, parameters, sae, d, networks, first_level, atomic);
-    ctx->mark_non_differentiable({atomic_energies, atomic_virials});
+        op(system, parameters, sae, d, networks, first_level, atomic, prepared);
     return {energies, forces, of_structures, atomic_energies, atomic_virials};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
@@ -393,7 +402,7 @@ struct EnergyForces : Function<EnergyForces> {
     const variable_list s = ctx->get_saved_variables();
     std::optional<Tensor> of_virials;
     if (ctx->saved_data["virials"].toBool()) of_virials = grad[2];
-    variable_list result(8);
+    variable_list result(9);
     result[1] = op(grad[0], grad[1], system_of(s, 1), s[0], descriptor_of(ctx), networks_of(ctx),
                    ctx->saved_data["first_level"].toInt(), of_virials);
     return result;
@@ -418,7 +427,7 @@ struct EnergyForcesBackward : Function<EnergyForcesBackward> {
 };
 
 variable_list evaluate(SystemList system, T parameters, MaybeTensor sae, Doubles d, Ints networks,
-                       int64_t first_level, bool virials, bool atomic) {
+                       int64_t first_level, bool virials, bool atomic, MaybeTensor prepared) {
   if (at::GradMode::is_enabled()) {
     check_constant(sae);
     for (const Tensor& t : inputs_of(system))
@@ -427,16 +436,24 @@ variable_list evaluate(SystemList system, T parameters, MaybeTensor sae, Doubles
                   "for derivatives with respect to coordinates or descriptors differentiate the "
                   "energies of EnergyModel.forward");
   }
-  return EnergyForces::apply(system, parameters, sae, d, networks, first_level, virials, atomic);
+  if (!at::GradMode::is_enabled() || !parameters.requires_grad())  // nothing to keep
+    return EnergyForces::call(system, parameters, sae, d, networks, first_level, virials, atomic,
+                              prepared);
+  return EnergyForces::apply(system, parameters, sae, d, networks, first_level, virials, atomic,
+                             prepared);
 }
 std::tuple<Tensor, Tensor> energy_forces(SystemList system, T parameters, MaybeTensor sae,
-                                         Doubles d, Ints networks, int64_t first_level) {
-  const variable_list r = evaluate(system, parameters, sae, d, networks, first_level, false, false);
+                                         Doubles d, Ints networks, int64_t first_level,
+                                         MaybeTensor prepared) {
+  const variable_list r =
+      evaluate(system, parameters, sae, d, networks, first_level, false, false, prepared);
   return {r[0], r[1]};
 }
 AllOutputs energy_forces_virials(SystemList system, T parameters, MaybeTensor sae, Doubles d,
-                                 Ints networks, int64_t first_level, bool atomic) {
-  const variable_list r = evaluate(system, parameters, sae, d, networks, first_level, true, atomic);
+                                 Ints networks, int64_t first_level, bool atomic,
+                                 MaybeTensor prepared) {
+  const variable_list r =
+      evaluate(system, parameters, sae, d, networks, first_level, true, atomic, prepared);
   return {r[0], r[1], r[2], r[3], r[4]};
 }
 Tensor energy_forces_backward(T e, T f, SystemList system, T parameters, Doubles d, Ints networks,

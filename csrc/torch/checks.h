@@ -175,6 +175,11 @@ inline void check_order_arguments(const at::Tensor& species, const at::Tensor& o
   TORCH_CHECK(n_species >= 1, "kinml_fast: n_species must be at least 1, got ", n_species);
 }
 
+// An op that writes to a tensor says so, as torch's own do: what was made of it is out of date.
+inline void count_write(const at::Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
 // Arguments of adam_step.
 inline void check_adam(const at::Tensor& parameter, const at::Tensor& gradient,
                        const at::Tensor& mean, const at::Tensor& square,

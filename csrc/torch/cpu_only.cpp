@@ -14,11 +14,26 @@ void no_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 TORCH_LIBRARY_IMPL(kinml_fast, CUDA, m) {
   // Every op of schema.cpp; a test compares.
-  for (const char* name :
-       {"aev", "aev_vjp", "aev_virials", "aev_jvp", "aev_hvp", "aev_jacobian", "species_order",
-        "networks", "networks_forward", "networks_backward", "networks_second_backward",
-        "energy_forces", "energy_forces_virials", "energy_forces_backward", "force_step",
-        "message_bytes", "force_step_share", "force_step_join", "adam_step"})
+  for (const char* name : {"aev",
+                           "aev_vjp",
+                           "aev_virials",
+                           "aev_jvp",
+                           "aev_hvp",
+                           "aev_jacobian",
+                           "species_order",
+                           "networks",
+                           "networks_forward",
+                           "networks_backward",
+                           "networks_second_backward",
+                           "energy_forces",
+                           "energy_forces_virials",
+                           "energy_forces_backward",
+                           "prepare_weights",
+                           "force_step",
+                           "message_bytes",
+                           "force_step_share",
+                           "force_step_join",
+                           "adam_step"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&no_cuda>());
 }
 

@@ -3,7 +3,7 @@
 //
 //   check_values(SystemArguments, n_species)   may look at values of indices
 //   check_loss(SystemArguments, Loss)          and at weights
-//   energy_forces<T>(Model, System, first_level, Outputs, like)   as the entries of
+//   energy_forces<T>(Model, System, first_level, Outputs, prepared, like)   as the entries of
 //   energy_forces_backward<T>(...), force_step<T>(...)   csrc/cpu/force_step_cpu.h, with a tensor
 //   message_bytes<T>(...), force_step_share<T>(...)      on the device instead of threads
 //   force_step_join<T>(...)
@@ -26,22 +26,21 @@ namespace kinml::ops {
 
 template <class Backend>
 struct ForceOps {
-  static std::tuple<at::Tensor, at::Tensor> energy_forces(const OptionalTensors& system,
-                                                          const at::Tensor& parameters,
-                                                          const std::optional<at::Tensor>& sae,
-                                                          at::ArrayRef<double> descriptor,
-                                                          at::IntArrayRef networks,
-                                                          int64_t first_level) {
-    const auto results =
-        evaluate(system, parameters, sae, descriptor, networks, first_level, false, false);
+  static std::tuple<at::Tensor, at::Tensor> energy_forces(
+      const OptionalTensors& system, const at::Tensor& parameters,
+      const std::optional<at::Tensor>& sae, at::ArrayRef<double> descriptor,
+      at::IntArrayRef networks, int64_t first_level, const std::optional<at::Tensor>& prepared) {
+    const auto results = evaluate(system, parameters, sae, descriptor, networks, first_level, false,
+                                  false, prepared);
     return {results[0], results[1]};
   }
   static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
   energy_forces_virials(const OptionalTensors& system, const at::Tensor& parameters,
                         const std::optional<at::Tensor>& sae, at::ArrayRef<double> descriptor,
-                        at::IntArrayRef networks, int64_t first_level, bool atomic) {
-    const auto r =
-        evaluate(system, parameters, sae, descriptor, networks, first_level, true, atomic);
+                        at::IntArrayRef networks, int64_t first_level, bool atomic,
+                        const std::optional<at::Tensor>& prepared) {
+    const auto r = evaluate(system, parameters, sae, descriptor, networks, first_level, true,
+                            atomic, prepared);
     return {r[0], r[1], r[2], r[3], r[4]};
   }
 
@@ -190,7 +189,8 @@ struct ForceOps {
                                             const std::optional<at::Tensor>& sae,
                                             at::ArrayRef<double> descriptor,
                                             at::IntArrayRef networks, int64_t first_level,
-                                            bool virials, bool atomic) {
+                                            bool virials, bool atomic,
+                                            const std::optional<at::Tensor>& prepared) {
     const SystemArguments system(system_);
     const ModelArguments model(system, parameters, sae, descriptor, networks, first_level);
     Backend::check_values(system, model.networks.n_species());
@@ -221,6 +221,7 @@ struct ForceOps {
         outputs.atomic_virials = r[4].mutable_data_ptr<T>();
       }
       Backend::template energy_forces<T>(model.view<T>(), system.view<T>(), first_level, outputs,
+                                         prepared.has_value() ? *prepared : at::Tensor(),
                                          model.parameters);
     });
     if (virials && !atomic) r[4] = empty({0, 3, 3}, type);

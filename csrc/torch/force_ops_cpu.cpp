@@ -1,6 +1,12 @@
 // The ops for energies and forces together on the CPU, and their shapes (Meta).
-#include "../cpu/force_step_cpu.h"
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <vector>
 
+#include "../cpu/force_step_cpu.h"
+#include "../cpu/prepared_weights.h"
 #include "cpu.h"
 #include "force_ops.h"
 
@@ -8,6 +14,26 @@ namespace kinml::ops {
 namespace {
 
 using at::Tensor;
+
+const std::byte* bytes_at(const Tensor& prepared) {
+  return static_cast<const std::byte*>(prepared.const_data_ptr());
+}
+// What was prepared for a model; null where nothing was.
+template <class T>
+const std::byte* bytes_of(const Tensor& prepared, const Model<T>& model) {
+  if (!prepared.defined()) return nullptr;
+  TORCH_CHECK(prepared.scalar_type() == at::kByte && prepared.dim() == 1 &&
+                  prepared.is_contiguous() && prepared.is_cpu(),
+              "kinml_fast: prepared must be what prepare_weights gave, got ",
+              prepared.scalar_type(), " of shape ", prepared.sizes(), " on ", prepared.device());
+  const std::byte* const bytes = bytes_at(prepared);
+  TORCH_CHECK(reinterpret_cast<std::uintptr_t>(bytes) % 64 == 0,
+              "kinml_fast: prepared must be aligned to 64 bytes; prepare the weights again");
+  const std::string why = cpu::misfit(model, bytes, prepared.numel());
+  TORCH_CHECK(why.empty(), "kinml_fast: the prepared weights do not fit: ", why,
+              "; prepare them again (prepare_weights)");
+  return bytes;
+}
 
 struct CpuBackend {
   static void check_values(const SystemArguments& system, int64_t n_species) {
@@ -18,8 +44,9 @@ struct CpuBackend {
   }
   template <class T>
   static void energy_forces(const Model<T>& model, const System<T>& system, int64_t first_level,
-                            const Outputs<T>& outputs, const Tensor&) {
-    cpu::energy_forces<T>(model, system, first_level, outputs, threads());
+                            const Outputs<T>& outputs, const Tensor& prepared, const Tensor&) {
+    cpu::energy_forces<T>(model, system, first_level, outputs, threads(),
+                          bytes_of(prepared, model));
   }
   template <class T>
   static void energy_forces_backward(const Model<T>& model, const System<T>& system,
@@ -52,11 +79,104 @@ struct CpuBackend {
   }
 };
 
+// ---- weights that are laid out once -------------------------------------------------------------
+
+// The model that parameters are of, as far as they are laid out.
+template <class T>
+Model<T> weights_of(const Tensor& parameters, at::IntArrayRef networks) {
+  Model<T> model{.aev = {}, .networks = unpack_networks(networks)};
+  if (parameters.dim() == 2) model.n_members = parameters.size(0);
+  return model;
+}
+void check_parameters(const Tensor& parameters, at::IntArrayRef networks) {
+  check_floating(parameters, "parameters");
+  const NetworkChain chain = unpack_networks(networks);
+  TORCH_CHECK(parameters.dim() == 1 || parameters.dim() == 2,
+              "kinml_fast: parameters must be one flat tensor, or [n_members, n] for an ensemble, "
+              "got shape ",
+              parameters.sizes());
+  check_networks(chain, chain.length(), parameters);
+}
+int64_t prepared_numbers(const Tensor& parameters, at::IntArrayRef networks) {
+  check_parameters(parameters, networks);
+  int64_t bytes = 0;
+  with_type(parameters, [&](auto zero) {
+    bytes = cpu::prepared_bytes(weights_of<decltype(zero)>(parameters, networks));
+  });
+  return bytes;
+}
+
+// What was prepared last, as long as its parameters are there and as they were. Writes that torch
+// does not count (through `data`) are found by `misfit`.
+class Kept {
+ public:
+  Tensor find(const Tensor& parameters, at::IntArrayRef networks) {
+    if (parameters.is_inference() || !parameters.is_contiguous()) return {};  // without a count
+    const std::lock_guard lock(mutex_);
+    for (const Entry& entry : entries_)
+      if (entry.storage == parameters.storage().unsafeGetStorageImpl() &&
+          entry.place == parameters.const_data_ptr() && entry.version == parameters._version() &&
+          entry.type == parameters.scalar_type() && entry.sizes == parameters.sizes() &&
+          entry.networks == networks && !entry.weak.expired())
+        return entry.prepared;
+    return {};
+  }
+  void add(const Tensor& parameters, at::IntArrayRef networks, const Tensor& prepared) {
+    if (parameters.is_inference() || !parameters.is_contiguous()) return;
+    const std::lock_guard lock(mutex_);
+    std::erase_if(entries_, [&](const Entry& entry) {
+      return entry.weak.expired() || entry.place == parameters.const_data_ptr();
+    });
+    if (entries_.size() >= kMost) entries_.erase(entries_.begin());
+    entries_.push_back({parameters.storage().getWeakStorageImpl(),
+                        parameters.storage().unsafeGetStorageImpl(), parameters.const_data_ptr(),
+                        static_cast<int64_t>(parameters._version()), parameters.scalar_type(),
+                        parameters.sizes().vec(), networks.vec(), prepared});
+  }
+
+ private:
+  static constexpr size_t kMost = 8;
+  struct Entry {
+    c10::weak_intrusive_ptr<c10::StorageImpl>
+        weak;  // as long as it is there, no other has its address
+    const c10::StorageImpl* storage;
+    const void* place;
+    int64_t version;
+    at::ScalarType type;
+    std::vector<int64_t> sizes, networks;
+    Tensor prepared;
+  };
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+};
+
+Tensor prepare_weights(const Tensor& parameters_, at::IntArrayRef networks) {
+  static Kept& kept = *new Kept;  // outlives the threads of whoever calls
+  Tensor prepared = kept.find(parameters_, networks);
+  const bool found = prepared.defined();
+  if (!found) check_parameters(parameters_, networks);
+  const Tensor parameters = parameters_.contiguous();
+  bool fits = false;
+  with_type(parameters, [&](auto zero) {
+    using T = decltype(zero);
+    Model<T> model = weights_of<T>(parameters, networks);
+    model.weights = parameters.const_data_ptr<T>();
+    fits = found && cpu::misfit(model, bytes_at(prepared), prepared.numel()).empty();
+    if (fits) return;
+    // With zeros where no pass reads, so that equal weights give equal bytes.
+    prepared = at::zeros({cpu::prepared_bytes(model)}, parameters.options().dtype(at::kByte));
+    cpu::prepare_weights(model, static_cast<std::byte*>(prepared.mutable_data_ptr()), threads());
+  });
+  if (!fits) kept.add(parameters_, networks, prepared);
+  return prepared;
+}
+
 // ---- shapes ------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> energy_forces_virials_meta(
     const OptionalTensors& system, const Tensor& parameters, const std::optional<Tensor>&,
-    at::ArrayRef<double>, at::IntArrayRef networks, int64_t first_level, bool atomic) {
+    at::ArrayRef<double>, at::IntArrayRef networks, int64_t first_level, bool atomic,
+    const std::optional<Tensor>&) {
   c10::SmallVector<c10::SymInt, 5> leading;
   if (parameters.dim() == 2) leading.push_back(parameters.sym_size(0));
   leading.push_back(unpack_networks(networks).n_levels() - first_level);
@@ -83,15 +203,19 @@ std::tuple<Tensor, Tensor> energy_forces_meta(const OptionalTensors& system,
                                               const Tensor& parameters,
                                               const std::optional<Tensor>& sae,
                                               at::ArrayRef<double> descriptor,
-                                              at::IntArrayRef networks, int64_t first_level) {
-  const auto all =
-      energy_forces_virials_meta(system, parameters, sae, descriptor, networks, first_level, false);
+                                              at::IntArrayRef networks, int64_t first_level,
+                                              const std::optional<Tensor>& prepared) {
+  const auto all = energy_forces_virials_meta(system, parameters, sae, descriptor, networks,
+                                              first_level, false, prepared);
   return {std::get<0>(all), std::get<1>(all)};
 }
 Tensor energy_forces_backward_meta(const Tensor&, const Tensor&, const OptionalTensors&,
                                    const Tensor& parameters, at::ArrayRef<double>, at::IntArrayRef,
                                    int64_t, const std::optional<Tensor>&) {
   return at::empty_like(parameters);
+}
+Tensor prepare_weights_meta(const Tensor& parameters, at::IntArrayRef networks) {
+  return at::empty({prepared_numbers(parameters, networks)}, parameters.options().dtype(at::kByte));
 }
 void force_step_meta(const OptionalTensors&, const Tensor&, const Tensor&, const OptionalTensors&,
                      at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {}
@@ -100,12 +224,14 @@ void force_step_meta(const OptionalTensors&, const Tensor&, const Tensor&, const
 
 TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
   ForceOps<CpuBackend>::implement(m);
+  m.impl("prepare_weights", prepare_weights);
 }
 
 TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("energy_forces", energy_forces_meta);
   m.impl("energy_forces_virials", energy_forces_virials_meta);
   m.impl("energy_forces_backward", energy_forces_backward_meta);
+  m.impl("prepare_weights", prepare_weights_meta);
   m.impl("force_step", force_step_meta);
 }
 

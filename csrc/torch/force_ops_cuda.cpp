@@ -14,7 +14,8 @@ struct CudaBackend {
 
   template <class T>
   static void energy_forces(const Model<T>& model, const System<T>& system, int64_t first_level,
-                            const Outputs<T>& outputs, const at::Tensor& like) {
+                            const Outputs<T>& outputs, const at::Tensor& /*prepared*/,
+                            const at::Tensor& like) {
     translated(system.count(), [&] {
       const Gpu gpu(like);
       const at::Tensor space = gpu.workspace(cuda::energy_forces_workspace(model, system));
@@ -72,9 +73,14 @@ struct CudaBackend {
   }
 };
 
+at::Tensor prepare_weights(const at::Tensor& parameters, at::IntArrayRef) {
+  return at::empty({0}, parameters.options().dtype(at::kByte));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kinml_fast, KINML_GPU_KEY, m) {
+  m.impl("prepare_weights", prepare_weights);
   ForceOps<CudaBackend>::implement(m);
 }
 

@@ -313,6 +313,7 @@ void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor squ
         mean.mutable_data_ptr<T>(), square.mutable_data_ptr<T>(),
         largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr, threads());
   });
+  count_write(parameter);
 }
 
 // ---- shapes ------------------------------------------------------------------------------------

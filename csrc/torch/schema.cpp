@@ -87,16 +87,23 @@ TORCH_LIBRARY(kinml_fast, m) {
   // -dE/dx of the R = K - first_level levels from first_level on; forces [R, 0, 3] without
   // Jacobians. Differentiable with respect to the parameters. parameters [M, n] are those of an
   // ensemble: then outputs and sae have one more dimension M before all others, and no derivative.
+  // prepared: what prepare_weights gave for these parameters, which changes no bit.
   m.def(
       "energy_forces(Tensor?[] system, Tensor parameters, Tensor? sae, float[] descriptor, "
-      "int[] networks, int first_level) -> (Tensor energies, Tensor forces)");
+      "int[] networks, int first_level, Tensor? prepared=None) -> (Tensor energies, Tensor "
+      "forces)");
   // The same from coordinates with the virials [R, n_structures, 3, 3], float64: the derivative of
   // the energy by a strain of places and cell; and what atoms have of energies, [R, n_atoms] float64
   // with sae, and of virials, [R, n_atoms, 3, 3], empty unless atomic, without derivatives.
   m.def(
       "energy_forces_virials(Tensor?[] system, Tensor parameters, Tensor? sae, float[] descriptor, "
-      "int[] networks, int first_level, bool atomic) -> (Tensor energies, Tensor forces, "
-      "Tensor virials, Tensor atomic_energies, Tensor atomic_virials)");
+      "int[] networks, int first_level, bool atomic, Tensor? prepared=None) -> (Tensor energies, "
+      "Tensor forces, Tensor virials, Tensor atomic_energies, Tensor atomic_virials)");
+  // The parameters [n] or [M, n] in the order in which this processor reads them, for many calls:
+  // opaque bytes [bytes] uint8, which another type or instruction set refuses. As long as the
+  // parameters are the same, so is the tensor: it is not to be written to. Empty on a GPU, which
+  // has no use for it. No autograd.
+  m.def("prepare_weights(Tensor parameters, int[] networks) -> Tensor");
   // Gradient of sum grad_energies E + sum grad_forces F + sum grad_virials W with respect to the
   // parameters.
   m.def(

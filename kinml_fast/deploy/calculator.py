@@ -257,14 +257,15 @@ class KinMLCalculator(Calculator):
         if numbers != self._numbers:
             self._learn(atoms)
             self._numbers = numbers
-        places, images, owners = atoms.positions, atoms.positions, np.arange(len(atoms))
+        places = images = atoms.positions
+        owners = None
         if atoms.pbc.any():
             _check_cell(atoms)
             places = atoms.get_positions(wrap=True)
             images, owners = _near_faces(atoms, places)
         close = cKDTree(images).query_pairs(CLOSEST_ALLOWED) if len(atoms) else ()
         if close:
-            a, b = min(sorted(int(owners[i]) for i in pair) for pair in close)
+            a, b = min(sorted(i if owners is None else int(owners[i]) for i in pair) for pair in close)
             raise CalculatorInputError(
                 f"atoms {a} ({atoms.symbols[a]}) and {b} ({atoms.symbols[b]}) of {atoms.symbols} are only "
                 f"{atoms.get_distance(a, b, mic=bool(atoms.pbc.any())):.3g} Å apart (less than {CLOSEST_ALLOWED} Å): "
@@ -290,7 +291,9 @@ class KinMLCalculator(Calculator):
     def _evaluate(self, function: Callable, atoms: Atoms, places: np.ndarray) -> Any:
         """A function of `members`, of the atoms at these places."""
         before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or (1 if len(places) < _FEW_ATOMS else before))
+        wanted = self.threads or (1 if len(places) < _FEW_ATOMS else before)
+        if wanted != before:
+            torch.set_num_threads(wanted)
         device = self.model.sae.device
         around = None
         if atoms.pbc.any():
@@ -301,7 +304,8 @@ class KinMLCalculator(Calculator):
             coordinates = torch.from_numpy(places).to(device, self.model.dtype)
             return function(self.model, coordinates, self._species, self._offsets, around)
         finally:
-            torch.set_num_threads(before)
+            if wanted != before:
+                torch.set_num_threads(before)
 
 
 def _voigt(tensors: np.ndarray) -> np.ndarray:

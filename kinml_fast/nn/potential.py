@@ -79,10 +79,19 @@ class Potential(torch.nn.Module):
         parts = {"repulsion": self.repulsion, "dispersion": self.dispersion}
         return ", ".join(f"{name}: {part}" for name, part in parts.items() if part is not None)
 
-    def _weights(self) -> Tensor:
-        """The weights as the fused ops take them: of an ensemble these have no derivative."""
-        weights = self.networks.weights
-        return weights.detach() if weights.dim() == 2 else weights
+    def _weights(self) -> Tuple[Tensor, Optional[Tensor]]:  # noqa: UP006, UP045
+        """The weights as the fused ops take them, and what was prepared of them.
+
+        Those of an ensemble have no derivative. Nothing is prepared for a GPU, nor where a step of training is going to
+        change the weights.
+        """
+        networks = self.networks
+        weights: Tensor = networks.weights
+        if weights.dim() == 2:
+            weights = weights.detach()
+        if weights.is_cuda or (weights.requires_grad and torch.is_grad_enabled()):
+            return weights, None
+        return weights, torch.ops.kinml_fast.prepare_weights(weights, networks.packed)
 
     def _fused(
         self,
@@ -94,8 +103,9 @@ class Potential(torch.nn.Module):
         first_level: int,
     ) -> tuple[Tensor, Tensor]:
         system = ops.surrounded(coordinates, species, offsets, around)
+        weights, prepared = self._weights()
         return torch.ops.kinml_fast.energy_forces(
-            system, self._weights(), sae, self.aev.packed, self.networks.packed, first_level
+            system, weights, sae, self.aev.packed, self.networks.packed, first_level, prepared
         )
 
     def _all(
@@ -109,8 +119,9 @@ class Potential(torch.nn.Module):
         atomic: bool,
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
         system = ops.surrounded(coordinates, species, offsets, around)
+        weights, prepared = self._weights()
         return torch.ops.kinml_fast.energy_forces_virials(
-            system, self._weights(), sae, self.aev.packed, self.networks.packed, first_level, atomic
+            system, weights, sae, self.aev.packed, self.networks.packed, first_level, atomic, prepared
         )
 
 
