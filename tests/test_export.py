@@ -171,7 +171,7 @@ def damaged(header: dict, numbers: bytes, path: Path) -> Path:
         (lambda raw: raw[:-8], "is cut off"),
         (lambda raw: raw[:-8] + bytes(8), "its checksum is another one"),
         (lambda raw: raw.replace(b"gaussian", b"gaussiun"), "the activation 'gaussiun' is unknown"),
-        (lambda raw: raw.replace(b'"format_version": "1"', b'"format_version": "2"'), "of version 2, this program"),
+        (lambda raw: raw.replace(b'"format_version": "1"', b'"format_version": "9"'), "of version 9, this program"),
         (lambda raw: raw.replace(b'"F64"', b'"F16"', 1), "weights are of type F16"),
         (lambda raw: raw.replace(b'\\"zeta\\"', b'\\"zita\\"'), "'zeta' is missing"),
         (lambda raw: raw.replace(b'"sae"', b'"sea"'), "'sae' is missing"),
