@@ -13,7 +13,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from training_helpers import level_data, model, training_data
+from training_helpers import crystal_data, level_data, model, training_data
 
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train import LossBatch, Trainer, TrainingConfig
@@ -35,6 +35,10 @@ KINDS: dict[str, dict] = {
     "small_batches": {**FORCES, "batch_size": 8},
     "frozen": FORCES,
     "extra": {"loss": {"forces": True, "weighting": "learned"}},
+    "crystal_energies": {},
+    "crystals": {"loss": {"forces": True, "stresses": True}},
+    "crystals_learned": {"loss": {"forces": True, "stresses": True, "weighting": "learned"}, "dtype": "float32"},
+    "crystal_levels": {"loss": {"forces": True, "stresses": True}},
 }
 
 
@@ -49,8 +53,11 @@ def trained(kind: str, ranks: Ranks) -> tuple[Trainer, list]:
     """A trainer after three epochs, and what it said of them."""
     config = TrainingConfig(**{"epochs": 3, "batch_size": 70, "seed": 3, **KINDS[kind]})
     some = "some" if kind in ("some_forces", "levels") else "all"
-    data = level_data(90, levels=2, forces=some) if kind.startswith("level") else training_data(90, forces=some)
-    fidelities = (0, 1) if kind.startswith("level") else (1,)
+    if kind.startswith("crystal"):
+        data = crystal_data(120, levels=1 + kind.endswith("levels"))
+    else:
+        data = level_data(90, levels=2, forces=some) if kind.startswith("level") else training_data(90, forces=some)
+    fidelities = (0, 1) if "level" in kind else (1,)
     made = model(dtype=getattr(torch, config.dtype), fidelities=fidelities)
     freeze = ["*.0"] if kind == "frozen" else []
     extra = {"smooth": smooth} if kind == "extra" else None

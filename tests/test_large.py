@@ -25,6 +25,7 @@ from training_helpers import (
     interrupted_run,
     level_data,
     model,
+    on_disk,
     rows,
     training_data,
     write_config,
@@ -32,11 +33,10 @@ from training_helpers import (
 
 from kinml_fast import cli, datasets
 from kinml_fast.data import blocks, large, prepared
-from kinml_fast.data.blocks import BlockFile, Piece
+from kinml_fast.data.blocks import BlockFile
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.split import PARTS
-from kinml_fast.data.training_data import TrainingData
 from kinml_fast.errors import DataError, InputError
 from kinml_fast.train import Trainer, TrainingConfig, checkpoint, dataset
 from kinml_fast.train.dataset import InMemory, OnDisk
@@ -50,23 +50,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few structures, windows of a few blocks."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 600)
     monkeypatch.setattr(dataset, "WINDOW_BYTES", 2500)
-
-
-def on_disk(data: TrainingData, folder: Path, name: str = "data.blocks") -> LargeData:
-    """Training data as a file of blocks."""
-
-    def pieces():
-        for part in PARTS:
-            indices = getattr(data.split, part)
-            weights = None if data.weights is None else data.weights[indices]
-            yield part, Piece(data.structures.select(indices), indices, weights)
-
-    s = data.structures
-    form = {"elements": s.elements, "levels": s.levels, "forces": s.forces is not None}
-    about = {"fidelities": list(range(s.levels)), "baseline": None, "sae": np.atleast_2d(data.sae).tolist()}
-    about |= {"tables": [], "hash": "none"}
-    blocks.write(folder / name, pieces(), **form, weights=data.weights is not None, about=about)
-    return large.load(folder / name)
 
 
 def settings(**keys: object) -> TrainingConfig:

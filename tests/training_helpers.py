@@ -20,8 +20,12 @@ import pytest
 import torch
 from data_helpers import molecules
 
-from kinml_fast.data.split import Split
+from kinml_fast.data import blocks, large
+from kinml_fast.data.blocks import Piece
+from kinml_fast.data.large import LargeData
+from kinml_fast.data.split import PARTS, Split
 from kinml_fast.data.structures import Structures, concatenate
+from kinml_fast.deploy.evaluate import evaluate
 from kinml_fast.nn import AEVParameters, EnergyModel
 from kinml_fast.train import Trainer, TrainingData, checkpoint
 from kinml_fast.train.progress import Progress
@@ -109,6 +113,59 @@ def level_data(
     first, second = len(order) * 2 // 3, len(order) * 5 // 6
     split = Split(order[:first], order[first:second], order[second:])
     return TrainingData(everything, split, LEVEL_SAE[:levels], weights)
+
+
+def crystal_structures(count: int = 60, levels: int = 1) -> Structures:
+    """Crystals of CHCH with the energies, forces and stresses of random models, one for each level of theory.
+
+    Every fifth structure is a molecule, every seventh crystal has no stress, and some are layers; of several levels
+    every third structure lacks the highest.
+    """
+    rng = np.random.default_rng(7)
+    cells = np.eye(3) * rng.uniform(3.3, 4.0, (count, 3, 1)) + rng.uniform(-0.3, 0.3, (count, 3, 3))
+    periodic = np.ones((count, 3), dtype=np.int64)
+    periodic[::5], periodic[2::10] = 0, (1, 1, 0)
+    places = np.array([[0, 0, 0], [1.1, 0, 0], [0, 1.8, 0.2], [0.2, 1.7, 1.4]])
+    bare = Structures.of_one_formula("CHCH", places + rng.normal(0, 0.1, (count, 4, 3)), None)
+    bare = bare.changed(cells=cells, periodic=periodic)
+    found = [evaluate(model(20 + k), bare, forces=True, stresses=True) for k in range(levels)]
+    energies, forces, stresses = (
+        np.stack([getattr(x, name) for x in found]) for name in ("energies", "forces", "stresses")
+    )
+    energies = energies + bare.counts() @ SAE
+    stresses[:, 1::7] = np.nan
+    if levels == 1:
+        return bare.changed(energies=energies[0], forces=forces[0], stresses=stresses[0])
+    energies[-1, ::3] = np.nan
+    forces[-1, np.isnan(energies[-1])[bare.owners]] = np.nan
+    stresses[-1, ::3] = np.nan
+    return bare.changed(energies=energies, forces=forces, stresses=stresses)
+
+
+def crystal_data(count: int = 60, levels: int = 1, weights: np.ndarray | None = None) -> TrainingData:
+    """As `training_data`, of crystals beside molecules."""
+    everything = crystal_structures(count, levels)
+    order = np.random.default_rng(0).permutation(count)
+    split = Split(order[: count * 2 // 3], order[count * 2 // 3 : count * 5 // 6], order[count * 5 // 6 :])
+    return TrainingData(everything, split, SAE if levels == 1 else np.tile(SAE, (levels, 1)), weights)
+
+
+def on_disk(data: TrainingData, folder: Path, name: str = "data.blocks") -> LargeData:
+    """Training data as a file of blocks."""
+
+    def pieces():
+        for part in PARTS:
+            indices = getattr(data.split, part)
+            weights = None if data.weights is None else data.weights[indices]
+            yield part, Piece(data.structures.select(indices), indices, weights)
+
+    s = data.structures
+    form = {"elements": s.elements, "levels": s.levels, "forces": s.forces is not None}
+    form |= {"cells": s.cells is not None, "stresses": s.stresses is not None}
+    about = {"fidelities": list(range(s.levels)), "baseline": None, "sae": np.atleast_2d(data.sae).tolist()}
+    about |= {"tables": [], "hash": "none"}
+    blocks.write(folder / name, pieces(), **form, weights=data.weights is not None, about=about)
+    return large.load(folder / name)
 
 
 def model(

@@ -33,7 +33,9 @@ struct AevParameters {
 
   bool is_repulsion() const { return radial_shifts.empty(); }
   AevParameters of_repulsion() const {
-    AevParameters p{.n_species = n_species, .radial_eta = 0, .radial_cutoff = repulsion.cutoff()};
+    AevParameters p{};
+    p.n_species = n_species;
+    p.radial_cutoff = repulsion.cutoff();
     p.repulsion = repulsion;
     return p;
   }

@@ -78,6 +78,12 @@ class Repulsion:
             energies = torch.zeros(len(system.offsets) - 1, dtype=torch.float64)
             return energies.index_add(0, owners, of_atoms[:, 0].double()), forces
 
+    def virials(self, system: ops.System) -> Tensor:
+        """The derivatives of the energies by strains, [n_structures, 3, 3] in eV, float64."""
+        with torch.inference_mode():
+            weights = torch.ones(len(system.species), 1, dtype=torch.float64, device=system.species.device)
+            return ops.aev_virials(system, weights, self.alone())
+
     def with_elements(self, elements: Sequence[str]) -> Repulsion:
         """The same with further elements behind those that it has."""
         of_all = Repulsion.zbl(elements, self.inner, self.outer)
