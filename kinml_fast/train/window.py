@@ -13,6 +13,7 @@ from kinml_fast.data import stored
 from kinml_fast.data.blocks import Piece
 from kinml_fast.data.sources import DescriptorSource
 from kinml_fast.data.stored import StoredDescriptors
+from kinml_fast.data.structures import Structures
 from kinml_fast.errors import DataError
 from kinml_fast.nn import EnergyModel, Repulsion
 from kinml_fast.train.config import TrainingConfig
@@ -209,6 +210,8 @@ class Window:
 
 def _system(structures: Structures, coordinates: np.ndarray) -> ops.System:
     """As the ops take them, in float64."""
-    parts = [coordinates, structures.species, structures.offsets]
-    around = [None if x is None else torch.from_numpy(x) for x in (structures.cells, structures.periodic)]
-    return ops.System(*map(torch.from_numpy, parts), cells=around[0], periodic=around[1])
+    x, species, offsets = map(torch.from_numpy, (coordinates, structures.species, structures.offsets))
+    cells, periodic = (
+        None if part is None else torch.from_numpy(part) for part in (structures.cells, structures.periodic)
+    )
+    return ops.System(x, species, offsets, cells=cells, periodic=periodic)
