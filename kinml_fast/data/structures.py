@@ -74,6 +74,8 @@ class Structures:
 
     def __post_init__(self) -> None:
         self._conform()
+        if self.cells is not None and self.periodic is not None:
+            self._check_cells(self.cells, self.periodic)
         if self.coordinates is not None:
             self._check_distances(self.coordinates)
 
@@ -332,7 +334,13 @@ class Structures:
             self._check_energies(self.energies.reshape(-1, len(self)) if len(self) else np.empty((1, 0)))
         if not len(self):
             return
-        self._check_cells()
+        if self.cells is not None and self.periodic is not None:
+            good = np.isfinite(self.cells).all(axis=(1, 2)) | ~self.are_crystals
+            if not good.all():
+                label = self.labels[int(np.argmin(good))]
+                raise DataError(f"{label} has a cell with a NaN or infinite number: correct it")
+            if not np.isin(self.periodic, (0, 1)).all():
+                raise DataError("periodic must be 0 or 1 for each vector of a cell")
         levels = self.levels
         has_energy = self.known_energies if self.energies is not None else np.ones((levels, len(self)), dtype=bool)
         if self.stresses is not None:
@@ -368,50 +376,43 @@ class Structures:
                 f"{self.labels[structure]} has no energy at any of the {len(energies)} levels: leave the structure out"
             )
 
-    def _check_cells(self) -> None:
-        if self.cells is None or self.periodic is None:
+    def _check_cells(self, cells: np.ndarray, periodic: np.ndarray) -> None:
+        lattices, along = _lattices(cells, periodic), periodic != 0
+        volumes = np.linalg.det(lattices)
+        # Relative to the lengths of the vectors, so that rounding of a flat cell does not pass for a volume.
+        flat = ~(np.abs(volumes) > 1e-10 * np.linalg.norm(lattices, axis=2).prod(axis=1))
+        heights = np.where(along, _heights(np.where(flat[:, None, None], np.eye(3), lattices)), np.inf).min(axis=1)
+        bad = flat | (volumes < 0) | (heights < CLOSEST_ALLOWED)
+        if not bad.any():
             return
-        crystals = np.flatnonzero(self.are_crystals)
-        cells, along = self.cells[crystals], self.periodic[crystals]
-        good = np.isfinite(cells).all(axis=(1, 2))
-        if not good.all():
+        i = int(np.argmax(bad))
+        label, shown = self.labels[i], cells[i].tolist()
+        if flat[i]:
             raise DataError(
-                f"{self.labels[crystals[np.argmin(good)]]} has a cell with a NaN or infinite number: correct it"
+                f"{label} is periodic, but its cell {shown} has no volume along its periodic vectors: correct it, or "
+                "make it a molecule (pbc F F F)"
             )
-        if not np.isin(along, (0, 1)).all():
-            raise DataError("periodic must be 0 or 1 for each vector of a cell")
-        for i, structure in enumerate(crystals):
-            label, shown = self.labels[structure], cells[i].tolist()
-            lattice = _lattice(cells[i], along[i])
-            volume = np.linalg.det(lattice)
-            # Relative to the lengths of the vectors, so that rounding of a flat cell does not pass for a volume.
-            if not abs(volume) > 1e-10 * np.linalg.norm(lattice, axis=1).prod():
-                raise DataError(
-                    f"{label} is periodic, but its cell {shown} has no volume along its periodic vectors: correct it, "
-                    "or make it a molecule (pbc F F F)"
-                )
-            if volume < 0:
-                raise DataError(
-                    f"{label} has a left-handed cell {shown}: exchange two of its vectors, with what belongs to them"
-                )
-            low = _heights(lattice)[along[i] != 0].min()
-            if low < CLOSEST_ALLOWED:
-                raise DataError(
-                    f"{label} has a cell only {low:.3g} Å high along a periodic vector (less than "
-                    f"{CLOSEST_ALLOWED} Å): correct it or leave the structure out"
-                )
+        if volumes[i] < 0:
+            raise DataError(f"{label} has a left-handed cell {shown}: exchange two of its vectors, and their pbc")
+        raise DataError(
+            f"{label} has a cell only {heights[i]:.3g} Å high along a periodic vector (less than {CLOSEST_ALLOWED} Å): "
+            "correct it or leave the structure out"
+        )
 
     def _check_stresses(self, stresses: np.ndarray, has_energy: np.ndarray) -> None:
         """Check stresses [K, n_structures, 3, 3]."""
         absent = np.isnan(stresses).all(axis=(2, 3))
         finite = np.isfinite(stresses).all(axis=(2, 3))
-        crystals, volumes = self.are_crystals, self.volumes
+        crystals = self.are_crystals
+        flat_layers = np.zeros(len(self), dtype=bool)
+        if self.periodic is not None:
+            flat_layers = (self.volumes == 0) & ~self.periodic.all(axis=1)  # others are no crystals at all
         sizes = np.abs(stresses).max(axis=(2, 3), initial=0, where=np.isfinite(stresses))
         skew = np.abs(stresses - np.swapaxes(stresses, 2, 3)).max(axis=(2, 3), initial=0, where=np.isfinite(stresses))
         for bad, what in (
             (~absent & ~finite, "has a NaN or infinite stress: correct it or leave the stress out"),
             (~absent & ~crystals, "is a molecule, which has no stress: give its cell and pbc, or leave the stress out"),
-            (~absent & (volumes == 0), "has a stress but a cell without volume: give three vectors, or leave it out"),
+            (~absent & flat_layers, "has a stress but a cell without volume: give three vectors, or leave it out"),
             (~absent & (skew > _ALIKE * sizes), "has a stress that is not symmetric: correct it or leave it out"),
             (~absent & ~has_energy, "has a stress but no energy at that level: give both or neither"),
         ):
@@ -462,12 +463,12 @@ class Structures:
         assert self.cells is not None
         assert self.periodic is not None
         owners, along = self.owners, self.periodic != 0
-        cells = np.array([_lattice(*one) for one in zip(self.cells, along, strict=True)]).reshape(-1, 3, 3)
+        cells = _lattices(self.cells, self.periodic)
         fractions = np.einsum("ij,ijk->ik", coordinates, np.linalg.inv(cells)[owners])
         shifts = np.where(along[owners], -np.floor(fractions), 0.0)
         places = coordinates + np.einsum("ij,ijk->ik", shifts, cells[owners])
         fractions, atoms = fractions + shifts, np.arange(len(coordinates))
-        margins = np.array([CLOSEST_ALLOWED / _heights(cell) for cell in cells]).reshape(-1, 3)
+        margins = CLOSEST_ALLOWED / _heights(cells)
         for axis in range(3):
             near = along[owners[atoms], axis] & (fractions[:, axis] < margins[owners[atoms], axis])
             images = places[near] + cells[owners[atoms[near]], axis]
@@ -536,22 +537,23 @@ def _joined(parts: Sequence[Structures], name: str, absent: np.ndarray, levels: 
     return np.concatenate(arrays, axis=len(leading))
 
 
-def _lattice(cell: np.ndarray, along: np.ndarray) -> np.ndarray:
-    """A cell [3, 3] with unit vectors, at right angles to the periodic ones, in place of those without periodicity."""
-    lattice = np.where(np.asarray(along, dtype=bool)[:, None], cell, 0.0)
-    places = np.flatnonzero(along)
-    if len(places) == 0:
-        return np.eye(3)
-    if len(places) == 1:
-        first = int(places[0])
-        axis = np.eye(3)[np.argmin(np.abs(lattice[first]))]
-        second = np.cross(lattice[first], axis)
-        third = np.cross(lattice[first], second)
-        lattice[(first + 1) % 3], lattice[(first + 2) % 3] = _unit(second), _unit(third)
-    elif len(places) == 2:
-        other = int(np.argmin(along))
-        lattice[other] = _unit(np.cross(lattice[(other + 1) % 3], lattice[(other + 2) % 3]))
-    return lattice
+def _lattices(cells: np.ndarray, periodic: np.ndarray) -> np.ndarray:
+    """Cells [n, 3, 3] with unit vectors, at right angles to the others, in place of those without periodicity."""
+    along = periodic != 0
+    counts = along.sum(axis=1)
+    lattices = np.where(along[:, :, None], cells, 0.0)
+    lattices[counts == 0] = np.eye(3)
+    for i in np.flatnonzero((counts == 1) | (counts == 2)):
+        lattice = lattices[i]
+        # The vector that is periodic, or is not, like no other; the two others follow it in a circle.
+        first = int(np.argmax(along[i] == (counts[i] == 1)))
+        second, third = (first + 1) % 3, (first + 2) % 3
+        if counts[i] == 1:
+            lattice[second] = _unit(np.cross(lattice[first], np.eye(3)[np.argmin(np.abs(lattice[first]))]))
+            lattice[third] = _unit(np.cross(lattice[first], lattice[second]))
+        else:
+            lattice[first] = _unit(np.cross(lattice[second], lattice[third]))
+    return lattices
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
@@ -559,9 +561,9 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / length if length else vector
 
 
-def _heights(cell: np.ndarray) -> np.ndarray:
-    """Distances of the opposite faces of a cell, [3], Å."""
-    return 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+def _heights(cells: np.ndarray) -> np.ndarray:
+    """Distances of the opposite faces of cells [n, 3, 3]: [n, 3], Å."""
+    return 1 / np.linalg.norm(np.linalg.inv(cells), axis=1)
 
 
 def atoms_of(offsets: np.ndarray, structures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
