@@ -96,6 +96,14 @@ Index padded(Index n) {
   return (n + 15) / 16 * 16;
 }
 
+// Whole registers: z = W h with biases, and W^T delta.
+Index forward_numbers(Index in, Index out) {
+  return (in + 1) * padded(out);
+}
+Index backward_numbers(Index in, Index out) {
+  return padded(in) * out;
+}
+
 // Offsets of everything, and the sizes of the packed matrices.
 class Layout {
  public:
@@ -103,6 +111,7 @@ class Layout {
 
   // packed: what to pack the weights for; starts: atoms of each species, or null.
   Layout(const NetworkShape& shape, const Index* starts, int packed) {
+    layers_.reserve(shape.n_species * shape.n_layers);
     Index parameter = 0;
     for (Index s = 0; s < shape.n_species; ++s) {
       Index column = 0;
@@ -117,9 +126,9 @@ class Layout {
         parameter += layer.in * layer.out;
         layer.biases = shape.biases ? parameter : -1;
         if (shape.biases) parameter += layer.out;
-        layer.packed = packed & for_forward ? room((layer.in + 1) * padded(layer.out)) : -1;
+        layer.packed = packed & for_forward ? room(forward_numbers(layer.in, layer.out)) : -1;
         layer.transposed = packed & (l > 1 ? for_backward : for_grad_features)
-                               ? room(padded(layer.in) * layer.out)
+                               ? room(backward_numbers(layer.in, layer.out))
                                : -1;
         layer.last = l == 1 && packed & for_grad_last ? room(padded(layer.out)) : -1;
         layers_.push_back(layer);
@@ -137,7 +146,7 @@ class Layout {
  private:
   Index room(Index n) {
     const Index begin = packed_;
-    packed_ += padded(n);
+    packed_ += n;
     return begin;
   }
   std::vector<NetworkLayer> layers_;
@@ -302,7 +311,13 @@ PackedNetworks<T>::~PackedNetworks() = default;
 
 template <class T>
 Index PackedNetworks<T>::packed_numbers(const NetworkShape& shape) {
-  return State(shape, true).layout.packed();
+  Index numbers = 0;
+  for (Index s = 0; s < shape.n_species; ++s)
+    for (Index l = 1; l <= shape.n_layers; ++l) {
+      const Index in = shape.size(s, l - 1), out = shape.size(s, l);
+      numbers += forward_numbers(in, out) + backward_numbers(in, out) + (l == 1 ? padded(out) : 0);
+    }
+  return numbers;
 }
 template <class T>
 void PackedNetworks<T>::pack(const NetworkShape& shape, const T* parameters, T* packed,

@@ -91,10 +91,10 @@ class PackedNetworks {
   PackedNetworks(const PackedNetworks&) = delete;
   PackedNetworks& operator=(const PackedNetworks&) = delete;
 
-  // The weights in that order, for all passes: packed [packed_numbers], aligned to 64 bytes. The
-  // instruction set decides on the order; what no pass reads stays as it is.
-  static std::int64_t packed_numbers(const NetworkShape& shape);
+  // Writes the weights in that order, for all passes: packed [packed_numbers], aligned to 64 bytes.
+  // The instruction set decides on the order; what no pass reads stays as it is.
   static void pack(const NetworkShape& shape, const T* parameters, T* packed, int n_threads);
+  static std::int64_t packed_numbers(const NetworkShape& shape);
 
   // Numbers that a tile of so many atoms needs.
   std::int64_t tile_memory(std::int64_t n_atoms) const;
