@@ -21,8 +21,9 @@ from kinml_fast.data import TrainingData
 from kinml_fast.deploy import model_file
 from kinml_fast.deploy.evaluate import evaluate, groups, parts, run_evaluate
 from kinml_fast.errors import ConfigError, DataError
+from kinml_fast.nn import EnergyModel, Repulsion
 from kinml_fast.train import LossBatch, Trainer, TrainingConfig, config, dataset, runs
-from kinml_fast.units import GIGAPASCAL
+from kinml_fast.units import GIGAPASCAL, KCAL_PER_MOL
 
 STRESSES = {"forces": True, "stresses": True}
 
@@ -77,12 +78,17 @@ def test_a_step_minimises_what_is_documented(weighted):
     torch.testing.assert_close(moved, gradient, rtol=1e-7, atol=1e-9)
 
 
-def test_errors_of_an_epoch_are_those_of_its_stresses():
-    data = crystal_data()
-    trainer = Trainer(model(), data, settings(batch_size=40, shuffle=False))
+@pytest.mark.parametrize("repulsion", [None, Repulsion.zbl(("C", "H"), 0.5, 1.4)])
+def test_errors_of_an_epoch_are_those_of_its_stresses(repulsion):
+    data, plain = crystal_data(), model()
+    started = EnergyModel(plain.descriptor, plain.networks.layers, plain.networks.activations, repulsion=repulsion)
+    started.sae.copy_(torch.from_numpy(data.sae))
+    trainer = Trainer(started, data, settings(batch_size=40, shuffle=False))
     trainer.prepare()
     before = evaluate(trainer.model, data.structures.select(data.split.train))
     row = trainer.train_epoch().values()
+    energies = before.energies - data.structures.energies[data.split.train]
+    assert row["energy_mae"] == pytest.approx(np.abs(energies).mean() * KCAL_PER_MOL, rel=1e-9)
     residuals = before.stresses - data.structures.stresses[data.split.train]
     residuals = residuals[~np.isnan(residuals)] * GIGAPASCAL
     assert row["stress_mae"] == pytest.approx(np.abs(residuals).mean(), rel=1e-9)
