@@ -122,7 +122,7 @@ def energies(
             model.sae.reshape(members, model.levels, -1),
             ops.Model([], networks.packed),
         )
-        return model.aev.add_repulsion(found, coordinates, species, offsets).cpu().numpy()
+        return model.aev.add_repulsion(found, coordinates, species, offsets, around).cpu().numpy()
 
 
 def sae(model: EnergyModel | Ensemble) -> np.ndarray:
