@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--forces-key", type=_words, metavar="KEY[,KEY…]", help="name of the forces in XYZ files, or a list"
     )
+    evaluate.add_argument(
+        "--stress-key", type=_words, metavar="KEY[,KEY…]", help="name of the stress (or virial) in XYZ files, or a list"
+    )
     evaluate.add_argument("--csv", metavar="FILE", help="write the errors of each structure")
     evaluate.add_argument("--plots", metavar="FOLDER", help="draw predicted against reference energies and forces")
     evaluate.add_argument("--device", default="auto", help=_DEVICE)
@@ -270,6 +273,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         names=options.names,
         energy_key=options.energy_key,
         forces_key=options.forces_key,
+        stress_key=options.stress_key,
     )
     run_evaluate(
         options.model,

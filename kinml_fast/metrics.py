@@ -1,4 +1,4 @@
-"""What is said about predictions: errors in kcal/mol (or kcal/mol/Å)."""
+"""What is said about predictions: errors in kcal/mol, kcal/mol/Å or GPa."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from kinml_fast.units import KCAL_PER_MOL
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean absolute, root mean square and largest absolute error, in kcal/mol (or kcal/mol/Å)."""
+    """Mean absolute, root mean square and largest absolute error, in kcal/mol, kcal/mol/Å or GPa."""
 
     mae: float
     rmse: float
     max: float
 
     @classmethod
-    def of(cls, residuals: np.ndarray) -> Errors:
-        """The errors of residuals in eV (or eV/Å), any shape but empty; NaN gives NaN."""
+    def of(cls, residuals: np.ndarray, unit: float = KCAL_PER_MOL) -> Errors:
+        """The errors of residuals in eV (or eV/Å, eV/Å³), any shape but empty, times `unit`; NaN gives NaN."""
         sums = ErrorSums()
         sums.add(residuals)
-        return sums.errors()
+        return sums.errors(unit)
 
 
 @dataclass
 class ErrorSums:
-    """What the errors of residuals are computed from, added up piece by piece, eV (or eV/Å).
+    """What the errors of residuals are computed from, added up piece by piece, eV (or eV/Å, eV/Å³).
 
     `count` residuals, their sum, the sums of their absolute values and squares, and the largest absolute value.
     """
@@ -69,12 +69,12 @@ class ErrorSums:
         """Whether no residual was infinite or NaN."""
         return math.isfinite(self.absolute) and math.isfinite(self.largest)
 
-    def errors(self) -> Errors:
-        """The errors of all that was added, in kcal/mol (or kcal/mol/Å)."""
+    def errors(self, unit: float = KCAL_PER_MOL) -> Errors:
+        """The errors of all that was added, times `unit`: in kcal/mol (or kcal/mol/Å); GPa with `units.GIGAPASCAL`."""
         return Errors(
-            mae=self.absolute / self.count * KCAL_PER_MOL,
-            rmse=float(np.sqrt(self.square / self.count)) * KCAL_PER_MOL,
-            max=self.largest * KCAL_PER_MOL,
+            mae=self.absolute / self.count * unit,
+            rmse=float(np.sqrt(self.square / self.count)) * unit,
+            max=self.largest * unit,
         )
 
     def numbers(self) -> list[float]:

@@ -1,8 +1,8 @@
 """The report on a run: learning curves, parity plots and a table of errors.
 
 `write_report` makes the folder from metrics.csv and from predictions. Energies are in eV on the way in and in kcal/mol
-in everything that is shown, forces in eV/Å and kcal/mol/Å. Where there are several levels of theory, lower ones have
-curves, plots and rows of their own.
+in everything that is shown, forces in eV/Å and kcal/mol/Å, stresses in eV/Å³ and GPa. Where there are several levels of
+theory, lower ones have curves, plots and rows of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scipy import ndimage
 from kinml_fast.data.files import replacing
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors, ErrorSums
-from kinml_fast.units import KCAL_PER_MOL
+from kinml_fast.units import GIGAPASCAL, KCAL_PER_MOL
 
 # matplotlib takes half a second to import, and most of what imports this module draws only at its end.
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Comparison = tuple[Sequence[str], np.ndarray, np.ndarray]
-"""Labels, reference and predicted values (eV or eV/Å) of one split, all of one length."""
+"""Labels, reference and predicted values (eV, eV/Å or eV/Å³) of one split, all of one length."""
 
-Lower = Mapping[int, tuple[Mapping[str, "Comparison | Compared"], Mapping[str, "Comparison | Compared"]]]
-"""Comparisons of energies and of forces at lower levels of theory, by fidelity."""
+Lower = Mapping[int, Sequence[Mapping[str, "Comparison | Compared"]]]
+"""Comparisons of energies, of forces and, if there are any, of stresses at lower levels of theory, by fidelity."""
 
 COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
 _OTHER_COLOUR = "#555555"
@@ -72,7 +72,7 @@ class Quantity:
     """What is compared, and how it is called in tables and on axes.
 
     `relative`: only differences have a meaning, so that axes start at the lowest reference. `fidelity` is None for the
-    only or highest level of theory.
+    only or highest level of theory. Values of eV, eV/Å or eV/Å³ times `factor` are in `unit`.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Quantity:
     value: str
     counted: str
     fidelity: int | None = None
+    factor: float = KCAL_PER_MOL
 
     @property
     def suffix(self) -> str:
@@ -91,6 +92,8 @@ class Quantity:
 
 ENERGY = Quantity("energy", "kcal/mol", True, "energy error", "relative energy", "structures")
 FORCES = Quantity("forces", "kcal/mol/Å", False, "force error", "force component", "components")
+STRESS = Quantity("stress", "GPa", False, "stress error", "stress component", "components", factor=GIGAPASCAL)
+QUANTITIES = (ENERGY, FORCES, STRESS)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Compared:
         return self._sums.count
 
     def add(self, label: Callable[[int], str], reference: np.ndarray, predicted: np.ndarray) -> None:
-        """Count more values, eV or eV/Å; `label` says what the structure of the i-th of them is called."""
+        """Count more values, eV, eV/Å or eV/Å³; `label` says what the structure of the i-th of them is called."""
         reference, predicted = np.asarray(reference, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
         count = len(reference)
         if not count:
@@ -181,7 +184,7 @@ class Compared:
     def row(self, split: str, quantity: Quantity) -> ErrorRow:
         """The errors of all values."""
         r2 = 1 - self._sums.square / self._spread if self._spread > 0 else float("nan")
-        return ErrorRow(split, quantity, self._sums.count, self._sums.errors(), r2, self._worst)
+        return ErrorRow(split, quantity, self._sums.count, self._sums.errors(quantity.factor), r2, self._worst)
 
 
 def write_report(
@@ -191,6 +194,7 @@ def write_report(
     forces: Mapping[str, Comparison | Compared] | None = None,
     best: int | None = None,
     lower: Lower | None = None,
+    stresses: Mapping[str, Comparison | Compared] | None = None,
 ) -> list[ErrorRow]:
     """Write learning_curves.png, parity_SPLIT.png for each split, and errors.csv.
 
@@ -211,6 +215,8 @@ def write_report(
         The epoch to mark in the learning curves; None: that of the lowest validation RMSE of energies.
     lower
         The same at lower levels of theory.
+    stresses
+        The same for components of stresses in eV/Å³.
 
     Returns
     -------
@@ -223,7 +229,7 @@ def write_report(
         metrics.csv is missing or damaged, or the folder cannot be written.
     """
     curves = read_metrics(metrics_csv)
-    rows = write_parity(folder, energies, forces, lower)
+    rows = write_parity(folder, energies, forces, lower, stresses)
     with _style():
         _save(draw_learning_curves(curves, best), Path(folder) / "learning_curves.png")
     return rows
@@ -252,8 +258,7 @@ def write_member_curves(
 
     folder = _made(folder)
     curves = {name: read_metrics(path)["validation"] for name, path in metrics_csv.items()}
-    with_forces = any(_positive(columns, f"{FORCES.name}_rmse").any() for columns in curves.values())
-    quantities = [ENERGY, FORCES] if with_forces else [ENERGY]
+    quantities = _shown(curves)
     with _style():
         figure = _figure(8.0, 0.6 + 3.4 * len(quantities))
         axes = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
@@ -281,17 +286,18 @@ def write_parity(
     energies: Mapping[str, Comparison | Compared],
     forces: Mapping[str, Comparison | Compared] | None = None,
     lower: Lower | None = None,
+    stresses: Mapping[str, Comparison | Compared] | None = None,
 ) -> list[ErrorRow]:
     """Write parity plots and errors.csv: what `write_report` does without learning curves."""
     folder = _made(folder)
     rows = []
-    highest = (None, (energies, forces or {}))
-    for fidelity, (of_energies, of_forces) in [highest, *(lower or {}).items()]:
+    highest = (None, (energies, forces or {}, stresses or {}))
+    for fidelity, of_kinds in [highest, *(lower or {}).items()]:
         quantities = {
             quantity if fidelity is None else replace(quantity, fidelity=fidelity): {
                 split: Compared.of(comparison) for split, comparison in comparisons.items()
             }
-            for quantity, comparisons in ((ENERGY, of_energies), (FORCES, of_forces))
+            for quantity, comparisons in zip(QUANTITIES, of_kinds, strict=False)
         }
         rows += _write_parity_of_level(folder, quantities)
     order = list(dict.fromkeys(row.split for row in rows))
@@ -367,12 +373,7 @@ def read_metrics(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
 def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: int | None = None) -> Figure:
     """RMSE and MAE of every split against the epoch, the best one marked, and the learning rate below."""
     fidelities = _fidelities(metrics)
-    with_forces = any(
-        _positive(columns, f"{FORCES.name}_rmse{replace(FORCES, fidelity=fidelity).suffix}").any()
-        for columns in metrics.values()
-        for fidelity in fidelities
-    )
-    kinds = [ENERGY, FORCES] if with_forces else [ENERGY]
+    kinds = _shown(metrics, fidelities)
     figure = _figure(8.0 * len(fidelities), 1.8 + 3.4 * len(kinds))
     heights = [3.4] * len(kinds) + [1.1]
     # All rows share the epochs; a column for each level, the highest first.
@@ -391,6 +392,18 @@ def draw_learning_curves(metrics: Mapping[str, Mapping[str, np.ndarray]], best: 
         axes[-1].set_xlabel("epoch")
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def _shown(
+    metrics: Mapping[str, Mapping[str, np.ndarray]], fidelities: Sequence[int | None] = (None,)
+) -> list[Quantity]:
+    """The quantities that a table of metrics has errors of: energies in any case."""
+
+    def has(quantity: Quantity) -> bool:
+        names = [f"{quantity.name}_rmse{replace(quantity, fidelity=fidelity).suffix}" for fidelity in fidelities]
+        return any(_positive(columns, name).any() for columns in metrics.values() for name in names)
+
+    return [quantity for quantity in QUANTITIES if quantity is ENERGY or has(quantity)]
 
 
 def _fidelities(metrics: Mapping[str, Mapping[str, np.ndarray]]) -> list[int | None]:
@@ -426,8 +439,8 @@ def draw_parity(
     split
         For the title.
     panels
-        For each quantity its errors, reference and predicted values in eV or eV/Å, and the axis in kcal/mol or
-        kcal/mol/Å: which reference value is its zero, first and last value.
+        For each quantity its errors, reference and predicted values in eV, eV/Å or eV/Å³, and the axis in the unit that
+        is shown: which reference value is its zero, first and last value.
     """
     figure = _figure(6.2 * len(panels), 7.6)
     axes = figure.subplots(2, len(panels), sharex="col", squeeze=False, height_ratios=[3, 1.1])
@@ -448,8 +461,8 @@ def _draw_panel(
     limits: tuple[float, float, float],
 ) -> None:
     quantity, (zero, first, last) = row.quantity, limits
-    x = np.asarray(reference, dtype=np.float64) * KCAL_PER_MOL - zero
-    residual = (np.asarray(predicted, dtype=np.float64) - np.asarray(reference, dtype=np.float64)) * KCAL_PER_MOL
+    x = np.asarray(reference, dtype=np.float64) * quantity.factor - zero
+    residual = (np.asarray(predicted, dtype=np.float64) - np.asarray(reference, dtype=np.float64)) * quantity.factor
     shown = np.isfinite(x) & np.isfinite(residual)
     x, residual = _thinned(x[shown], residual[shown])
     style: dict = {"s": 10, "linewidths": 0, "rasterized": True}
@@ -507,7 +520,7 @@ def _density(x: np.ndarray, residual: np.ndarray, bins: int = 64) -> np.ndarray:
 def _limits(quantity: Quantity, comparisons: Mapping[str, Compared]) -> tuple[float, float, float]:
     """The zero of the axis and its ends, the same for all splits, so that their plots can be laid side by side."""
     ranges = [comparison.ranges for comparison in comparisons.values() if len(comparison)]
-    known = np.array([x for x in ranges if x is not None]) * KCAL_PER_MOL
+    known = np.array([x for x in ranges if x is not None]) * quantity.factor
     if not len(known) or len(known) < len(ranges):
         return 0.0, -1.0, 1.0
     zero = float(known[:, 0, 0].min()) if quantity.relative else 0.0

@@ -137,7 +137,6 @@ def spoil(change) -> list[Atoms]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a.set_cell([9, 9, 9]) or a.set_pbc(True), r"frame 2 is periodic, only molecules"),
         (lambda a: a.info.pop("REF_energy"), r"frame 2 has no energy under the key energy or REF_energy: add it"),
         (lambda a: a.info.update(REF_energy="high"), r"frame 2: REF_energy is 'high', not one number"),
         (lambda a: a.info.update(REF_energy=[1.0, 2.0]), r"frame 2: REF_energy is .*, not one number"),

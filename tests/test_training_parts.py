@@ -13,6 +13,7 @@ from kinml_fast.train import TrainingConfig
 from kinml_fast.train.dataset import InMemory
 from kinml_fast.train.epoch_errors import EpochErrors
 from kinml_fast.train.judge import Judge
+from kinml_fast.train.metrics import LevelErrors
 from kinml_fast.train.rhythm import Rhythm
 from kinml_fast.units import KCAL_PER_MOL
 
@@ -86,7 +87,7 @@ def test_errors_of_an_epoch_are_those_of_all_its_structures(levels):
     epoch, errors = Epoch(levels), EpochErrors(levels, 4, CPU)
     epoch.run(errors)
     energies, forces, known = (np.concatenate(x, axis=1) for x in (epoch.energies, epoch.forces, epoch.known))
-    for level, (energy, force) in enumerate(errors.of_levels([30] * levels, True)):
+    for level, (energy, force, _) in enumerate(errors.of_levels([30] * levels, True)):
         expected = Errors.of(energies[level, known[level]])
         assert (energy.mae, energy.rmse, energy.max) == pytest.approx((expected.mae, expected.rmse, expected.max))
         sums = forces[level].sum(axis=0)
@@ -187,7 +188,7 @@ def test_a_judge_keeps_the_best_weights_and_loses_patience():
     judged = model()
     judge = Judge(TrainingConfig(early_stopping={"patience": 2, "min_delta": 1.0}), 1, judged)
     error = Errors(0.5, 3.0, 4.0)
-    assert judge.score([(error, error)]) == 3.0  # of energies alone
+    assert judge.score([LevelErrors(error, error)]) == 3.0  # of energies alone
     stopped = []
     for epoch, score in enumerate([3.0, 2.5, 2.4, 2.9, 2.8]):
         with torch.no_grad():

@@ -66,12 +66,15 @@ class Piece:
             energies=None if s.energies is None else np.ascontiguousarray(s.energies[..., indices]),
             forces=None if s.forces is None else np.ascontiguousarray(s.forces[..., atoms, :]),
             labels=tuple(s.labels[i] for i in indices.tolist()),
+            cells=None if s.cells is None else s.cells[indices],
+            periodic=None if s.periodic is None else s.periodic[indices],
+            stresses=None if s.stresses is None else np.ascontiguousarray(s.stresses[..., indices, :, :]),
         )
         return Piece(structures, self.origin[indices], None if self.weights is None else self.weights[indices])
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
-    """One piece of several of the same elements and levels, of which all or none have forces, and weights."""
+    """One piece of several of the same elements and levels; of forces, cells and so on all have some or none has."""
     parts = [piece.structures for piece in pieces]
 
     def joined(name: str, axis: int) -> np.ndarray | None:
@@ -87,6 +90,9 @@ def join(pieces: Sequence[Piece]) -> Piece:
         energies=joined("energies", -1),
         forces=joined("forces", -2),
         labels=tuple(label for part in parts for label in part.labels),
+        cells=joined("cells", 0),
+        periodic=joined("periodic", 0),
+        stresses=joined("stresses", -3),
     )
     weights = [piece.weights for piece in pieces if piece.weights is not None]
     return Piece(
@@ -108,8 +114,10 @@ class _Block:
 class _Layout:
     """Where the arrays of a block are: name, type and shape of each."""
 
-    def __init__(self, levels: int, forces: bool, weights: bool) -> None:
+    def __init__(self, levels: int, forces: bool, weights: bool, cells: bool, stresses: bool) -> None:
         self.levels, self.forces, self.weights = levels, forces, weights
+        self.cells = self.periodic = cells
+        self.stresses = stresses
 
     def arrays(self, structures: int, atoms: int, labels: int) -> list[tuple[str, str, tuple[int, ...]]]:
         """Those of a block of so many structures, atoms and bytes of labels; wide types first, so all are aligned."""
@@ -119,7 +127,10 @@ class _Layout:
             ("origin", "<i8", (structures,)),
             ("coordinates", "<f8", (atoms, 3)),
             ("forces", "<f8", (self.levels, atoms, 3)),
+            ("cells", "<f8", (structures, 3, 3)),
+            ("stresses", "<f8", (self.levels, structures, 3, 3)),
             ("sizes", "<i4", (structures,)),
+            ("periodic", "u1", (structures, 3)),
             ("species", "u1", (atoms,)),
             ("labels", "u1", (labels,)),
         ]
@@ -142,16 +153,25 @@ class BlockWriter:
         Of the structures, in the order of their species.
     levels
         K, levels of theory.
-    forces, weights
+    forces, weights, cells, stresses
         Whether there are any.
     """
 
-    def __init__(self, file: BinaryIO, elements: Sequence[str], levels: int, forces: bool, weights: bool) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        elements: Sequence[str],
+        levels: int,
+        forces: bool,
+        weights: bool,
+        cells: bool = False,
+        stresses: bool = False,
+    ) -> None:
         self._file, self._elements = file, tuple(elements)
-        self._layout = _Layout(levels, forces, weights)
+        self._layout = _Layout(levels, forces, weights, cells, stresses)
         self._blocks: list[_Block] = []
         self._numbers: dict[str, dict[str, list[int]]] = {}
-        self._components = np.zeros(levels, dtype=np.int64)
+        self._components, self._stress_components = np.zeros((2, levels), dtype=np.int64)
         if len(self._elements) > _MOST_ELEMENTS:
             raise DataError(f"{len(self._elements)} elements are too many for a file of blocks: take fewer")
         file.write(_FORMAT)
@@ -159,13 +179,15 @@ class BlockWriter:
     def add(self, part: str, piece: Piece) -> None:
         """Write structures of a part, in blocks of their own."""
         structures, levels = piece.structures, self._layout.levels
-        known, forces = structures.known_energies, structures.known_forces
-        numbers = self._numbers.setdefault(part, {"energies": [0] * levels, "forces": [0] * levels})
-        numbers["energies"] = (known.sum(axis=1) + numbers["energies"]).tolist()
-        numbers["forces"] = (forces.sum(axis=1) + numbers["forces"]).tolist()
+        known, forces, stresses = structures.known_energies, structures.known_forces, structures.known_stresses
+        kinds = {"energies": known, "forces": forces, "stresses": stresses}
+        numbers = self._numbers.setdefault(part, {name: [0] * levels for name in kinds})
+        for name, of_kind in kinds.items():
+            numbers[name] = (of_kind.sum(axis=1) + numbers[name]).tolist()
         if part == "train":
-            counted = forces if piece.weights is None else forces & (piece.weights != 0)
-            self._components += 3 * (counted * structures.sizes).sum(axis=1)
+            counted = np.ones(len(piece), dtype=bool) if piece.weights is None else piece.weights != 0
+            self._components += 3 * ((forces & counted) * structures.sizes).sum(axis=1)
+            self._stress_components += 9 * (stresses & counted).sum(axis=1)
         lengths = [len(label.encode()) + 1 for label in structures.labels]
         ends = np.cumsum(
             self._layout.bytes(1, 0, 0) + (self._layout.bytes(0, 1, 0)) * structures.sizes + np.array(lengths)
@@ -190,6 +212,11 @@ class BlockWriter:
             "origin": piece.origin[some],
             "coordinates": s.coordinates[atoms],
             "forces": forces.reshape(levels, -1, 3)[:, atoms],
+            "cells": np.zeros((last - first, 3, 3)) if s.cells is None else s.cells[some],
+            "periodic": np.zeros((last - first, 3)) if s.periodic is None else s.periodic[some],
+            "stresses": np.full((levels, last - first, 3, 3), np.nan)
+            if s.stresses is None
+            else s.stresses.reshape(levels, -1, 3, 3)[:, some],
             "sizes": s.sizes[some],
             "species": s.species[atoms],
             "labels": np.frombuffer(text, dtype=np.uint8),
@@ -211,8 +238,11 @@ class BlockWriter:
                 "levels": self._layout.levels,
                 "forces": self._layout.forces,
                 "weights": self._layout.weights,
+                "cells": self._layout.cells,
+                "stresses": self._layout.stresses,
                 "numbers": self._numbers,
                 "components": self._components.tolist(),
+                "stress_components": self._stress_components.tolist(),
                 "blocks": [[b.part, b.structures, b.atoms, b.labels, b.checksum] for b in self._blocks],
             }
         ).encode()
@@ -229,6 +259,8 @@ def write(
     forces: bool,
     weights: bool,
     about: Mapping[str, Any],
+    cells: bool = False,
+    stresses: bool = False,
 ) -> None:
     """Write a file of blocks in one step.
 
@@ -238,7 +270,7 @@ def write(
         Replaced when the new file is complete and on the disk.
     parts
         Pieces of the training, validation and test part, in this order; what they are made from may be read meanwhile.
-    elements, levels, forces, weights
+    elements, levels, forces, weights, cells, stresses
         See `BlockWriter`.
     about
         Plain values to keep with the data.
@@ -249,7 +281,7 @@ def write(
         The file cannot be written, for instance because the disk is full; an older one is left as it was.
     """
     with replacing(path) as temporary, temporary.open("wb") as file:
-        writer = BlockWriter(file, elements, levels, forces, weights)
+        writer = BlockWriter(file, elements, levels, forces, weights, cells, stresses)
         for part, piece in parts:
             writer.add(part, piece)
         writer.finish(about)
@@ -271,10 +303,12 @@ class BlockFile:
         K, levels of theory.
     sizes : dict
         Number of structures of each part.
-    known_energies, known_forces : dict
-        How many structures of each part have energies and forces at each level, lists [K].
-    components : list of int [K]
-        Force components of training structures that have a weight.
+    known_energies, known_forces, known_stresses : dict
+        How many structures of each part have energies, forces and stresses at each level, lists [K].
+    components, stress_components : list of int [K]
+        Components of forces and of stresses of training structures that have a weight.
+    has_crystals : bool
+        Whether any structure is periodic.
     about : dict
         What `BlockWriter.finish` was given.
     digest : int
@@ -306,14 +340,24 @@ class BlockFile:
             self.about: dict[str, Any] = contents["about"]
             self.elements = tuple(contents["elements"])
             self.levels: int = contents["levels"]
-            self._layout = _Layout(self.levels, contents["forces"], contents["weights"])
+            self.has_crystals: bool = contents.get("cells", False)  # files from before there were any
+            self._layout = _Layout(
+                self.levels,
+                contents["forces"],
+                contents["weights"],
+                self.has_crystals,
+                contents.get("stresses", False),
+            )
             self._blocks = [_Block(*row) for row in contents["blocks"]]
             self.components: list[int] = contents["components"]
-            numbers, nothing = contents["numbers"], {"energies": [0] * self.levels, "forces": [0] * self.levels}
+            self.stress_components: list[int] = contents.get("stress_components", [0] * self.levels)
+            numbers = contents["numbers"]
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise self._damaged("its end is missing") from error
-        self.known_energies = {part: numbers.get(part, nothing)["energies"] for part in PARTS}
-        self.known_forces = {part: numbers.get(part, nothing)["forces"] for part in PARTS}
+        self.known_energies, self.known_forces, self.known_stresses = (
+            {part: numbers.get(part, {}).get(name, [0] * self.levels) for part in PARTS}
+            for name in ("energies", "forces", "stresses")
+        )
         self.sizes = {part: sum(b.structures for b in self._blocks if b.part == part) for part in PARTS}
         self._lengths = np.array([self._layout.bytes(b.structures, b.atoms, b.labels) for b in self._blocks])
         self._places = len(_FORMAT) + np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
@@ -350,7 +394,7 @@ class BlockFile:
             count = int(np.prod(shape))
             values[name] = np.frombuffer(data, kind, count, place).reshape(shape)
             place += count * np.dtype(kind).itemsize
-        forces, several = values.get("forces"), self.levels > 1
+        forces, stresses, several = values.get("forces"), values.get("stresses"), self.levels > 1
         structures = Structures.trusted(
             elements=self.elements,
             species=values["species"].astype(np.int64),
@@ -359,6 +403,9 @@ class BlockFile:
             energies=values["energies"] if several else values["energies"][0],
             forces=forces if forces is None or several else forces[0],
             labels=tuple(values["labels"].tobytes().decode().split("\n")),
+            cells=values.get("cells"),
+            periodic=values["periodic"].astype(np.int64) if self.has_crystals else None,
+            stresses=stresses if stresses is None or several else stresses[0],
         )
         return Piece(structures, values["origin"], values.get("weights"))
 

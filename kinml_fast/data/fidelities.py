@@ -61,12 +61,16 @@ def complete(structures: Structures, selection: Selection) -> tuple[Structures, 
 
 
 def difference(structures: Structures) -> Structures:
-    """Energies and forces of the highest level minus those of the lowest; forces where both are known, else NaN."""
+    """Energies, forces and stresses of the highest level minus the lowest; NaN where one of both is unknown."""
     assert structures.energies is not None
     forces = None if structures.forces is None else structures.forces[-1] - structures.forces[0]
     if forces is not None and np.isnan(forces).all():
         forces = None
-    return structures.changed(energies=structures.energies[-1] - structures.energies[0], forces=forces)
+    stresses = None if structures.stresses is None else structures.stresses[-1] - structures.stresses[0]
+    if stresses is not None and np.isnan(stresses).all():
+        stresses = None
+    energies = structures.energies[-1] - structures.energies[0]
+    return structures.changed(energies=energies, forces=forces, stresses=stresses)
 
 
 def join(sets: Sequence[Structures]) -> Structures:
@@ -102,7 +106,11 @@ def join(sets: Sequence[Structures]) -> Structures:
         if structures.forces is not None:
             forces = np.full((len(sets), *structures.forces.shape), np.nan)
             forces[k] = structures.forces
-        lifted.append(structures.changed(energies=energies, forces=forces))
+        stresses = None
+        if structures.stresses is not None:
+            stresses = np.full((len(sets), *structures.stresses.shape), np.nan)
+            stresses[k] = structures.stresses
+        lifted.append(structures.changed(energies=energies, forces=forces, stresses=stresses))
     return merge(concatenate(lifted))
 
 
@@ -138,14 +146,18 @@ def merge(structures: Structures) -> Structures:
     result = structures.select(first)
     energies = np.full((structures.levels, len(result)), np.nan)
     forces = None if structures.forces is None else np.full((structures.levels, len(result.species), 3), np.nan)
+    stresses = None if structures.stresses is None else np.full((structures.levels, len(result), 3, 3), np.nan)
+    known_stresses = structures.known_stresses
     for k in range(structures.levels):
+        if stresses is not None and structures.stresses is not None:
+            stresses[k, places_of[known_stresses[k]]] = structures.stresses[k, known_stresses[k]]
         energies[k, places_of[known[k]]] = structures.energies[k, known[k]]
         if forces is not None and structures.forces is not None:
             with_forces = np.flatnonzero(known_forces[k])
             source, _ = atoms_of(structures.offsets, with_forces)
             target, _ = atoms_of(result.offsets, places_of[with_forces])
             forces[k, target] = structures.forces[k, source]
-    return result.changed(energies=energies, forces=forces)
+    return result.changed(energies=energies, forces=forces, stresses=stresses)
 
 
 def _check_same_geometries(structures: Structures, others: np.ndarray) -> None:
@@ -159,8 +171,11 @@ def _check_same_geometries(structures: Structures, others: np.ndarray) -> None:
         distances = np.abs(structures.coordinates[mine] - structures.coordinates[theirs]).max(axis=1, initial=0)
         farthest = float(distances.max(initial=0))
         wrong |= distances > SAME_GEOMETRY
+    if structures.cells is not None and structures.periodic is not None:
+        moved = np.abs(structures.cells - structures.cells[others]).max(axis=(1, 2)) > SAME_GEOMETRY
+        differs |= (structures.periodic != structures.periodic[others]).any(axis=1) | (moved & structures.are_crystals)
     if len(rest):
-        differs[rest] = np.logical_or.reduceat(wrong, starts[:-1])
+        differs[rest] |= np.logical_or.reduceat(wrong, starts[:-1])
     if differs.any():
         labels = list(dict.fromkeys(structures.labels[i] for i in np.flatnonzero(differs)))
         raise DataError(

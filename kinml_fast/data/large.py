@@ -133,7 +133,7 @@ def prepare(
         found = _Survey(selection, bool(split_file or weights))
         form: dict[str, Any] = {"elements": chemical_symbols[1:], "levels": len(selection.fidelities)}
         pieces = (("train", piece) for piece in found.pieces(paths))
-        blocks.write(unordered, pieces, **form, forces=True, weights=False, about={})
+        blocks.write(unordered, pieces, **form, forces=True, weights=False, cells=True, stresses=True, about={})
         file, census = BlockFile(unordered), found.census()
         loss_weights = None if weights is None else weights_module.resolve(weights, census.labels)
         chosen = splits.make_split(census, split, split_seed, split_file, found.dropped)
@@ -153,13 +153,17 @@ def prepare(
             "sae": energies.reshape(len(selection.fidelities), -1).tolist(),
             "tables": tables,
         }
-        forces = bool(census.known_forces.any())
+        found_some = {
+            "forces": bool(census.known_forces.any()),
+            "cells": found.has_crystals,
+            "stresses": found.has_stresses,
+        }
         blocks.write(
             path,
-            _ordered(file, chosen, elements, loss_weights, forces),
+            _ordered(file, chosen, elements, loss_weights, **found_some),
             elements=elements,
             levels=len(selection.fidelities),
-            forces=forces,
+            **found_some,
             weights=loss_weights is not None,
             about=about,
         )
@@ -198,6 +202,8 @@ class _Survey:
     ----------
     dropped : list of str
         Labels of structures that were left out because they lack a level.
+    has_crystals, has_stresses : bool
+        Whether any structure is periodic, or has a stress.
     """
 
     def __init__(self, selection: Selection, labelled: bool) -> None:
@@ -209,6 +215,7 @@ class _Survey:
         self._known_forces: list[np.ndarray] = []
         self._labels: list[str] = []
         self.dropped: list[str] = []
+        self.has_crystals = self.has_stresses = False
 
     def pieces(self, paths: Sequence[Path]) -> Iterator[Piece]:
         """The structures of files, their species by atomic number."""
@@ -252,6 +259,8 @@ class _Survey:
         self._formula.append(numbers[inverse.ravel()])
         self._energies.append(structures.energies.reshape(structures.levels, -1))
         self._known_forces.append(structures.known_forces)
+        self.has_crystals |= bool(structures.are_crystals.any())
+        self.has_stresses |= bool(structures.known_stresses.any())
         if self._labelled:
             self._labels += structures.labels
         return structures
@@ -295,7 +304,14 @@ class _Survey:
 
 
 def _ordered(
-    file: BlockFile, split: Split, elements: Sequence[str], weights: np.ndarray | None, forces: bool
+    file: BlockFile,
+    split: Split,
+    elements: Sequence[str],
+    weights: np.ndarray | None,
+    *,
+    forces: bool,
+    cells: bool,
+    stresses: bool,
 ) -> Iterator[tuple[str, Piece]]:
     """The structures of an unordered file in the order of a split, a part of the file at a time."""
     used = np.sort(split.used)
@@ -318,6 +334,9 @@ def _ordered(
                 energies=s.energies,
                 forces=s.forces if forces else None,
                 labels=s.labels,
+                cells=s.cells if cells else None,
+                periodic=s.periodic if cells else None,
+                stresses=s.stresses if stresses else None,
             )
             yield part, Piece(structures, np.searchsorted(used, some), None if weights is None else weights[some])
 

@@ -203,6 +203,9 @@ def save(path: str | os.PathLike, prepared: Prepared) -> None:
         "offsets": structures.offsets,
         "energies": structures.energies,
         "forces": structures.forces,
+        "cells": structures.cells,
+        "periodic": structures.periodic,
+        "stresses": structures.stresses,
         "labels": np.array([label.encode() for label in structures.labels]),
         "sae": prepared.sae,
         "weights": prepared.weights,
@@ -221,7 +224,7 @@ def save(path: str | os.PathLike, prepared: Prepared) -> None:
             "fidelities": json.dumps(prepared.fidelities),
             "baseline": json.dumps(prepared.baseline),
             "descriptor_files": json.dumps([[str(path), digest] for path, digest in prepared.source.files]),
-            "units": "eV, angstrom, eV/angstrom",
+            "units": "eV, angstrom, eV/angstrom, eV/angstrom^3",
         }
         file.attrs.update({name: np.bytes_(value.encode()) for name, value in attributes.items()})
         for name, array in arrays.items():
@@ -258,6 +261,9 @@ def load(path: str | os.PathLike) -> Prepared:
             labels=tuple(label.decode() for label in arrays["labels"].tolist()),
             coordinates=arrays.get("coordinates"),
             forces=arrays.get("forces"),
+            cells=arrays.get("cells"),
+            periodic=arrays.get("periodic"),
+            stresses=arrays.get("stresses"),
             **{name: arrays[name] for name in ("species", "offsets", "energies")},
         )
         files = tuple((Path(name), digest) for name, digest in json.loads(attributes["descriptor_files"]))

@@ -23,7 +23,7 @@ class Selection:
         Level of theory, or several, lowest first, which the structures then have. For databases these are the
         fidelities to take; of files that ASE reads one level is one key, see below; HDF5 files have one level.
     baseline
-        Level that is subtracted (delta learning): energies and forces are E(fidelity) - E(baseline).
+        Level that is subtracted (delta learning): energies, forces and stresses are E(fidelity) - E(baseline).
     incomplete
         What becomes of structures that lack a level, one of `INCOMPLETE`; with "keep", unknown energies and forces are
         NaN. None: "error" with a baseline, else "keep".
@@ -37,6 +37,8 @@ class Selection:
     energy_key, forces_key
         Files that ASE reads: names of the energy (eV) and of the forces (eV/Å), see `xyz.read`; of several fidelities
         lists with one for each, with a baseline its name and that of the fidelity.
+    stress_key
+        Likewise of the stress (eV/Å³, ASE's sign), or of the virial (eV) if "virial" is part of the name.
     elements
         Order of `Structures.species`; None: those that occur, alphabetically.
 
@@ -54,6 +56,7 @@ class Selection:
     ids: Mapping[str, Collection[int]] | None = None
     energy_key: str | Sequence[str] | None = None
     forces_key: str | Sequence[str] | None = None
+    stress_key: str | Sequence[str] | None = None
     elements: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +104,8 @@ class Selection:
 
     def settings(self) -> dict[str, object]:
         """All but the ids, as plain values: what decides whether data that were prepared are the same."""
-        written = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "ids"}
+        without = {"ids"} | ({"stress_key"} if self.stress_key is None else set())  # data from before it was there
+        written = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in without}
         return written | {
             "fidelity": self.fidelities,
             "incomplete": self.if_incomplete,

@@ -91,11 +91,19 @@ def compute(
     if backend not in BACKENDS:
         raise ConfigError(f"there is no backend {backend} for descriptors: take {' or '.join(BACKENDS)}")
     if backend == "aevmod":
+        if structures.are_crystals.any():
+            label = structures.labels[int(np.argmax(structures.are_crystals))]
+            raise ConfigError(f"{label} is periodic, which aevmod does not know: set descriptor.backend=native")
         return _from_aevmod(structures, structures.coordinates, parameters, dtype, jacobian)
+    cells, periodic = (
+        None if x is None else torch.from_numpy(x).to(device) for x in (structures.cells, structures.periodic)
+    )
     system = ops.System(
         torch.from_numpy(structures.coordinates).to(device, dtype),
         torch.from_numpy(structures.species).to(device),
         torch.from_numpy(structures.offsets).to(device),
+        cells=cells,
+        periodic=periodic,
     )
     packed = parameters.packed()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Structures: molecules of any size in flat arrays, checked once when they are made."""
+"""Structures: molecules and crystals of any size in flat arrays, checked once when they are made."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ CLOSEST_ALLOWED = 0.1
 
 _SYMBOLS = frozenset(chemical_symbols[1:])
 
+_ALIKE = 1e-3
+"""By how much of its largest component a stress may differ from its transpose: codes print rounded numbers."""
+
 
 @dataclass(frozen=True, eq=False)
 class Structures:
-    """Molecules, one after another.
+    """Molecules and crystals, one after another.
 
     Parameters
     ----------
@@ -39,12 +42,23 @@ class Structures:
         where it has no energy.
     labels
         What each structure is called in messages and split files: "C5H5/17", "file.xyz/3".
+    cells
+        float64 [n_structures, 3, 3], rows are lattice vectors in Å, right-handed; those of molecules are not read.
+        None: all structures are molecules. Atoms may be anywhere, in the cell or not.
+    periodic
+        int64 [n_structures, 3], 1 along the vectors that a structure repeats along, 0 0 0 for a molecule; None without
+        cells.
+    stresses
+        float64 [n_structures, 3, 3], eV/Å³, symmetric, in ASE's sign: the derivative of the energy by a strain, divided
+        by the volume of the cell. NaN for molecules and for crystals without a stress; None if no structure has one.
+        Of K > 1 levels: [K, n_structures, 3, 3], NaN where a structure has no energy.
 
     Raises
     ------
     InputError
         Shapes that do not fit together, an unknown element, an empty structure, NaN or infinite numbers where there
-        must be none, two atoms closer than 0.1 Å. The message names the first structure concerned.
+        must be none, two atoms (or their images) closer than 0.1 Å, a cell without volume or left-handed, the stress of
+        a molecule. The message names the first structure concerned.
     """
 
     elements: tuple[str, ...]
@@ -54,6 +68,9 @@ class Structures:
     energies: np.ndarray | None
     forces: np.ndarray | None
     labels: tuple[str, ...]
+    cells: np.ndarray | None = None
+    periodic: np.ndarray | None = None
+    stresses: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self._conform()
@@ -67,9 +84,9 @@ class Structures:
 
         object.__setattr__(self, "elements", tuple(self.elements))
         object.__setattr__(self, "labels", tuple(self.labels))
-        for name in ("species", "offsets"):
+        for name in ("species", "offsets", "periodic"):
             array(name, np.int64)
-        for name in ("coordinates", "energies", "forces"):
+        for name in ("coordinates", "energies", "forces", "cells", "stresses"):
             array(name, np.float64)
         self._check_shapes()
         self._check_numbers()
@@ -147,7 +164,8 @@ class Structures:
     @property
     def levels(self) -> int:
         """Number of levels of theory, K; 1 too where there are no energies."""
-        several = [len(x) for x, ndim in ((self.energies, 1), (self.forces, 2)) if x is not None and x.ndim > ndim]
+        values = (self.energies, 1), (self.forces, 2), (self.stresses, 3)
+        several = [len(x) for x, ndim in values if x is not None and x.ndim > ndim]
         return several[0] if several else 1
 
     @property
@@ -163,6 +181,27 @@ class Structures:
         if self.forces is None:
             return np.zeros((self.levels, len(self)), dtype=bool)
         return ~np.isnan(self.forces.reshape(self.levels, -1, 3)[:, self.offsets[:-1], 0])
+
+    @property
+    def known_stresses(self) -> np.ndarray:
+        """Which structures have a stress at each level, bool [K, n_structures], for one level too."""
+        if self.stresses is None:
+            return np.zeros((self.levels, len(self)), dtype=bool)
+        return ~np.isnan(self.stresses.reshape(self.levels, len(self), 9)[..., 0])
+
+    @property
+    def are_crystals(self) -> np.ndarray:
+        """Which structures are periodic along some vector, bool [n_structures]."""
+        if self.periodic is None:
+            return np.zeros(len(self), dtype=bool)
+        return np.asarray(self.periodic.any(axis=1))
+
+    @property
+    def volumes(self) -> np.ndarray:
+        """Volumes of the cells, float64 [n_structures], Å³; NaN for molecules."""
+        if self.cells is None:
+            return np.full(len(self), np.nan)
+        return np.where(self.are_crystals, np.abs(np.linalg.det(self.cells)), np.nan)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -201,21 +240,27 @@ class Structures:
             energies=None if self.energies is None else self.energies[..., indices],
             forces=None if self.forces is None else self.forces[..., atoms, :],
             labels=tuple(self.labels[i] for i in indices),
+            cells=None if self.cells is None else self.cells[indices],
+            periodic=None if self.periodic is None else self.periodic[indices],
+            stresses=None if self.stresses is None else self.stresses[..., indices, :, :],
         )
 
     def level(self, level: int) -> Structures:
-        """The structures that have an energy at a level (0 is the lowest), with its energies and forces alone."""
+        """The structures that have an energy at a level (0 is the lowest), with what is of this level alone."""
         if self.levels == 1:
             return self
         forces = None
         if self.forces is not None and self.known_forces[level].any():
             forces = self.forces[level]
+        stresses = None
+        if self.stresses is not None and self.known_stresses[level].any():
+            stresses = self.stresses[level]
         assert self.energies is not None
         known = self.known_energies[level]
         if known.all():
-            return self.changed(energies=self.energies[level], forces=forces)
+            return self.changed(energies=self.energies[level], forces=forces, stresses=stresses)
         energies = np.where(known, self.energies[level], 0.0)  # those that are unknown are left out in the next step
-        return self.changed(energies=energies, forces=forces).select(np.flatnonzero(known))
+        return self.changed(energies=energies, forces=forces, stresses=stresses).select(np.flatnonzero(known))
 
     def with_elements(self, elements: Sequence[str]) -> Structures:
         """The same structures with `species` counted in another order.
@@ -250,25 +295,29 @@ class Structures:
             "offsets": (n_structures + 1,),
             "energies": (n_structures,),
             "forces": (n_atoms, 3),
+            "cells": (n_structures, 3, 3),
+            "periodic": (n_structures, 3),
+            "stresses": (n_structures, 3, 3),
         }
+        if (self.cells is None) != (self.periodic is None):
+            raise DataError("cells and periodic come together: give both or neither")
         n_levels = {}
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is None:
                 continue
-            of_levels = name in ("energies", "forces") and value.ndim == len(shape) + 1
+            has_levels = name in ("energies", "forces", "stresses")
+            of_levels = has_levels and value.ndim == len(shape) + 1
             if of_levels:
                 n_levels[name] = len(value)
                 shape = (max(2, len(value)), *shape)
             if value.shape != shape:
                 raise DataError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
-            if name in ("energies", "forces") and not of_levels:
+            if has_levels and not of_levels:
                 n_levels[name] = 1
         if len(set(n_levels.values())) > 1:
-            raise DataError(
-                f"there are energies of {n_levels['energies']} levels of theory and forces of {n_levels['forces']}: "
-                "give both of the same levels"
-            )
+            counts = " and ".join(f"{name} of {count} levels of theory" for name, count in n_levels.items())
+            raise DataError(f"there are {counts}: give all of the same levels")
         if self.offsets[0] != 0 or self.offsets[-1] != n_atoms or np.any(self.sizes < 0):
             raise DataError(f"offsets must rise from 0 to the number of atoms, {n_atoms}")
         if n_structures and self.sizes.min() == 0:
@@ -281,10 +330,15 @@ class Structures:
             self._require_finite(np.isfinite(self.coordinates).all(axis=1), "coordinate")
         if self.energies is not None:
             self._check_energies(self.energies.reshape(-1, len(self)) if len(self) else np.empty((1, 0)))
-        if self.forces is None or not len(self):
+        if not len(self):
             return
+        self._check_cells()
         levels = self.levels
         has_energy = self.known_energies if self.energies is not None else np.ones((levels, len(self)), dtype=bool)
+        if self.stresses is not None:
+            self._check_stresses(self.stresses.reshape(levels, len(self), 3, 3), has_energy)
+        if self.forces is None:
+            return
         for k, forces in enumerate(self.forces.reshape(levels, -1, 3)):
             # Absent means NaN in all rows of a structure; anything between that and finite is a mistake.
             absent = np.logical_and.reduceat(np.isnan(forces).all(axis=1), self.offsets[:-1])
@@ -314,6 +368,56 @@ class Structures:
                 f"{self.labels[structure]} has no energy at any of the {len(energies)} levels: leave the structure out"
             )
 
+    def _check_cells(self) -> None:
+        if self.cells is None or self.periodic is None:
+            return
+        crystals = np.flatnonzero(self.are_crystals)
+        cells, along = self.cells[crystals], self.periodic[crystals]
+        good = np.isfinite(cells).all(axis=(1, 2))
+        if not good.all():
+            raise DataError(
+                f"{self.labels[crystals[np.argmin(good)]]} has a cell with a NaN or infinite number: correct it"
+            )
+        if not np.isin(along, (0, 1)).all():
+            raise DataError("periodic must be 0 or 1 for each vector of a cell")
+        for i, structure in enumerate(crystals):
+            label, shown = self.labels[structure], cells[i].tolist()
+            lattice = _lattice(cells[i], along[i])
+            volume = np.linalg.det(lattice)
+            # Relative to the lengths of the vectors, so that rounding of a flat cell does not pass for a volume.
+            if not abs(volume) > 1e-10 * np.linalg.norm(lattice, axis=1).prod():
+                raise DataError(
+                    f"{label} is periodic, but its cell {shown} has no volume along its periodic vectors: correct it, "
+                    "or make it a molecule (pbc F F F)"
+                )
+            if volume < 0:
+                raise DataError(
+                    f"{label} has a left-handed cell {shown}: exchange two of its vectors, with what belongs to them"
+                )
+            low = _heights(lattice)[along[i] != 0].min()
+            if low < CLOSEST_ALLOWED:
+                raise DataError(
+                    f"{label} has a cell only {low:.3g} Å high along a periodic vector (less than "
+                    f"{CLOSEST_ALLOWED} Å): correct it or leave the structure out"
+                )
+
+    def _check_stresses(self, stresses: np.ndarray, has_energy: np.ndarray) -> None:
+        """Check stresses [K, n_structures, 3, 3]."""
+        absent = np.isnan(stresses).all(axis=(2, 3))
+        finite = np.isfinite(stresses).all(axis=(2, 3))
+        crystals, volumes = self.are_crystals, self.volumes
+        sizes = np.abs(stresses).max(axis=(2, 3), initial=0, where=np.isfinite(stresses))
+        skew = np.abs(stresses - np.swapaxes(stresses, 2, 3)).max(axis=(2, 3), initial=0, where=np.isfinite(stresses))
+        for bad, what in (
+            (~absent & ~finite, "has a NaN or infinite stress: correct it or leave the stress out"),
+            (~absent & ~crystals, "is a molecule, which has no stress: give its cell and pbc, or leave the stress out"),
+            (~absent & (volumes == 0), "has a stress but a cell without volume: give three vectors, or leave it out"),
+            (~absent & (skew > _ALIKE * sizes), "has a stress that is not symmetric: correct it or leave it out"),
+            (~absent & ~has_energy, "has a stress but no energy at that level: give both or neither"),
+        ):
+            if bad.any():
+                raise DataError(f"{self.labels[int(np.argwhere(bad)[0, 1])]} {what}")
+
     def _require_finite(self, good: np.ndarray, what: str) -> None:
         if good.all():
             return
@@ -327,8 +431,11 @@ class Structures:
     def _check_distances(self, coordinates: np.ndarray) -> None:
         # A sweep: in the order of a projection onto one direction, close atoms are close in the order too. The
         # direction is a general one, so that planar and symmetric molecules do not pile up on one value.
+        owners, atoms = self.owners, np.arange(len(coordinates))
+        if self.cells is not None:
+            coordinates, atoms = self._with_images(coordinates)
+            owners = owners[atoms]
         projection = coordinates @ np.array([0.4743, 0.6021, 0.6423])
-        owners = self.owners
         order = np.lexsort((projection, owners))
         projection, owners = projection[order], owners[order]
         first = np.arange(len(order))
@@ -344,11 +451,30 @@ class Structures:
             if squared.min() < CLOSEST_ALLOWED**2:
                 pair = int(np.argmin(squared))
                 structure = int(owners[first[pair]])
-                atoms = sorted(int(i[pair] - self.offsets[structure] + 1) for i in (a, b))
+                both = sorted(int(atoms[i[pair]] - self.offsets[structure] + 1) for i in (a, b))
                 raise DataError(
-                    f"{self.labels[structure]} has atoms {atoms[0]} and {atoms[1]} only {squared[pair] ** 0.5:.3g} Å "
+                    f"{self.labels[structure]} has atoms {both[0]} and {both[1]} only {squared[pair] ** 0.5:.3g} Å "
                     f"apart (less than {CLOSEST_ALLOWED} Å): correct it or leave the structure out"
                 )
+
+    def _with_images(self, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All atoms, within their cells, then images across the faces that they are near to, and the atom of each."""
+        assert self.cells is not None
+        assert self.periodic is not None
+        owners, along = self.owners, self.periodic != 0
+        cells = np.array([_lattice(*one) for one in zip(self.cells, along, strict=True)]).reshape(-1, 3, 3)
+        fractions = np.einsum("ij,ijk->ik", coordinates, np.linalg.inv(cells)[owners])
+        shifts = np.where(along[owners], -np.floor(fractions), 0.0)
+        places = coordinates + np.einsum("ij,ijk->ik", shifts, cells[owners])
+        fractions, atoms = fractions + shifts, np.arange(len(coordinates))
+        margins = np.array([CLOSEST_ALLOWED / _heights(cell) for cell in cells]).reshape(-1, 3)
+        for axis in range(3):
+            near = along[owners[atoms], axis] & (fractions[:, axis] < margins[owners[atoms], axis])
+            images = places[near] + cells[owners[atoms[near]], axis]
+            beyond = fractions[near] + np.eye(3)[axis]
+            places, fractions = np.concatenate([places, images]), np.concatenate([fractions, beyond])
+            atoms = np.concatenate([atoms, atoms[near]])
+        return places, atoms
 
 
 def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = None) -> Structures:
@@ -386,6 +512,9 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
             [np.full(s, np.nan) if p.forces is None else p.forces for p, s in zip(parts, shapes, strict=True)], axis=-2
         )
     return parts[0].changed(
+        cells=_joined(parts, "cells", np.zeros((3, 3))),
+        periodic=_joined(parts, "periodic", np.zeros(3, dtype=np.int64)),
+        stresses=_joined(parts, "stresses", np.full((3, 3), np.nan), parts[0].levels),
         species=np.concatenate([part.species for part in parts]),
         coordinates=None if parts[0].coordinates is None else np.concatenate([part.coordinates for part in parts]),
         offsets=np.concatenate([[0], *(part.offsets[1:] + s for part, s in zip(parts, shifts, strict=False))]),
@@ -393,6 +522,46 @@ def concatenate(parts: Sequence[Structures], elements: Sequence[str] | None = No
         forces=forces,
         labels=tuple(label for part in parts for label in part.labels),
     )
+
+
+def _joined(parts: Sequence[Structures], name: str, absent: np.ndarray, levels: int = 1) -> np.ndarray | None:
+    """An array of all structures, one after another; of those that have none it is `absent` for each structure."""
+    if all(getattr(part, name) is None for part in parts):
+        return None
+    leading = () if levels == 1 else (levels,)
+    arrays = [
+        np.broadcast_to(absent, (*leading, len(part), *absent.shape)) if (own := getattr(part, name)) is None else own
+        for part in parts
+    ]
+    return np.concatenate(arrays, axis=len(leading))
+
+
+def _lattice(cell: np.ndarray, along: np.ndarray) -> np.ndarray:
+    """A cell [3, 3] with unit vectors, at right angles to the periodic ones, in place of those without periodicity."""
+    lattice = np.where(np.asarray(along, dtype=bool)[:, None], cell, 0.0)
+    places = np.flatnonzero(along)
+    if len(places) == 0:
+        return np.eye(3)
+    if len(places) == 1:
+        first = int(places[0])
+        axis = np.eye(3)[np.argmin(np.abs(lattice[first]))]
+        second = np.cross(lattice[first], axis)
+        third = np.cross(lattice[first], second)
+        lattice[(first + 1) % 3], lattice[(first + 2) % 3] = _unit(second), _unit(third)
+    elif len(places) == 2:
+        other = int(np.argmin(along))
+        lattice[other] = _unit(np.cross(lattice[(other + 1) % 3], lattice[(other + 2) % 3]))
+    return lattice
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(vector)
+    return vector / length if length else vector
+
+
+def _heights(cell: np.ndarray) -> np.ndarray:
+    """Distances of the opposite faces of a cell, [3], Å."""
+    return 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
 
 
 def atoms_of(offsets: np.ndarray, structures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Extended XYZ, and every other file of molecules that ASE reads."""
+"""Extended XYZ, and every other file of molecules and crystals that ASE reads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
+from ase.stress import voigt_6_to_full_3x3_stress
 
 from kinml_fast.data.fidelities import merge
 from kinml_fast.data.files import check_distinct, expand, first_few
@@ -23,7 +24,11 @@ from kinml_fast.errors import ConfigError, DataError, InputError
 log = logging.getLogger(__name__)
 
 _ENERGY_KEYS = ("energy", "REF_energy")
-_FORCES_KEYS = ("forces", "REF_forces")
+_STRESS_NAMES = ("stress", "virial", "virials")
+"""What stands for "energy" in the key of a stress that belongs to the key of an energy."""
+
+_Keys = tuple[str | None, str | None, str | None]
+"""Those of energy, forces and stress at one level."""
 
 
 def read(
@@ -38,12 +43,18 @@ def read(
     selection
         Its keys say where the numbers are. An energy without a key is `energy` or `REF_energy`, whichever a frame has;
         forces without one have the energy's key with "forces" for "energy" (`dft_energy` goes with `dft_forces`), so
-        that both never come from two methods, and a frame need not have any. Of several levels of theory, each with a
-        key, a frame has at least one. Files of one name in different folders may then have one level each: frames are
-        matched by their numbers. Where incomplete structures are kept, it is only logged that a file has nothing at all
-        of one level.
+        that both never come from two methods, and a frame need not have any; a stress without one has "stress",
+        "virial" or "virials" for "energy". Of several levels of theory, each with a key, a frame has at least one.
+        Files of one name in different folders may then have one level each: frames are matched by their numbers. Where
+        incomplete structures are kept, it is only logged that a file has nothing at all of one level.
     labelled
-        False: take geometries only, whatever energies and forces the files have.
+        False: take geometries only, whatever energies, forces and stresses the files have.
+
+    Notes
+    -----
+    A stress is what ASE calls so: dE/dε / volume in eV/Å³, six numbers xx yy zz yz xz xy or nine. A virial, by the name
+    of its key, is -dE/dε in eV, as in QUIP and GAP: stress = -virial / volume. A frame that is periodic (pbc) along any
+    vector is a crystal, another one a molecule, whatever its Lattice is.
 
     Returns
     -------
@@ -55,12 +66,11 @@ def read(
     Raises
     ------
     InputError
-        A file that ASE cannot read, a frame without energy or with two that differ, a periodic frame, numbers that
-        `Structures` refuses; another number of keys than of levels.
+        A file that ASE cannot read, a frame without energy or with two that differ, numbers that `Structures` refuses;
+        another number of keys than of levels.
     """
     paths = expand(files)
-    energy_keys = _keys("energy", selection.energy_key, selection, paths)
-    keys = list(zip(energy_keys, _keys("forces", selection.forces_key, selection, paths), strict=True))
+    keys = _all_keys(selection, paths)
     if len(keys) == 1:
         check_distinct(paths, _file_label)
     groups: dict[str, list[Path]] = {}
@@ -70,7 +80,7 @@ def read(
     for same_label in groups.values():
         found = [_read_one(path, keys, selection.elements, labelled) for path in same_label]
         if labelled and len(keys) > 1:
-            _check_levels(same_label, energy_keys, found, selection)
+            _check_levels(same_label, [energy_key for energy_key, *_ in keys], found, selection)
         parts += found if len(found) < 2 else [merge(concatenate(found))]
     return concatenate(parts, selection.elements)
 
@@ -83,12 +93,19 @@ def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
     InputError
         As `read`, where it is found in the piece that is read.
     """
-    energy_keys = _keys("energy", selection.energy_key, selection, [path])
-    keys = list(zip(energy_keys, _keys("forces", selection.forces_key, selection, [path]), strict=True))
+    keys = _all_keys(selection, [path])
     frames, first = _frames(path), 0
     while some := list(itertools.islice(frames, size)):
         yield _built(path, some, keys, selection.elements, True, first)
         first += len(some)
+
+
+def _all_keys(selection: Selection, paths: Sequence[Path]) -> list[_Keys]:
+    """The keys of each level."""
+    of_kinds = [
+        _keys(name, getattr(selection, f"{name}_key"), selection, paths) for name in ("energy", "forces", "stress")
+    ]
+    return list(zip(*of_kinds, strict=True))
 
 
 def _keys(
@@ -99,7 +116,7 @@ def _keys(
     keys = [key] if isinstance(key, str) else key
     if keys is not None and len(keys) == len(fidelities):
         return keys
-    if keys is None and (len(fidelities) == 1 or name == "forces"):
+    if keys is None and (len(fidelities) == 1 or name != "energy"):
         return [None] * len(fidelities)
     asked = f"those of the fidelities {' and '.join(map(str, fidelities))}" if len(fidelities) > 1 else "one"
     raise ConfigError(
@@ -115,7 +132,7 @@ def _file_label(path: Path) -> str:
 
 def _read_one(
     path: Path,
-    keys: Sequence[tuple[str | None, str | None]],
+    keys: Sequence[_Keys],
     elements: Sequence[str] | None,
     labelled: bool,
 ) -> Structures:
@@ -128,7 +145,7 @@ def _read_one(
 def _built(
     path: Path,
     frames: Sequence[Atoms],
-    keys: Sequence[tuple[str | None, str | None]],
+    keys: Sequence[_Keys],
     elements: Sequence[str] | None,
     labelled: bool,
     first: int,
@@ -136,11 +153,14 @@ def _built(
     """Structures of frames, before which there are `first` others in the file."""
     label = _file_label(path)
     labels = tuple(f"{label}/{first + i}" for i in range(1, len(frames) + 1))
-    energies, forces = None, None
+    energies, forces, stresses = None, None, None
     if labelled:
-        energies, forces = _energies_and_forces(path, frames, keys, first)
-        if len(keys) == 1:
-            energies, forces = energies[0], None if forces is None else forces[0]
+        found = _values_of(path, frames, keys, first)
+        energies, forces, stresses = (x if x is None or len(keys) > 1 else x[0] for x in found)
+    periodic = np.array([frame.pbc for frame in frames], dtype=np.int64).reshape(-1, 3)
+    cells = None
+    if periodic.any():
+        cells = np.array([frame.cell.array if frame.pbc.any() else np.zeros((3, 3)) for frame in frames])
     numbers = np.concatenate([frame.numbers for frame in frames])
     present, inverse = np.unique(numbers, return_inverse=True)
     symbols = [chemical_symbols[z] for z in present]
@@ -154,6 +174,9 @@ def _built(
             energies=energies,
             forces=forces,
             labels=labels,
+            cells=cells,
+            periodic=None if cells is None else periodic,
+            stresses=stresses,
         )
     except InputError as error:
         raise DataError(f"{path}: {error}") from error
@@ -161,43 +184,45 @@ def _built(
 
 def _frames(path: Path) -> Iterator[Atoms]:
     try:
-        for number, frame in enumerate(ase.io.iread(path, index=":", do_not_split_by_at_sign=True), start=1):
-            if frame.pbc.any():
-                raise DataError(
-                    f"{path}: frame {number} is periodic, only molecules can be used so far: "
-                    'leave out its Lattice or write pbc="F F F"'
-                )
-            yield frame
-    except InputError:
-        raise
+        yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
     except Exception as error:  # ASE's many readers raise whatever their parsing runs into
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: ASE cannot read it ({reason}): correct the file or its suffix") from error
 
 
-def _energies_and_forces(
-    path: Path, frames: Sequence[Atoms], keys: Sequence[tuple[str | None, str | None]], first: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Energies [K, n_frames] and forces [K, n_atoms, 3], NaN where there are none; None instead of no forces at all."""
+def _values_of(
+    path: Path, frames: Sequence[Atoms], keys: Sequence[_Keys], first: int
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Energies [K, n_frames], forces [K, n_atoms, 3] and stresses [K, n_frames, 3, 3].
+
+    NaN where there are none; None instead of no forces or stresses at all.
+    """
     energies = np.full((len(keys), len(frames)), np.nan)
     offsets = np.cumsum([0] + [len(frame) for frame in frames])
     forces = np.full((len(keys), offsets[-1], 3), np.nan)
+    stresses = np.full((len(keys), len(frames), 3, 3), np.nan)
     for i, frame in enumerate(frames):
         where = f"{path}: frame {first + i + 1}"
         values = _values(frame)
         # Of several levels a frame may lack some, but not all.
-        present = [k for k, (key, _) in enumerate(keys) if key in values] if len(keys) > 1 else [0]
+        present = [k for k, (key, *_) in enumerate(keys) if key in values] if len(keys) > 1 else [0]
         if not present:
             raise DataError(
-                f"{where} has no energy under any of the keys {', '.join(str(key) for key, _ in keys)}{_others(values)}"
+                f"{where} has no energy under any of the keys {', '.join(str(key[0]) for key in keys)}{_others(values)}"
             )
         for k in present:
-            energies[k, i], of_frame = _energy_and_forces(where, values, len(frame), *keys[k])
+            energies[k, i], of_frame, stress = _of_level(where, frame, values, keys[k])
             if len(keys) > 1 and np.isnan(energies[k, i]):
                 raise DataError(f"{where}: {keys[k][0]} is NaN: correct it or leave it out of the frame")
             if of_frame is not None:
                 forces[k, offsets[i] : offsets[i + 1]] = of_frame
-    return energies, None if np.isnan(forces).all() else forces
+            if stress is not None:
+                stresses[k, i] = stress
+    return energies, _if_any(forces), _if_any(stresses)
+
+
+def _if_any(values: np.ndarray) -> np.ndarray | None:
+    return None if np.isnan(values).all() else values
 
 
 def _check_levels(
@@ -224,9 +249,11 @@ def _others(values: Mapping[str, Any]) -> str:
     return f", only {', '.join(others)}: name the key" if others else ": add it or leave the frame out"
 
 
-def _energy_and_forces(
-    where: str, values: Mapping[str, Any], n_atoms: int, energy_key: str | None, forces_key: str | None
-) -> tuple[float, np.ndarray | None]:
+def _of_level(
+    where: str, frame: Atoms, values: Mapping[str, Any], keys: _Keys
+) -> tuple[float, np.ndarray | None, np.ndarray | None]:
+    """Energy, forces [n, 3] and stress [3, 3] of a frame at one level; None of what it does not have."""
+    energy_key, forces_key, stress_key = keys
     energy_keys = (energy_key,) if energy_key is not None else _ENERGY_KEYS
     found = [key for key in energy_keys if key in values]
     if not found:
@@ -234,15 +261,14 @@ def _energy_and_forces(
     energies = [_number(values[key], f"{where}: {key}") for key in found]
     if len(set(energies)) > 1 and not np.isnan(energies).all():
         raise DataError(f"{where} has different numbers under {' and '.join(found)}: name the key to use")
-    if forces_key is None:
-        # Prefer the partner of the energy that was taken.
-        wanted = [key.replace("energy", "forces") for key in found if "energy" in key]
-    else:
-        wanted = [forces_key]
-    for key in wanted:
-        if key in values:
-            return energies[0], _vectors(values[key], n_atoms, f"{where}: {key}")
-    return energies[0], None
+    # Prefer the partners of the energy that was taken.
+    partners = [key for key in found if "energy" in key]
+    wanted = [key.replace("energy", "forces") for key in partners] if forces_key is None else [forces_key]
+    forces = next((_vectors(values[key], len(frame), f"{where}: {key}") for key in wanted if key in values), None)
+    wanted = [key.replace("energy", name) for key in partners for name in _STRESS_NAMES]
+    wanted = wanted if stress_key is None else [stress_key]
+    stress = next((_stress(values[key], frame, key, f"{where}: {key}") for key in wanted if key in values), None)
+    return energies[0], forces, stress
 
 
 def _number(value: object, what: str) -> float:
@@ -264,4 +290,28 @@ def _vectors(value: object, n_atoms: int, what: str) -> np.ndarray:
         raise DataError(f"{what} is not three numbers for each of the {n_atoms} atoms: correct it")
     if np.isnan(array).any():
         raise DataError(f"{what} has a NaN: correct it or leave the forces of this frame out")
+    return array
+
+
+def _stress(value: object, frame: Atoms, key: str, what: str) -> np.ndarray:
+    """The stress [3, 3] in eV/Å³ that stands under a key, of a crystal."""
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.empty(0)
+    if array.shape == (6,):
+        array = voigt_6_to_full_3x3_stress(array)
+    elif array.shape in ((9,), (3, 3)):
+        array = array.reshape(3, 3)
+    else:
+        raise DataError(f"{what} is not six numbers (xx yy zz yz xz xy) or nine: correct it")
+    if not np.isfinite(array).all():
+        raise DataError(f"{what} has a NaN or infinite number: correct it or leave the stress of this frame out")
+    if not frame.pbc.any():
+        raise DataError(f"{what} is given of a molecule, which has none: give its Lattice and pbc, or leave it out")
+    if "virial" in key.lower():
+        volume = frame.cell.volume
+        if volume == 0:
+            raise DataError(f"{what} is given with a cell without volume: give three vectors, or leave it out")
+        array = -array / volume
     return array

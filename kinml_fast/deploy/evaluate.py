@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kinml_fast import report
+from kinml_fast import ops, report
 from kinml_fast.data import sources
 from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.selection import Selection
@@ -22,7 +23,7 @@ from kinml_fast.deploy import members, model_file
 from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import EnergyModel, Ensemble
-from kinml_fast.units import KCAL_PER_MOL
+from kinml_fast.units import GIGAPASCAL, KCAL_PER_MOL
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,17 @@ class Predictions:
         float64 [n_atoms, 3] or [K, n_atoms, 3], eV/Å, −dE/dx; None if they were not asked for.
     energy_std, forces_std
         Standard deviations of the members of an ensemble (ddof = 1), shaped as energies and forces; None of one model.
+    stresses, stresses_std
+        float64 [n_structures, 3, 3] or [K, n_structures, 3, 3], eV/Å³, in ASE's sign; NaN for molecules and for cells
+        without volume; None if they were not asked for.
     """
 
     energies: np.ndarray
     forces: np.ndarray | None
     energy_std: np.ndarray | None = None
     forces_std: np.ndarray | None = None
+    stresses: np.ndarray | None = None
+    stresses_std: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -61,19 +67,22 @@ class Spread:
     correlation
         Spearman's rank correlation, over the structures, of the standard deviation of the energy with the error of the
         mean: 1 if a larger spread always means a larger error; NaN of fewer than three structures.
+    stress
+        Mean standard deviation of the components of the members' stresses (GPa), likewise.
     """
 
     energy: float
     forces: float | None
     correlation: float
+    stress: float | None = None
 
 
 @dataclass(frozen=True)
 class Group:
     """Errors of the structures of one formula in one file at one level of theory ("all" for sums over several).
 
-    `forces` counts only structures that have forces, and is None if none has. `fidelity` is None of a model of one
-    level, `spread` is None of a single model.
+    `forces` and `stress` count only structures that have them, and are None if none has. `fidelity` is None of a model
+    of one level, `spread` is None of a single model.
     """
 
     file: str
@@ -83,6 +92,7 @@ class Group:
     forces: Errors | None
     fidelity: int | None = None
     spread: Spread | None = None
+    stress: Errors | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +122,22 @@ class Part:
             return None
         return self.predictions.forces - self.structures.forces
 
+    @property
+    def stress_residuals(self) -> np.ndarray | None:
+        """Predicted minus reference stresses, [n_structures, 3, 3] in eV/Å³, NaN for structures without a stress."""
+        if self.structures.stresses is None or self.predictions.stresses is None:
+            return None
+        return self.predictions.stresses - self.structures.stresses
+
 
 def evaluate(
-    model: EnergyModel | Ensemble, structures: Structures, batch_size: int = BATCH_SIZE, forces: bool | None = None
+    model: EnergyModel | Ensemble,
+    structures: Structures,
+    batch_size: int = BATCH_SIZE,
+    forces: bool | None = None,
+    stresses: bool | None = None,
 ) -> Predictions:
-    """Energies, and forces if there are any to compare them with, at all levels of the model.
+    """Energies, and forces and stresses if there are any to compare them with, at all levels of the model.
 
     Parameters
     ----------
@@ -128,6 +149,9 @@ def evaluate(
         Structures at a time.
     forces
         Whether to compute forces; None: if the structures have them.
+    stresses
+        Whether to compute stresses, and then forces too; None: if the structures have them. Of molecules alone there
+        are none in any case.
 
     Raises
     ------
@@ -137,18 +161,33 @@ def evaluate(
     structures = structures.with_elements(model.elements)
     if structures.coordinates is None:
         raise DataError(f"{structures.labels[0]} has no coordinates, only stored descriptors: take files with both")
-    with_forces = structures.forces is not None if forces is None else forces
+    with_stresses = structures.stresses is not None if stresses is None else stresses
+    with_stresses &= bool(structures.are_crystals.any())
+    with_forces = with_stresses or (structures.forces is not None if forces is None else forces)
     device = model.sae.device
     species = torch.from_numpy(structures.species).to(device)
     coordinates = torch.from_numpy(structures.coordinates).to(device, model.dtype)
     leading = members.count(model), model.levels
     energies: list[np.ndarray] = [np.empty((*leading, 0))]
     computed: list[np.ndarray] = [np.empty((*leading, 0, 3))]
+    virials: list[np.ndarray] = [np.empty((*leading, 0, 3, 3))]
+    cells, periodic = (
+        None if x is None else torch.from_numpy(x).to(device) for x in (structures.cells, structures.periodic)
+    )
     for first in range(0, len(structures), batch_size):
         offsets = structures.offsets[first : first + batch_size + 1]
         atoms = slice(int(offsets[0]), int(offsets[-1]))
-        batch = (coordinates[atoms], species[atoms], torch.from_numpy(offsets - offsets[0]).to(device))
-        if with_forces:
+        around = None
+        if cells is not None and periodic is not None:
+            some = slice(first, first + batch_size)
+            around = ops.surroundings(cells[some], periodic[some])
+        batch = (coordinates[atoms], species[atoms], torch.from_numpy(offsets - offsets[0]).to(device), around)
+        if with_stresses:
+            found = members.results(model, *batch)
+            energy = found.energies
+            computed.append(found.forces)
+            virials.append(found.virials)
+        elif with_forces:
             energy, force = members.energies_and_forces(model, *batch)
             computed.append(force)
         else:
@@ -158,14 +197,20 @@ def evaluate(
             raise DataError(f"{structures.labels[first + int(np.argmin(known))]} {members.NOT_FINITE}")
         energies.append(energy)
     all_energies, all_forces = np.concatenate(energies, axis=2), np.concatenate(computed, axis=2)
+    volumes = np.where(structures.volumes > 0, structures.volumes, np.nan)
+    all_stresses = np.concatenate(virials, axis=2)
+    if with_stresses:
+        all_stresses = all_stresses / volumes[:, None, None]
     if model.levels == 1:  # then there is no dimension of the levels
-        all_energies, all_forces = all_energies[:, 0], all_forces[:, 0]
+        all_energies, all_forces, all_stresses = all_energies[:, 0], all_forces[:, 0], all_stresses[:, 0]
     spread = members.count(model) > 1
     return Predictions(
         members.mean(all_energies),
         members.mean(all_forces) if with_forces else None,
         members.deviation(all_energies) if spread else None,
         members.deviation(all_forces) if spread and with_forces else None,
+        members.mean(all_stresses) if with_stresses else None,
+        members.deviation(all_stresses) if spread and with_stresses else None,
     )
 
 
@@ -203,6 +248,8 @@ def parts(
             None if predictions.forces is None else predictions.forces[k][atoms],
             None if predictions.energy_std is None else predictions.energy_std[k][known],
             None if predictions.forces_std is None else predictions.forces_std[k][atoms],
+            None if predictions.stresses is None else predictions.stresses[k][known],
+            None if predictions.stresses_std is None else predictions.stresses_std[k][known],
         )
         found.append(Part(structures.level(level), of_level, file, fidelity))
     return [part for part in found if len(part.structures)]
@@ -243,7 +290,8 @@ def run_evaluate(
         Structures at a time.
     csv_path
         File to write with a row for each structure and level: energies in eV; errors and standard deviations in
-        kcal/mol and kcal/mol/Å (forces: root mean square and largest over the structure's components).
+        kcal/mol and kcal/mol/Å (forces: root mean square and largest over the structure's components), of stresses,
+        if there are any, likewise in GPa.
     plots
         Folder for a parity plot of all structures, parity_evaluated.png (of several levels one for each,
         parity_evaluated_fidelity0.png), and errors.csv; made if it is not there.
@@ -292,18 +340,22 @@ def run_evaluate(
 
 
 def table(rows: Sequence[Group]) -> str:
-    """The errors as a text table: energies in kcal/mol, forces in kcal/mol/Å."""
+    """The errors as a text table: energies in kcal/mol, forces in kcal/mol/Å, stresses in GPa."""
     with_forces = any(row.forces is not None for row in rows)
+    with_stresses = any(row.stress is not None for row in rows)
     with_levels = any(row.fidelity is not None for row in rows)
     with_spread = any(row.spread is not None for row in rows)
     spread = ["std"] if with_spread else []
     cells = [["file", "formula", *(["fidelity"] if with_levels else []), "structures"]]
-    cells[0] += ["energy MAE", "RMSE", "max", *spread] + (["forces MAE", "RMSE", "max", *spread] if with_forces else [])
+    shown = {"energy": True, "forces": with_forces, "stress": with_stresses}
+    kinds = [kind for kind, is_shown in shown.items() if is_shown]
+    for kind in kinds:
+        cells[0] += [f"{kind} MAE", "RMSE", "max", *spread]
     for row in rows:
         line = [row.file, row.formula, *([f"{row.fidelity}"] if with_levels else []), f"{row.n_structures:,}"]
-        deviations = [row.spread and row.spread.energy, row.spread and row.spread.forces]
-        errors = [row.energy, row.forces] if with_forces else [row.energy]
-        for error, deviation in zip(errors, deviations, strict=False):
+        for kind in kinds:
+            error: Errors | None = getattr(row, kind)
+            deviation = None if row.spread is None else getattr(row.spread, kind)
             numbers = (None,) * 3 if error is None else (error.mae, error.rmse, error.max)
             line += ["-" if x is None else f"{x:.3f}" for x in (*numbers, *([deviation] if with_spread else []))]
         cells.append(line)
@@ -311,6 +363,7 @@ def table(rows: Sequence[Group]) -> str:
     sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)
     lines = ["  ".join(side(text, w) for side, text, w in zip(sides, line, widths, strict=True)) for line in cells]
     units = "energies in kcal/mol" + (", forces in kcal/mol/Å" if with_forces else "")
+    units += ", stresses in GPa" if with_stresses else ""
     lines = [f"errors ({units})", *lines]
     if with_spread:
         lines.append("std: mean standard deviation of the members; " + _correlations(rows))
@@ -346,19 +399,24 @@ def _group(part: Part, chosen: np.ndarray, formula: str) -> Group:
     residuals = part.energy_residuals[chosen]
     forces = np.empty((0, 3)) if part.force_residuals is None else part.force_residuals[atoms]
     known = ~np.isnan(forces)
+    stresses = np.empty((0, 3, 3)) if part.stress_residuals is None else part.stress_residuals[chosen]
+    known_stresses = ~np.isnan(stresses)
     spread = None
     if part.predictions.energy_std is not None:
-        forces_std = part.predictions.forces_std
+        forces_std, stresses_std = part.predictions.forces_std, part.predictions.stresses_std
         of_forces = None if forces_std is None or not known.any() else forces_std[atoms][known]
-        spread = _spread(residuals, part.predictions.energy_std[chosen], of_forces)
+        of_stresses = None if stresses_std is None or not known_stresses.any() else stresses_std[chosen][known_stresses]
+        spread = _spread(residuals, part.predictions.energy_std[chosen], of_forces, of_stresses)
     errors = Errors.of(forces[known]) if known.any() else None
-    return Group(part.file, formula, len(chosen), Errors.of(residuals), errors, part.fidelity, spread)
+    stress = Errors.of(stresses[known_stresses], GIGAPASCAL) if known_stresses.any() else None
+    return Group(part.file, formula, len(chosen), Errors.of(residuals), errors, part.fidelity, spread, stress)
 
 
 def total(found: Sequence[Part]) -> Group:
     """The errors of all structures of parts that are of one level."""
     residuals = np.concatenate([part.energy_residuals for part in found])
     of_forces, deviations, forces_std = np.empty(0), [], np.empty(0)
+    of_stresses, stresses_std = np.empty(0), np.empty(0)
     for part in found:
         predictions = part.predictions
         if predictions.energy_std is not None:
@@ -368,22 +426,32 @@ def total(found: Sequence[Part]) -> Group:
             of_forces = np.append(of_forces, part.force_residuals[known])
             if predictions.forces_std is not None:
                 forces_std = np.append(forces_std, predictions.forces_std[known])
-    spread = _spread(residuals, np.concatenate(deviations), forces_std) if deviations else None
+        if part.stress_residuals is not None:
+            known = ~np.isnan(part.stress_residuals)
+            of_stresses = np.append(of_stresses, part.stress_residuals[known])
+            if predictions.stresses_std is not None:
+                stresses_std = np.append(stresses_std, predictions.stresses_std[known])
+    spread = _spread(residuals, np.concatenate(deviations), forces_std, stresses_std) if deviations else None
     errors = Errors.of(of_forces) if of_forces.size else None
-    return Group("all", "all", len(residuals), Errors.of(residuals), errors, found[0].fidelity, spread)
+    stress = Errors.of(of_stresses, GIGAPASCAL) if of_stresses.size else None
+    return Group("all", "all", len(residuals), Errors.of(residuals), errors, found[0].fidelity, spread, stress)
 
 
-def _spread(residuals: np.ndarray, energy_std: np.ndarray, forces_std: np.ndarray | None) -> Spread:
+def _spread(
+    residuals: np.ndarray, energy_std: np.ndarray, forces_std: np.ndarray | None, stresses_std: np.ndarray | None
+) -> Spread:
     ranks = [np.argsort(np.argsort(x, kind="stable"), kind="stable") for x in (energy_std, np.abs(residuals))]
     correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(residuals) > 2 else float("nan")
     forces = None if forces_std is None or not forces_std.size else float(forces_std.mean()) * KCAL_PER_MOL
-    return Spread(float(energy_std.mean()) * KCAL_PER_MOL, forces, correlation)
+    stress = None if stresses_std is None or not stresses_std.size else float(stresses_std.mean()) * GIGAPASCAL
+    return Spread(float(energy_std.mean()) * KCAL_PER_MOL, forces, correlation, stress)
 
 
 def draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part], split: str = "evaluated") -> None:
     """Write a parity plot for each level, parity_SPLIT.png or parity_SPLIT_fidelity0.png, and errors.csv."""
     energies: dict[str, tuple] = {}
     forces: dict[str, tuple] = {}
+    stresses: dict[str, tuple] = {}
     for fidelity in dict.fromkeys(part.fidelity for part in found):
         of_fidelity = [part for part in found if part.fidelity == fidelity]
         level = -1 if fidelity is None else model.fidelities.index(fidelity)
@@ -406,7 +474,17 @@ def draw(folder: Path, model: EnergyModel | Ensemble, found: Sequence[Part], spl
             both_forces.append(np.stack([structures.forces[known].ravel(), predicted[known].ravel()]))
             of_forces += [structures.labels[i] for i in np.repeat(structures.owners[known], 3)]
         forces[name] = (of_forces, *np.concatenate(both_forces, axis=1))
-    report.write_parity(folder, energies, forces)
+        of_stresses: list[str] = []
+        both_stresses = [np.empty((2, 0))]
+        for part in of_fidelity:
+            structures, predicted = part.structures, part.predictions.stresses
+            if structures.stresses is None or predicted is None:
+                continue
+            known = structures.known_stresses[0]
+            both_stresses.append(np.stack([structures.stresses[known].ravel(), predicted[known].ravel()]))
+            of_stresses += [structures.labels[i] for i in np.repeat(np.flatnonzero(known), 9)]
+        stresses[name] = (of_stresses, *np.concatenate(both_stresses, axis=1))
+    report.write_parity(folder, energies, forces, stresses=stresses)
 
 
 def _write_csv(path: Path, found: Sequence[Part]) -> None:
@@ -414,10 +492,13 @@ def _write_csv(path: Path, found: Sequence[Part]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     with_levels = any(part.fidelity is not None for part in found)
     with_spread = any(part.predictions.energy_std is not None for part in found)
+    with_stresses = any(part.stress_residuals is not None for part in found)
     writer.writerow(
         ["structure", "formula", *(["fidelity"] if with_levels else [])]
         + ["energy_reference", "energy_predicted", "energy_error", "forces_rmse", "forces_max"]
         + (["energy_std", "forces_std"] if with_spread else [])
+        + (["stress_rmse", "stress_max"] if with_stresses else [])
+        + (["stress_std"] if with_stresses and with_spread else [])
     )
     for part in found:
         structures, predictions, residuals = part.structures, part.predictions, part.force_residuals
@@ -435,6 +516,14 @@ def _write_csv(path: Path, found: Sequence[Part]) -> None:
                 forces_std = predictions.forces_std
                 row.append(repr(float(predictions.energy_std[i]) * KCAL_PER_MOL))
                 row.append("" if forces_std is None else repr(Errors.of(forces_std[atoms]).rmse))
+            if with_stresses:
+                of_stress = np.full(1, np.nan) if part.stress_residuals is None else part.stress_residuals[i]
+                of_stress_errors = Errors.of(of_stress, GIGAPASCAL)
+                numbers = [of_stress_errors.rmse, of_stress_errors.max]
+                if with_spread:
+                    deviations = predictions.stresses_std
+                    numbers.append(math.nan if deviations is None else Errors.of(deviations[i], GIGAPASCAL).rmse)
+                row += ["" if math.isnan(number) else repr(number) for number in numbers]
             writer.writerow(row)
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")

@@ -106,12 +106,18 @@ def second_derivatives(
     return rows
 
 
-def energies(model: EnergyModel | Ensemble, coordinates: Tensor, species: Tensor, offsets: Tensor) -> np.ndarray:
+def energies(
+    model: EnergyModel | Ensemble,
+    coordinates: Tensor,
+    species: Tensor,
+    offsets: Tensor,
+    around: list[Tensor | None] | None = None,
+) -> np.ndarray:
     """The energies of `energies_and_forces`, to the last bit, without computing forces."""
     networks, members = model.networks, count(model)
     with torch.inference_mode():
         found, _ = ops.energy_forces(
-            ops.System(None, species, offsets, features=model.aev(coordinates, species, offsets)),
+            ops.System(None, species, offsets, features=model.aev(coordinates, species, offsets, around)),
             networks.weights.detach().reshape(members, -1),
             model.sae.reshape(members, model.levels, -1),
             ops.Model([], networks.packed),

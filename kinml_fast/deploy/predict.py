@@ -1,4 +1,4 @@
-"""Energies and forces for a file of molecules."""
+"""Energies, forces and stresses for a file of molecules and crystals."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from kinml_fast.errors import ConfigError, DataError, InputError
 
 log = logging.getLogger(__name__)
 
+_VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
+"""Rows and columns of xx yy zz yz xz xy."""
+
 
 def predict(
     model_path: str | os.PathLike | Sequence[str | os.PathLike],
@@ -32,11 +35,12 @@ def predict(
     base: BaseCalculator | str | None = None,
     device: str | None = None,
 ) -> int:
-    """Write the molecules of a file as extended XYZ with the model's energy (eV) and forces (eV/Å).
+    """Write the structures of a file as extended XYZ with the model's energy (eV), forces (eV/Å) and stress (eV/Å³).
 
-    Energies and forces are those of the highest level of theory; those of a lower level are `energy_fidelity0` and
-    `forces_fidelity0`. Of an ensemble they are the means, and `energy_std` and `forces_std` are the standard deviations
-    of its members (ddof = 1). What the file has under these names is replaced; whatever else ASE has read stays.
+    A stress, in ASE's sign, have crystals whose cell has a volume. All are those of the highest level of theory; those
+    of a lower level are `energy_fidelity0`, `forces_fidelity0` and `stress_fidelity0` (xx yy zz yz xz xy). Of an
+    ensemble they are the means, and `energy_std`, `forces_std` and `stress_std` are the standard deviations of its
+    members (ddof = 1). What the file has under these names is replaced; whatever else ASE has read stays.
 
     Parameters
     ----------
@@ -49,22 +53,22 @@ def predict(
     batch_size
         Structures at a time.
     base
-        The low level of a model of differences, whose energies and forces are added: a calculator, or what
-        `low_level.make` takes.
+        The low level of a model of differences, whose energies, forces and, if it has any, stresses are added: a
+        calculator, or what `low_level.make` takes.
     device
         Where to compute, see `model_file.resolve`; the base computes where it is.
 
     Returns
     -------
     int
-        Number of molecules.
+        Number of structures.
 
     Raises
     ------
     InputError
-        A file that cannot be read or written, a frame that is periodic or has atoms in one place, an element that the
-        model does not know, a model of differences without a base, a frame for which the base fails, or a device that
-        cannot be used.
+        A file that cannot be read or written, a frame whose cell has no volume or is left-handed, or that has atoms in
+        one place, an element that the model does not know, a model of differences without a base, a frame for which the
+        base fails, or a device that cannot be used.
     """
     model = model_file.resolve(model_path, device)
     calculator = low_level.checked(model, base, KinMLCalculator)
@@ -73,11 +77,12 @@ def predict(
         raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
     structures = xyz.read(path, labelled=False)
     _check_elements(path, structures, model.elements, model_file.name(model_path))
-    predictions = evaluate(model, structures, batch_size, forces=True)
+    predictions = evaluate(model, structures, batch_size, forces=True, stresses=True)
     with replacing(out_path) as temporary:
         frames = list(_frames(path, structures, predictions, model.fidelities, calculator))
         ase.io.write(temporary, frames, format="extxyz")
-    log.info("wrote energies and forces of %d molecules to %s", len(structures), out_path)
+    what = "molecules" if predictions.stresses is None else "structures, and stresses of crystals,"
+    log.info("wrote energies and forces of %d %s to %s", len(structures), what, out_path)
     return len(structures)
 
 
@@ -91,26 +96,42 @@ def _frames(
     levels = len(fidelities)
     assert predictions.forces is not None
     energies, forces = predictions.energies.reshape(levels, -1), predictions.forces.reshape(levels, -1, 3)
+    stresses, stresses_std = (
+        None if x is None else x.reshape(levels, -1, 3, 3)[..., _VOIGT[0], _VOIGT[1]]
+        for x in (predictions.stresses, predictions.stresses_std)
+    )
     frames = ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
     for i, frame in enumerate(frames):
         atoms = slice(structures.offsets[i], structures.offsets[i + 1])
         energy, of_frame = float(energies[-1, i]), forces[-1, atoms]
+        has_stress = stresses is not None and not np.isnan(stresses[-1, i]).any()
+        results = {"stress": stresses[-1, i]} if stresses is not None and has_stress else {}
         if base is not None:
-            low_energy, low_forces = _low_level(f"{path}: frame {i + 1}", frame, base)
+            low_energy, low_forces, low_stress = _low_level(f"{path}: frame {i + 1}", frame, base, bool(results))
             energy, of_frame = energy + low_energy, of_frame + low_forces
+            results = {} if low_stress is None else {"stress": results["stress"] + low_stress}
         if predictions.energy_std is not None and predictions.forces_std is not None:
             frame.info["energy_std"] = float(predictions.energy_std.reshape(levels, -1)[-1, i])
             frame.arrays["forces_std"] = predictions.forces_std.reshape(levels, -1, 3)[-1, atoms]
+            if stresses_std is not None and has_stress:
+                frame.info["stress_std"] = stresses_std[-1, i]
         for level, fidelity in enumerate(fidelities[:-1]):
             frame.info[f"energy_fidelity{fidelity}"] = float(energies[level, i])
             frame.arrays[f"forces_fidelity{fidelity}"] = forces[level, atoms]
-        frame.calc = SinglePointCalculator(frame, energy=energy, forces=of_frame)
+            if stresses is not None and has_stress:
+                frame.info[f"stress_fidelity{fidelity}"] = stresses[level, i]
+        frame.calc = SinglePointCalculator(frame, energy=energy, forces=of_frame, **results)
         yield frame
 
 
-def _low_level(where: str, frame: Atoms, base: BaseCalculator) -> tuple[float, np.ndarray]:
+def _low_level(
+    where: str, frame: Atoms, base: BaseCalculator, stress: bool
+) -> tuple[float, np.ndarray, np.ndarray | None]:
+    """Energy, forces and stress [6] of the base; None without a stress, or of a base that gives none."""
     try:
-        return base.get_property("energy", frame), base.get_property("forces", frame)
+        has_stress = stress and "stress" in base.implemented_properties
+        energy, forces = base.get_property("energy", frame), base.get_property("forces", frame)
+        return energy, forces, base.get_property("stress", frame) if has_stress else None
     except (InputError, CalculatorError) as error:
         raise DataError(f"{where}: the base cannot compute it ({error}): leave the frame out") from error
 

@@ -63,6 +63,9 @@ class DataConfig(Section):
     forces_key: str | list[str] | None = None
     """XYZ: key of the forces (eV/Å), or a list as for energy_key; null: the key of the energy with `forces` for
     `energy`."""
+    stress_key: str | list[str] | None = None
+    """XYZ: key of the stress (eV/Å³, ASE's sign) or, if virial is part of its name, of the virial (eV, the other sign),
+    or a list as for energy_key; null: the key of the energy with `stress`, `virial` or `virials` for `energy`."""
     split: list[int | float] = [0.8, 0.1, 0.1]
     """Training, validation, test: numbers of structures, or fractions that sum to at most 1."""
     split_file: str | None = None
@@ -134,7 +137,7 @@ class DataConfig(Section):
                 f"sae has {len(self.sae)} entries and there are {len(fidelities)} fidelities: give one for each, or "
                 "one for all"
             )
-        for name in ("energy_key", "forces_key"):
+        for name in ("energy_key", "forces_key", "stress_key"):
             keys = getattr(self, name)
             if keys is not None and number != (len(keys) if isinstance(keys, list) else 1):
                 raise ValueError(
@@ -281,23 +284,31 @@ class SchedulerConfig(Section):
 
 class LossConfig(Section):
     """What is minimised, batch by batch. L_E is the mean over structures of weight times squared energy error (eV²),
-    L_F that of weight times mean squared error of the structure's force components (eV²/Å²); weights: data.weights."""
+    L_F that of weight times mean squared error of the structure's force components (eV²/Å²), L_S that of weight times
+    mean squared error of the nine components of stress · volume / number of atoms (eV²); weights: data.weights."""
 
     forces: bool = False
     """Whether forces are trained on, judged and reported; structures without forces count with their energies only."""
+    stresses: bool = False
+    """Whether stresses of crystals are trained on as well, judged and reported: L_S is in the loss in the epochs that
+    have L_F. Structures without a stress, and molecules, count with their energies and forces only."""
     forces_from: Annotated[int, Field(ge=0)] = 0
     """forces: first epoch (counted from 0) whose loss has L_F; before it, training is on energies only, and faster."""
     forces_until: Count | None = None
     """forces: first epoch whose loss no longer has L_F; null: it stays."""
     weighting: Literal["static", "learned"] = "static"
-    """static: (1 - force_weight) L_E + force_weight L_F; learned: exp(-s_E) L_E + s_E + exp(-s_F) L_F + s_F, where the
-    optimizer also moves the s, which start at 0 (Kendall et al., CVPR 2018). A term that stands alone has factor 1."""
+    """static: (1 - force_weight) L_E + force_weight L_F + stress_weight L_S; learned: exp(-s_E) L_E + s_E +
+    exp(-s_F) L_F + s_F (+ exp(-s_S) L_S + s_S), where the optimizer also moves the s, which start at 0 (Kendall et al.,
+    CVPR 2018). A term that stands alone has factor 1."""
     force_weight: Annotated[float, Field(ge=0, le=1)] = 0.7
     """static: the share of L_F."""
+    stress_weight: NotNegative = 1.0
+    """static: the factor of L_S, beside the shares of the other two."""
     energy_per_atom: bool = False
     """Take L_E of energies divided by the number of atoms, so that molecules of all sizes count alike."""
     level_weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None
-    """Several fidelities: factors of the levels in L_E and L_F, which are sums over them, lowest first; null: all 1."""
+    """Several fidelities: factors of the levels in L_E, L_F, L_S, which are sums over them, lowest first; null: all
+    1."""
     extra_weights: dict[str, NotNegative] = {}
     """static: factors, by name, of further terms that a Python program gives (Trainer's extra_losses); by default 1."""
 
@@ -313,25 +324,35 @@ class LossConfig(Section):
             raise ValueError(f"forces_until must be later than forces_from, which is {self.forces_from}")
         return self
 
+    @model_validator(mode="after")
+    def _check_stresses(self) -> LossConfig:
+        if self.stresses and not self.forces:
+            raise ValueError("stresses are trained on together with forces: set forces to true as well")
+        return self
+
     def has_forces(self, epoch: int) -> bool:
         """Whether the loss of an epoch has a force term."""
         ended = self.forces_until is not None and epoch >= self.forces_until
         return self.forces and epoch >= self.forces_from and not ended
 
     def ignored(self) -> list[str]:
-        """Keys that were changed but have no effect without forces."""
-        return [] if self.forces else _changed(self, {"forces_from", "forces_until", "force_weight"})
+        """Keys that were changed but have no effect without forces, and without stresses."""
+        keys = [] if self.forces else _changed(self, {"forces_from", "forces_until", "force_weight"})
+        return keys + ([] if self.stresses else _changed(self, {"stress_weight"}))
 
 
 class ScoreConfig(Section):
     """What a model is judged by, after each epoch, to choose the best one, to stop early and to lower the learning rate
-    (rop): energy · RMSE of the validation energies (kcal/mol) + forces · RMSE of the validation forces (kcal/mol/Å).
+    (rop): energy · RMSE of the validation energies (kcal/mol) + forces · RMSE of the validation forces (kcal/mol/Å)
+    + stresses · RMSE of the validation stresses (GPa).
     With several fidelities these are the errors of the highest, for whose sake there are others."""
 
     energy: NotNegative = 1.0
     """Factor of the energy RMSE."""
     forces: NotNegative = 1.0
     """Factor of the force RMSE; it counts when training.loss.forces is true, in all epochs."""
+    stresses: NotNegative = 1.0
+    """Factor of the stress RMSE; it counts when training.loss.stresses is true, in all epochs."""
     level_weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None
     """Several fidelities: factors of the levels, lowest first, to judge by a sum of their errors; null: 1 for the
     highest and 0 for the others. Where no validation structure has forces of a level that counts, set forces to 0."""
@@ -417,8 +438,16 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check_score(self) -> TrainingConfig:
-        if self.score.energy == 0 and (self.score.forces == 0 or not self.loss.forces):
+        of_forces = self.score.forces if self.loss.forces else 0.0
+        of_stresses = self.score.stresses if self.loss.stresses else 0.0
+        if self.score.energy == of_forces == of_stresses == 0:
             raise ValueError("score.energy is 0 and nothing else is judged: give it, or score.forces and loss.forces")
+        return self
+
+    @model_validator(mode="after")
+    def _check_stored(self) -> TrainingConfig:
+        if self.loss.stresses and self.jacobian == "stored":
+            raise ValueError("stresses cannot be had from stored Jacobians: set jacobian to recompute")
         return self
 
     def for_ranks(self, size: int) -> TrainingConfig:
@@ -444,12 +473,13 @@ class TrainingConfig(Section):
             for name, section in sections.items()
             for key in section.ignored()
         ]
-        without = [f"loss.{key}" for key in self.loss.ignored()]
-        if not self.loss.forces:
-            without += [f"score.{key}" for key in _changed(self.score, {"forces"})]
-        sentences += [f"training.{key} has no effect with training.loss.forces = false" for key in without]
+        for kind, has in (("forces", self.loss.forces), ("stresses", self.loss.stresses)):
+            of_stresses = kind == "stresses"
+            without = [f"loss.{key}" for key in self.loss.ignored() if (key == "stress_weight") == of_stresses]
+            without += [] if has else [f"score.{key}" for key in _changed(self.score, {kind})]
+            sentences += [f"training.{key} has no effect with training.loss.{kind} = false" for key in without]
         if self.loss.weighting == "learned":
-            keys = _changed(self.loss, {"force_weight", "extra_weights"})
+            keys = _changed(self.loss, {"force_weight", "stress_weight", "extra_weights"})
             sentences += [f"training.loss.{key} has no effect with training.loss.weighting = learned" for key in keys]
         return sentences
 
@@ -469,6 +499,7 @@ CHANGEABLE = {
     "loss.forces_from",
     "loss.forces_until",
     "loss.force_weight",
+    "loss.stress_weight",
     "loss.level_weights",
     "score",
 }

@@ -265,10 +265,11 @@ def say_first_errors(model: EnergyModel, sums: Sequence[ResidualSums], sae_kept:
     several = len(model.fidelities) > 1
     for fidelity, of_level in zip(model.fidelities, sums, strict=True):
         name = f" of fidelity {fidelity}" if several else ""
-        energy, forces = of_level.errors()
+        energy, forces, stress = of_level.errors()
         if energy is None:
             continue
         text = f"{energy.rmse:.4f} kcal/mol" + ("" if forces is None else f" and {forces.rmse:.4f} kcal/mol/Å")
+        text += "" if stress is None else f" and {stress.rmse:.4f} GPa"
         log.info("before training: validation RMSE%s %s", name, text)
         mean = of_level.energies.total / of_level.energies.count
         if sae_kept and abs(mean) > _FAR_OFF:

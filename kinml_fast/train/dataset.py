@@ -58,8 +58,9 @@ class Dataset(abc.ABC):
     levels : int, K
     sizes : dict, number of structures of each part
     fingerprint : str, by which a checkpoint knows its data
-    trained_components : list of int [K], force components of the training set that have a weight
-    known_energies, known_forces : dict, how many structures of each part have them at each level, lists [K]
+    trained_components, trained_stress_components : list of int [K], components of the training set with a weight
+    known_energies, known_forces, known_stresses : dict, how many structures of each part have them at each level,
+        lists [K]
     whole : Window of all structures, part after part; None if they are read from disk while they are needed
     """
 
@@ -67,8 +68,10 @@ class Dataset(abc.ABC):
     sizes: Mapping[str, int]
     fingerprint: str
     trained_components: Sequence[int]
+    trained_stress_components: Sequence[int]
     known_energies: Mapping[str, Sequence[int]]
     known_forces: Mapping[str, Sequence[int]]
+    known_stresses: Mapping[str, Sequence[int]]
     whole: Window | None
     _fidelities: Sequence[int]
 
@@ -93,18 +96,22 @@ class Dataset(abc.ABC):
         """How many batches an epoch has."""
         return -(-self.sizes["train"] // size)
 
-    def numbers(self, with_forces: bool) -> list[str]:
-        """How many structures each part has, and how many of them have energies of several levels, or forces."""
+    def numbers(self, with_forces: bool, with_stresses: bool) -> list[str]:
+        """How many structures each part has, and how many of them have energies of several levels, forces, stresses."""
         sentences = [f"structures: {', '.join(f'{size} {part}' for part, size in self.sizes.items())}"]
         several = self.levels > 1
         for level, fidelity in enumerate(self._fidelities):
             if several:
                 sentences.append(f"energies of fidelity {fidelity}: {self._shares(self.known_energies, level)}")
+            of_level = f" of fidelity {fidelity}" if several else ""
             if with_forces:
-                of_level = f" of fidelity {fidelity}" if several else ""
                 sentences.append(f"forces{of_level}: {self._shares(self.known_forces, level)}")
+            if with_stresses:
+                sentences.append(f"stresses{of_level}: {self._shares(self.known_stresses, level)}")
         if not with_forces and self.has_forces:
             sentences.append("the data have forces, which training.loss.forces=true would train on")
+        if with_forces and not with_stresses and any(map(any, self.known_stresses.values())):
+            sentences.append("the data have stresses, which training.loss.stresses=true would train on")
         return sentences
 
     def _shares(self, known: Mapping[str, Sequence[int]], level: int) -> str:
@@ -119,7 +126,10 @@ class Dataset(abc.ABC):
                 f"{_counted(len(model.fidelities))}: make a model with as many fidelities"
             )
         self._check_levels(config)
-        self._check_forces(config, files)
+        if config.loss.forces:
+            self._check_components("forces", self.known_forces, config.score.forces, config, files)
+        if config.loss.stresses:
+            self._check_components("stresses", self.known_stresses, config.score.stresses, config, files)
 
     def _check_levels(self, config: TrainingConfig) -> None:
         for name, factors in (("loss", config.loss.level_weights), ("score", config.score.level_weights)):
@@ -137,22 +147,29 @@ class Dataset(abc.ABC):
                         f"the level's factor to 0 (training.{'loss' if part == 'train' else 'score'}.level_weights)"
                     )
 
-    def _check_forces(self, config: TrainingConfig, files: Sequence[str]) -> None:
-        if not config.loss.forces:
-            return
-        if not any(self.known_forces["train"]):
+    def _check_components(
+        self,
+        name: str,
+        known: Mapping[str, Sequence[int]],
+        factor: float,
+        config: TrainingConfig,
+        files: Sequence[str],
+    ) -> None:
+        """Refuse data without the forces or stresses that are to be trained on, or are judged by this factor."""
+        if not any(known["train"]):
+            key = "data.forces_key" if name == "forces" else "data.stress_key"
             raise DataError(
-                f"training.loss.forces is true, but no training structure has forces (data: {first_few(files)}): take "
-                "data with forces, name their key in XYZ files by data.forces_key, or set training.loss.forces=false"
+                f"training.loss.{name} is true, but no training structure has {name} (data: {first_few(files)}): take "
+                f"data with {name}, name their key in XYZ files by {key}, or set training.loss.{name}=false"
             )
         judged = np.array(config.score.level_factors(self.levels)) > 0
-        known = np.array(self.known_forces["validation"]) > 0
-        if config.score.forces and (judged & ~known).any():
-            level = int(np.argmax(judged & ~known))
+        validated = np.array(known["validation"]) > 0
+        if factor and (judged & ~validated).any():
+            level = int(np.argmax(judged & ~validated))
             of_level = f" of fidelity {self._fidelities[level]}" if self.levels > 1 else ""
             raise DataError(
-                f"training.score.forces is {config.score.forces:g}, but no validation structure has forces{of_level} "
-                f"(data: {first_few(files)}): put some into the validation set, or set training.score.forces=0"
+                f"training.score.{name} is {factor:g}, but no validation structure has {name}{of_level} "
+                f"(data: {first_few(files)}): put some into the validation set, or set training.score.{name}=0"
             )
 
 
@@ -199,8 +216,8 @@ class InMemory(Dataset):
                 f"{structures.labels[0]} has no coordinates, only stored descriptors: set training.jacobian=stored"
             )
         self.levels, self._fidelities = structures.levels, model.fidelities
-        known = structures.known_energies, structures.known_forces
-        self.known_energies, self.known_forces = (
+        known = structures.known_energies, structures.known_forces, structures.known_stresses
+        self.known_energies, self.known_forces, self.known_stresses = (
             {part: of_kind[:, self.range(part)].sum(axis=1).tolist() for part in PARTS} for of_kind in known
         )
         self._check(model, config, list(dict.fromkeys(label.rsplit("/", 1)[0] for label in structures.labels)))
@@ -216,9 +233,15 @@ class InMemory(Dataset):
         force_weights = window.force_weights.cpu().numpy()
         self.trained_components = [3 * int(atoms[train][row != 0].sum()) for row in force_weights[:, train]]
 
+        self.trained_stress_components = [0] * self.levels
+        if window.stress_weights is not None:
+            self.trained_stress_components = (9 * (window.stress_weights[:, train] != 0).sum(dim=1)).tolist()
+
         digest = hashlib.sha256(" ".join(structures.elements).encode())
         targets, forces = (tensor.cpu().numpy() for tensor in (window.energies, window.forces))
-        for array in (structures.species, structures.coordinates, structures.offsets, targets, forces, weights):
+        s = structures
+        of_crystals = s.cells, s.periodic, s.stresses
+        for array in (s.species, s.coordinates, s.offsets, targets, forces, weights, *of_crystals):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).data)
         digest.update(repr(self.sizes).encode())
@@ -274,15 +297,17 @@ class OnDisk(Dataset):
         self.sizes, self.levels, self._fidelities = data.file.sizes, data.file.levels, model.fidelities
         _check_sizes(self.sizes)
         self.known_energies, self.known_forces = data.file.known_energies, data.file.known_forces
+        self.known_stresses = data.file.known_stresses
         self._check(model, config, [str(data.file.path)])
         self._species = np.array([_place(element, model, data) for element in data.elements], dtype=np.int64)
         if data.sae is not None:
             model.sae.copy_(_of_elements(data.sae, data.elements, model.elements))
         self._sae = model.sae.view(self.levels, -1).cpu().numpy()
         factors = config.loss.level_weights or [1.0] * self.levels
-        self.trained_components = [
-            count if factor else 0 for count, factor in zip(data.file.components, factors, strict=True)
-        ]
+        self.trained_components, self.trained_stress_components = (
+            [count if factor else 0 for count, factor in zip(counts, factors, strict=True)]
+            for counts in (data.file.components, data.file.stress_components)
+        )
         digest = hashlib.sha256(repr((model.elements, data.file.digest, model.sae.tolist())).encode())
         self.fingerprint = digest.hexdigest()
 
@@ -373,6 +398,9 @@ class OnDisk(Dataset):
             energies=s.energies,
             forces=s.forces,
             labels=s.labels,
+            cells=s.cells,
+            periodic=s.periodic,
+            stresses=s.stresses,
         )
         read = Piece(structures, piece.origin, piece.weights)
         window = Window(read, self._sae, self._dtype, self._config, lasting=False)

@@ -49,8 +49,9 @@ class EnsembleSummary:
     ----------
     members
         Of each member.
-    errors, forces
-        Errors of the means, of energies and forces at the highest level, of the parts that no member was trained on.
+    errors, forces, stresses
+        Errors of the means, of energies, forces and, if the members were trained on them, stresses at the highest
+        level, of the parts that no member was trained on.
     spread
         How far the members lie apart there.
     seconds
@@ -62,6 +63,7 @@ class EnsembleSummary:
     forces: dict[str, Errors]
     spread: dict[str, evaluate.Spread]
     seconds: float = field(compare=False)
+    stresses: dict[str, Errors] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EnsembleSummary:
@@ -76,6 +78,7 @@ class EnsembleSummary:
             of_parts(values["forces"]),
             {part: evaluate.Spread(**numbers) for part, numbers in values["spread"].items()},
             values["seconds"],
+            of_parts(values["stresses"]),
         )
 
 
@@ -271,6 +274,7 @@ def _finish(config: Config, data: Prepared, summaries: Sequence[Summary], starte
         {name: group.forces for name, group in of_parts.items() if group.forces is not None},
         {name: group.spread for name, group in of_parts.items() if group.spread is not None},
         time.monotonic() - started,
+        {name: group.stress for name, group in of_parts.items() if group.stress is not None},
     )
     _write_report(folder, ensemble, result, found)
     log.info("ensemble of %d models, %s:\n%s", len(files), folder.model, table(result))
@@ -287,7 +291,7 @@ def _parts(config: Config, data: Prepared, ensemble: Ensemble) -> dict[str, eval
     found = {}
     for name in names:
         structures = data.structures.select(getattr(data.split, name))
-        predictions = evaluate.evaluate(ensemble, structures)
+        predictions = evaluate.evaluate(ensemble, structures, stresses=config.training.loss.stresses)
         of_levels = evaluate.parts(structures, predictions, name, data.fidelities, ensemble.fidelities)
         if of_levels and of_levels[-1].fidelity in (None, data.fidelities[-1]):
             found[name] = of_levels[-1]
@@ -295,23 +299,29 @@ def _parts(config: Config, data: Prepared, ensemble: Ensemble) -> dict[str, eval
 
 
 def table(result: EnsembleSummary) -> str:
-    """Errors of the members and of their means as a text table: RMSE, energies in kcal/mol, forces in kcal/mol/Å."""
+    """Errors of the members and of their means as a text table: RMSE in kcal/mol, kcal/mol/Å and GPa."""
     parts = [part for part in PARTS if any(part in member.errors for member in result.members)]
-    with_forces = [part for part in parts if any(part in member.forces for member in result.members)]
-    cells = [
-        ["member", "best epoch", *(f"{part} energies" for part in parts), *(f"{part} forces" for part in with_forces)]
+    kinds = {"energies": "errors", "forces": "forces", "stresses": "stresses"}
+    columns = [
+        (kind, part)
+        for kind, name in kinds.items()
+        for part in parts
+        if any(part in getattr(member, name) for member in result.members)
     ]
-    rows: list[tuple[str, str, Mapping[str, Errors], Mapping[str, Errors]]] = [
-        (str(number), f"{member.best_epoch} of {member.epochs}", member.errors, member.forces)
+    cells = [["member", "best epoch", *(f"{part} {kind}" for kind, part in columns)]]
+    rows: list[tuple[str, str, Summary | EnsembleSummary]] = [
+        (str(number), f"{member.best_epoch} of {member.epochs}", member)
         for number, member in enumerate(result.members, start=1)
     ]
-    rows.append(("ensemble", "", result.errors, result.forces))
-    for name, epoch, errors, forces in rows:
-        numbers = [errors.get(part) for part in parts] + [forces.get(part) for part in with_forces]
+    rows.append(("ensemble", "", result))
+    for name, epoch, found in rows:
+        numbers = [getattr(found, kinds[kind]).get(part) for kind, part in columns]
         cells.append([name, epoch, *("-" if error is None else f"{error.rmse:.3f}" for error in numbers)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
-    lines = ["RMSE (energies in kcal/mol, forces in kcal/mol/Å)" if with_forces else "RMSE (kcal/mol)", *lines]
+    units = {"energies": "kcal/mol", "forces": "kcal/mol/Å", "stresses": "GPa"}
+    shown = [f"{kind} in {units[kind]}" for kind in dict.fromkeys(kind for kind, _ in columns)]
+    lines = [f"RMSE ({', '.join(shown)})" if len(shown) > 1 else "RMSE (kcal/mol)", *lines]
     for part, spread in result.spread.items():
         lines.append(
             f"{part}: mean standard deviation of the members {spread.energy:.3f} kcal/mol, "
@@ -333,9 +343,11 @@ def _write_report(
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["member", "best_epoch", "split", "quantity", "unit", "mae", "rmse", "max"])
-    rows = [(str(i), member.best_epoch, member.errors, member.forces) for i, member in enumerate(result.members, 1)]
-    for name, epoch, energies, forces in [*rows, ("ensemble", "", result.errors, result.forces)]:
-        for quantity, errors in ((report.ENERGY, energies), (report.FORCES, forces)):
+    rows: list[tuple[str, object, Summary | EnsembleSummary]] = [
+        (str(i), member.best_epoch, member) for i, member in enumerate(result.members, 1)
+    ]
+    for name, epoch, summary in [*rows, ("ensemble", "", result)]:
+        for quantity, errors in zip(report.QUANTITIES, (summary.errors, summary.forces, summary.stresses), strict=True):
             for split, of_split in errors.items():
                 numbers = map(repr, (of_split.mae, of_split.rmse, of_split.max))
                 writer.writerow([name, epoch, split, quantity.name, quantity.unit, *numbers])

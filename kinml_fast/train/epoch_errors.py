@@ -9,12 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinml_fast.metrics import ErrorSums
+from kinml_fast.metrics import Errors, ErrorSums
 from kinml_fast.train.metrics import LevelErrors
+from kinml_fast.units import GIGAPASCAL, KCAL_PER_MOL
+
+_UNITS = (KCAL_PER_MOL, GIGAPASCAL)
+"""Of what is said of forces and of stresses."""
 
 
 class EpochErrors:
-    """Residuals of the energies and errors of the forces, each before the update from its batch.
+    """Residuals of the energies and errors of forces and stresses, each before the update from its batch.
 
     An epoch goes through its structures stretch by stretch. Those of the present one are kept batch by batch; of those
     before it there are sums.
@@ -27,18 +31,21 @@ class EpochErrors:
         Structures in a batch.
     device
         Of the model.
+    stresses
+        Whether steps on forces write errors of stresses too.
 
     Attributes
     ----------
     energies, forces : list of Tensor
-        For each batch of n structures of the present stretch [K, n] and [K, n, 3], float64: the `energy_residuals` and
-        `force_errors` of `ops.force_step`. Steps write into them.
+        For each batch of n structures of the present stretch [K, n] and [K, n, 3], with stresses [K, n, 6], float64:
+        the `energy_residuals` and `force_errors` of `ops.force_step`. Steps write into them.
     first : int
         Number of the first batch of the present stretch in the epoch.
     """
 
-    def __init__(self, levels: int, size: int, device: torch.device) -> None:
+    def __init__(self, levels: int, size: int, device: torch.device, stresses: bool = False) -> None:
         self._levels, self._size, self._device = levels, size, device
+        self._kinds = 2 if stresses else 1  # of components whose errors a step writes, three numbers each
         self.energies: list[Tensor] = []
         self.forces: list[Tensor] = []
         self._known = np.zeros((levels, 0), dtype=bool)
@@ -49,7 +56,8 @@ class EpochErrors:
         """Begin an epoch: nothing is known."""
         self.first = 0
         self._energy_sums = [ErrorSums() for _ in range(self._levels)]
-        self._force_sums = [ErrorSums() for _ in range(self._levels)]
+        # Of forces and of stresses, at each level.
+        self._component_sums = [[ErrorSums() for _ in range(self._levels)] for _ in range(self._kinds)]
 
     def begin(self, first: int, known: np.ndarray, with_forces: bool) -> None:
         """Begin a stretch, or take up the one that a checkpoint was written in.
@@ -68,7 +76,7 @@ class EpochErrors:
             sizes = [min(self._size, count - place) for place in range(0, count, self._size)]
             options: dict[str, Any] = {"dtype": torch.float64, "device": self._device}
             self.energies = [torch.zeros(self._levels, n, **options) for n in sizes]
-            self.forces = [torch.zeros(self._levels, n, 3, **options) for n in sizes]
+            self.forces = [torch.zeros(self._levels, n, 3 * self._kinds, **options) for n in sizes]
         self.first, self._known = first, known
         if not with_forces:
             for errors in self.forces:
@@ -86,10 +94,13 @@ class EpochErrors:
         with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges is told so elsewhere
             for level in range(self._levels):
                 self._energy_sums[level].add(energies[level, self._known[level]])
-                self._force_sums[level].add_groups(forces[level], 0)
+                for kind, sums in enumerate(self._component_sums):
+                    sums[level].add_groups(forces[level, :, 3 * kind : 3 * kind + 3], 0)
         self.first += len(self.energies)
 
-    def of_levels(self, components: Sequence[int], with_forces: bool) -> list[LevelErrors]:
+    def of_levels(
+        self, components: Sequence[int], with_forces: bool, stress_components: Sequence[int] = ()
+    ) -> list[LevelErrors]:
         """The errors of a whole epoch at each level of theory.
 
         Parameters
@@ -97,14 +108,19 @@ class EpochErrors:
         components
             [K]: how many force components were trained on.
         with_forces
-            Whether the epoch trained on forces.
+            Whether the epoch trained on forces, and on stresses.
+        stress_components
+            [K]: how many components of stresses were trained on, in a run on them.
         """
         found: list[LevelErrors] = []
         with np.errstate(over="ignore", invalid="ignore"):
-            for energy, forces, count in zip(self._energy_sums, self._force_sums, components, strict=True):
-                forces.count = count
-                with_both = with_forces and count
-                found.append((energy.errors() if energy.count else None, forces.errors() if with_both else None))
+            for level, energy in enumerate(self._energy_sums):
+                errors: list[Errors | None] = []
+                of_kinds = zip(self._component_sums, (components, stress_components), _UNITS, strict=False)
+                for sums, counts, unit in of_kinds:
+                    sums[level].count = counts[level]
+                    errors.append(sums[level].errors(unit) if with_forces and counts[level] else None)
+                found.append(LevelErrors(energy.errors() if energy.count else None, *errors))
         return found
 
     def is_finite(self, batches: int) -> bool:
@@ -113,7 +129,7 @@ class EpochErrors:
             return True  # as it was when it was saved
         energies, forces = self._joined(batches - self.first)
         known = torch.from_numpy(self._known[:, : energies.shape[1]]).to(energies.device)
-        before = all(sums.is_finite for sums in (*self._energy_sums, *self._force_sums))
+        before = all(sums.is_finite for of_kind in (self._energy_sums, *self._component_sums) for sums in of_kind)
         return before and bool(torch.isfinite(energies[known]).all() and torch.isfinite(forces).all())
 
     def state_dict(self, batches: int) -> dict[str, Any]:
@@ -124,7 +140,7 @@ class EpochErrors:
         energies, forces = self._given or self._joined(batches - self.first)
         if self._levels == 1:
             energies, forces = energies[0], forces[0]
-        sums = [[one.numbers() for one in of_kind] for of_kind in (self._energy_sums, self._force_sums)]
+        sums = [[one.numbers() for one in of_kind] for of_kind in (self._energy_sums, *self._component_sums)]
         return {
             "residuals": energies,
             "force_errors": forces,
@@ -136,13 +152,13 @@ class EpochErrors:
         """Take over what `state_dict` gave; the stretch that it was in begins next, with the batch `first`."""
         self.first = state["first_batch"]
         energies, forces = state["residuals"], state["force_errors"]
-        self._given = energies.view(self._levels, -1), forces.view(self._levels, -1, 3)
-        of_kinds = state["error_sums"].view(2, self._levels, -1).tolist()
-        self._energy_sums, self._force_sums = ([ErrorSums.of_numbers(row) for row in rows] for rows in of_kinds)
+        self._given = energies.view(self._levels, -1), forces.view(self._levels, -1, 3 * self._kinds)
+        of_kinds = state["error_sums"].view(1 + self._kinds, self._levels, -1).tolist()
+        self._energy_sums, *self._component_sums = [[ErrorSums.of_numbers(row) for row in rows] for rows in of_kinds]
 
     def _joined(self, batches: int) -> tuple[Tensor, Tensor]:
-        """Those of the first batches of the stretch in one tensor each: [K, n] and [K, n, 3]."""
+        """Those of the first batches of the stretch in one tensor each: [K, n] and [K, n, 3 or 6]."""
         if batches <= 0:
             empty = torch.zeros(self._levels, 0, dtype=torch.float64, device=self._device)
-            return empty, empty.new_zeros(self._levels, 0, 3)
+            return empty, empty.new_zeros(self._levels, 0, 3 * self._kinds)
         return torch.cat(self.energies[:batches], dim=1), torch.cat(self.forces[:batches], dim=1)

@@ -53,15 +53,20 @@ class Judge:
             "forces": config.score.forces if config.loss.forces else 0.0,
             "levels": config.score.level_factors(levels),
         }
+        if config.loss.stresses:
+            self._factors["stresses"] = config.score.stresses
         self.best = Best(-1, math.inf, copied_weights(model))
         self._lowest, self._waited = math.inf, 0  # the score that early stopping compares with, and epochs since
 
     def score(self, validation: Sequence[LevelErrors]) -> float:
         """The sum, kcal/mol, of the errors of each level times their factors; infinite or NaN if one that counts is."""
-        total = 0.0
-        for factor, (energy, forces) in zip(self._factors["levels"], validation, strict=True):
+        total, factors = 0.0, self._factors
+        for factor, errors in zip(factors["levels"], validation, strict=True):
             if factor:
-                total += factor * (self._factors["energy"] * _rmse(energy) + self._factors["forces"] * _rmse(forces))
+                of_level = factors["energy"] * _rmse(errors.energy) + factors["forces"] * _rmse(errors.forces)
+                if "stresses" in factors:
+                    of_level += factors["stresses"] * _rmse(errors.stress)
+                total += factor * of_level
         return total
 
     def judge(self, epoch: int, score: float) -> None:

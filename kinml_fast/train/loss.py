@@ -12,7 +12,7 @@ from kinml_fast.errors import ConfigError
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train.config import LossConfig
 
-ENERGY, FORCES = "energy", "forces"
+ENERGY, FORCES, STRESS = "energy", "forces", "stress"
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,16 @@ class LossBatch:
 
     `structures` [n] int64 are indices into the structures that the trainer was given. `coordinates` [n_atoms, 3] in Å
     (of the model's dtype), `species` [n_atoms] and `offsets` [n + 1] are a ragged batch, as the model takes it. There
-    are no coordinates where only stored descriptors are known.
+    are no coordinates where only stored descriptors are known. `cells` [n, 3, 3] and `periodic` [n, 3] are None where
+    all structures of the data are molecules; `ops.surroundings` makes of them what the model takes.
     """
 
     structures: Tensor
     coordinates: Tensor | None
     species: Tensor
     offsets: Tensor
+    cells: Tensor | None = None
+    periodic: Tensor | None = None
 
 
 ExtraLoss = Callable[[EnergyModel, LossBatch], Tensor]
@@ -37,25 +40,28 @@ ExtraLoss = Callable[[EnergyModel, LossBatch], Tensor]
 class TaskWeights:
     """The factors of the terms of the loss in each step.
 
-    The energy and force terms are the sums of those of the levels of theory, where there are several.
+    The energy, force and stress terms are the sums of those of the levels of theory, where there are several.
 
-    Static: 1 − fw and fw for energies and forces, given numbers for further terms. Learned: e^(−σ) for each term, where
-    total = Σ e^(−σ_t) L_t + σ_t (Kendall, Gal, Cipolla, CVPR 2018, DOI 10.1109/CVPR.2018.00781) and the optimizer moves
-    the σ_t, with dtotal/dσ_t = 1 − e^(−σ_t) L_t. A term that stands alone has the factor 1, and no σ moves.
+    Static: 1 − fw and fw for energies and forces, given numbers for stresses and further ones. Learned: e^(−σ) for each
+    term, where total = Σ e^(−σ_t) L_t + σ_t (Kendall, Gal, Cipolla, CVPR 2018, DOI 10.1109/CVPR.2018.00781) and the
+    optimizer moves the σ_t, with dtotal/dσ_t = 1 − e^(−σ_t) L_t. A term that stands alone has the factor 1, and no σ
+    moves.
 
     Parameters
     ----------
     config
         Weighting and static factors.
     extra
-        Names of the terms besides energy and forces.
+        Names of the terms besides energy, forces and stress.
     device
         Of the model.
 
     Attributes
     ----------
     names : tuple of str
-        The T terms: energy, forces, further ones.
+        The T terms: energy, forces, stress if it is in the loss, further ones.
+    fused : int
+        How many of them the fused step computes.
     scales, losses : Tensor
         float64 [T]: the factors of the present step, and the values of the terms, which the step writes.
     log_sigma : torch.nn.Parameter or None
@@ -65,7 +71,8 @@ class TaskWeights:
     """
 
     def __init__(self, config: LossConfig, extra: Sequence[str], device: torch.device) -> None:
-        self.names = (ENERGY, FORCES, *extra)
+        fused = (ENERGY, FORCES, STRESS) if config.stresses else (ENERGY, FORCES)
+        self.names, self.fused = (*fused, *extra), len(fused)
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"the terms of the loss are called {', '.join(self.names)}: give each its own name")
         if unknown := sorted(set(config.extra_weights) - set(extra)):
@@ -83,11 +90,11 @@ class TaskWeights:
         self.learning = False
 
     def begin(self, with_forces: bool) -> None:
-        """Set the factors for an epoch whose loss has a force term or not."""
+        """Set the factors for an epoch whose loss has a force term, and one of stresses, or not."""
         self._active = torch.ones_like(self.losses)
-        self._active[1] = float(with_forces)
+        self._active[1 : self.fused] = float(with_forces)
         self.losses.zero_()
-        several = len(self.names) > 2 or with_forces
+        several = len(self.names) > self.fused or with_forces
         self.learning = self.log_sigma is not None and several
         if self.log_sigma is not None:
             self.log_sigma.grad = self._gradient if self.learning else None
@@ -98,8 +105,9 @@ class TaskWeights:
             self.scales.fill_(1)
         else:
             share = self._config.force_weight if with_forces else 0.0
-            extra = [self._config.extra_weights.get(name, 1.0) for name in self.names[2:]]
-            self.scales.copy_(torch.tensor([1 - share, share, *extra], dtype=torch.float64))
+            stress = [self._config.stress_weight if with_forces else 0.0] * (self.fused - 2)
+            extra = [self._config.extra_weights.get(name, 1.0) for name in self.names[self.fused :]]
+            self.scales.copy_(torch.tensor([1 - share, share, *stress, *extra], dtype=torch.float64))
 
     def terms(self, counts: Tensor) -> list[Tensor]:
         """Which terms each batch has, 1 or 0 [T], when the factors are learned.
@@ -107,10 +115,10 @@ class TaskWeights:
         Parameters
         ----------
         counts
-            [n_batches, 2, K], of `ops.count_weights`: a term without any weight is no term.
+            [n_batches, 2 or 3, K], of `ops.count_weights`: a term without any weight is no term.
         """
         rows = torch.ones(len(counts), len(self.names), dtype=torch.float64, device=counts.device)
-        rows[:, :2] = counts.any(dim=-1)
+        rows[:, : counts.shape[1]] = counts.any(dim=-1)
         return list((rows * self._active).unbind(0))
 
     def differentiate(self, terms: Tensor) -> None:
@@ -156,7 +164,7 @@ class ExtraLosses:
     Parameters
     ----------
     terms
-        By name, in the order of `TaskWeights.names` behind energy and forces.
+        By name, in the order of `TaskWeights.names` behind those of the fused step.
     model
         Its parameters get the gradients.
     weights
@@ -178,7 +186,7 @@ class ExtraLosses:
         """
         for parameter in self._others:
             parameter.grad = None
-        for place, (name, term) in enumerate(self._terms.items(), start=2):
+        for place, (name, term) in enumerate(self._terms.items(), start=self._weights.fused):
             with torch.enable_grad():
                 loss = term(self._model, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:

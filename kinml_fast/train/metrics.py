@@ -15,6 +15,7 @@ import numpy as np
 
 from kinml_fast.errors import InputError
 from kinml_fast.metrics import Errors, ErrorSums
+from kinml_fast.units import GIGAPASCAL, KCAL_PER_MOL
 
 COLUMNS = (
     "epoch",
@@ -31,29 +32,40 @@ COLUMNS = (
 )
 """Columns of metrics.csv: errors in kcal/mol and kcal/mol/Å, empty where there are none. With several levels of theory
 they are those of the highest level, and there are more columns for each lower one: energy_mae_fidelity0 and so on. A
-run whose loss learns its weights also has log_sigma_energy and so on, in the rows of the training set: its state at the
-end of the epoch."""
+run on stresses also has stress_mae, stress_rmse and stress_max, in GPa. A run whose loss learns its weights also has
+log_sigma_energy and so on, in the rows of the training set: its state at the end of the epoch."""
 
-LevelErrors = tuple[Errors | None, Errors | None]
-"""Errors of the energies and of the forces at one level of theory, None where nothing is known."""
+_KINDS = ("energy", "forces", "stress")
+_NUMBERS = ("mae", "rmse", "max")
+
+
+class LevelErrors(NamedTuple):
+    """Errors of energies, forces and stresses at one level of theory, None where nothing is known."""
+
+    energy: Errors | None = None
+    forces: Errors | None = None
+    stress: Errors | None = None
 
 
 class Residuals(NamedTuple):
     """Predicted minus reference, where the latter is known, of some structures at one level of theory.
 
-    `energies` [n] in eV, `forces` [n_atoms, 3] in eV/Å or None if not asked for; float64.
+    `energies` [n] in eV, `forces` [n_atoms, 3] in eV/Å and `stresses` [n, 3, 3] in eV/Å³ or None if not asked for;
+    float64.
     """
 
     energies: np.ndarray
-    forces: np.ndarray | None
+    forces: np.ndarray | None = None
+    stresses: np.ndarray | None = None
 
 
 @dataclass
 class ResidualSums:
-    """Sums of the residuals of a part of the data at one level of theory; of forces None if not asked for."""
+    """Sums of the residuals of a part of the data at one level of theory; None of what is not asked for."""
 
     energies: ErrorSums = field(default_factory=ErrorSums)
     forces: ErrorSums | None = None
+    stresses: ErrorSums | None = None
 
     def add(self, residuals: Residuals) -> None:
         """Count the residuals of some more structures."""
@@ -62,17 +74,22 @@ class ResidualSums:
             if residuals.forces is not None:
                 self.forces = self.forces or ErrorSums()
                 self.forces.add(residuals.forces)
+            if residuals.stresses is not None:
+                self.stresses = self.stresses or ErrorSums()
+                self.stresses.add(residuals.stresses)
 
     def errors(self) -> LevelErrors:
-        """In kcal/mol and kcal/mol/Å; None where nothing is known."""
+        """In kcal/mol, kcal/mol/Å and GPa; None where nothing is known."""
+        of_kinds = (self.energies, KCAL_PER_MOL), (self.forces, KCAL_PER_MOL), (self.stresses, GIGAPASCAL)
         with np.errstate(over="ignore", invalid="ignore"):
-            energy, forces = (x.errors() if x is not None and x.count else None for x in (self.energies, self.forces))
-        return energy, forces
+            return LevelErrors(*(x.errors(unit) if x is not None and x.count else None for x, unit in of_kinds))
 
 
-def level_columns(fidelities: Sequence[int]) -> list[str]:
-    """The further columns of the lower ones of several levels of theory, given lowest first."""
-    return [column + _suffix(fidelity) for fidelity in fidelities[:-1] for column in COLUMNS[2:8]]
+def level_columns(fidelities: Sequence[int], stresses: bool = False) -> list[str]:
+    """The further columns of errors: those of stresses, and of the lower ones of several levels, given lowest first."""
+    of_stress = [f"stress_{number}" for number in _NUMBERS] if stresses else []
+    lower = [column + _suffix(fidelity) for fidelity in fidelities[:-1] for column in (*COLUMNS[2:8], *of_stress)]
+    return of_stress + lower
 
 
 def level_values(fidelities: Sequence[int], errors: Sequence[LevelErrors]) -> dict[str, float]:
@@ -89,11 +106,11 @@ def _suffix(fidelity: int) -> str:
     return f"_fidelity{fidelity}"
 
 
-def _values(energy: Errors | None, forces: Errors | None) -> dict[str, float]:
+def _values(*of_kinds: Errors | None) -> dict[str, float]:
     found: dict[str, float] = {}
-    for kind, errors in (("energy", energy), ("forces", forces)):
+    for kind, errors in zip(_KINDS, of_kinds, strict=True):
         if errors is not None:
-            found |= {f"{kind}_mae": errors.mae, f"{kind}_rmse": errors.rmse, f"{kind}_max": errors.max}
+            found |= {f"{kind}_{number}": getattr(errors, number) for number in _NUMBERS}
     return found
 
 
@@ -101,8 +118,8 @@ def _values(energy: Errors | None, forces: Errors | None) -> dict[str, float]:
 class Row:
     """A row of the table: the errors of one split in one epoch.
 
-    `energy` and `forces` are those of the highest level of theory, None where nothing is known. `seconds` is what the
-    pass over the split took, `more` are further columns.
+    `energy`, `forces` and `stress` are those of the highest level of theory, None where nothing is known. `seconds` is
+    what the pass over the split took, `more` are further columns.
     """
 
     epoch: int
@@ -113,13 +130,14 @@ class Row:
     seconds: float
     structures_per_second: float
     more: Mapping[str, float] = field(default_factory=dict)
+    stress: Errors | None = None
 
     def values(self) -> dict[str, float | int | str]:
         """What stands in each column, without the empty ones."""
         return {
             "epoch": self.epoch,
             "split": self.split,
-            **_values(self.energy, self.forces),
+            **_values(self.energy, self.forces, self.stress),
             "lr": self.lr,
             "seconds": self.seconds,
             "structures_per_second": self.structures_per_second,
@@ -128,17 +146,17 @@ class Row:
 
     def rmse(self) -> str:
         """The root mean square errors in words, those of lower levels in brackets: `0.5 and 1.2 (fidelity 0: 0.4)`."""
-        text = _pair(*(None if errors is None else errors.rmse for errors in (self.energy, self.forces)))
+        own = (self.energy, self.forces, self.stress)
+        text = _together(*(None if errors is None else errors.rmse for errors in own))
         of_lower = []
         for level in dict.fromkeys(name.partition("_fidelity")[2] for name in self.more if "_fidelity" in name):
-            pair = (self.more.get(f"{kind}_rmse_fidelity{level}") for kind in ("energy", "forces"))
-            of_lower.append(f"fidelity {level}: {_pair(*pair)}")
+            of_kinds = (self.more.get(f"{kind}_rmse_fidelity{level}") for kind in _KINDS)
+            of_lower.append(f"fidelity {level}: {_together(*of_kinds)}")
         return f"{text} ({', '.join(of_lower)})" if of_lower else text
 
 
-def _pair(energy: float | None, forces: float | None) -> str:
-    text = "-" if energy is None else f"{energy:.4f}"
-    return text if forces is None else f"{text} and {forces:.4f}"
+def _together(energy: float | None, *others: float | None) -> str:
+    return " and ".join(["-" if energy is None else f"{energy:.4f}", *(f"{x:.4f}" for x in others if x is not None)])
 
 
 class MetricsTable:

@@ -110,8 +110,10 @@ class LiveProgress(Progress):
 
 
 def _errors(train: Row, validation: Row) -> str:
-    with_forces = any(name.startswith("forces_rmse") for name in validation.values())
-    unit = "kcal/mol and kcal/mol/Å" if with_forces else "kcal/mol"
+    units = {"energy_rmse": "kcal/mol", "forces_rmse": "kcal/mol/Å", "stress_rmse": "GPa"}
+    values = validation.values()
+    found = [unit for name, unit in units.items() if any(column.startswith(name) for column in values)]
+    unit = " and ".join(found or ["kcal/mol"])
     return f"train RMSE {train.rmse()}, validation RMSE {validation.rmse()} {unit}"
 
 

@@ -20,8 +20,8 @@ class Summary:
     """How a run ended.
 
     `errors` are those of the energies of the best model (lowest score) on each split that is not empty, `forces` those
-    of its forces on each split that has any; with several levels of theory, those of the highest. `lower` has the same
-    two of each lower level, by fidelity.
+    of its forces on each split that has any, `stresses` those of stresses that were trained on; with several levels of
+    theory, those of the highest. `lower` has the same three of each lower level, by fidelity.
     """
 
     epochs: int
@@ -29,7 +29,8 @@ class Summary:
     errors: dict[str, Errors]
     seconds: float
     forces: dict[str, Errors] = field(default_factory=dict)
-    lower: dict[int, tuple[dict[str, Errors], dict[str, Errors]]] = field(default_factory=dict)
+    lower: dict[int, tuple[dict[str, Errors], ...]] = field(default_factory=dict)
+    stresses: dict[str, Errors] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -44,11 +45,11 @@ class Summary:
         found = []
         for level in range(len(fidelities)):
             errors = {part: of_levels[level].errors() for part, of_levels in sums.items()}
-            energies = {part: energy for part, (energy, _) in errors.items() if energy is not None}
-            forces = {part: of_forces for part, (_, of_forces) in errors.items() if of_forces is not None}
-            found.append((energies, forces))
-        *lower, (energies, forces) = found
-        return cls(epochs, best_epoch, energies, seconds, forces, dict(zip(fidelities[:-1], lower, strict=True)))
+            of_kinds = [{part: of_part[kind] for part, of_part in errors.items()} for kind in range(3)]
+            found.append(tuple({p: e for p, e in of_kind.items() if e is not None} for of_kind in of_kinds))
+        *lower, (energies, forces, stresses) = found
+        of_lower = dict(zip(fidelities[:-1], lower, strict=True))
+        return cls(epochs, best_epoch, energies, seconds, forces, of_lower, stresses)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Summary:
@@ -57,8 +58,8 @@ class Summary:
         def of_parts(errors: Mapping[str, Mapping[str, float]]) -> dict[str, Errors]:
             return {part: Errors(**numbers) for part, numbers in errors.items()}
 
-        lower = {int(fidelity): (of_parts(e), of_parts(f)) for fidelity, (e, f) in values["lower"].items()}
-        found = {"errors": of_parts(values["errors"]), "forces": of_parts(values["forces"]), "lower": lower}
+        lower = {int(fidelity): tuple(map(of_parts, of_kinds)) for fidelity, of_kinds in values["lower"].items()}
+        found = {name: of_parts(values[name]) for name in ("errors", "forces", "stresses")} | {"lower": lower}
         return cls(**{**values, **found})
 
 
@@ -68,6 +69,7 @@ class Comparisons:
     def __init__(self, levels: int) -> None:
         self._energies: list[dict[str, report.Compared]] = [{} for _ in range(levels)]
         self._forces: list[dict[str, report.Compared]] = [{} for _ in range(levels)]
+        self._stresses: list[dict[str, report.Compared]] = [{} for _ in range(levels)]
 
     def add(self, part: str, window: Window, where: slice, residuals: Sequence[Residuals]) -> None:
         """Count the residuals at each level of some structures of a part."""
@@ -80,6 +82,10 @@ class Comparisons:
                 of_forces = self._forces[level].setdefault(part, report.Compared())
                 name = _names(window.labels, places)
                 of_forces.add(name, reference, reference + found.forces.ravel())
+            if found.stresses is not None and found.stresses.size:
+                places, reference = window.known_stress_reference(where, level)
+                of_stresses = self._stresses[level].setdefault(part, report.Compared())
+                of_stresses.add(_names(window.labels, places), reference, reference + found.stresses.ravel())
 
     def write(self, folder: RunFolder, fidelities: Sequence[int], best_epoch: int) -> str:
         """Draw curves and predictions into the run folder, write the table of errors there, and return it.
@@ -93,9 +99,10 @@ class Comparisons:
         best_epoch
             Is marked.
         """
-        *of_lower, highest = zip(self._energies, self._forces, strict=True)
+        *of_lower, (energies, forces, stresses) = zip(self._energies, self._forces, self._stresses, strict=True)
         lower = dict(zip(fidelities[:-1], of_lower, strict=True))
-        return report.table(report.write_report(folder.report, folder.metrics, *highest, best_epoch, lower))
+        compared = energies, forces, best_epoch, lower, stresses
+        return report.table(report.write_report(folder.report, folder.metrics, *compared))
 
 
 def _names(labels: Sequence[str], places: np.ndarray) -> Callable[[int], str]:

@@ -13,7 +13,7 @@ from kinml_fast import ops
 from kinml_fast.train.epoch_errors import EpochErrors
 from kinml_fast.train.ranks import Ranks
 from kinml_fast.train.rhythm import Rhythm
-from kinml_fast.train.steps import Batches, FusedStep
+from kinml_fast.train.steps import Batches, FusedStep, Predicted
 
 _NOTES = 2  # numbers at the end of a message
 _ALIGNMENT = 64  # bytes, of a message
@@ -103,15 +103,17 @@ class SharedStep:
             self._ranks.gather(torch.tensor(self._rhythm.wishes(), dtype=torch.float64), wishes)
         return wishes
 
-    def predict(self, first: int, last: int, size: int) -> tuple[Tensor, Tensor | None]:
+    def predict(self, first: int, last: int, size: int) -> Predicted:
         """See `Step`: each process predicts some of the structures, and all get the predictions of all."""
         ranks = self._ranks
         bounds = [first + (last - first) * rank // ranks.size for rank in range(ranks.size + 1)]
-        energies, forces = self._step.predict(bounds[ranks.rank], bounds[ranks.rank + 1], size)
-        energies = self._gathered(energies, bounds)
-        if forces is None:
-            return energies, None
-        return energies, self._gathered(forces, self._step.system.offsets[bounds].tolist())
+        own = self._step.predict(bounds[ranks.rank], bounds[ranks.rank + 1], size)
+        energies, forces, stresses = self._gathered(own.energies, bounds), None, None
+        if own.forces is not None:
+            forces = self._gathered(own.forces, self._step.system.offsets[bounds].tolist())
+        if own.stresses is not None:
+            stresses = self._gathered(own.stresses, bounds)
+        return Predicted(energies, forces, stresses)
 
     def _gathered(self, own: Tensor, bounds: Sequence[int]) -> Tensor:
         """[K, n, ...] of all processes, of which each has those [K, ...] between two bounds."""

@@ -48,7 +48,7 @@ class RunState:
         self._data = data
         self.epoch = self.batch = self.metrics_length = 0
         self.elapsed = 0.0
-        self.errors = EpochErrors(data.levels, config.batch_size, model.sae.device)
+        self.errors = EpochErrors(data.levels, config.batch_size, model.sae.device, config.loss.stresses)
 
     @property
     def is_finite(self) -> bool:

@@ -1,4 +1,4 @@
-"""The training loop, on energies or on energies and forces."""
+"""The training loop, on energies or on energies and forces, of crystals also on stresses."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains a model on energies, or on energies and forces.
+    """Trains a model on energies, or on energies and forces, also on stresses.
 
-    Targets are the structures' energies without single-atom energies, and their forces; `LossConfig` says what the loss
-    is. A model of several levels of theory is trained on all of them at once; a structure counts at those that it has.
+    Targets are the structures' energies without single-atom energies, their forces and stresses; `LossConfig` says what
+    the loss is. A model of several levels of theory is trained on all of them at once; a structure counts at those that
+    it has.
 
     Parameters
     ----------
@@ -139,7 +140,7 @@ class Trainer:
         )
         self._store: RunStore | None = None
         if self.folder is not None:
-            columns = level_columns(model.fidelities) + tasks.columns()
+            columns = level_columns(model.fidelities, self.config.loss.stresses) + tasks.columns()
             self._store = RunStore(self.folder, self._state, columns, resume=resume, overwrite=overwrite)
         elif resuming and place is not None:
             self._state.restore(place.last, checkpoint.load(place.last))
@@ -191,7 +192,7 @@ class Trainer:
         """Compute what the first epoch needs and keeps in memory, such as descriptors; `fit` begins with this."""
         if not self._ranks.alone:
             log.info("process %d of %d, %s", self._ranks.rank, self._ranks.size, this_process())
-        for sentence in self.data.numbers(self.config.loss.forces):
+        for sentence in self.data.numbers(self.config.loss.forces, self.config.loss.stresses):
             log.info("%s", sentence)
         if self.data.whole is not None:
             self.step(self.config.loss.has_forces(self._state.epoch), self.data.whole)
@@ -227,7 +228,8 @@ class Trainer:
             self._run_batches(self.step(with_forces, stretch.window), stretch, started)
             state.errors.end()
         state.epoch, state.batch, state.elapsed = epoch + 1, 0, 0.0
-        errors = state.errors.of_levels(self.data.trained_components, with_forces)
+        components = self.data.trained_components, with_forces, self.data.trained_stress_components
+        errors = state.errors.of_levels(*components)
         state.errors.clear()
         return self._row("train", epoch, lr, errors, self._clock() - started, tasks.row())
 
@@ -345,16 +347,20 @@ class Trainer:
         """
         size = self.config.validation_batch_size if part == "validation" else self.config.test_batch_size
         for window, where in self.data.windows(part):
-            energies, forces = self.step(with_forces, window).predict(where.start, where.stop, size)
+            energies, forces, stresses = self.step(with_forces, window).predict(where.start, where.stop, size)
             if forces_too:
-                forces = self.step(True, window).predict(where.start, where.stop, size)[1]
+                forces = self.step(True, window).predict(where.start, where.stop, size).forces
             of_energies = (energies - window.energies[:, where]).cpu().numpy()
             known = zip(of_energies, window.known_energies[:, where], strict=True)
-            found = [Residuals(residuals[is_known], None) for residuals, is_known in known]
+            found = [Residuals(residuals[is_known]) for residuals, is_known in known]
             if forces is not None:
                 of_forces = (forces.double() - window.forces[:, window.atoms(where)]).cpu().numpy()
                 of_levels = zip(found, of_forces, window.known_components(where), strict=True)
                 found = [of_level._replace(forces=residuals[is_known]) for of_level, residuals, is_known in of_levels]
+            if stresses is not None and window.stresses is not None:
+                of_stresses = (stresses - window.stresses[:, where]).cpu().numpy()
+                of_levels = zip(found, of_stresses, window.known_stresses[:, where], strict=True)
+                found = [of_level._replace(stresses=residuals[is_known]) for of_level, residuals, is_known in of_levels]
             yield window, where, found
 
     def _evaluated_row(self, part: str, epoch: int, lr: float) -> tuple[Row, list[LevelErrors]]:
@@ -374,7 +380,8 @@ class Trainer:
     ) -> Row:
         rate = self.data.sizes[part] / max(seconds, 1e-9)
         further = {**level_values(self.model.fidelities, errors), **(more or {})}
-        return Row(epoch, part, *errors[-1], lr, seconds, rate, further)
+        energy, forces, stress = errors[-1]
+        return Row(epoch, part, energy, forces, lr, seconds, rate, further, stress)
 
     def _finish(self, started: float) -> Summary:
         self.model.load_state_dict(self._judge.best.weights)

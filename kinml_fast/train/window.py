@@ -24,6 +24,10 @@ _TENSORS = (
     "energy_weights",
     "force_weights",
     "origin",
+    "cells",
+    "periodic",
+    "stresses",
+    "stress_weights",
 )
 
 
@@ -41,7 +45,7 @@ class Window:
     dtype
         The model's precision.
     config
-        What the energies of a structure weigh.
+        What the energies of a structure weigh, and whether there are stresses.
     source
         Where stored descriptors come from; None: they are computed.
     lasting
@@ -56,9 +60,14 @@ class Window:
     energies : [K, M] float64, eV, without single-atom energies; NaN where a level is unknown
     forces : [K, N, 3] float64, eV/Å; NaN for structures without forces
     n_atoms : int, N
+    cells, periodic : [M, 3, 3] float64, Å, and [M, 3] int64; None where the data set has no crystals
+    stresses : [K, M, 3, 3] float64, eV/Å³; NaN for structures without a stress; None if they are not trained on
     energy_weights, force_weights : [K, M] float64, weights in L_E and L_F; 0 where nothing is known
+    stress_weights : [K, M] float64, Å⁶, weights in L_S with (volume / number of atoms)², which makes virials of
+        stresses: errors of an atom's virial in eV are of the size of errors of forces in eV/Å, and do not depend on the
+        vacuum beside a layer. None with the stresses.
     origin : [M] int64, where each structure is in the data that were given
-    known_energies, known_forces : numpy bool [K, M], which structures have energies and forces at each level
+    known_energies, known_forces, known_stresses : numpy bool [K, M], which structures have them at each level
     labels : tuple of str, what each structure is called
     lasting : bool
     """
@@ -79,6 +88,7 @@ class Window:
         self._structures, self._source = structures, source
         self.levels = structures.levels
         self.known_energies, self.known_forces = structures.known_energies, structures.known_forces
+        self.known_stresses = structures.known_stresses
         assert structures.energies is not None
         targets = structures.energies.reshape(self.levels, -1) - (structures.counts() * sae[:, None]).sum(axis=-1)
         if structures.forces is None:
@@ -100,6 +110,14 @@ class Window:
         self.energies, self.forces, self.origin = tensor(targets), tensor(forces), tensor(piece.origin)
         self.energy_weights, self.force_weights = tensor(energy_weights), tensor(force_weights)
         self._first_atoms = structures.offsets
+        self.cells = None if structures.cells is None else tensor(structures.cells)
+        self.periodic = None if structures.periodic is None else tensor(structures.periodic)
+        self.stresses, self.stress_weights = None, None
+        if config.loss.stresses:
+            shape = self.levels, len(piece), 3, 3
+            stresses = np.full(shape, np.nan) if structures.stresses is None else structures.stresses.reshape(shape)
+            scales = np.where(self.known_stresses, (structures.volumes / atoms) ** 2, 0.0)
+            self.stresses, self.stress_weights = tensor(stresses), tensor(weights * factors * scales)
 
     def pinned(self) -> Window:
         """The same in memory from which a GPU copies while others compute."""
@@ -137,13 +155,15 @@ class Window:
         device, jacobians = model.sae.device, found.jacobian
         return StoredDescriptors(found.features.to(device), None if jacobians is None else jacobians.to(device))
 
-    def gather(self, structures: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Coordinates, species and offsets of some structures as a ragged batch of their own."""
+    def gather(self, structures: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Coordinates, species, offsets, cells and periodicity of some structures as a ragged batch of their own."""
         sizes = self.offsets.diff()[structures]
         offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         shifts = torch.repeat_interleave(self.offsets[structures] - offsets[:-1], sizes)
         atoms = torch.arange(len(shifts), device=shifts.device) + shifts
-        return None if self.coordinates is None else self.coordinates[atoms], self.species[atoms], offsets
+        coordinates = None if self.coordinates is None else self.coordinates[atoms]
+        cells, periodic = (None if x is None else x[structures] for x in (self.cells, self.periodic))
+        return coordinates, self.species[atoms], offsets, cells, periodic
 
     def known_reference(self, where: slice, level: int) -> tuple[list[str], np.ndarray]:
         """Labels and energies, eV without single-atom energies, of those consecutive structures that have the level."""
@@ -157,3 +177,10 @@ class Window:
         places = np.repeat(np.arange(where.start, where.stop), counts)
         known = self.known_components(where)[level]
         return places, self.forces[level, self.atoms(where)].cpu().numpy()[known].ravel()
+
+    def known_stress_reference(self, where: slice, level: int) -> tuple[np.ndarray, np.ndarray]:
+        """The place of the structure and the value, eV/Å³, of each stress component that is known at the level."""
+        assert self.stresses is not None
+        known = self.known_stresses[level, where]
+        places = np.repeat(np.arange(where.start, where.stop)[known], 9)
+        return places, self.stresses[level, where].cpu().numpy()[known].ravel()
