@@ -52,7 +52,7 @@ def frames(path: Path) -> Iterator[Atoms]:
     OSError
         It cannot be read.
     """
-    with open_with_compression(path, "rb") as binary:
+    with open_with_compression(str(path), "rb") as binary:
         lines = _Lines(path, io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape"))
         while (n_atoms := lines.count()) is not None:
             yield lines.frame(n_atoms)
