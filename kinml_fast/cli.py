@@ -229,7 +229,9 @@ def _prepare(options: argparse.Namespace) -> None:
 
     _show_log()
     settings = config.load(options.config, options.arguments)
-    with folder.RunFolder(settings.run).hold():
+    run = folder.RunFolder(settings.run)
+    with run.hold():
+        run.check_prepared()
         single.prepare(settings)
 
 

@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from kinml_fast.data import xyz_text
 from kinml_fast.data.fidelities import merge
 from kinml_fast.data.files import check_distinct, expand, first_few
 from kinml_fast.data.selection import Selection
@@ -94,8 +95,8 @@ def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
         As `read`, where it is found in the piece that is read.
     """
     keys = _all_keys(selection, [path])
-    frames, first = _frames(path), 0
-    while some := list(itertools.islice(frames, size)):
+    left, first = frames(path), 0
+    while some := list(itertools.islice(left, size)):
         yield _built(path, some, keys, selection.elements, True, first)
         first += len(some)
 
@@ -136,10 +137,10 @@ def _read_one(
     elements: Sequence[str] | None,
     labelled: bool,
 ) -> Structures:
-    frames = list(_frames(path))
-    if not frames:
+    found = list(frames(path))
+    if not found:
         raise DataError(f"{path}: contains no structures: take a file with data")
-    return _built(path, frames, keys, elements, labelled, 0)
+    return _built(path, found, keys, elements, labelled, 0)
 
 
 def _built(
@@ -182,9 +183,21 @@ def _built(
         raise DataError(f"{path}: {error}") from error
 
 
-def _frames(path: Path) -> Iterator[Atoms]:
+def frames(path: Path) -> Iterator[Atoms]:
+    """The frames of a file, one after another: XYZ by its suffix, others as ASE recognises them.
+
+    Raises
+    ------
+    DataError
+        It cannot be read to its end.
+    """
     try:
+        if xyz_text.is_xyz(path):
+            yield from xyz_text.frames(path)
+            return
         yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
+    except InputError:
+        raise
     except Exception as error:  # ASE's many readers raise whatever their parsing runs into
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: ASE cannot read it ({reason}): correct the file or its suffix") from error
@@ -272,6 +285,9 @@ def _of_level(
 
 
 def _number(value: object, what: str) -> float:
+    if isinstance(value, bool | np.bool_):
+        word = what.rpartition(" ")[2]
+        raise DataError(f"{what} is a word of its comment line, not a number: write {word}=NUMBER there")
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):

@@ -103,8 +103,7 @@ def _frames(
         None if x is None else x.reshape(levels, -1, 3, 3)[..., _VOIGT[0], _VOIGT[1]]
         for x in (predictions.stresses, predictions.stresses_std)
     )
-    frames = ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
-    for i, frame in enumerate(frames):
+    for i, frame in enumerate(xyz.frames(path)):
         atoms = slice(structures.offsets[i], structures.offsets[i + 1])
         energy, of_frame = float(energies[-1, i]), forces[-1, atoms]
         has_stress = stresses is not None and not np.isnan(stresses[-1, i]).any()

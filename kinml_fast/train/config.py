@@ -716,16 +716,27 @@ def from_dict(values: Mapping[str, Any], source: str = "configuration", overridd
         raise ConfigError(_sentence(error.errors()[0], source, overridden)) from None
 
 
+_MARK = "# A run of kinml_fast: its configuration, which the run has written.\n"
+
+
 def save(config: Config, path: Path) -> None:
     """Write a configuration as YAML, every key written out."""
     save_yaml(path, config.model_dump())
 
 
 def save_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Write plain values as YAML."""
-    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    """Write the configuration of a run as YAML."""
+    text = _MARK + yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def written_by_run(path: Path) -> bool:
+    """Whether a configuration is one that `save_yaml` has written."""
+    try:
+        return path.read_text(encoding="utf-8").startswith(_MARK)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

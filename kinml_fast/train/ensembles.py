@@ -109,6 +109,8 @@ def train(config: Config, data: Prepared, progress: Progress | None = None, rank
     with folder.logged(ranks.rank):
         for number in range(1, config.ensemble.members + 1):
             of_member(config, data, number)  # says what is wrong with the folds before anything is trained
+        if ranks.is_first:
+            folder.accept()
         if not ranks.alone:
             return _side_by_side(config, data, progress, ranks, started)
         if config.ensemble.processes > 1:

@@ -10,11 +10,30 @@ from pathlib import Path
 
 from kinml_fast.errors import InputError
 from kinml_fast.train import lock
+from kinml_fast.train.config import written_by_run
 
 LOGGER = logging.getLogger("kinml_fast")
 
 MEMBER_PATIENCE = 30.0
 """Seconds in which a process that trains a member of an ensemble ends when the one that started it is gone."""
+
+
+_PREVIOUS, _COMPLETE = ".previous", "complete"
+
+_WRITTEN = (
+    "config.yaml",
+    "metrics.csv",
+    "train.log",
+    "train-*.log",
+    "split.txt",
+    "prepared.h5",
+    "model.pt",
+    "events.out.tfevents.*",
+    "checkpoints/*.pt",
+    "report/errors.csv",
+    "report/learning_curves.png",
+    "report/parity_*.png",
+)
 
 
 class RunFolder:
@@ -66,7 +85,7 @@ class RunFolder:
         InputError
             An earlier run is there, or the folder cannot be made; a member of an ensemble is being trained there.
         """
-        if self.metrics.exists() or self.last.exists() or self.members():
+        if self.holds_run():
             if not overwrite:
                 raise InputError(
                     f"{self}: holds a run already: continue it with `kinml-fast train --resume {self}`, "
@@ -75,17 +94,103 @@ class RunFolder:
             with contextlib.ExitStack() as stack:
                 for member in self.members():  # of an ensemble that was killed, a process may be about to end
                     stack.enter_context(member.hold(patience=MEMBER_PATIENCE))
-            patterns = ("events.out.tfevents.*", f"{self.log.stem}-*{self.log.suffix}")
-            found = (path for pattern in patterns for path in self.path.glob(pattern))
-            for path in (self.config, self.metrics, self.log, self.model, *found):
-                path.unlink(missing_ok=True)
-            for path in (self.checkpoints, self.report, *(member.path for member in self.members())):
-                shutil.rmtree(path, ignore_errors=True)
+                try:
+                    self._set_aside()
+                except OSError as error:
+                    raise InputError(
+                        f"{self}: the run there cannot be replaced ({error.strerror}): choose another folder with "
+                        "run=NAME"
+                    ) from error
+            _remove_empty(self.path)
+        else:
+            self._check_foreign()
         self.make()
+
+    def check_prepared(self) -> None:
+        """Refuse to prepare data where a run has begun, which would lose its own.
+
+        Raises
+        ------
+        InputError
+            One has.
+        """
+        if self.holds_run():
+            raise InputError(
+                f"{self}: holds a run, which keeps its data: choose another folder with run=NAME, or prepare and train "
+                "anew in one step with kinml-fast train --overwrite"
+            )
+        self._check_foreign()
+
+    def holds_run(self) -> bool:
+        """Whether a run has begun here."""
+        return self.metrics.exists() or self.last.exists() or bool(self.members())
+
+    def accept(self) -> None:
+        """The new run has begun: what `create` has set aside can go."""
+        for path in _written(self._previous):
+            path.unlink(missing_ok=True)
+        (self._previous / _COMPLETE).unlink(missing_ok=True)
+        _remove_empty(self._previous)
+
+    def restore(self) -> None:
+        """Bring back what `create` has set aside for a run that has not begun, be it that its process was killed."""
+        if not self._previous.is_dir():
+            return
+        complete = self._previous / _COMPLETE
+        if complete.exists():
+            if self.last.exists() or any(member.last.exists() for member in self.members()):
+                self.accept()  # as the process was about to
+                return
+            for path in _written(self.path):  # by the new run
+                if path not in (self.prepared, self.split) or self._aside(path).exists():
+                    path.unlink(missing_ok=True)
+            _remove_empty(self.path)
+            complete.unlink()
+        for path in _written(self._previous):
+            target = self.path / path.relative_to(self._previous)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            path.unlink(missing_ok=True)  # another name of the same file
+        _remove_empty(self._previous)
+
+    @property
+    def _previous(self) -> Path:
+        """Where a run that is replaced waits until the new one has begun."""
+        return self.path / _PREVIOUS
+
+    def _aside(self, path: Path) -> Path:
+        return self._previous / path.relative_to(self.path)
+
+    def _set_aside(self) -> None:
+        for path in _written(self.path):
+            target = self._aside(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path in (self.prepared, self.split):  # which may serve the new run as well
+                _link(path, target)
+            else:
+                path.replace(target)
+        (self._previous / _COMPLETE).touch()
+
+    def _check_foreign(self) -> None:
+        """Refuse a folder in which a run would write over files that no run has written."""
+        if self.config.exists() and not written_by_run(self.config):
+            raise InputError(
+                f"{self.config}: was not written by a run, and one in this folder would write over it: choose another "
+                "folder with run=NAME"
+            )
+        for path in (self.model, self.best, self.report / "errors.csv"):
+            if path.exists() and not self.config.exists():
+                raise InputError(
+                    f"{path}: belongs to no run, and a run in this folder would write over it: choose another folder "
+                    "with run=NAME"
+                )
 
     def hold(self, *, training: bool = False, patience: float = 0.0) -> lock.Hold:
         """Keep other runs out of the folder; see `lock.hold`."""
-        return lock.hold(self.path, training=training, patience=patience)
+        held = lock.hold(self.path, training=training, patience=patience)
+        if held.first:  # no process is about to begin a new run here
+            self.restore()
+        return held
 
     def make(self) -> None:
         """Make the folder and that of the checkpoints if they are not there.
@@ -132,3 +237,29 @@ class RunFolder:
             handler.close()
             for other in others:
                 other.removeFilter(as_before)
+
+
+def _written(place: Path) -> Iterator[Path]:
+    """What runs write, of that which is in a folder."""
+    for folder in (place, *place.glob("member-*")):
+        for pattern in _WRITTEN:
+            yield from folder.glob(pattern)
+
+
+def _remove_empty(place: Path) -> None:
+    """Remove the folders within a run folder in which nothing is left, and that of a run that was set aside."""
+    for folder in (*place.glob("member-*"), place):
+        made = [folder / "checkpoints", folder / "report"]
+        if folder != place or place.name == _PREVIOUS:
+            made.append(folder)
+        for path in made:
+            with contextlib.suppress(OSError):  # not there, or not empty
+                path.rmdir()
+
+
+def _link(path: Path, target: Path) -> None:
+    """Another name for a file that is only ever replaced as a whole; a copy where a file has but one."""
+    try:
+        target.hardlink_to(path)
+    except OSError:
+        shutil.copy2(path, target)

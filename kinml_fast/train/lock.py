@@ -42,8 +42,10 @@ _guard = threading.RLock()
 class Hold:
     """A hold on a run folder; as a context manager it ends with the block."""
 
-    def __init__(self, release: Callable[[], None]) -> None:
+    def __init__(self, release: Callable[[], None], first: bool) -> None:
         self._release: Callable[[], None] | None = release
+        self.first = first
+        """Whether nothing else in this process had the folder."""
 
     def release(self) -> None:
         """Let go; once is enough."""
@@ -112,7 +114,7 @@ def _hold(place: Path, held: _Held, training: bool) -> Hold:
                 del _held[place]
                 _close(place, held)
 
-    return Hold(release)
+    return Hold(release, held.holders == 1)
 
 
 def _opened(folder: Path) -> _Held | str:

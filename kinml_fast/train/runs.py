@@ -80,6 +80,7 @@ def start(
 
         def begun() -> Prepared | LargeData:
             stack.enter_context(folder.hold(patience=_RESTART_PATIENCE if restarted else 0.0))
+            stack.callback(folder.restore)  # the run before, if this one does not get as far as to begin
             folder.create(overwrite)
             with folder.logged():
                 known = settled(config, ranks.size)
@@ -130,9 +131,9 @@ def resume(
     with contextlib.ExitStack() as stack:
 
         def held() -> tuple[Config, Config]:
-            found = _reopened(folder, overrides, ranks)
-            stack.enter_context(folder.hold(patience=_RESTART_PATIENCE if restarted else 0.0))
-            return found
+            if folder.path.is_dir():
+                stack.enter_context(folder.hold(patience=_RESTART_PATIENCE if restarted else 0.0))
+            return _reopened(folder, overrides, ranks)
 
         before, config = ranks.in_turn(held, lambda: _reopened(folder, overrides, ranks))
         here = config.model_copy(update={"run": str(folder)})  # it may have moved

@@ -77,6 +77,11 @@ class RunStore:
         log.info("%s: goes on with epoch %d, batch %d", folder, state.epoch, state.batch)
         return table
 
+    def begin(self) -> None:
+        """The first checkpoint of a new run; what was there before it can go."""
+        self.save()
+        self._folder.accept()
+
     @property
     def is_new(self) -> bool:
         """Whether nothing was saved yet."""

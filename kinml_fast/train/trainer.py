@@ -182,7 +182,7 @@ class Trainer:
                 stack.enter_context(self._place.logged(self._ranks.rank))
             self.prepare()
             if self._store is not None and self._store.is_new:
-                self._store.save()
+                self._store.begin()
             self._train()
             if self._store is not None:
                 self._store.save()
