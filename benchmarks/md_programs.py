@@ -5,7 +5,8 @@
     python benchmarks/md_programs.py nve MODEL.kinml     # minutes; results/md_nve.json, and the table of docs/lammps.md
 
 `agree` takes a model with random weights (float64) and C5H5 and a box of 96 atoms of benzene. `nve` takes a trained
-model (`kinml-fast train forces`, then `kinml-fast export`) or, with --box, one that was trained on benzene boxes.
+model (`kinml-fast train forces`, then `kinml-fast export`) or, with --start, one that was trained on crystals or
+liquids, and begins with the first frame of a file that is near them, twice along each vector.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import ase.io
 import boxes
 import numpy as np
 import torch
@@ -239,7 +241,7 @@ def main() -> None:
     commands.add_parser("agree")
     run = commands.add_parser("nve")
     run.add_argument("model", type=Path, nargs="?")
-    run.add_argument("--box", type=int, metavar="K", help="K³ molecules of benzene for C5H5")
+    run.add_argument("--start", type=Path, metavar="FILE", help="extended XYZ of a periodic system, for C5H5")
     run.add_argument("--timestep", type=float, default=0.00025, help="ps")
     run.add_argument("--picoseconds", type=float, default=100.0)
     run.add_argument("--threads", type=int, default=1)
@@ -250,7 +252,7 @@ def main() -> None:
         (RESULTS / "md_agree.json").write_text(json.dumps(found, indent=1) + "\n")
         boxes.fill(DOCS / "md_codes.md", "md_agree", agreement_table(found))
         return
-    atoms = c5h5() if options.box is None else boxes.benzene(options.box)
+    atoms = c5h5() if options.start is None else ase.io.read(options.start, 0).repeat(2)
     with tempfile.TemporaryDirectory() as name:
         row = nve(Path(name), options.model, atoms, options.timestep, options.picoseconds, options.threads)
     log.info("%s", row)

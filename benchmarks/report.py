@@ -38,6 +38,8 @@ Batches of 50 C5H5. The floor of a kernel is its arithmetic at the rate of torch
     "levels": """## Several levels of theory
 An epoch of 2000 C5H5 as above, every structure with all levels: ms, and how many times that of one level.""",
     "evaluation": "## Energies and forces of C5H5",
+    "inference": """### In molecular dynamics
+Energy and forces again and again, weights laid out once, one thread (`bench_inference.py --threads 1`): µs.""",
     "ensemble": """## Ensembles
 Energies and forces of every member from one call: how many times the time of one model.""",
     "gpu": """## On a GPU
@@ -193,6 +195,18 @@ class Run:
             )
         return table(rows)
 
+    def inference(self) -> str:
+        found = {key: b for key, b in self.by.items() if key[0].startswith("inference ")}
+        kinds = sorted(
+            {(b["extra_info"]["structures"], form) for (_, form), b in found.items()}, key=lambda kind: kind[0]
+        )
+        rows = [["", *DTYPES]]
+        for count, form in kinds:
+            numbers = [found.get((f"inference {count} {dtype}", form)) for dtype in DTYPES]
+            name = f"{count} at once" if count > 1 else form
+            rows.append([name, *(f"{b['stats']['median'] * 1e6:.1f}" if b else "-" for b in numbers)])
+        return table(rows) if kinds else ""
+
     def levels(self) -> str:
         tasks = {"energies": "energies", "forces": "energies and forces"}
         rows = [["levels", *(f"{name}, {dtype}" for name in tasks.values() for dtype in DTYPES)]]
@@ -334,6 +348,7 @@ class Run:
             "size": lambda: self.grown("forces size", "atoms in a molecule", "atoms"),
             "levels": self.levels,
             "evaluation": self.evaluation,
+            "inference": self.inference,
             "ensemble": self.ensemble,
             "gpu": self.gpu,
             "memory": self.memory,
