@@ -17,7 +17,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from kinml_fast.data import xyz_text
 from kinml_fast.data.fidelities import merge
-from kinml_fast.data.files import check_distinct, expand, first_few
+from kinml_fast.data.files import check_distinct, expand, first_few, is_ase_database
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, concatenate, element_order
 from kinml_fast.errors import ConfigError, DataError, InputError
@@ -194,6 +194,9 @@ def frames(path: Path) -> Iterator[Atoms]:
     try:
         if xyz_text.is_xyz(path):
             yield from xyz_text.frames(path)
+            return
+        if is_ase_database(path):
+            yield from ase.io.iread(path, index=":", format="db", do_not_split_by_at_sign=True)
             return
         yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
     except InputError:
