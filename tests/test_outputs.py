@@ -86,7 +86,8 @@ def test_a_prediction_is_what_its_name_says_and_keeps_what_was_read(folder, name
         for key in ("dipole", "charges"):
             np.testing.assert_allclose(after.calc.results[key], before.calc.results[key], atol=1e-8)
         assert after.info["name"] == "a b"
-        assert after.arrays["tags2"].tolist() == before.arrays["tags2"].tolist()
+        if name != "out.traj":  # which has no columns of a user's own
+            assert after.arrays["tags2"].tolist() == before.arrays["tags2"].tolist()
 
 
 def calculated() -> list[Atoms]:
@@ -170,10 +171,8 @@ def test_a_database_of_ase_is_read_as_ase_reads_it(folder):
 
 
 def test_descriptors_that_do_not_fit_into_memory():
-    with pytest.raises(
-        DeviceError, match=r"the memory of this computer is too small .*, 8000.0 GB more: set data\.on_di"
-    ):
-        with _memory_explained(TrainingConfig()):
-            torch.empty(10**12, dtype=torch.float64)
+    sentence = r"the memory of this computer is too small .*, 8000.0 GB more: set data\.on_disk=true"
+    with pytest.raises(DeviceError, match=sentence), _memory_explained(TrainingConfig()):
+        torch.empty(10**12, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), _memory_explained(TrainingConfig()):
         torch.ones(2, 3) @ torch.ones(2, 3)
