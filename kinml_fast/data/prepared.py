@@ -14,8 +14,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from kinml_fast.data import plausible, sources, splits
 from kinml_fast.data import sae as sae_module
-from kinml_fast.data import sources, splits
 from kinml_fast.data import weights as weights_module
 from kinml_fast.data.files import expand, is_hdf5, is_sqlite, replacing
 from kinml_fast.data.selection import Selection
@@ -124,6 +124,8 @@ def prepare(
         structures = structures.select(used)
         loss_weights = None if loss_weights is None else loss_weights[used]
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
+    for doubt in plausible.doubts(structures, chosen, selection.baseline is not None):
+        _log.warning("%s", doubt)
     assert structures.energies is not None  # what is read has them
     fitted = np.concatenate([chosen.train, chosen.validation])
     # Differences of levels do not contain the energies of single atoms: those start at 0.
