@@ -6,15 +6,16 @@ import argparse
 import contextlib
 import errno
 import functools
+import io
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kinml_fast import signals
 from kinml_fast.errors import ConfigError, InputError, RankError
@@ -40,9 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         # argparse gives up positional arguments behind an option.
         options.arguments += rest
+    output = _Output(sys.stdout)
     try:
-        with signals.at_once():
-            return options.command(options) or 0
+        with signals.at_once(), contextlib.redirect_stdout(output):
+            code = options.command(options) or 0
+            output.flush()
+        # What training has made is in files; of other commands the output is lost.
+        return code if output.error is None or options.command in (_train, _prepare) else _not_shown(output.error)
     except RankError:
         return USAGE_ERROR
     except InputError as error:
@@ -53,6 +58,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"{error.filename or 'output'}: the disk is full: free some space and try again")
     except (KeyboardInterrupt, signals.Stopped) as end:
         return _ended(end)
+
+
+class _Output:
+    """Standard output that a command outlives: nobody may read it any more, a disk may be full, or it may know no Å."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+    def write(self, text: str) -> int:
+        self._guarded(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._guarded(self._stream.flush)
+
+    def _guarded(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            self.error = self.error or error
+            # What is still to be written goes nowhere.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _not_shown(error: OSError) -> int:
+    """The output of a command could not be written."""
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE  # as of other programs in a pipe
+    return _complain(f"standard output: could not be written ({error.strerror}): free some space and try again")
 
 
 def _parser() -> argparse.ArgumentParser:

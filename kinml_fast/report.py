@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -254,8 +255,7 @@ def write_member_curves(
     InputError
         As `write_report`.
     """
-    import matplotlib
-
+    matplotlib = _matplotlib()
     folder = _made(folder)
     curves = {name: read_metrics(path)["validation"] for name, path in metrics_csv.items()}
     quantities = _shown(curves)
@@ -601,9 +601,18 @@ def _made(folder: str | os.PathLike) -> Path:
 
 def _style() -> AbstractContextManager[None]:
     """What figures look like that are made and drawn within this."""
-    import matplotlib
+    return _matplotlib().rc_context(_STYLE)
 
-    return matplotlib.rc_context(_STYLE)
+
+def _matplotlib() -> ModuleType:
+    """The package, also where MPLBACKEND names a backend that is not there, as notebooks do: none is needed here."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -211,3 +211,14 @@ def test_empty_missing_and_folder(tmp_path):
         xyz.read(tmp_path / "b.xyz")
     with pytest.raises(InputError, match=r"is a folder"):
         xyz.read(tmp_path)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    paths = []
+    for job in ("a/job_1", "a/job_2", "b/job 1"):
+        (tmp_path / job).mkdir(parents=True)
+        paths.append(write(tmp_path / job / "orca.xyz", frames()[:1]))
+    paths.append(write(tmp_path / "other.xyz", frames()[:1]))
+    found = xyz.read(paths).labels
+    assert found == ("a/job_1/orca.xyz/1", "a/job_2/orca.xyz/1", "b/job_1/orca.xyz/1", "other.xyz/1")
+    assert xyz.read(paths[:2]).labels == ("job_1/orca.xyz/1", "job_2/orca.xyz/1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from training_helpers import crystal_data
 
 from kinml_fast import ops
 from kinml_fast.cli import main
@@ -75,6 +76,15 @@ def test_a_plain_file_has_the_same(tmp_path, training, dtype):
         grades = [potential(*arguments, threads=threads)["grades"] for threads in (1, 2)]
         np.testing.assert_allclose(grades[0], expected.numpy(), rtol=1e-6 if dtype == torch.float64 else 1e-3)
         assert np.array_equal(*grades)
+
+
+def test_training_crystals_have_their_images():
+    data, one = crystal_data().structures, model()
+    around = ops.surroundings(torch.from_numpy(data.cells), torch.from_numpy(data.periodic))
+    tensors = [torch.from_numpy(x) for x in (data.coordinates, data.species, data.offsets)]
+    found = grade.grades(one, grade.fit(one, data), *tensors, around)
+    for s in range(2):
+        assert float(found[data.species == s].max()) == pytest.approx(1, rel=1e-9)
 
 
 def test_mistakes(tmp_path, training, capsys):

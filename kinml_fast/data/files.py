@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from kinml_fast import datasets
 from kinml_fast.errors import ConfigError, DataError, InputError
@@ -43,6 +45,18 @@ def is_sqlite(path: Path) -> bool:
     return _begins_with(path, _SQLITE_MAGIC) or path.suffix == ".db"
 
 
+def is_ase_database(path: Path) -> bool:
+    """Whether the file is a database of ASE's (ase.db), whatever its name is."""
+    if not _begins_with(path, _SQLITE_MAGIC):
+        return False
+    with contextlib.suppress(sqlite3.Error):
+        address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+            names = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            return {"systems", "species", "keys"} <= names
+    return False
+
+
 def is_hdf5(path: Path) -> bool:
     """Whether the file is an HDF5 file: by its first bytes, or by the suffix `.h5` or `.hdf5` of a damaged one."""
     return not is_sqlite(path) and (_begins_with(path, _HDF5_MAGIC) or path.suffix in (".h5", ".hdf5"))
@@ -63,6 +77,31 @@ def check_distinct(paths: Sequence[Path], label: Callable[[Path], str]) -> None:
                 f"{other} and {path} would give their structures the same labels: "
                 f"rename one, for instance to {path.stem}_2{path.suffix}"
             )
+
+
+def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike], suffixes: Sequence[str] = ()) -> None:
+    """Refuse to write over a file that is read, or a file whose name says that it is of another kind.
+
+    Parameters
+    ----------
+    path
+        The file to write.
+    inputs
+        Files that are read.
+    suffixes
+        Those that the file may have; none given: any.
+
+    Raises
+    ------
+    ConfigError
+        It is one of the inputs, or has another suffix.
+    """
+    path = Path(path)
+    for other in map(Path, inputs):
+        if path.resolve() == other.resolve():
+            raise ConfigError(f"{path}: is what is read and would be overwritten: give the output another name")
+    if suffixes and not path.name.lower().endswith(tuple(suffixes)):
+        raise ConfigError(f"{path}: the output is a file of another kind: give it the suffix {' or '.join(suffixes)}")
 
 
 @contextlib.contextmanager
@@ -108,7 +147,13 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 def _expand_one(entry: str) -> list[Path]:
     if entry.startswith(SHIPPED):
         return [datasets.path(entry[len(SHIPPED) :])]
-    path = Path(entry).expanduser()
+    try:
+        path = Path(entry).expanduser()
+        path.resolve(strict=path.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a ring of links, too long, a zero byte
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        shown = entry if len(entry) < 80 else f"{entry[:77]}..."
+        raise DataError(f"{shown}: is no path of a file ({reason}): correct it, or give a list of names") from error
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))

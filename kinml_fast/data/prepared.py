@@ -14,8 +14,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from kinml_fast.data import plausible, sources, splits
 from kinml_fast.data import sae as sae_module
-from kinml_fast.data import sources, splits
 from kinml_fast.data import weights as weights_module
 from kinml_fast.data.files import expand, is_hdf5, is_sqlite, replacing
 from kinml_fast.data.selection import Selection
@@ -124,6 +124,8 @@ def prepare(
         structures = structures.select(used)
         loss_weights = None if loss_weights is None else loss_weights[used]
         chosen = Split(*(np.searchsorted(used, getattr(chosen, part)) for part in PARTS))
+    for doubt in plausible.doubts(structures, chosen, selection.baseline is not None):
+        _log.warning("%s", doubt)
     assert structures.energies is not None  # what is read has them
     fitted = np.concatenate([chosen.train, chosen.validation])
     # Differences of levels do not contain the energies of single atoms: those start at 0.
@@ -185,6 +187,19 @@ def check_path(path: Path, files: Sequence[Path]) -> None:
     """Refuse to write prepared data over one of the files that they are made from."""
     if path.resolve() in [p.resolve() for p in files]:
         raise ConfigError(f"{path}: is one of the data files and would be overwritten: name another file")
+    if path.exists() and not _is_ours(path):
+        raise ConfigError(f"{path}: holds no prepared data and would be overwritten: name another file")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is prepared data, of whatever version, or a damaged HDF5 file."""
+    if not path.is_file() or not is_hdf5(path):
+        return False
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return bytes(file.attrs.get("format", b"")).decode(errors="replace") == _FORMAT
+    except OSError:
+        return True
 
 
 def save(path: str | os.PathLike, prepared: Prepared) -> None:
@@ -248,7 +263,7 @@ def load(path: str | os.PathLike) -> Prepared:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file: run kinml-fast prepare first")
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:  # it is only ever replaced as a whole
             attributes = {name: bytes(value).decode() for name, value in file.attrs.items()}
             if attributes.get("format") != _FORMAT or attributes.get("version") != str(_VERSION):
                 raise DataError(f"{path}: is not prepared data of this version: run kinml-fast prepare again")

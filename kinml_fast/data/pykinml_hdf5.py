@@ -215,7 +215,7 @@ def write(
 
     text = h5py.string_dtype()
     with replacing(path) as temporary, _Remembering(temporary, "r+b") as room:
-        with h5py.File(room, "w") as file:
+        with h5py.File(room, "w", locking=False) as file:
             group = file.create_group(GROUP)
             group.attrs["Types"] = list(structures.elements)
             group.attrs["ndat"] = count
@@ -283,7 +283,7 @@ class _Index:
 def _opened(path: Path) -> Iterator[h5py.Group]:
     """The group of a file, for reading; whatever HDF5 stumbles over becomes an InputError."""
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             if not isinstance(file.get(GROUP), h5py.Group):
                 present = ", ".join(file) or "nothing"
                 raise DataError(

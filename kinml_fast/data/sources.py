@@ -14,7 +14,7 @@ import torch
 
 from kinml_fast.data import pykinml_hdf5, sqlite, stored, xyz
 from kinml_fast.data.fidelities import complete, difference
-from kinml_fast.data.files import expand, first_few, is_hdf5, is_sqlite
+from kinml_fast.data.files import expand, first_few, is_ase_database, is_hdf5, is_sqlite
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.stored import StoredDescriptors
 from kinml_fast.data.structures import Structures, concatenate
@@ -158,6 +158,8 @@ def _absent(fidelity: int, paths: Sequence[Path]) -> str:
 
 
 def _reader(path: Path) -> ModuleType:
+    if is_ase_database(path):
+        return xyz
     return sqlite if is_sqlite(path) else pykinml_hdf5 if is_hdf5(path) else xyz
 
 

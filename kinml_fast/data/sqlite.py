@@ -32,6 +32,9 @@ from kinml_fast.errors import ConfigError, DataError, InputError
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 10.0
+"""Seconds in which another program may end what it writes."""
+
 _NEEDED = {"xyz": ("id", "temp", "name", "geom"), "energy": ("fidelity", "E", "force", "xyz_id")}
 
 _SCHEMA = """
@@ -415,10 +418,17 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         # mode=ro: never create a file or a journal beside somebody's data.
         address = f"file:{quote(str(path.absolute()))}?mode=ro"
-        with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as database:
+        if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+            # In WAL mode SQLite wants to write a file beside it, where nobody else can have written either.
+            address += "&immutable=1"
+        with closing(sqlite3.connect(address, uri=True, isolation_level=None, timeout=_PATIENCE)) as database:
             database.execute("BEGIN")
             yield database
     except sqlite3.Error as error:
+        if "locked" in str(error):
+            raise DataError(
+                f"{path}: is locked by another program, which writes to it: wait until it is done, or close it"
+            ) from error
         raise DataError(f"{path}: cannot be read as an SQLite database ({error}): get a sound copy") from error
 
 

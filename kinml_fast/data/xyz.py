@@ -17,7 +17,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from kinml_fast.data import xyz_text
 from kinml_fast.data.fidelities import merge
-from kinml_fast.data.files import check_distinct, expand, first_few
+from kinml_fast.data.files import expand, first_few, is_ase_database
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, concatenate, element_order
 from kinml_fast.errors import ConfigError, DataError, InputError
@@ -61,8 +61,8 @@ def read(
     -------
     Structures
         With the levels `selection.fidelities_read`. Labels are "file.xyz/3" (counted from 1; white space in a file name
-        becomes "_"). With several levels energies and forces have a leading dimension and are NaN where a frame lacks
-        one.
+        becomes "_"), of files that have one name "folder/file.xyz/3". With several levels energies and forces have a
+        leading dimension and are NaN where a frame lacks one.
 
     Raises
     ------
@@ -72,14 +72,14 @@ def read(
     """
     paths = expand(files)
     keys = _all_keys(selection, paths)
-    if len(keys) == 1:
-        check_distinct(paths, _file_label)
     groups: dict[str, list[Path]] = {}
     for path in paths:
         groups.setdefault(_file_label(path), []).append(path)
+    if len(keys) == 1:
+        groups = {label: [path] for same in groups.values() for label, path in _told_apart(same).items()}
     parts = []
-    for same_label in groups.values():
-        found = [_read_one(path, keys, selection.elements, labelled) for path in same_label]
+    for label, same_label in groups.items():
+        found = [_read_one(path, label, keys, selection.elements, labelled) for path in same_label]
         if labelled and len(keys) > 1:
             _check_levels(same_label, [energy_key for energy_key, *_ in keys], found, selection)
         parts += found if len(found) < 2 else [merge(concatenate(found))]
@@ -97,7 +97,7 @@ def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
     keys = _all_keys(selection, [path])
     left, first = frames(path), 0
     while some := list(itertools.islice(left, size)):
-        yield _built(path, some, keys, selection.elements, True, first)
+        yield _built(path, _file_label(path), some, keys, selection.elements, True, first)
         first += len(some)
 
 
@@ -131,8 +131,19 @@ def _file_label(path: Path) -> str:
     return "_".join(path.name.split())
 
 
+def _told_apart(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files of one name by labels with as many of their folders as make them different."""
+    depth, whole = 1, [path.resolve().parts for path in paths]
+    while True:
+        labels = ["_".join("/".join(parts[-depth:]).split()) for parts in whole]
+        if len(set(labels)) == len(paths) or depth > max(map(len, whole)):
+            return dict(zip(labels, paths, strict=True))
+        depth += 1
+
+
 def _read_one(
     path: Path,
+    label: str,
     keys: Sequence[_Keys],
     elements: Sequence[str] | None,
     labelled: bool,
@@ -140,11 +151,12 @@ def _read_one(
     found = list(frames(path))
     if not found:
         raise DataError(f"{path}: contains no structures: take a file with data")
-    return _built(path, found, keys, elements, labelled, 0)
+    return _built(path, label, found, keys, elements, labelled, 0)
 
 
 def _built(
     path: Path,
+    label: str,
     frames: Sequence[Atoms],
     keys: Sequence[_Keys],
     elements: Sequence[str] | None,
@@ -152,7 +164,6 @@ def _built(
     first: int,
 ) -> Structures:
     """Structures of frames, before which there are `first` others in the file."""
-    label = _file_label(path)
     labels = tuple(f"{label}/{first + i}" for i in range(1, len(frames) + 1))
     energies, forces, stresses = None, None, None
     if labelled:
@@ -194,6 +205,9 @@ def frames(path: Path) -> Iterator[Atoms]:
     try:
         if xyz_text.is_xyz(path):
             yield from xyz_text.frames(path)
+            return
+        if is_ase_database(path):
+            yield from ase.io.iread(path, index=":", format="db", do_not_split_by_at_sign=True)
             return
         yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
     except InputError:

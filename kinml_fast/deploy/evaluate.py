@@ -16,7 +16,7 @@ import torch
 
 from kinml_fast import ops, report
 from kinml_fast.data import sources
-from kinml_fast.data.files import expand, replacing
+from kinml_fast.data.files import check_output, expand, replacing
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, atoms_of
 from kinml_fast.deploy import members, model_file
@@ -318,7 +318,10 @@ def run_evaluate(
     selection = replace(selection, fidelity=fidelities, baseline=model.baseline)
     rows: list[Group] = []
     found: list[Part] = []
-    for path in expand(files):
+    paths = expand(files)
+    if csv_path is not None:
+        check_output(csv_path, [*paths, *model_file.files(model_path)], (".csv",))
+    for path in paths:
         structures = sources.read(path, selection)
         try:
             predictions = evaluate(model, structures, batch_size)

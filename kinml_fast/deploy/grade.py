@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kinml_fast import ops
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import DataError
 from kinml_fast.nn import EnergyModel, Ensemble
@@ -105,8 +106,12 @@ def _features(model: EnergyModel | Ensemble, data: Structures) -> Iterator[tuple
         atoms = slice(int(offsets[0]), int(offsets[-1]))
         species = torch.from_numpy(data.species[atoms])
         coordinates = torch.from_numpy(data.coordinates[atoms]).to(model.dtype)
+        around = None
+        if data.cells is not None and data.periodic is not None:
+            some = slice(first, first + _BATCH_SIZE)
+            around = ops.surroundings(torch.from_numpy(data.cells[some]), torch.from_numpy(data.periodic[some]))
         with torch.inference_mode():
-            yield species, model.aev(coordinates, species, torch.from_numpy(offsets - offsets[0])).double()
+            yield species, model.aev(coordinates, species, torch.from_numpy(offsets - offsets[0]), around).double()
 
 
 def _forms(matrices: Tensor, species: Tensor, features: Tensor) -> Tensor:

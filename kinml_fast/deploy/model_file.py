@@ -193,6 +193,13 @@ def place(path: str | os.PathLike) -> Path:
     return path / "model.pt" if path.is_dir() else path
 
 
+def files(model: Source | Sequence[Source]) -> list[Path]:
+    """The files that `resolve` reads."""
+    if isinstance(model, str | os.PathLike):
+        return _matches(model)
+    return [path for one in model for path in files(one)] if isinstance(model, Sequence) else []
+
+
 def _matches(entry: str | os.PathLike) -> list[Path]:
     """The files that a path or a glob pattern stands for."""
     if Path(entry).exists() or not glob.has_magic(os.fspath(entry)):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ase.io
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import BaseCalculator, CalculatorError
+from ase.calculators.calculator import BaseCalculator, CalculatorError, all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from kinml_fast.data import xyz
-from kinml_fast.data.files import expand, replacing
+from kinml_fast.data.files import check_output, expand, replacing
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import dispersion, low_level, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
@@ -23,6 +24,10 @@ from kinml_fast.errors import ConfigError, DataError, InputError
 
 log = logging.getLogger(__name__)
 
+_FORMS = {"extxyz": (".xyz", ".extxyz", ".xyz.gz", ".extxyz.gz"), "traj": (".traj",)}
+"""What can be written, and the suffixes that say so."""
+_REPLACED = ("energy", "free_energy", "forces", "stress", "energies", "stresses")
+"""What a frame has of another calculation and gets anew, or what would not fit it."""
 _VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
 """Rows and columns of xx yy zz yz xz xy."""
 
@@ -35,7 +40,13 @@ def predict(
     base: BaseCalculator | str | None = None,
     device: str | None = None,
 ) -> int:
-    """Write the structures of a file as extended XYZ with the model's energy (eV), forces (eV/Å) and stress (eV/Å³).
+    """Write the structures of a file, as extended XYZ or ASE's trajectory, with the model's energy, forces and stress.
+
+    In eV, eV/Å and eV/Å³. A stress, in ASE's sign, have crystals whose cell has a volume. All are those of the highest
+    level of theory; those of a lower level are `energy_fidelity0`, `forces_fidelity0` and `stress_fidelity0` (xx yy zz
+    yz xz xy). Of an ensemble they are the means, and `energy_std`, `forces_std` and `stress_std` are the standard
+    deviations of its members (ddof = 1). What the file has under these names is replaced; whatever else ASE has read
+    stays, dipoles and charges too.
 
     A stress, in ASE's sign, have crystals whose cell has a volume. All are those of the highest level of theory; those
     of a lower level are `energy_fidelity0`, `forces_fidelity0` and `stress_fidelity0` (xx yy zz yz xz xy). Of an
@@ -49,7 +60,7 @@ def predict(
     in_path
         A file that ASE reads.
     out_path
-        The file to write, as a whole or not at all; one that is there is replaced.
+        The file to write, as a whole or not at all; one that is there is replaced. The suffix says what it is.
     batch_size
         Structures at a time.
     base
@@ -78,15 +89,29 @@ def predict(
     path, *others = expand(in_path)
     if others:
         raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
+    form = _form(Path(out_path))
+    check_output(out_path, [path, *model_file.files(model_path)])
     structures = xyz.read(path, labelled=False)
     _check_elements(path, structures, model.elements, model_file.name(model_path))
     predictions = evaluate(model, structures, batch_size, forces=True, stresses=True)
-    with replacing(out_path) as temporary:
+    with replacing(out_path) as temporary, tempfile.TemporaryDirectory(dir=Path(out_path).parent) as folder:
         frames = list(_frames(path, structures, predictions, model.fidelities, added))
-        ase.io.write(temporary, frames, format="extxyz")
+        written = Path(folder) / Path(out_path).name  # whose suffix says how it is compressed
+        ase.io.write(written, frames, format=form)
+        written.replace(temporary)
     what = "molecules" if predictions.stresses is None else "structures, and stresses of crystals,"
     log.info("wrote energies and forces of %d %s to %s", len(structures), what, out_path)
     return len(structures)
+
+
+def _form(path: Path) -> str:
+    """The format of a file to write, by its suffix."""
+    name = path.name.lower()
+    for form, suffixes in _FORMS.items():
+        if name.endswith(suffixes):
+            return form
+    known = ", ".join(suffix for suffixes in _FORMS.values() for suffix in suffixes)
+    raise ConfigError(f"{path}: the suffix names no format for structures with energies: take one of {known}")
 
 
 def _frames(
@@ -125,7 +150,12 @@ def _frames(
             frame.arrays[f"forces_fidelity{fidelity}"] = forces[level, atoms]
             if stresses is not None and has_stress:
                 frame.info[f"stress_fidelity{fidelity}"] = stresses[level, i]
-        frame.calc = SinglePointCalculator(frame, energy=energy, forces=of_frame, **results)
+        read = frame.calc.results if frame.calc is not None else {}
+        for key in _REPLACED:
+            frame.info.pop(key, None)
+            frame.arrays.pop(key, None)
+        kept = {key: value for key, value in read.items() if key in all_properties and key not in _REPLACED}
+        frame.calc = SinglePointCalculator(frame, energy=energy, forces=of_frame, **kept, **results)
         yield frame
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinml_fast.data.files import check_output
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import ConfigError, InputError, ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel
@@ -150,6 +151,7 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, **settings: Any)
     InputError
         As `load`, or `output` cannot be written.
     """
+    check_output(output, [path])
     model, notes = load(path, **settings)
     model_file.save(output, model, notes)
     fidelities = f"fidelit{'y' if len(model.fidelities) == 1 else 'ies'} {' '.join(map(str, model.fidelities))}"

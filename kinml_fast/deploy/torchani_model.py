@@ -22,6 +22,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from kinml_fast.data.files import check_output
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
@@ -116,6 +117,7 @@ def convert(path: str | os.PathLike, output: str | os.PathLike, fidelity: int = 
     InputError
         As `load`, or `output` cannot be written.
     """
+    check_output(output, [path])
     model, notes = load(path, fidelity)
     model_file.save(output, model, notes)
     members = f"{model.n_members} models" if isinstance(model, Ensemble) else "a model"

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -422,7 +423,7 @@ def _every(interval: int | None, epochs: int) -> bool:
 
 @contextlib.contextmanager
 def _memory_explained(config: TrainingConfig) -> Iterator[None]:
-    """Say what to do when the memory of a GPU is too small."""
+    """Say what to do when the memory is too small."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -432,6 +433,15 @@ def _memory_explained(config: TrainingConfig) -> Iterator[None]:
         raise DeviceError(
             f"the GPU is out of memory ({first_line(error)}): try {stored}batches half as large ({sizes}), or "
             "training.device=cpu"
+        ) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        needed = re.search(r"allocate (\d+) bytes", str(error))
+        amount = f", {int(needed[1]) / 1e9:.1f} GB more" if needed else ""
+        raise DeviceError(
+            f"the memory of this computer is too small for the descriptors and what is computed of them{amount}: set "
+            f"data.on_disk=true, fewer shifts in descriptor.…, or training.batch_size={config.batch_size // 2 or 1}"
         ) from error
 
 

@@ -1,0 +1,161 @@
+"""What can be seen from data that is probably wrong with them: units, signs, copies. Nothing is refused for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+from ase.data import atomic_numbers, covalent_radii
+
+from kinml_fast.data.sae import GUESSES
+from kinml_fast.data.split import PARTS, Split
+from kinml_fast.data.structures import Structures
+from kinml_fast.units import KCAL_PER_MOL
+
+HARTREE = 27.211386245988
+"""eV"""
+_ENERGY_UNITS = {"Hartree": 1 / HARTREE, "kcal/mol": KCAL_PER_MOL, "kJ/mol": 4.184 * KCAL_PER_MOL}
+"""How many of them are one eV."""
+_AT_MOST = 2000
+_NEAR = 0.3  # Å, of the atom that moves most from one frame to the next
+
+
+def doubts(structures: Structures, split: Split, differences: bool = False) -> Iterator[str]:
+    """One sentence for each thing that looks wrong.
+
+    Parameters
+    ----------
+    structures
+        As they were read, in the order of the files.
+    split
+        Which of them are for what.
+    differences
+        Whether energies are differences of two levels, whose size says nothing.
+    """
+    if structures.coordinates is None:
+        return
+    unit = None if differences else _energy_unit(structures)
+    if unit is not None:
+        yield (
+            f"the energies are about those of all electrons in {unit}, but are taken as eV: if they are in {unit}, "
+            f"multiply energies and forces by {1 / _ENERGY_UNITS[unit]:.6g}"
+        )
+    yield from _of_forces(structures)
+    length = _bond_length(structures)
+    if length > 1.6:
+        yield (
+            f"nearest atoms are {length:.2f} times the sum of their covalent radii apart: lengths are taken as Å; if "
+            "they are in Bohr, multiply them by 0.529177"
+        )
+    yield from _unknown_elements(structures, split)
+    yield from _copies(structures, split)
+
+
+def _energy_unit(s: Structures) -> str | None:
+    """The unit other than eV in which energies would be those of all electrons."""
+    if s.energies is None or not set(s.elements) <= set(GUESSES):
+        return None
+    expected = s.counts() @ np.array([GUESSES[element] for element in s.elements])
+    ratios = s.energies.reshape(s.levels, -1) / expected
+    ratio = float(np.median(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else np.nan
+    return next((unit for unit, factor in _ENERGY_UNITS.items() if abs(ratio / factor - 1) < 0.03), None)
+
+
+def _of_forces(s: Structures) -> Iterator[str]:
+    """Whether energies change between near neighbours in a file as their forces say: dE = -F dx."""
+    if s.energies is None or s.forces is None or s.coordinates is None:
+        return
+    energies, forces = s.energies.reshape(s.levels, -1), s.forces.reshape(s.levels, -1, 3)
+    for level in range(s.levels):
+        changes = []
+        for i in range(min(len(s) - 1, 25 * _AT_MOST)):
+            a, b, c = s.offsets[i : i + 3]
+            if b - a != c - b or not np.array_equal(s.species[a:b], s.species[b:c]):
+                continue
+            moved = s.coordinates[b:c] - s.coordinates[a:b]
+            work = -0.5 * ((forces[level, a:b] + forces[level, b:c]) * moved).sum()
+            if 0 < np.abs(moved).max() < _NEAR and np.isfinite(work):
+                changes.append((energies[level, i + 1] - energies[level, i], work))
+            if len(changes) == _AT_MOST:
+                break
+        found = np.array(changes).reshape(-1, 2)
+        found = found[np.isfinite(found).all(axis=1)]
+        if len(found) < 10 or not found.any(axis=0).all():
+            continue
+        change, work = found.T
+        cosine = (change @ work) / np.sqrt((change @ change) * (work @ work))
+        factor = (change @ work) / (work @ work)
+        if cosine < -0.9 and 0.7 < -factor < 1.4:
+            yield (
+                "the forces have the sign of gradients: from one structure to the next the energy rises along them; "
+                "forces are -dE/dx, change their sign"
+            )
+        elif cosine > 0.9 and not 0.7 < factor < 1.4:
+            yield (
+                f"energies change {factor:.3g} times as much from one structure to the next as the forces say, which "
+                "is not consistent: are they in different units? eV and eV/Å are expected"
+            )
+
+
+def _bond_length(s: Structures) -> float:
+    """The median, over atoms, of the distance to the nearest one in covalent radii; NaN without molecules."""
+    radii = np.array([covalent_radii[atomic_numbers[element]] for element in s.elements])
+    found: list[float] = []
+    assert s.coordinates is not None
+    for i in np.flatnonzero(~s.are_crystals & (s.sizes > 1))[:: max(1, len(s) // _AT_MOST)]:
+        atoms = slice(s.offsets[i], s.offsets[i + 1])
+        x, r = s.coordinates[atoms], radii[s.species[atoms]]
+        ratios = np.linalg.norm(x[:, None] - x, axis=-1) / (r[:, None] + r)
+        np.fill_diagonal(ratios, np.inf)
+        found += ratios.min(axis=1).tolist()
+    return float(np.median(found)) if found else np.nan
+
+
+def _unknown_elements(s: Structures, split: Split) -> Iterator[str]:
+    counts = s.counts() > 0
+    trained = counts[split.train].any(axis=0)
+    for part in PARTS[1:]:
+        lacking = counts[getattr(split, part)].any(axis=0) & ~trained
+        for place in np.flatnonzero(lacking):
+            yield (
+                f"no training structure has the element {s.elements[place]}, which structures for {part} have: their "
+                "errors say nothing about it"
+            )
+
+
+def _copies(s: Structures, split: Split) -> Iterator[str]:
+    """Structures for validation or testing whose distances are those of one for training."""
+    keys = _fingerprints(s)
+    trained = {keys[i]: i for i in split.train.tolist()}
+    for part in PARTS[1:]:
+        indices = getattr(split, part).tolist()
+        same = [(i, trained[keys[i]]) for i in indices if keys[i] in trained]
+        if same:
+            one, other = (s.labels[i] for i in same[0])
+            yield (
+                f"{len(same)} of {len(indices)} structures for {part} are copies of training structures ({one} of "
+                f"{other}): errors there are too small; remove duplicates"
+            )
+
+
+def _fingerprints(s: Structures) -> list[bytes]:
+    """The same for structures that differ by rotation, translation and the order of atoms only."""
+    found = [b""] * len(s)
+    _, groups = np.unique(s.counts(), axis=0, return_inverse=True)
+    order = np.argsort(groups, kind="stable")
+    assert s.coordinates is not None
+    for group in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        for some in np.array_split(group, -(-len(group) // _AT_MOST)):
+            atoms = s.offsets[some][:, None] + np.arange(s.sizes[some[0]])
+            atoms = np.take_along_axis(atoms, np.argsort(s.species[atoms], axis=1, kind="stable"), axis=1)
+            x, species = s.coordinates[atoms], s.species[atoms[0]]
+            j, k = np.triu_indices(len(species), 1)
+            distances = np.round(np.linalg.norm(x[:, j] - x[:, k], axis=-1), 4)
+            kinds = species[j] * len(s.elements) + species[k]
+            for kind in np.unique(kinds):
+                distances[:, kinds == kind] = np.sort(distances[:, kinds == kind], axis=1)
+            cells = np.zeros((len(some), 0)) if s.cells is None else np.round(s.cells[some], 4).reshape(-1, 9)
+            for i, row in zip(some.tolist(), np.hstack([distances, cells]) + 0.0, strict=True):
+                found[i] = species.tobytes() + row.tobytes()
+    return [hashlib.sha256(key).digest() for key in found]

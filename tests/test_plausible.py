@@ -1,0 +1,84 @@
+"""What is said of data that look wrong, and that nothing is said of those that do not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ase.data import atomic_numbers, covalent_radii
+from training_helpers import crystal_data
+
+from kinml_fast.data import Split, Structures, plausible, prepare, read
+from kinml_fast.data.sae import GUESSES
+
+
+def trajectory(count: int = 40, sign: float = 1.0, factor: float = 1.0) -> Structures:
+    """A molecule on a harmonic path, with forces -dE/dx times the sign and energies times the factor."""
+    rng = np.random.default_rng(0)
+    bond = covalent_radii[atomic_numbers["C"]] + covalent_radii[atomic_numbers["H"]]
+    rest = bond * np.array([[0, 0, 0], [1, 1, 1], [-1, -1, 1], [-1, 1, -1], [1, -1, -1]]) / np.sqrt(3)
+    rest[0] = 0
+    shifts = np.cumsum(rng.normal(0, 0.01, (count, 5, 3)), axis=0)
+    total = sum(GUESSES[e] for e in "CHHHH")
+    energies = factor * (total + 10 * (shifts**2).sum(axis=(1, 2)))
+    return Structures.of_one_formula("CHHHH", rest + shifts, energies, -sign * 20 * shifts)
+
+
+def split_of(count: int) -> Split:
+    return Split(np.arange(count - 10), np.arange(count - 10, count - 5), np.arange(count - 5, count))
+
+
+def said(structures: Structures, differences: bool = False) -> list[str]:
+    return list(plausible.doubts(structures, split_of(len(structures)), differences))
+
+
+def test_nothing_is_said_of_sound_data():
+    assert said(trajectory()) == []
+    assert said(read("shipped:C5H5.db")) == []
+    assert said(crystal_data().structures) == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"), [("Hartree", 1 / plausible.HARTREE), ("kcal/mol", 23.060548), ("kJ/mol", 96.4853)]
+)
+def test_units_of_energies(unit, factor):
+    first, *others = said(trajectory(factor=factor))
+    assert first.startswith(f"the energies are about those of all electrons in {unit}, but are taken as eV")
+    assert f"multiply energies and forces by {1 / factor:.4g}"[:45] in first
+    assert ["not consistent" in other for other in others] == [True]
+    assert not any("electrons" in sentence for sentence in said(trajectory(factor=factor), differences=True))
+
+
+def test_gradients_for_forces():
+    (sentence,) = said(trajectory(sign=-1))
+    assert "the forces have the sign of gradients" in sentence
+
+
+def test_lengths_in_bohr():
+    data = trajectory()
+    far = data.changed(coordinates=data.coordinates / 0.529177, forces=None)
+    (sentence,) = said(far)
+    assert "lengths are taken as Å; if they are in Bohr, multiply them by 0.529177" in sentence
+
+
+def test_copies_across_parts_however_they_are_turned(tmp_path, caplog):
+    data = trajectory()
+    x = data.coordinates.reshape(-1, 5, 3).copy()
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    x[36] = (x[3] @ turn + 5.0)[[0, 3, 1, 4, 2]]
+    (sentence,) = said(data.changed(coordinates=x.reshape(-1, 3), forces=None))
+    assert sentence.startswith("1 of 5 structures for test are copies of training structures (CH4/37 of CH4/4)")
+
+
+def test_elements_that_are_not_trained():
+    data = trajectory()
+    species = data.species.reshape(-1, 5).copy()
+    species[36, 4] = 2
+    changed = Structures(
+        ("C", "H", "F"), species.ravel(), data.coordinates, data.offsets, data.energies, None, data.labels
+    )
+    assert any("no training structure has the element F, which structures for test have" in s for s in said(changed))
+
+
+def test_prepare_logs_it(caplog):
+    prepare("shipped:C5H5.db")
+    assert not [record for record in caplog.records if "copies" in record.getMessage()]
