@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,10 @@ import pytest
 # Threads that wait give their core away. Tests run in several processes, and those of one would else keep the others'
 # from working: on two cores they take a third of the time. Read when torch is loaded, here and in programs of tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A script in the background ignores SIGINT, and so would all programs that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 
