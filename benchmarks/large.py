@@ -121,7 +121,8 @@ def train(options: argparse.Namespace) -> dict:
                     "seconds": round(row.seconds, 1),
                     "cpu_seconds": round(computing, 1),
                     "rmse": [row.energy.rmse, row.forces.rmse],
-                    "validation_rmse": validation and [errors.rmse for errors in validation.errors()],
+                    "validation_rmse": validation
+                    and [errors.rmse for errors in validation.errors() if errors is not None],
                     "validation_seconds": round(time.perf_counter() - started, 1),
                 }
             )

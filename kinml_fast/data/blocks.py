@@ -29,8 +29,17 @@ BLOCK_BYTES = 1 << 19
 """About so many bytes are a block."""
 
 _FORMAT = b"kinml_fast blocks 1\n"
+_KIND = b"kinml_fast blocks "
 _END = struct.Struct("<IQ")  # checksum and length of the JSON text
 _MOST_ELEMENTS = 256  # species are bytes
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of blocks, of whatever version, or a damaged one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_KIND)) == _KIND
 
 
 @dataclass(frozen=True, eq=False)

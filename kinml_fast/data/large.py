@@ -120,7 +120,7 @@ def prepare(
     paths, _, settings, digest = prepared.recognise(
         files, selection, split, split_file, split_seed, sae, weights, descriptor
     )
-    prepared.check_path(path, paths)
+    prepared.check_path(path, paths, blocks.is_ours)
     ready = _up_to_date(path, digest)
     if ready is not None:
         return ready

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def prepare(
     paths, source, settings, digest = recognise(files, selection, *given)
     if path is not None:
         path = Path(path)
-        check_path(path, paths)
+        check_path(path, paths, _is_ours)
         ready = _up_to_date(path, digest)
         if ready is not None:
             return replace(ready, source=source)  # the files may have moved
@@ -183,11 +183,11 @@ def recognise(
     return paths, source, settings, _digest(digests, others, settings)
 
 
-def check_path(path: Path, files: Sequence[Path]) -> None:
-    """Refuse to write prepared data over one of the files that they are made from."""
+def check_path(path: Path, files: Sequence[Path], is_ours: Callable[[Path], bool]) -> None:
+    """Refuse to write prepared data over one of the files that they are made from, or over others of no run."""
     if path.resolve() in [p.resolve() for p in files]:
         raise ConfigError(f"{path}: is one of the data files and would be overwritten: name another file")
-    if path.exists() and not _is_ours(path):
+    if path.exists() and not is_ours(path):
         raise ConfigError(f"{path}: holds no prepared data and would be overwritten: name another file")
 
 

@@ -27,6 +27,7 @@ _WRITTEN = (
     "train-*.log",
     "split.txt",
     "prepared.h5",
+    "prepared.blocks",
     "model.pt",
     "events.out.tfevents.*",
     "checkpoints/*.pt",
@@ -142,7 +143,7 @@ class RunFolder:
                 self.accept()  # as the process was about to
                 return
             for path in _written(self.path):  # by the new run
-                if path not in (self.prepared, self.split) or self._aside(path).exists():
+                if path not in self._data or self._aside(path).exists():
                     path.unlink(missing_ok=True)
             _remove_empty(self.path)
             complete.unlink()
@@ -158,6 +159,10 @@ class RunFolder:
         """Where a run that is replaced waits until the new one has begun."""
         return self.path / _PREVIOUS
 
+    @property
+    def _data(self) -> tuple[Path, ...]:
+        return self.prepared, self.prepared.with_suffix(".blocks"), self.split
+
     def _aside(self, path: Path) -> Path:
         return self._previous / path.relative_to(self.path)
 
@@ -165,7 +170,7 @@ class RunFolder:
         for path in _written(self.path):
             target = self._aside(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path in (self.prepared, self.split):  # which may serve the new run as well
+            if path in self._data:  # which may serve the new run as well
                 _link(path, target)
             else:
                 path.replace(target)
