@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kinml_fast.data.files import replacing
+from kinml_fast.data.files import begins_with, replacing
 from kinml_fast.data.split import PARTS
 from kinml_fast.data.structures import Structures, atoms_of
 from kinml_fast.errors import DataError, InputError
@@ -28,18 +28,15 @@ from kinml_fast.errors import DataError, InputError
 BLOCK_BYTES = 1 << 19
 """About so many bytes are a block."""
 
-_FORMAT = b"kinml_fast blocks 1\n"
 _KIND = b"kinml_fast blocks "
+_FORMAT = _KIND + b"1\n"
 _END = struct.Struct("<IQ")  # checksum and length of the JSON text
 _MOST_ELEMENTS = 256  # species are bytes
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file is one of blocks, of whatever version, or a damaged one."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_KIND)) == _KIND
+    return path.is_file() and begins_with(path, _KIND)
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,12 +42,12 @@ def expand(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]
 
 def is_sqlite(path: Path) -> bool:
     """Whether the file is an SQLite database: by its first bytes, or by the suffix `.db` of a damaged one."""
-    return _begins_with(path, _SQLITE_MAGIC) or path.suffix == ".db"
+    return begins_with(path, _SQLITE_MAGIC) or path.suffix == ".db"
 
 
 def is_ase_database(path: Path) -> bool:
     """Whether the file is a database of ASE's (ase.db), whatever its name is."""
-    if not _begins_with(path, _SQLITE_MAGIC):
+    if not begins_with(path, _SQLITE_MAGIC):
         return False
     with contextlib.suppress(sqlite3.Error):
         address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
@@ -59,7 +59,7 @@ def is_ase_database(path: Path) -> bool:
 
 def is_hdf5(path: Path) -> bool:
     """Whether the file is an HDF5 file: by its first bytes, or by the suffix `.h5` or `.hdf5` of a damaged one."""
-    return not is_sqlite(path) and (_begins_with(path, _HDF5_MAGIC) or path.suffix in (".h5", ".hdf5"))
+    return not is_sqlite(path) and (begins_with(path, _HDF5_MAGIC) or path.suffix in (".h5", ".hdf5"))
 
 
 def first_few(items: Sequence[object], shown: int = 3) -> str:
@@ -139,7 +139,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _begins_with(path: Path, magic: bytes) -> bool:
+def begins_with(path: Path, magic: bytes) -> bool:
+    """Whether these are the first bytes of a file."""
     with path.open("rb") as file:
         return file.read(len(magic)) == magic
 
