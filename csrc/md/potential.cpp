@@ -82,7 +82,7 @@ struct Potential::EngineOf final : Potential::Engine {
   void compute(const kinml_atoms& atoms, const kinml_results& results, int n_threads) override {
     check(atoms, model.n_species());
     const std::int64_t numbers = model.n_members * atoms.n, offsets[] = {0, atoms.n};
-    positions.assign(atoms.positions, atoms.positions + 3 * atoms.n);
+    place(atoms.positions, atoms.n);
     System<T> system;
     system.n_atoms = atoms.n;
     system.n_structures = 1;
@@ -123,6 +123,23 @@ struct Potential::EngineOf final : Potential::Engine {
         grades[i] += sum * static_cast<double>(a[k]);
       }
     });
+  }
+
+  // Positions in type T, from the middle of the system: far from the origin float has too few digits
+  // for their differences.
+  void place(const double* wanted, std::int64_t count) {
+    positions.assign(wanted, wanted + 3 * count);
+    if constexpr (std::is_same_v<T, double>) return;
+    for (int d = 0; d < 3 && count > 0; ++d) {
+      double low = wanted[d], high = low;
+      for (std::int64_t i = d; i < 3 * count; i += 3) {
+        low = std::min(low, wanted[i]);
+        high = std::max(high, wanted[i]);
+      }
+      const double middle = (low + high) / 2;
+      for (std::int64_t i = d; i < 3 * count; i += 3)
+        positions[i] = static_cast<T>(wanted[i] - middle);
+    }
   }
 
   // Where numbers of type T are written that the caller wants in double.

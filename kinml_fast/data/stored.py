@@ -99,7 +99,7 @@ def compute(
         None if x is None else torch.from_numpy(x).to(device) for x in (structures.cells, structures.periodic)
     )
     system = ops.System(
-        torch.from_numpy(structures.coordinates).to(device, dtype),
+        structures.coordinates_in(dtype).to(device),
         torch.from_numpy(structures.species).to(device),
         torch.from_numpy(structures.offsets).to(device),
         cells=cells,

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from ase.data import chemical_symbols
+from torch import Tensor
 
 from kinml_fast.errors import DataError
 
@@ -169,6 +171,18 @@ class Structures:
         values = (self.energies, 1), (self.forces, 2), (self.stresses, 3)
         several = [len(x) for x, ndim in values if x is not None and x.ndim > ndim]
         return several[0] if several else 1
+
+    def coordinates_in(self, dtype: torch.dtype) -> Tensor:
+        """Coordinates [n_atoms, 3] of this type, in float32 from the first atom of each structure.
+
+        Far from the origin float32 has too few digits for differences of coordinates: 6e-5 Å at 1000 Å.
+        """
+        coordinates = self.coordinates
+        assert coordinates is not None
+        if dtype == torch.float32:  # by numpy: a thread that reads ahead must not wake those of torch
+            origins = np.repeat(coordinates[self.offsets[:-1]], self.sizes, axis=0)
+            coordinates = (coordinates - origins).astype(np.float32)
+        return torch.from_numpy(coordinates)
 
     @property
     def known_energies(self) -> np.ndarray:

@@ -166,7 +166,7 @@ def evaluate(
     with_forces = with_stresses or (structures.forces is not None if forces is None else forces)
     device = model.sae.device
     species = torch.from_numpy(structures.species).to(device)
-    coordinates = torch.from_numpy(structures.coordinates).to(device, model.dtype)
+    coordinates = structures.coordinates_in(model.dtype).to(device)
     leading = members.count(model), model.levels
     energies: list[np.ndarray] = [np.empty((*leading, 0))]
     computed: list[np.ndarray] = [np.empty((*leading, 0, 3))]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,8 @@ def fit(model: EnergyModel | Ensemble, training: Structures) -> Tensor:
             moment += of_species.T @ of_species
     diagonal = moments.diagonal(dim1=1, dim2=2)
     ridge = torch.diag_embed(_RIDGE * diagonal.mean(dim=1, keepdim=True).expand_as(diagonal))
-    matrices = torch.linalg.inv(moments + ridge)
+    # By numpy: torch factors several matrices at once, in which, after torch.set_num_threads, MKL waits for ever.
+    matrices = torch.from_numpy(np.linalg.inv((moments + ridge).numpy()))
     largest = torch.zeros(len(matrices), dtype=torch.float64)
     for species, features in _features(model, training):
         largest.scatter_reduce_(0, species, _forms(matrices, species, features), "amax")
@@ -100,18 +102,18 @@ def grades(
 
 def _features(model: EnergyModel | Ensemble, data: Structures) -> Iterator[tuple[Tensor, Tensor]]:
     """Species [n] and descriptors [n, D] of some structures after others."""
-    assert data.coordinates is not None
+    coordinates = data.coordinates_in(model.dtype)
     for first in range(0, len(data), _BATCH_SIZE):
         offsets = data.offsets[first : first + _BATCH_SIZE + 1]
         atoms = slice(int(offsets[0]), int(offsets[-1]))
         species = torch.from_numpy(data.species[atoms])
-        coordinates = torch.from_numpy(data.coordinates[atoms]).to(model.dtype)
         around = None
         if data.cells is not None and data.periodic is not None:
             some = slice(first, first + _BATCH_SIZE)
             around = ops.surroundings(torch.from_numpy(data.cells[some]), torch.from_numpy(data.periodic[some]))
         with torch.inference_mode():
-            yield species, model.aev(coordinates, species, torch.from_numpy(offsets - offsets[0]), around).double()
+            some_offsets = torch.from_numpy(offsets - offsets[0])
+            yield species, model.aev(coordinates[atoms], species, some_offsets, around).double()
 
 
 def _forms(matrices: Tensor, species: Tensor, features: Tensor) -> Tensor:

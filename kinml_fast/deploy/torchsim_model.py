@@ -100,7 +100,9 @@ class TorchSimModel(ModelInterface):
         periodic = torch.as_tensor(state.pbc, device=self._device).to(torch.int64).expand(3)
         cells = state.row_vector_cell.to(torch.float64)
         around = ops.surroundings(cells, periodic.expand(len(cells), 3).contiguous()) if periodic.any() else None
-        arguments = state.positions.to(self._dtype), self._codes(state.atomic_numbers), offsets, around
+        # From the first atom of each system: far from the origin float32 has too few digits.
+        positions = state.positions - state.positions[offsets[:-1]][state.system_idx]
+        arguments = positions.to(self._dtype), self._codes(state.atomic_numbers), offsets, around
         with torch.inference_mode():
             if self._compute_stress and around is not None:
                 energies, forces, virials = self.model.energies_forces_virials(*arguments)

@@ -58,7 +58,8 @@ class Window:
 
     Attributes
     ----------
-    coordinates : [N, 3], Å, of the model's dtype; None where only stored descriptors are known
+    coordinates : [N, 3], Å, of the model's dtype, as `Structures.coordinates_in` gives them; None where only stored
+        descriptors are known
     species : [N] int64
     offsets : [M + 1] int64
     levels : int, K
@@ -119,9 +120,7 @@ class Window:
         tensor = torch.from_numpy
         self.coordinates = None
         if structures.coordinates is not None:
-            # By numpy: a thread that reads ahead must not wake those of torch.
-            kind = np.float32 if dtype == torch.float32 else np.float64
-            self.coordinates = tensor(structures.coordinates.astype(kind, copy=False))
+            self.coordinates = structures.coordinates_in(dtype)
         self.species, self.offsets = tensor(structures.species), tensor(structures.offsets)
         self.energies, self.forces, self.origin = tensor(targets), tensor(forces), tensor(piece.origin)
         self.energy_weights, self.force_weights = tensor(energy_weights), tensor(force_weights)
