@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 USAGE_ERROR = 2
 
 _MODEL = "model.pt of a run, the run's folder, or a pattern of several, which make an ensemble"
+_FORMAT = "format of the files that ASE reads, by its name (extxyz); by default what their suffix or contents say"
 _DEVICE = "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N; by default auto"
 
 
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--stress-key", type=_words, metavar="KEY[,KEY…]", help="name of the stress (or virial) in XYZ files, or a list"
     )
+    evaluate.add_argument("--format", metavar="NAME", help=_FORMAT)
     evaluate.add_argument("--csv", metavar="FILE", help="write the errors of each structure")
     evaluate.add_argument("--plots", metavar="FOLDER", help="draw predicted against reference energies and forces")
     evaluate.add_argument("--device", default="auto", help=_DEVICE)
@@ -163,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BASE",
         help="the low level of a delta model, which is added: tblite:METHOD, like tblite:GFN1-xTB, or a MODEL",
     )
+    predict.add_argument("--format", metavar="NAME", help=_FORMAT)
     predict.add_argument("--device", default="auto", help=_DEVICE)
     predict.set_defaults(command=_predict)
 
@@ -318,6 +321,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         energy_key=options.energy_key,
         forces_key=options.forces_key,
         stress_key=options.stress_key,
+        format=options.format,
     )
     run_evaluate(
         options.model,
@@ -334,7 +338,7 @@ def _predict(options: argparse.Namespace) -> None:
     from kinml_fast.deploy.predict import predict
 
     _show_log()
-    predict(options.model, options.input, options.output, base=options.base, device=options.device)
+    predict(options.model, options.input, options.output, base=options.base, device=options.device, form=options.format)
 
 
 def _convert(options: argparse.Namespace) -> None:

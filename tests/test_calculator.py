@@ -19,6 +19,7 @@ from ase.calculators.calculator import (
     all_changes,
 )
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.trajectory import Trajectory
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
@@ -112,6 +113,20 @@ def test_ensembles_give_means_and_deviations():
         assert np.shape(found) == np.shape(value)
         np.testing.assert_allclose(found, value, rtol=1e-10, atol=1e-11)
     assert set(atoms.calc.results) == set(expected)
+
+
+@pytest.mark.parametrize("name", ["frozen.xyz", "frozen.traj"])
+def test_a_frozen_ensemble_keeps_what_ase_can_keep(tmp_path, name):
+    atoms = water()
+    atoms.calc = KinMLCalculator([make_model(seed) for seed in range(3)])
+    energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+    assert atoms.calc.results["energy_std"] > 0
+    atoms.calc = SinglePointCalculator(atoms, **atoms.calc.results)
+    ase.io.write(tmp_path / name, atoms)
+    read = ase.io.read(tmp_path / name)
+    assert read.get_potential_energy() == pytest.approx(energy, abs=1e-7)
+    np.testing.assert_allclose(read.get_forces(), forces, atol=1e-7)
+    assert "energy_std" not in read.calc.results
 
 
 @pytest.mark.parametrize("n_members", [1, 3])

@@ -31,6 +31,26 @@ def test_defaults(tmp_path):
     assert (c.training.scheduler.name, c.training.scheduler.patience) == ("rop", 25)
 
 
+@pytest.mark.parametrize(
+    ("text", "files"),
+    [
+        ("d.xyz", ["d.xyz"]),
+        ("*.xyz", ["*.xyz"]),
+        ("[*.xyz, b/*.db ]", ["*.xyz", "b/*.db"]),
+        ("[a.db,*.xyz]", ["a.db", "*.xyz"]),
+        ("['*.xyz', \"**/*.db\"]", ["*.xyz", "**/*.db"]),
+    ],
+)
+def test_files_on_the_command_line(tmp_path, text, files):
+    assert load(tmp_path, MINIMAL, f"data.files={text}").data.files == files
+    assert load(tmp_path, MINIMAL, "start.freeze=[*.0]").start.freeze == ["*.0"]
+
+
+def test_a_pattern_that_yaml_takes_for_an_alias(tmp_path):
+    with pytest.raises(InputError, match=r'put it into quotes, like "\*\.xyz"'):
+        load(tmp_path, "data: {files: [*.xyz]}\n")
+
+
 def test_what_is_written_is_read_back(tmp_path):
     c = load(
         tmp_path,
@@ -152,7 +172,7 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
         ("network.activations=[gauss, tanh, tanh, identity]", ["'gauss'", "identity, gaussian, tanh", "silu"]),
         ("descriptor.cutoffs=[5.2]", ["descriptor.cutoffs = [5.2]", "at least 2"]),
         ("descriptor.beta=1.2", ["descriptor.beta = 1.2", "less than or equal to 1"]),
-        ("data.files=a.db", ["data.files = 'a.db'", "list"]),
+        ("data.files=3", ["data.files = 3", "list"]),
         ("data.files=[]", ["data.files = []", "at least 1"]),
         ("data.split=[1, 2]", ["data.split = [1, 2]", "three numbers"]),
         ("data.split=[0.5, -0.1, 0.1]", ["data.split", "not negative"]),

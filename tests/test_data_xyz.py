@@ -10,7 +10,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from kinml_fast.data import sources, sqlite, xyz
+from kinml_fast.data import Split, sources, splits, sqlite, xyz
 from kinml_fast.data.selection import Selection
 from kinml_fast.errors import InputError
 
@@ -195,6 +195,52 @@ def test_what_other_programs_write(tmp_path, name, caplog):
     assert found.coordinates[:, 2].tolist() == [0, 1, 0, 1.1]
     said = [record.getMessage().partition(": ")[2] for record in caplog.records]
     assert said == ["8 is read as O", "D is read as H", "O1 is read as O", "h is read as H"]
+
+
+def test_a_format_that_is_named_overrules_the_suffix(tmp_path):
+    path = write(tmp_path / "OUTCAR_train", frames())
+    with pytest.raises(InputError, match="correct the file or its suffix, or name its format"):
+        xyz.read(path)
+    check(xyz.read(path, Selection(format="extxyz")))
+    with pytest.raises(InputError, match=r"'extxys' is none of ASE's \(did you mean extxyz\?\)"):
+        Selection(format="extxys")
+
+
+@pytest.mark.parametrize("key", ["force", "gradients", "gradient"])
+def test_forces_by_other_names(tmp_path, caplog, key):
+    atoms = calculated()
+    for frame in atoms:
+        forces = frame.calc.results.pop("forces")
+        frame.arrays[key] = forces if key == "force" else -forces
+    path = write(tmp_path / "a.xyz", atoms)
+    if key != "force":
+        assert xyz.read(path).forces is None
+        (record,) = caplog.records
+        assert f"frame 1 has {key}, no forces: the key {key} for forces takes them" in record.message
+    check(xyz.read(path, Selection(forces_key=None if key == "force" else key)))
+
+
+def test_charges_and_multiplicities_that_differ_are_said(tmp_path, caplog):
+    atoms = frames()
+    for i, frame in enumerate(atoms):
+        frame.info |= {"charge": int(i == 1), "multiplicity": 1}
+    xyz.read(write(tmp_path / "a.xyz", atoms))
+    (record,) = caplog.records
+    assert re.search(
+        r"a\.xyz: frame 1 has the charge 0 and .*a\.xyz: frame 2 1: a model knows nothing of it", record.message
+    )
+    caplog.clear()
+    xyz.read(tmp_path / "a.xyz", labelled=False)
+    assert not caplog.records
+
+
+def test_names_of_files_in_split_files(tmp_path):
+    structures = xyz.read(write(tmp_path / "# 1 a.xyz", frames()))
+    assert structures.labels[0] == "__1_a.xyz/1"
+    chosen = Split(*(np.array([i]) for i in range(3)))
+    splits.write_tvtmsk(tmp_path / "split", structures, chosen)
+    found = splits.make_split(structures, [1, 1, 1], split_file=tmp_path / "split")
+    assert all(np.array_equal(getattr(found, part), getattr(chosen, part)) for part in ("train", "validation", "test"))
 
 
 def test_unknown_kind_of_file(tmp_path):

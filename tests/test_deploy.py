@@ -92,6 +92,14 @@ def test_a_saved_model_predicts_the_same_bits(tmp_path, dtype, settings):
     np.testing.assert_array_equal(ours.forces, theirs.forces)
 
 
+def test_reading_a_model_draws_no_random_numbers(tmp_path, model):
+    model_file.save(tmp_path / "model.pt", model)
+    before = torch.get_rng_state()
+    model_file.load(tmp_path / "model.pt")
+    model_file.load_many([tmp_path / "model.pt", tmp_path / "model.pt"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_networks_of_unequal_width_are_kept(tmp_path):
     descriptor = AEVParameters.aevmod(("H", "O"), n_radial=4, n_angular=2, n_sections=2)
     model = EnergyModel(descriptor, [[6, 1], [4, 1]], ["celu", "identity"])

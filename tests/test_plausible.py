@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ase.io
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 from training_helpers import crystal_data
 
-from kinml_fast.data import Split, Structures, plausible, prepare, read
+from kinml_fast.data import Split, Structures, large, plausible, prepare, read
 from kinml_fast.data.sae import GUESSES
 
 
@@ -77,6 +79,29 @@ def test_elements_that_are_not_trained():
         ("C", "H", "F"), species.ravel(), data.coordinates, data.offsets, data.energies, None, data.labels
     )
     assert any("no training structure has the element F, which structures for test have" in s for s in said(changed))
+
+
+def test_what_is_read_from_disk_is_looked_at_as_well(tmp_path, caplog):
+    frames = [
+        Atoms("CH4" if i < 39 else "CH3F", x, info={"energy": e}, cell=None)
+        for i, (x, e) in enumerate(
+            zip(
+                trajectory().coordinates.reshape(-1, 5, 3),
+                trajectory(factor=1 / plausible.HARTREE).energies,
+                strict=True,
+            )
+        )
+    ]
+    ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
+    (tmp_path / "split").write_text("".join(f"a.xyz/{i + 1} {2 if i < 38 else -1}\n" for i in range(40)))
+    large.prepare(
+        tmp_path / "a.xyz", path=tmp_path / "p.blocks", split=[0.8, 0.2, 0], split_file=tmp_path / "split", sae="none"
+    )
+    said = [record.getMessage() for record in caplog.records]
+    assert any(
+        s.startswith("of the first 40 structures: the energies are about those of all electrons in H") for s in said
+    )
+    assert any("no training structure has the element F, which structures for test have" in s for s in said)
 
 
 def test_prepare_logs_it(caplog):

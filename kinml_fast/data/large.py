@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from kinml_fast.data import blocks, prepared, sources, splits
+from kinml_fast.data import blocks, plausible, prepared, sources, splits
 from kinml_fast.data import sae as sae_module
 from kinml_fast.data import weights as weights_module
 from kinml_fast.data.blocks import BlockFile, Piece
@@ -141,6 +141,8 @@ def prepare(
         if loss_weights is not None and not loss_weights[chosen.train].any():
             raise DataError("the weights of all training structures are 0: give some of them a weight")
         elements = selection.elements or found.elements
+        for doubt in plausible.untrained_elements(elements, found.present(elements), chosen):
+            _log.warning("%s", doubt)
         energies = found.sae(sae, elements, np.concatenate([chosen.train, chosen.validation]))
         tables = [splits.table(census, chosen)]
         if len(selection.fidelities) > 1 or selection.baseline is not None:
@@ -237,6 +239,9 @@ class _Survey:
                     f"{structures.labels[0]} has no coordinates, only stored descriptors: set data.on_disk=false and "
                     "training.jacobian=stored"
                 )
+            if count == 0:
+                for doubt in plausible.of_structures(structures, selection.baseline is not None):
+                    _log.warning("of the first %d structures: %s", len(structures), doubt)
             numbered = structures.with_elements(chemical_symbols[1:])
             yield Piece(self._counted(numbered), np.arange(count, count + len(structures)), None)
             count += len(structures)
@@ -269,6 +274,11 @@ class _Survey:
     def elements(self) -> tuple[str, ...]:
         """Those that occur, alphabetically."""
         return tuple(sorted({symbol for counts in self._counts for symbol in counts}))
+
+    def present(self, elements: Sequence[str]) -> np.ndarray:
+        """Which elements occur in each structure, bool [n_structures, n_elements]."""
+        of_formulas = np.array([[element in counts for element in elements] for counts in self._counts])
+        return of_formulas[np.concatenate(self._formula)]
 
     def census(self) -> Census:
         """What the division goes by."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ase.data import atomic_numbers, covalent_radii
@@ -33,6 +33,14 @@ def doubts(structures: Structures, split: Split, differences: bool = False) -> I
     differences
         Whether energies are differences of two levels, whose size says nothing.
     """
+    yield from of_structures(structures, differences)
+    if structures.coordinates is not None:
+        yield from untrained_elements(structures.elements, structures.counts() > 0, split)
+        yield from _copies(structures, split)
+
+
+def of_structures(structures: Structures, differences: bool = False) -> Iterator[str]:
+    """Those of `doubts` that the division has no part in."""
     if structures.coordinates is None:
         return
     unit = None if differences else _energy_unit(structures)
@@ -48,8 +56,6 @@ def doubts(structures: Structures, split: Split, differences: bool = False) -> I
             f"nearest atoms are {length:.2f} times the sum of their covalent radii apart: lengths are taken as Å; if "
             "they are in Bohr, multiply them by 0.529177"
         )
-    yield from _unknown_elements(structures, split)
-    yield from _copies(structures, split)
 
 
 def _energy_unit(s: Structures) -> str | None:
@@ -112,14 +118,14 @@ def _bond_length(s: Structures) -> float:
     return float(np.median(found)) if found else np.nan
 
 
-def _unknown_elements(s: Structures, split: Split) -> Iterator[str]:
-    counts = s.counts() > 0
-    trained = counts[split.train].any(axis=0)
+def untrained_elements(elements: Sequence[str], present: np.ndarray, split: Split) -> Iterator[str]:
+    """One sentence for each element of a part that is not trained on; `present` is bool [n_structures, n_elements]."""
+    trained = present[split.train].any(axis=0)
     for part in PARTS[1:]:
-        lacking = counts[getattr(split, part)].any(axis=0) & ~trained
+        lacking = present[getattr(split, part)].any(axis=0) & ~trained
         for place in np.flatnonzero(lacking):
             yield (
-                f"no training structure has the element {s.elements[place]}, which structures for {part} have: their "
+                f"no training structure has the element {elements[place]}, which structures for {part} have: their "
                 "errors say nothing about it"
             )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+from ase.io.formats import ioformats
 
 from kinml_fast.errors import ConfigError
 
@@ -35,10 +37,14 @@ class Selection:
         For each database, by its file name without `.db`, the only ids to take; databases that are not named are left
         out. Other files have no such marks and are taken whole.
     energy_key, forces_key
-        Files that ASE reads: names of the energy (eV) and of the forces (eV/Å), see `xyz.read`; of several fidelities
-        lists with one for each, with a baseline its name and that of the fidelity.
+        Files that ASE reads: names of the energy (eV) and of the forces (eV/Å), see `xyz.read`; what has "grad" in its
+        name is a gradient. Of several fidelities lists with one for each, with a baseline its name and that of the
+        fidelity.
     stress_key
         Likewise of the stress (eV/Å³, ASE's sign), or of the virial (eV) if "virial" is part of the name.
+    format
+        Of the files that ASE reads, by its name for it ("extxyz", "vasp-out"; `ase info --formats` has all); None: what
+        the suffix of each says, or its contents.
     elements
         Order of `Structures.species`; None: those that occur, alphabetically.
 
@@ -57,6 +63,7 @@ class Selection:
     energy_key: str | Sequence[str] | None = None
     forces_key: str | Sequence[str] | None = None
     stress_key: str | Sequence[str] | None = None
+    format: str | None = None
     elements: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +78,12 @@ class Selection:
         if self.if_incomplete not in INCOMPLETE:
             raise ConfigError(
                 f"incomplete is {self.incomplete!r}: take {', '.join(INCOMPLETE[:-1])} or {INCOMPLETE[-1]}"
+            )
+        if self.format is not None and self.format not in ioformats:
+            close = difflib.get_close_matches(self.format, ioformats, 1)
+            raise ConfigError(
+                f"the format {self.format!r} is none of ASE's{f' (did you mean {close[0]}?)' if close else ''}: "
+                "`ase info --formats` shows its names"
             )
         if self.baseline is not None:
             self._check_difference()
@@ -104,7 +117,8 @@ class Selection:
 
     def settings(self) -> dict[str, object]:
         """All but the ids, as plain values: what decides whether data that were prepared are the same."""
-        without = {"ids"} | ({"stress_key"} if self.stress_key is None else set())  # data from before it was there
+        later = "stress_key", "format"  # which were not there yet when some data were prepared
+        without = {"ids"} | {name for name in later if getattr(self, name) is None}
         written = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in without}
         return written | {
             "fidelity": self.fidelities,

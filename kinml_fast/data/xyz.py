@@ -27,6 +27,12 @@ log = logging.getLogger(__name__)
 _ENERGY_KEYS = ("energy", "REF_energy")
 _STRESS_NAMES = ("stress", "virial", "virials")
 """What stands for "energy" in the key of a stress that belongs to the key of an energy."""
+_STATE_KEYS = {
+    "the charge": ("charge", "total_charge"),
+    "the multiplicity": ("multiplicity", "mult", "spin_multiplicity"),
+    "the spin": ("spin", "total_spin"),
+}
+"""What other programs call them in the comment of a frame."""
 
 _Keys = tuple[str | None, str | None, str | None]
 """Those of energy, forces and stress at one level."""
@@ -43,8 +49,9 @@ def read(
         Paths, glob patterns or `shipped:NAME`, see `files.expand`.
     selection
         Its keys say where the numbers are. An energy without a key is `energy` or `REF_energy`, whichever a frame has;
-        forces without one have the energy's key with "forces" for "energy" (`dft_energy` goes with `dft_forces`), so
-        that both never come from two methods, and a frame need not have any; a stress without one has "stress",
+        forces without one have the energy's key with "forces" or "force" for "energy" (`dft_energy` goes with
+        `dft_forces`), so that both never come from two methods, and a frame need not have any; with "grad" in their key
+        they are gradients, whose sign is changed; a stress without one has "stress",
         "virial" or "virials" for "energy". Of several levels of theory, each with a key, a frame has at least one.
         Files of one name in different folders may then have one level each: frames are matched by their numbers. Where
         incomplete structures are kept, it is only logged that a file has nothing at all of one level.
@@ -78,11 +85,14 @@ def read(
     if len(keys) == 1:
         groups = {label: [path] for same in groups.values() for label, path in _told_apart(same).items()}
     parts = []
+    remarks = _Remarks(keys)
     for label, same_label in groups.items():
-        found = [_read_one(path, label, keys, selection.elements, labelled) for path in same_label]
+        found = [_read_one(path, label, keys, selection, labelled, remarks) for path in same_label]
         if labelled and len(keys) > 1:
             _check_levels(same_label, [energy_key for energy_key, *_ in keys], found, selection)
         parts += found if len(found) < 2 else [merge(concatenate(found))]
+    if labelled:
+        remarks.warn()
     return concatenate(parts, selection.elements)
 
 
@@ -95,10 +105,50 @@ def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
         As `read`, where it is found in the piece that is read.
     """
     keys = _all_keys(selection, [path])
-    left, first = frames(path), 0
+    left, first = frames(path, selection.format), 0
+    remarks = _Remarks(keys)
     while some := list(itertools.islice(left, size)):
+        remarks.add(path, some, first)
         yield _built(path, _file_label(path), some, keys, selection.elements, True, first)
         first += len(some)
+    remarks.warn()
+
+
+class _Remarks:
+    """What is said of frames that are read: charges and multiplicities that differ, gradients that are not taken."""
+
+    def __init__(self, keys: Sequence[_Keys]) -> None:
+        self._forces_unnamed = any(forces is None for _, forces, _ in keys)
+        self._first: dict[str, dict[float, str]] = {}
+        """For each kind its values, and where each is first."""
+        self._gradients: tuple[str, str] | None = None
+        """Where they are first, and their key."""
+
+    def add(self, path: Path, frames: Sequence[Atoms], first: int) -> None:
+        """Look at frames, before which there are `first` others in the file."""
+        for i, frame in enumerate(frames, start=first + 1):
+            for kind, keys in _STATE_KEYS.items():
+                value = next((frame.info[key] for key in keys if key in frame.info), None)
+                if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+                    self._first.setdefault(kind, {}).setdefault(float(value), f"{path}: frame {i}")
+            if self._forces_unnamed and self._gradients is None:
+                key = next((key for key in frame.arrays if _is_gradient(key)), None)
+                has_forces = frame.calc is not None and "forces" in frame.calc.results
+                if key is not None and not has_forces:
+                    self._gradients = f"{path}: frame {i}", key
+
+    def warn(self) -> None:
+        """Say what differs."""
+        for kind, values in self._first.items():
+            if len(values) > 1:
+                (one, where), (other, there), *_ = values.items()
+                log.warning(
+                    "%s has %s %g and %s %g: a model knows nothing of it and gives all the same energies; train on one",
+                    *(where, kind, one, there, other),
+                )
+        if self._gradients is not None:
+            where, key = self._gradients
+            log.warning("%s has %s, no forces: the key %s for forces takes them with the other sign", where, key, key)
 
 
 def _all_keys(selection: Selection, paths: Sequence[Path]) -> list[_Keys]:
@@ -127,15 +177,20 @@ def _keys(
 
 
 def _file_label(path: Path) -> str:
-    # Split files separate words by white space.
-    return "_".join(path.name.split())
+    return _one_word(path.name)
+
+
+def _one_word(name: str) -> str:
+    """A name for split files, whose words stand between white space and whose comments begin with #."""
+    word = "_".join(name.split())
+    return f"_{word[1:]}" if word.startswith("#") else word
 
 
 def _told_apart(paths: Sequence[Path]) -> dict[str, Path]:
     """Files of one name by labels with as many of their folders as make them different."""
     depth, whole = 1, [path.resolve().parts for path in paths]
     while True:
-        labels = ["_".join("/".join(parts[-depth:]).split()) for parts in whole]
+        labels = [_one_word("/".join(parts[-depth:])) for parts in whole]
         if len(set(labels)) == len(paths) or depth > max(map(len, whole)):
             return dict(zip(labels, paths, strict=True))
         depth += 1
@@ -145,13 +200,15 @@ def _read_one(
     path: Path,
     label: str,
     keys: Sequence[_Keys],
-    elements: Sequence[str] | None,
+    selection: Selection,
     labelled: bool,
+    remarks: _Remarks,
 ) -> Structures:
-    found = list(frames(path))
+    found = list(frames(path, selection.format))
     if not found:
         raise DataError(f"{path}: contains no structures: take a file with data")
-    return _built(path, label, found, keys, elements, labelled, 0)
+    remarks.add(path, found, 0)
+    return _built(path, label, found, keys, selection.elements, labelled, 0)
 
 
 def _built(
@@ -194,8 +251,15 @@ def _built(
         raise DataError(f"{path}: {error}") from error
 
 
-def frames(path: Path) -> Iterator[Atoms]:
-    """The frames of a file, one after another: XYZ by its suffix, others as ASE recognises them.
+def frames(path: Path, form: str | None = None) -> Iterator[Atoms]:
+    """The frames of a file, one after another.
+
+    Parameters
+    ----------
+    path
+        The file.
+    form
+        ASE's name of its format; None: XYZ by its suffix, others as ASE recognises them.
 
     Raises
     ------
@@ -203,18 +267,19 @@ def frames(path: Path) -> Iterator[Atoms]:
         It cannot be read to its end.
     """
     try:
-        if xyz_text.is_xyz(path):
+        if form == "extxyz" or (form is None and xyz_text.is_xyz(path)):
             yield from xyz_text.frames(path)
             return
-        if is_ase_database(path):
-            yield from ase.io.iread(path, index=":", format="db", do_not_split_by_at_sign=True)
-            return
-        yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
+        if form is None and is_ase_database(path):
+            form = "db"
+        yield from ase.io.iread(path, index=":", format=form, do_not_split_by_at_sign=True)
     except InputError:
         raise
     except Exception as error:  # ASE's many readers raise whatever their parsing runs into
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: ASE cannot read it ({reason}): correct the file or its suffix") from error
+        raise DataError(
+            f"{path}: ASE cannot read it ({reason}): correct the file or its suffix, or name its format"
+        ) from error
 
 
 def _values_of(
@@ -290,12 +355,20 @@ def _of_level(
         raise DataError(f"{where} has different numbers under {' and '.join(found)}: name the key to use")
     # Prefer the partners of the energy that was taken.
     partners = [key for key in found if "energy" in key]
-    wanted = [key.replace("energy", "forces") for key in partners] if forces_key is None else [forces_key]
+    wanted = [key.replace("energy", name) for name in ("forces", "force") for key in partners]
+    wanted = wanted if forces_key is None else [forces_key]
     forces = next((_vectors(values[key], len(frame), f"{where}: {key}") for key in wanted if key in values), None)
+    if forces is not None and forces_key is not None and _is_gradient(forces_key):
+        forces = -forces
     wanted = [key.replace("energy", name) for key in partners for name in _STRESS_NAMES]
     wanted = wanted if stress_key is None else [stress_key]
     stress = next((_stress(values[key], frame, key, f"{where}: {key}") for key in wanted if key in values), None)
     return energies[0], forces, stress
+
+
+def _is_gradient(key: str) -> bool:
+    """Whether what stands under a key is, by its name, the gradient of the energy."""
+    return "grad" in key.lower()
 
 
 def _number(value: object, what: str) -> float:

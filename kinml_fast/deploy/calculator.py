@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ase.calculators.calculator import (
     CalculatorSetupError,
     PropertyNotImplementedError,
     all_changes,
+    all_properties,
 )
 from ase.outputs import Properties, all_outputs
 from scipy.spatial import cKDTree
@@ -36,6 +37,19 @@ class CalculatorInputError(DataError, CalculatorSetupError):
 
 class NoStressError(CalculatorInputError, PropertyNotImplementedError):
     """The stress of a molecule. Programs for ASE that can do without catch it as ASE's error."""
+
+
+class _Results(dict):
+    """Results of a calculation; as keyword arguments, those that ASE has names for.
+
+    So `SinglePointCalculator(atoms, **calculator.results)` keeps what ASE, and files of ASE's, can keep.
+    """
+
+    def __iter__(self) -> Iterator[str]:  # without one of its own, ** would not look at keys()
+        return super().__iter__()
+
+    def keys(self) -> list[str]:  # type: ignore[override]
+        return [name for name in self if name in all_properties]
 
 
 class KinMLCalculator(Calculator):
@@ -65,7 +79,8 @@ class KinMLCalculator(Calculator):
     An ensemble of M models gives their means, and: ``all_energies`` [M], ``all_forces`` [M, n, 3], ``energy_std`` and
     ``forces_std`` [n, 3], the standard deviations of a sample (the divisor is M − 1, ddof = 1). A model of K > 1 levels
     gives ``level_energies`` [K] and ``level_forces`` [K, n, 3], lowest level first. All are in `results` and can be
-    asked for with `get_property`.
+    asked for with `get_property`; as keyword arguments (``SinglePointCalculator(atoms, **calculator.results)``) those
+    are given that ASE has names for.
 
     Geometries are compared by positions, elements, periodicity and, if periodic, cell; without a base, charges and
     magnetic moments change nothing. Deep copies and pickles carry the weights; calculators made from one model share
@@ -160,7 +175,7 @@ class KinMLCalculator(Calculator):
             # Some compute energies with forces, and none forces with energies.
             forces = forces + added.get_property("forces", self.atoms)
             energies = energies + added.get_property("energy", self.atoms)
-        results: dict[str, float | np.ndarray] = {}
+        results: dict[str, float | np.ndarray] = _Results()
         if self.n_members > 1:
             results["all_energies"], results["all_forces"] = energies[:, -1], forces[:, -1]
             results["energy_std"] = float(members.deviation(energies[:, -1]))
@@ -171,7 +186,7 @@ class KinMLCalculator(Calculator):
         results["energy"] = results["free_energy"] = float(energies[-1])
         results["forces"] = forces[-1]
         if further is not None:
-            results |= self._of_cell_and_atoms(self.atoms, further)
+            results.update(self._of_cell_and_atoms(self.atoms, further))
         self.results = results
 
     def get_hessian(self, atoms: Atoms, indices: Sequence[int] | None = None) -> np.ndarray:
@@ -224,7 +239,7 @@ class KinMLCalculator(Calculator):
 
     def export_properties(self) -> Properties:
         """The results that ASE has names for."""
-        return Properties({name: value for name, value in self.results.items() if name in all_outputs})
+        return Properties({name: self.results[name] for name in self.results if name in all_outputs})
 
     def _of_cell_and_atoms(self, atoms: Atoms, found: members.Results) -> dict[str, np.ndarray]:
         """What is asked for of atoms, and the stress of periodic ones."""
@@ -301,6 +316,8 @@ class KinMLCalculator(Calculator):
             periodic = torch.tensor(atoms.pbc[None], dtype=torch.int64, device=device)
             around = ops.surroundings(cells, periodic)
         try:
+            if self.model.dtype == torch.float32:  # which has too few digits far from the origin
+                places = places - places[:1]
             coordinates = torch.from_numpy(places).to(device, self.model.dtype)
             return function(self.model, coordinates, self._species, self._offsets, around)
         finally:

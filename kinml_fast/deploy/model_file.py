@@ -94,7 +94,8 @@ def load(path: str | os.PathLike) -> EnergyModel | Ensemble:
     contents = _read(path)
     try:
         kind = Ensemble if "members" in contents["model"] else EnergyModel
-        model = kind.from_dict(contents["model"])
+        with torch.random.fork_rng(devices=()):  # new weights are drawn, and those of the file take their place
+            model = kind.from_dict(contents["model"])
         model.load_state_dict(contents["state_dict"])
     except Exception as error:  # contents that do not fit together raise whatever they run into
         raise ModelError(

@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, CalculatorError, all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from kinml_fast.data import xyz
+from kinml_fast.data import Selection, xyz
 from kinml_fast.data.files import check_output, expand, replacing
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import dispersion, low_level, model_file
@@ -39,6 +39,7 @@ def predict(
     batch_size: int = BATCH_SIZE,
     base: BaseCalculator | str | None = None,
     device: str | None = None,
+    form: str | None = None,
 ) -> int:
     """Write the structures of a file, as extended XYZ or ASE's trajectory, with the model's energy, forces and stress.
 
@@ -47,11 +48,6 @@ def predict(
     yz xz xy). Of an ensemble they are the means, and `energy_std`, `forces_std` and `stress_std` are the standard
     deviations of its members (ddof = 1). What the file has under these names is replaced; whatever else ASE has read
     stays, dipoles and charges too.
-
-    A stress, in ASE's sign, have crystals whose cell has a volume. All are those of the highest level of theory; those
-    of a lower level are `energy_fidelity0`, `forces_fidelity0` and `stress_fidelity0` (xx yy zz yz xz xy). Of an
-    ensemble they are the means, and `energy_std`, `forces_std` and `stress_std` are the standard deviations of its
-    members (ddof = 1). What the file has under these names is replaced; whatever else ASE has read stays.
 
     Parameters
     ----------
@@ -68,6 +64,8 @@ def predict(
         calculator, or what `low_level.make` takes.
     device
         Where to compute, see `model_file.resolve`; the base computes where it is.
+    form
+        Format of the file that is read, by ASE's name; None: what its suffix says, or its contents.
 
     Returns
     -------
@@ -89,15 +87,15 @@ def predict(
     path, *others = expand(in_path)
     if others:
         raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
-    form = _form(Path(out_path))
+    written_as = _form(Path(out_path))
     check_output(out_path, [path, *model_file.files(model_path)])
-    structures = xyz.read(path, labelled=False)
+    structures = xyz.read(path, Selection(format=form), labelled=False)
     _check_elements(path, structures, model.elements, model_file.name(model_path))
     predictions = evaluate(model, structures, batch_size, forces=True, stresses=True)
     with replacing(out_path) as temporary, tempfile.TemporaryDirectory(dir=Path(out_path).parent) as folder:
-        frames = list(_frames(path, structures, predictions, model.fidelities, added))
+        frames = list(_frames(path, xyz.frames(path, form), structures, predictions, model.fidelities, added))
         written = Path(folder) / Path(out_path).name  # whose suffix says how it is compressed
-        ase.io.write(written, frames, format=form)
+        ase.io.write(written, frames, format=written_as)
         written.replace(temporary)
     what = "molecules" if predictions.stresses is None else "structures, and stresses of crystals,"
     log.info("wrote energies and forces of %d %s to %s", len(structures), what, out_path)
@@ -116,6 +114,7 @@ def _form(path: Path) -> str:
 
 def _frames(
     path: Path,
+    read: Iterator[Atoms],
     structures: Structures,
     predictions: Predictions,
     fidelities: Sequence[int],
@@ -128,7 +127,7 @@ def _frames(
         None if x is None else x.reshape(levels, -1, 3, 3)[..., _VOIGT[0], _VOIGT[1]]
         for x in (predictions.stresses, predictions.stresses_std)
     )
-    for i, frame in enumerate(xyz.frames(path)):
+    for i, frame in enumerate(read):
         atoms = slice(structures.offsets[i], structures.offsets[i + 1])
         energy, of_frame = float(energies[-1, i]), forces[-1, atoms]
         has_stress = stresses is not None and not np.isnan(stresses[-1, i]).any()
@@ -150,11 +149,11 @@ def _frames(
             frame.arrays[f"forces_fidelity{fidelity}"] = forces[level, atoms]
             if stresses is not None and has_stress:
                 frame.info[f"stress_fidelity{fidelity}"] = stresses[level, i]
-        read = frame.calc.results if frame.calc is not None else {}
+        before = frame.calc.results if frame.calc is not None else {}
         for key in _REPLACED:
             frame.info.pop(key, None)
             frame.arrays.pop(key, None)
-        kept = {key: value for key, value in read.items() if key in all_properties and key not in _REPLACED}
+        kept = {key: value for key, value in before.items() if key in all_properties and key not in _REPLACED}
         frame.calc = SinglePointCalculator(frame, energy=energy, forces=of_frame, **kept, **results)
         yield frame
 

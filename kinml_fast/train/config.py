@@ -44,7 +44,7 @@ class DataConfig(Section):
 
     files: Annotated[list[str], Field(min_length=1)]
     """SQLite databases, extended XYZ files or PyKinML's HDF5 files of descriptors: paths, glob patterns, or
-    `shipped:NAME` for data of the package."""
+    `shipped:NAME` for data of the package; one, or a list."""
     fidelity: int | list[int] = 1
     """Level of theory to take from SQLite files; a list of several, lowest first, trains a network for each on top of
     those below (multi-fidelity)."""
@@ -61,11 +61,14 @@ class DataConfig(Section):
     """XYZ: key of the energy (eV); null: energy or REF_energy. With several fidelities or a baseline: a list with a key
     for each level, lowest first."""
     forces_key: str | list[str] | None = None
-    """XYZ: key of the forces (eV/Å), or a list as for energy_key; null: the key of the energy with `forces` for
-    `energy`."""
+    """XYZ: key of the forces (eV/Å), or a list as for energy_key; null: the key of the energy with `forces` or
+    `force` for `energy`. What has `grad` in its key is a gradient, whose sign is changed."""
     stress_key: str | list[str] | None = None
     """XYZ: key of the stress (eV/Å³, ASE's sign) or, if virial is part of its name, of the virial (eV, the other sign),
     or a list as for energy_key; null: the key of the energy with `stress`, `virial` or `virials` for `energy`."""
+    format: str | None = None
+    """Format of the files that ASE reads, by its name (extxyz, vasp-out …, see `ase info --formats`); null: what the
+    suffix of each says, or its contents."""
     split: list[int | float] = [0.8, 0.1, 0.1]
     """Training, validation, test: numbers of structures, or fractions that sum to at most 1."""
     split_file: str | None = None
@@ -88,6 +91,11 @@ class DataConfig(Section):
     on_disk: bool | Literal["auto"] = "auto"
     """Read the structures from disk while training, in little memory, and shuffle them by blocks (docs/large_data.md);
     auto: if the data files of all processes on this computer take more than a quarter of the memory that is free."""
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_file(cls, files: Any) -> Any:
+        return [files] if isinstance(files, str) else files
 
     @field_validator("split")
     @classmethod
@@ -762,7 +770,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r} on the command line: expected key=value, like training.epochs=50")
-        changes[key] = _parse(text, f"{key} on the command line")
+        # A pattern of files, where YAML would look for the anchor of an alias.
+        quoted = re.sub(r"""(^|[\[,]\s*)(\*[^,\]"']*?)(?=\s*(?:[,\]]|$))""", r'\1"\2"', text)
+        changes[key] = _parse(quoted, f"{key} on the command line")
     return changes
 
 
@@ -826,7 +836,9 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"{source}{where}: cannot be understood as YAML ({problem}): correct it") from None
+        is_alias = "alias" in f"{problem} {getattr(error, 'context', '')}"
+        remedy = 'put it into quotes, like "*.xyz"' if is_alias else "correct it"
+        raise ConfigError(f"{source}{where}: cannot be understood as YAML ({problem}): {remedy}") from None
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
