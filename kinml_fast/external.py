@@ -163,7 +163,7 @@ def read_gaussian(path: Path) -> dict[str, Any]:
         fields = [row[:10], *(row[i : i + 20] for i in range(10, 90, 20))]
         atoms.append(_atom(path, number, [field.strip() for field in fields], 1))
         charge = fields[4].strip()
-        if charge and float(charge):
+        if charge.strip("+-0.") not in ("", "D", "E"):
             raise DataError(f"{path}:{number}: has the MM charge {charge}, which the model does not know: leave it out")
     if len(atoms) != n_atoms:
         raise DataError(f"{path}: has {len(atoms)} atoms, but says {n_atoms}: it was cut off")

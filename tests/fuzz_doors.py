@@ -170,16 +170,16 @@ def models(folder: Path) -> Door:
 
 
 def checkpoints(folder: Path) -> Door:
-    assert main(["train", str(config(folder)), f"run={folder / 'run'}", "training.average=0.9"]) == 0
+    assert main(["train", str(config(folder)), f"run={folder / 'run'}", "training.ema_decay=0.9"]) == 0
 
     def enter(path: Path, number: int) -> int:
         if number % 2:
             return main(["train", str(config(Path())), f"start.model={path}", "training.epochs=0"])
         shutil.copytree(folder / "run", "run")
-        shutil.copy(path, "run/last.pt")
+        shutil.copy(path, "run/checkpoints")
         return main(["train", "--resume", "run"])
 
-    return Door([folder / "run" / "last.pt"], enter, (of_bytes, of_archive, of_archive, of_archive))
+    return Door([folder / "run" / "checkpoints" / "last.pt"], enter, (of_bytes, of_archive, of_archive, of_archive))
 
 
 def run_folders(folder: Path) -> Door:

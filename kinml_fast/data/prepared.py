@@ -197,9 +197,15 @@ def _is_ours(path: Path) -> bool:
         return False
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return bytes(file.attrs.get("format", b"")).decode(errors="replace") == _FORMAT
-    except OSError:
+            return _texts(file).get("format") == _FORMAT
+    except (OSError, KeyError, RuntimeError):
         return True
+
+
+def _texts(file: h5py.File) -> dict[str, str]:
+    """The attributes that are text."""
+    attributes = {name: value for name, value in file.attrs.items() if isinstance(value, bytes)}
+    return {name: value.decode(errors="replace") for name, value in attributes.items()}
 
 
 def save(path: str | os.PathLike, prepared: Prepared) -> None:
@@ -264,7 +270,7 @@ def load(path: str | os.PathLike) -> Prepared:
         raise DataError(f"{path}: there is no such file: run kinml-fast prepare first")
     try:
         with h5py.File(path, "r", locking=False) as file:  # it is only ever replaced as a whole
-            attributes = {name: bytes(value).decode() for name, value in file.attrs.items()}
+            attributes = _texts(file)
             if attributes.get("format") != _FORMAT or attributes.get("version") != str(_VERSION):
                 raise DataError(f"{path}: is not prepared data of this version: run kinml-fast prepare again")
             arrays: dict[str, np.ndarray] = {}

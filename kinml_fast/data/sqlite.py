@@ -532,7 +532,7 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype | 
             return np.lib.format.read_array_header_1_0(file)
         # Version 3 differs from 2 only in the names of fields, which a plain array has not.
         return np.lib.format.read_array_header_2_0(file)
-    except ValueError:
+    except Exception:  # whatever its parsing as a piece of Python raises
         return (), False, None
 
 

@@ -467,9 +467,16 @@ class Structures:
                 pair = int(np.argmin(squared))
                 structure = int(owners[first[pair]])
                 both = sorted(int(atoms[i[pair]] - self.offsets[structure] + 1) for i in (a, b))
+                what = f"{self.labels[structure]} has atoms {both[0]} and {both[1]}"
+                remedy = "correct it or leave the structure out"
+                places = self.coordinates
+                assert places is not None
+                apart = places[atoms[a[pair]]] - places[atoms[b[pair]]]
+                if np.square(apart).sum() > squared[pair] + 1e-6:  # not where they are, but through the cell
+                    what += ", through its periodic cell,"
+                    remedy = "correct the cell, or remove it (in a PDB file the line CRYST1) if this is a molecule"
                 raise DataError(
-                    f"{self.labels[structure]} has atoms {both[0]} and {both[1]} only {squared[pair] ** 0.5:.3g} Å "
-                    f"apart (less than {CLOSEST_ALLOWED} Å): correct it or leave the structure out"
+                    f"{what} only {squared[pair] ** 0.5:.3g} Å apart (less than {CLOSEST_ALLOWED} Å): {remedy}"
                 )
 
     def _with_images(self, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -126,7 +126,7 @@ def _computed(calculator: KinMLCalculator, line: bytes) -> dict[str, Any]:
         atoms = Atoms(symbols, [[float(x) * unit for x in position] for position in positions])
         if derivatives not in (0, 1, 2) or not len(atoms):
             raise ValueError("no atoms, or derivatives that are not 0, 1 or 2")
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(
             f"a request cannot be used ({type(error).__name__}: {first_line(error)}): send elements, positions, length "
             "and derivatives"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -807,6 +808,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} twice", key.start_mark)
             seen.add(key.value)
@@ -832,7 +835,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also numbers and brackets without end
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
@@ -864,7 +867,7 @@ def _sentence(error: Mapping[str, Any], source: str, overridden: Iterable[str]) 
     if error["type"] == "extra_forbidden":
         return f"{source}: unknown key {key}{_nearest(key)}"
     if error["type"] == "missing":
-        return f"{source}: {key} is missing: {known.get(key) or 'give this section'}"
+        return f"{source}: {key} is missing: {' '.join(known.get(key, '').split()) or 'give this section'}"
     if error["type"] == "value_error":
         remedy = str(error["ctx"]["error"])
     elif error["type"] == "model_type":
@@ -873,8 +876,16 @@ def _sentence(error: Mapping[str, Any], source: str, overridden: Iterable[str]) 
     else:
         remedy = error["msg"].replace("Input should be", "it must be").replace("List should", "the list must")
     value = error["input"]
-    shown = "" if isinstance(value, dict | Section) and error["type"] == "value_error" else f" = {value!r}"
+    shown = "" if isinstance(value, dict | Section) and error["type"] == "value_error" else f" = {_shown(value)}"
     return f"{source}: {key}{shown} is not allowed: {remedy}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence, of a long or deep one the beginning."""
+    shortened = reprlib.Repr()
+    shortened.maxlevel, shortened.maxlist, shortened.maxdict = 3, 12, 12
+    shortened.maxstring = shortened.maxother = 120
+    return shortened.repr(value)
 
 
 def _nearest(key: str) -> str:

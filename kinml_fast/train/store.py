@@ -74,7 +74,12 @@ class RunStore:
         folder.sweep()
         state.restore(folder.last, checkpoint.load(folder.last))
         table = MetricsTable(folder.path, state.metrics_length, state.epoch, columns)
-        log.info("%s: goes on with epoch %d, batch %d", folder, state.epoch, state.batch)
+        if state.epoch < state.config.epochs:
+            log.info("%s: goes on with epoch %d, batch %d", folder, state.epoch, state.batch)
+        else:
+            log.info(
+                "%s: has %d epochs, training.epochs is %d: nothing to train", folder, state.epoch, state.config.epochs
+            )
         return table
 
     def begin(self) -> None:
