@@ -232,7 +232,7 @@ def _run(prog: str, answer: Callable[[], None], message: Path | None = None) -> 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also a name with a zero byte, and what is no text
         raise DataError(f"{path}: cannot be read ({error}): name a file that the program wrote") from error
 
 

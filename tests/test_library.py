@@ -35,6 +35,23 @@ def test_loading_again_is_harmless():
     _library._load()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_copy_of_the_library_that_was_loaded_before(tmp_path, same):
+    """As a metatomic file brings one: two in a process would end it."""
+    copy = tmp_path / "libkinml_ops.so"
+    shutil.copy(_library.library_path(), copy)
+    if not same:
+        with copy.open("ab") as file:
+            file.write(b"of another version")
+    program = f"import ctypes, torch; ctypes.CDLL({str(copy)!r}); import kinml_fast.ops"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if same:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 1
+        assert f"The ops of another kinml_fast are loaded already, from {copy}: import" in done.stderr
+
+
 @pytest.mark.parametrize("other", ["2.8.0", "2.12.1+cu130"])
 def test_another_torch(monkeypatch, other):
     info = {**_C.build_info(), "torch": other}
@@ -96,7 +113,8 @@ def test_not_compiled(monkeypatch):
         _library._load()
     text = str(caught.value)
     assert text.startswith("kinml_fast is not compiled for this Python (")
-    assert "pip install --no-build-isolation ." in text
+    in_a_clone = (_library._FOLDER.parent / "setup.py").exists()
+    assert ("run Python in another one" if in_a_clone else "pip install --no-build-isolation .") in text
     assert "\n" not in text
 
 

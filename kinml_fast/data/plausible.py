@@ -123,7 +123,7 @@ def untrained_elements(elements: Sequence[str], present: np.ndarray, split: Spli
     trained = present[split.train].any(axis=0)
     for part in PARTS[1:]:
         lacking = present[getattr(split, part)].any(axis=0) & ~trained
-        for place in np.flatnonzero(lacking):
+        for place in np.flatnonzero(lacking).tolist():
             yield (
                 f"no training structure has the element {elements[place]}, which structures for {part} have: their "
                 "errors say nothing about it"

@@ -222,7 +222,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             entry = next(name for name in archive.namelist() if name.endswith(f"/{ABOUT}"))
             return json.loads(archive.read(entry))
-    except (OSError, StopIteration, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except (OSError, StopIteration, zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path}: is no file that `kinml-fast export` has written: name one") from error
 
 

@@ -96,7 +96,7 @@ def read_texts(path: str | os.PathLike) -> dict[str, str] | None:
             (length,) = struct.unpack("<Q", file.read(8))
             texts = json.loads(file.read(min(length, os.path.getsize(path))))["__metadata__"]
             return texts if texts["format"] == FORMAT else None
-        except (struct.error, ValueError, KeyError, TypeError):
+        except (struct.error, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 
@@ -133,10 +133,12 @@ class PlainPotential:
         self._library = _library()
         self._handle = self._library.kinml_open(os.fspath(path).encode(), _PRECISIONS[dtype])
         if not self._handle:
-            raise ModelError(self._library.kinml_error().decode())
+            raise ModelError(self._library.kinml_error().decode(errors="replace"))
         self.n_members = int(self._library.kinml_n_members(self._handle))
         count = self._library.kinml_n_elements(self._handle)
-        self.elements = tuple(self._library.kinml_element(self._handle, i).decode() for i in range(count))
+        self.elements = tuple(
+            self._library.kinml_element(self._handle, i).decode(errors="replace") for i in range(count)
+        )
         self.has_grades = bool(self._library.kinml_has_grades(self._handle))
         self.cutoff = float(self._library.kinml_cutoff(self._handle))
 
@@ -202,7 +204,7 @@ class PlainPotential:
         atoms = _Atoms(n, n if n_centres is None else n_centres, *map(_pointer, numbers))
         found = _Results(*map(_pointer, results.values()))
         if self._library.kinml_compute(self._handle, ctypes.byref(atoms), ctypes.byref(found), threads) != 0:
-            raise DataError(self._library.kinml_error().decode())
+            raise DataError(self._library.kinml_error().decode(errors="replace"))
         return results
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kinml_fast.errors import ConfigError, DataError, InputError, ModelError, first_line
 from kinml_fast.nn import EnergyModel
@@ -114,6 +115,8 @@ class RunState:
                 with self.update.judged():
                     self.judge.begin_anew()
             self.metrics_length = state["metrics_length"]
+            if _shapes(self.judge.best.weights) != _shapes(self.model.state_dict()):
+                raise ValueError("the best weights are of another model")
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise ModelError(
                 f"{path}: does not hold a whole run ({first_line(error)}): put an intact checkpoint there"
@@ -155,3 +158,7 @@ class RunState:
                 f"{path}: belongs to other data (structures, energies, forces, weights, split or single-atom energies "
                 "have changed): resume with the data of that run, or start a new run"
             )
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
