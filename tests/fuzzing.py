@@ -205,7 +205,7 @@ class Door:
     enter
         Takes the path of a mutant and a number, and returns an exit code; what it says is on standard error.
     mutators
-        How files are broken; the first half of the choice is any of these, beside bytes.
+        How files are broken, one of these each time.
     """
 
     seeds: Sequence[Path]

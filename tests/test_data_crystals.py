@@ -108,8 +108,14 @@ def spoiled(change) -> Atoms:
         (lambda a: a.info.update(REF_stress=VOIGT[:5]), r"frame 2: REF_stress is not six numbers .* or nine"),
         (lambda a: a.info.update(REF_stress="large"), r"frame 2: REF_stress is not six numbers .* or nine"),
         (lambda a: a.info.update(REF_stress=FULL + [[0, 0.01, 0]] * 3), r"a\.xyz/2 has a stress that is not symmetric"),
-        (lambda a: a.positions.__setitem__(1, CELL[0] + CELL[2] + 0.02), r"a\.xyz/2 has atoms 1 and 2 only 0\.0346 Å"),
-        (lambda a: a.positions.__setitem__(1, 3 * CELL[1] - 0.02), r"a\.xyz/2 has atoms 1 and 2 only 0\.0346 Å"),
+        (
+            lambda a: a.positions.__setitem__(1, CELL[0] + CELL[2] + 0.02),
+            r"a\.xyz/2 has atoms 1 and 2, through its periodic cell, only 0\.0346 Å",
+        ),
+        (
+            lambda a: a.positions.__setitem__(1, 3 * CELL[1] - 0.02),
+            r"a\.xyz/2 has atoms 1 and 2, through its periodic cell, only 0\.0346 Å",
+        ),
     ],
 )
 def test_bad_crystals_are_one_sentence_that_names_the_frame(change, message, tmp_path):
@@ -139,7 +145,7 @@ def test_images_count_only_along_periodic_vectors():
 
     assert len(periodic(1, 1, 0)) == len(periodic(0, 0, 0)) == 1
     for along in ((0, 0, 1), (1, 1, 1), (0, 1, 1)):
-        with pytest.raises(DataError, match="CH/1 has atoms 1 and 2 only 0 Å apart"):
+        with pytest.raises(DataError, match="CH/1 has atoms 1 and 2, through its periodic cell, only 0 Å apart"):
             periodic(*along)
 
 

@@ -503,7 +503,7 @@ def _types(path: Path, group: h5py.Group) -> tuple[str, ...]:
 
 
 def _symbols(path: Path, group: h5py.Group, types: tuple[str, ...]) -> list[tuple[str, ...]]:
-    values = _dataset(path, group, "symbols")[()]
+    values = np.asarray(_dataset(path, group, "symbols")[()])
     if values.ndim == 2:
         symbols = [tuple(_text(v) for v in row if len(v)) for row in values.tolist()]
     elif values.ndim == 1:
@@ -569,7 +569,7 @@ def _features(path: Path, group: h5py.Group, n_atoms: int) -> h5py.Dataset:
 
 
 def _array(path: Path, group: h5py.Group, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    values = _dataset(path, group, name)[()]
+    values = np.asarray(_dataset(path, group, name)[()])
     if values.shape == shape[:1] and shape[1:] == (1,):
         values = values[:, None]
     if values.shape != shape or values.dtype.kind not in "iuf" or (dtype is np.int64 and values.dtype.kind == "f"):
@@ -581,7 +581,7 @@ def _array(path: Path, group: h5py.Group, name: str, shape: tuple[int, ...], dty
 
 
 def _ragged_rows(path: Path, group: h5py.Group, name: str, count: int) -> list[np.ndarray]:
-    values = _dataset(path, group, name)[()]
+    values = np.asarray(_dataset(path, group, name)[()])
     if len(values) == count and values.dtype == object and values.size == count:
         return [np.asarray(row, dtype=np.float64).ravel() for row in values.ravel()]
     if len(values) == count and values.dtype.kind == "f":
