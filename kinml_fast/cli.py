@@ -57,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _complain(str(error))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _complain(f"{error.filename or 'output'}: the disk is full: free some space and try again")
+        if error.filename is None:
             raise
-        return _complain(f"{error.filename or 'output'}: the disk is full: free some space and try again")
+        return _complain(f"{error.filename}: cannot be used ({error.strerror}): correct the path or its rights")
     except (KeyboardInterrupt, signals.Stopped) as end:
         return _ended(end)
 

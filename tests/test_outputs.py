@@ -147,6 +147,60 @@ def test_paths_that_are_none(folder, capsys, name, reason):
     assert reason.lower() in said.lower()
 
 
+def test_files_and_folders_without_rights(folder):
+    """Each command in turn, by a process that may neither read nor write what belongs to somebody else."""
+    assert main(["train", "small.yaml"]) == 0
+    for name in ("secret.pt", "secret.xyz", "secret.yaml", "secret.txt"):
+        source = {"pt": "m.pt", "xyz": "d.xyz", "yaml": "small.yaml", "txt": "run/split.txt"}[name.rpartition(".")[2]]
+        shutil.copy(source, name)
+    commands = [
+        "train --resume run",
+        "train small.yaml --overwrite",
+        "train small.yaml run=other",
+        "prepare small.yaml run=open/r data.prepared=here.h5",
+        "prepare small.yaml run=open/r data.files=secret.xyz",
+        "prepare small.yaml run=open/r data.split_file=secret.txt",
+        "prepare small.yaml run=open/r data.weights=secret.txt",
+        "train small.yaml run=open/r start.model=secret.pt",
+        "prepare secret.yaml run=open/r",
+        "predict secret.pt d.xyz -o open/o.xyz",
+        "predict m.pt secret.xyz -o open/o.xyz",
+        "predict m.pt d.xyz -o o.xyz",
+        "evaluate m.pt d.xyz --csv e.csv",
+        "evaluate m.pt d.xyz --plots plots",
+        "export m.pt -o m.kinml",
+        "convert secret.pt -o open/c.pt",
+        "serve m.pt --socket s",
+    ]
+    (folder / "open").mkdir()
+    program = (
+        "import sys\nfrom kinml_fast.cli import main\n"
+        "for line in sys.stdin.read().splitlines():\n    print(main(line.split()), file=sys.stderr)\n"
+    )
+    prefix = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may do everything")
+        for path in [folder, *folder.rglob("*")]:
+            os.chown(path, 65533, 65533)
+        os.chown(folder / "open", 0, 0)
+        without = "-dac_override,-dac_read_search,-fowner,-chown"
+        prefix = ["setpriv", f"--inh-caps={without}", f"--bounding-set={without}"]
+    for path in folder.glob("secret*"):
+        path.chmod(0o600 if prefix else 0)
+    for path in (folder / "run", folder / "run/report", folder / "run/checkpoints", folder):
+        path.chmod(0o755 if prefix else 0o555)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", program], input="\n".join(commands), capture_output=True, text=True, timeout=240
+    )
+    folder.chmod(0o755)
+    said = done.stderr.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert said[1::2] == ["2"] * len(commands), done.stderr
+    for command, sentence in zip(commands, said[::2], strict=True):
+        assert "(Permission denied)" in sentence or "[Errno 13]" in sentence, (command, sentence)
+
+
 def test_a_lock_is_no_damage(folder, capsys, monkeypatch):
     from kinml_fast import datasets
     from kinml_fast.data import sqlite
