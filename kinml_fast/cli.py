@@ -1,4 +1,4 @@
-"""The command line: kinml-fast info, prepare, train, evaluate, predict, convert, serve."""
+"""The command line, `kinml-fast`."""
 
 from __future__ import annotations
 
@@ -174,6 +174,23 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", default="auto", help=_DEVICE)
     predict.set_defaults(command=_predict)
 
+    vibrations = commands.add_parser("vibrations", help="frequencies, zero-point energies, thermochemistry")
+    vibrations.add_argument("model", metavar="MODEL", help=_MODEL)
+    vibrations.add_argument("input", metavar="in.xyz", help="molecules, in a format that ASE reads")
+    vibrations.add_argument("--optimize", action="store_true", help="go to the nearest minimum first")
+    vibrations.add_argument("--fmax", type=float, default=1e-3, help="largest force at a minimum, eV/Å (%(default)s)")
+    vibrations.add_argument("--steps", type=int, default=500, help="at most so many steps to a minimum (%(default)s)")
+    vibrations.add_argument("--temperature", type=float, default=298.15, help="K (%(default)s)")
+    vibrations.add_argument("--pressure", type=float, default=101325.0, help="Pa (%(default)s)")
+    vibrations.add_argument("--symmetry-number", type=int, metavar="N", help="default: that of the geometry")
+    vibrations.add_argument("--spin", type=float, default=0.0, help="0.5 of a radical (%(default)s)")
+    vibrations.add_argument("-o", "--output", metavar="out.json", help="write everything, Hessian and modes too")
+    vibrations.add_argument("--modes", metavar="FOLDER", help="write an animation of each mode")
+    vibrations.add_argument("--base", metavar="BASE", help="the low level of a delta model, as in predict")
+    vibrations.add_argument("--format", metavar="NAME", help=_FORMAT)
+    vibrations.add_argument("--device", default="auto", help=_DEVICE)
+    vibrations.set_defaults(command=_vibrations)
+
     convert = commands.add_parser(
         "convert",
         help="make a model file of a checkpoint of PyKinML or a model of TorchANI",
@@ -344,6 +361,28 @@ def _predict(options: argparse.Namespace) -> None:
 
     _show_log()
     predict(options.model, options.input, options.output, base=options.base, device=options.device, form=options.format)
+
+
+def _vibrations(options: argparse.Namespace) -> None:
+    from kinml_fast.kinetics.files import vibrations
+
+    _show_log()
+    vibrations(
+        options.model,
+        options.input,
+        optimise=options.optimize,
+        fmax=options.fmax,
+        steps=options.steps,
+        temperature=options.temperature,
+        pressure=options.pressure,
+        symmetry_number=options.symmetry_number,
+        spin=options.spin,
+        out_path=options.output,
+        modes=options.modes,
+        base=options.base,
+        device=options.device,
+        form=options.format,
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:

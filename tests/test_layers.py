@@ -25,6 +25,7 @@ LAYERS = [
     {"data", "datasets"},
     {"report"},
     {"deploy"},
+    {"kinetics"},
     {"train"},
     {"cli", "__main__"},
     {"pykinml"},

@@ -19,6 +19,10 @@ NOT_FINITE = (
 """What is said of such a structure, after its name."""
 
 
+_COPIED_ATOMS = 2048
+"""Atoms of copies of a structure in which second derivatives are computed at once."""
+
+
 def count(model: EnergyModel | Ensemble) -> int:
     """The number of members, 1 for a model."""
     return model.n_members if isinstance(model, Ensemble) else 1
@@ -91,18 +95,31 @@ def second_derivatives(
     *,
     chosen: Sequence[int],
 ) -> np.ndarray:
-    """Rows float64 [3m, 3 n_atoms] in eV/Å², d²E/dx dx' for the coordinates x of m chosen atoms of a batch.
+    """Rows float64 [3m, 3n] in eV/Å², d²E/dx dx' for the coordinates x of m chosen atoms of one structure of n atoms.
 
-    E is the energy at the highest level, of an ensemble the mean, summed over the structures.
+    E is the energy at the highest level, of an ensemble the mean. Each row is the derivative of the gradient along one
+    coordinate; those of many are computed at once, each in a copy of the structure.
     """
-    rows = np.zeros((3 * len(chosen), coordinates.numel()))
-    with torch.enable_grad():
-        coordinates = coordinates.clone().requires_grad_()
-        energies = model(coordinates, species, offsets, around)
-        (slopes,) = torch.autograd.grad(energies.sum(), coordinates, create_graph=True)
-        if slopes.requires_grad:  # an energy that does not depend on coordinates has none
-            for row, slope in zip(rows, slopes[list(chosen)].reshape(-1), strict=True):
-                row[:] = torch.autograd.grad(slope, coordinates, retain_graph=True)[0].reshape(-1).cpu().numpy()
+    n = coordinates.size(0)
+    rows = np.zeros((3 * len(chosen), 3 * n))
+    at_once = max(1, _COPIED_ATOMS // max(n, 1))
+    components = [3 * atom + d for atom in chosen for d in range(3)]
+    for first in range(0, len(components), at_once):
+        some = torch.tensor(components[first : first + at_once], device=coordinates.device)
+        copies = len(some)
+        directions = torch.zeros(copies, 3 * n, dtype=coordinates.dtype, device=coordinates.device)
+        directions[torch.arange(copies, device=some.device), some] = 1
+        ends = n * torch.arange(copies + 1, device=offsets.device)
+        of_copies = (
+            None if around is None else [None if x is None else x.repeat(copies, *(1,) * (x.dim() - 1)) for x in around]
+        )
+        with torch.enable_grad():
+            x = coordinates.detach().repeat(copies, 1).requires_grad_()
+            energies = model(x, species.repeat(copies), ends, of_copies)
+            (slopes,) = torch.autograd.grad(energies.sum(), x, create_graph=True)
+            if slopes.requires_grad:  # an energy that does not depend on coordinates has none
+                (along,) = torch.autograd.grad(slopes, x, directions.reshape(-1, 3))
+                rows[first : first + copies] = along.reshape(copies, -1).cpu().numpy()
     return rows
 
 

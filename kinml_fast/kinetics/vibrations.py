@@ -1,0 +1,286 @@
+"""Vibrations of a molecule in the harmonic approximation, from analytic second derivatives of a model.
+
+Rotations and translations are projected out of the mass-weighted Hessian (Miller, Handy, Adams, J. Chem. Phys. 1980,
+72, 99, DOI 10.1063/1.438959), so that 3N - 6 modes are left, of a linear molecule 3N - 5, of an atom none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import ase.units
+import numpy as np
+from ase import Atoms
+from ase.data import covalent_radii
+from ase.optimize import BFGS
+from ase.thermochemistry import IdealGasThermo
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import cdist
+
+from kinml_fast.deploy.calculator import KinMLCalculator
+from kinml_fast.errors import ConfigError, DataError
+from kinml_fast.kinetics import symmetry
+from kinml_fast.nn import Ensemble
+
+log = logging.getLogger(__name__)
+
+FMAX = 1e-3
+"""eV/Å, the largest force on an atom of what counts as a minimum or saddle point."""
+STEPS = 500
+_BONDED = 1.4
+"""Times the sum of covalent radii: farther apart, two atoms are not bonded."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vibrations:
+    """Harmonic vibrations of a molecule of n atoms, k of them.
+
+    Attributes
+    ----------
+    atoms
+        The geometry that they are of.
+    energy
+        eV.
+    largest_force
+        eV/Å, on an atom of this geometry.
+    hessian
+        [3n, 3n], eV/Å², of an ensemble that of the mean energy.
+    frequencies
+        [k], cm⁻¹, ascending; an imaginary one is negative.
+    modes
+        [k, n, 3], displacements of the atoms (not weighted by masses), the largest of each mode 1.
+    reduced_masses
+        [k], u.
+    members
+        [M, k], cm⁻¹, what each of M members gives for these modes; None of a single model.
+    member_energies
+        [M], eV; None of a single model.
+    geometry, symmetry_number
+        monatomic, linear or nonlinear, and the rotational symmetry number.
+    """
+
+    atoms: Atoms
+    energy: float
+    largest_force: float
+    hessian: np.ndarray
+    frequencies: np.ndarray
+    modes: np.ndarray
+    reduced_masses: np.ndarray
+    members: np.ndarray | None
+    member_energies: np.ndarray | None
+    geometry: symmetry.Shape
+    symmetry_number: int
+
+    @property
+    def imaginary(self) -> int:
+        """How many modes are imaginary: 0 of a minimum, 1 of a saddle point."""
+        return int((self.frequencies < 0).sum())
+
+    @property
+    def zero_point_energy(self) -> float:
+        """eV, of the modes that are real."""
+        return float(_zero_point_energies(self.frequencies))
+
+    @property
+    def zero_point_energy_std(self) -> float | None:
+        """eV, the standard deviation of the members (ddof = 1)."""
+        return None if self.members is None else float(_zero_point_energies(self.members).std(ddof=1))
+
+    @property
+    def frequencies_std(self) -> np.ndarray | None:
+        """[k], cm⁻¹, standard deviations of the members (ddof = 1)."""
+        return None if self.members is None else self.members.std(axis=0, ddof=1)
+
+    def thermochemistry(
+        self, temperature: float = 298.15, pressure: float = 101325.0, spin: float = 0.0
+    ) -> dict[str, float]:
+        """Enthalpy, entropy and free energy as an ideal gas of rigid rotors and harmonic oscillators (ASE's).
+
+        Parameters
+        ----------
+        temperature
+            K.
+        pressure
+            Pa.
+        spin
+            Total electron spin: 0 with all electrons paired, 0.5 of a radical.
+
+        Returns
+        -------
+        dict
+            ``enthalpy`` and ``free_energy`` in eV with the potential energy in them, ``entropy`` in eV/K. Imaginary
+            modes are left out.
+        """
+        real = (self.frequencies[self.frequencies > 0] * ase.units.invcm).tolist()
+        gas = IdealGasThermo(
+            real, self.geometry, self.energy, self.atoms, self.symmetry_number, spin, vib_selection="all"
+        )
+        return {
+            "enthalpy": float(gas.get_enthalpy(temperature, verbose=False)),
+            "entropy": float(gas.get_entropy(temperature, pressure, verbose=False)),
+            "free_energy": float(gas.get_gibbs_energy(temperature, pressure, verbose=False)),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; the units are those of the attributes."""
+        found: dict[str, Any] = {"symbols": self.atoms.get_chemical_symbols(), "positions": self.atoms.positions}
+        for field in dataclasses.fields(self):
+            if field.name != "atoms":
+                found[field.name] = getattr(self, field.name)
+        for name in ("imaginary", "zero_point_energy", "zero_point_energy_std", "frequencies_std"):
+            found[name] = getattr(self, name)
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
+
+    def animation(self, mode: int, frames: int = 24, largest: float = 0.3) -> list[Atoms]:
+        """One period of a mode, in which the atom that moves most moves by `largest` Å."""
+        result = []
+        for phase in np.arange(frames) / frames * 2 * np.pi:
+            frame = Atoms(self.atoms.symbols, self.atoms.positions + largest * np.sin(phase) * self.modes[mode])
+            frame.info["frequency"] = float(self.frequencies[mode])
+            result.append(frame)
+        return result
+
+
+def vibrate(
+    atoms: Atoms,
+    calculator: KinMLCalculator,
+    *,
+    optimise: bool = False,
+    fmax: float = FMAX,
+    steps: int = STEPS,
+    symmetry_number: int | None = None,
+) -> Vibrations:
+    """The vibrations of a molecule.
+
+    Parameters
+    ----------
+    atoms
+        The molecule; it is not changed.
+    calculator
+        Of a model or an ensemble.
+    optimise
+        Whether to go to the nearest minimum first (ASE's BFGS).
+    fmax
+        eV/Å, largest force on an atom at the end of that.
+    steps
+        At most so many.
+    symmetry_number
+        None: found from the geometry, see `symmetry.rotations`.
+
+    Raises
+    ------
+    DataError
+        A crystal; a molecule that falls apart, or is not at a minimum after all steps; what the calculator refuses.
+    """
+    if atoms.pbc.any():
+        raise DataError(f"{atoms.symbols} is periodic: vibrations are of molecules, set pbc = False")
+    if not len(atoms):
+        raise DataError("there are no atoms: give a molecule")
+    if symmetry_number is not None and symmetry_number < 1:
+        raise ConfigError(f"a symmetry number of {symmetry_number}: give a whole number of at least 1")
+    atoms = Atoms(atoms.symbols, atoms.positions, masses=atoms.get_masses())
+    atoms.calc = calculator
+    if optimise:
+        _optimise(atoms, fmax, steps)
+    energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+    largest = float(np.linalg.norm(forces, axis=1).max())
+    if largest > fmax:
+        log.warning(
+            "%s: the largest force is %.3g eV/Å, so this is no minimum or saddle point and its frequencies mean little",
+            atoms.symbols,
+            largest,
+        )
+    member_energies = calculator.results.get("all_energies")
+    hessians = _hessians(calculator, atoms)
+    hessian = hessians.mean(axis=0)
+    squares, modes = _normal_modes(atoms, hessian)
+    members = None
+    if len(hessians) > 1:  # to first order, for the modes of the mean: none is mistaken for another
+        members = _frequencies(np.einsum("ki,mij,kj->mk", modes, hessians, modes))
+    lengths = np.square(modes).sum(axis=1)
+    shown = modes.reshape(len(modes), len(atoms), 3)
+    return Vibrations(
+        atoms=Atoms(atoms.symbols, atoms.positions, masses=atoms.get_masses()),
+        energy=float(energy),
+        largest_force=largest,
+        hessian=hessian,
+        frequencies=_frequencies(squares),
+        modes=shown / np.linalg.norm(shown, axis=2).max(axis=1)[:, None, None],
+        reduced_masses=1 / lengths,
+        members=members,
+        member_energies=None if member_energies is None else np.array(member_energies),
+        geometry=symmetry.shape(atoms),
+        symmetry_number=symmetry.rotations(atoms) if symmetry_number is None else symmetry_number,
+    )
+
+
+def fragments(atoms: Atoms) -> int:
+    """How many molecules the atoms make up, by covalent radii."""
+    radii = covalent_radii[atoms.numbers]
+    bonded = cdist(atoms.positions, atoms.positions) < _BONDED * (radii[:, None] + radii)
+    return int(connected_components(bonded, directed=False)[0])
+
+
+def _optimise(atoms: Atoms, fmax: float, steps: int) -> None:
+    before = fragments(atoms)
+    with BFGS(atoms, logfile=None) as optimiser:
+        for _ in optimiser.irun(fmax=fmax, steps=steps):
+            if fragments(atoms) > before:
+                raise DataError(
+                    f"{atoms.symbols} falls apart while it is optimised (step {optimiser.nsteps}, "
+                    f"{fragments(atoms)} fragments instead of {before}): start from another geometry, or the model "
+                    "does not know this molecule"
+                )
+        converged = np.linalg.norm(atoms.get_forces(), axis=1).max() <= fmax
+    if not converged:
+        raise DataError(
+            f"{atoms.symbols} is at no minimum after {steps} steps (largest force "
+            f"{np.linalg.norm(atoms.get_forces(), axis=1).max():.3g} eV/Å): allow more steps or a larger fmax"
+        )
+    log.info("%s: at a minimum after %d steps", atoms.symbols, optimiser.nsteps)
+
+
+def _hessians(calculator: KinMLCalculator, atoms: Atoms) -> np.ndarray:
+    """[M, 3n, 3n], of a model or of each member of an ensemble."""
+    model = calculator.model
+    if not isinstance(model, Ensemble):
+        return calculator.get_hessian(atoms)[None]
+    members = [KinMLCalculator(model.member(i), base=calculator.base) for i in range(model.n_members)]
+    return np.array([member.get_hessian(atoms) for member in members])
+
+
+def _normal_modes(atoms: Atoms, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squares of angular frequencies [k] in eV/(Å² u), ascending; displacements [k, 3n] of mass-weighted length 1."""
+    root = np.sqrt(np.repeat(atoms.get_masses(), 3))
+    inside = _inside(atoms)
+    squares, vectors = np.linalg.eigh(inside.T @ (hessian / root[:, None] / root) @ inside)
+    return squares, (inside @ vectors / root[:, None]).T
+
+
+def _inside(atoms: Atoms) -> np.ndarray:
+    """Orthonormal vectors [3n, k] in mass-weighted coordinates, across all translations and rotations."""
+    x = atoms.positions - atoms.get_center_of_mass()
+    root = np.sqrt(atoms.get_masses())[:, None]
+    outer = [np.tile(axis, (len(x), 1)) * root for axis in np.eye(3)]
+    outer += [np.cross(axis, x) * root for axis in np.eye(3)]
+    vectors = np.linalg.svd(np.array(outer).reshape(6, -1).T, full_matrices=True)[0]
+    return vectors[:, {"monatomic": 3, "linear": 5, "nonlinear": 6}[symmetry.shape(atoms)] :]
+
+
+def _frequencies(squares: np.ndarray) -> np.ndarray:
+    """cm⁻¹ of squares of angular frequencies in eV/(Å² u), negative of negative ones."""
+    return (
+        np.sign(squares)
+        * np.sqrt(np.abs(squares))
+        * ase.units._hbar
+        * 1e10
+        / np.sqrt(ase.units._e * ase.units._amu)
+        / ase.units.invcm
+    )
+
+
+def _zero_point_energies(frequencies: np.ndarray) -> np.ndarray:
+    """eV, of the frequencies [..., k] that are real."""
+    return 0.5 * np.where(frequencies > 0, frequencies, 0.0).sum(axis=-1) * ase.units.invcm
