@@ -191,6 +191,20 @@ def _parser() -> argparse.ArgumentParser:
     vibrations.add_argument("--device", default="auto", help=_DEVICE)
     vibrations.set_defaults(command=_vibrations)
 
+    saddle = commands.add_parser(
+        "saddle", help="a saddle point, the reaction path through it, the minima that it joins"
+    )
+    saddle.add_argument("model", metavar="MODEL", help=_MODEL)
+    saddle.add_argument("input", metavar="in.xyz", help="a guess of the saddle point, or two minima")
+    saddle.add_argument("-o", "--output", metavar="FOLDER", required=True, help="geometries, numbers, a picture")
+    saddle.add_argument("--fmax", type=float, default=1e-3, help="largest force at the end, eV/Å (%(default)s)")
+    saddle.add_argument("--steps", type=int, default=500, help="at most so many of each search (%(default)s)")
+    saddle.add_argument("--images", type=int, default=9, help="of a band between two minima (%(default)s)")
+    saddle.add_argument("--base", metavar="BASE", help="the low level of a delta model, as in predict")
+    saddle.add_argument("--format", metavar="NAME", help=_FORMAT)
+    saddle.add_argument("--device", default="auto", help=_DEVICE)
+    saddle.set_defaults(command=_saddle)
+
     convert = commands.add_parser(
         "convert",
         help="make a model file of a checkpoint of PyKinML or a model of TorchANI",
@@ -379,6 +393,23 @@ def _vibrations(options: argparse.Namespace) -> None:
         spin=options.spin,
         out_path=options.output,
         modes=options.modes,
+        base=options.base,
+        device=options.device,
+        form=options.format,
+    )
+
+
+def _saddle(options: argparse.Namespace) -> None:
+    from kinml_fast.kinetics.files import reaction
+
+    _show_log()
+    reaction(
+        options.model,
+        options.input,
+        options.output,
+        fmax=options.fmax,
+        steps=options.steps,
+        images=options.images,
         base=options.base,
         device=options.device,
         form=options.format,

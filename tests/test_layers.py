@@ -36,6 +36,7 @@ LATE = {
     "aevmod": "optional",
     "dftd3": "optional",
     "openmm": "optional",
+    "sella": "optional",
     "tblite": "optional",
     "matplotlib": "takes half a second, and only drawing needs it",
     "rich": "only a terminal needs it",

@@ -1,4 +1,4 @@
-"""Vibrations of the molecules in a file: a table, a JSON file, animations."""
+"""Vibrations of the molecules in a file, a saddle point from a file: tables, JSON files, geometries, pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ase.io
+import numpy as np
+from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from kinml_fast.data import Selection, xyz
@@ -16,6 +18,7 @@ from kinml_fast.data.files import check_output, expand, replacing
 from kinml_fast.deploy import model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import ConfigError, DataError, InputError
+from kinml_fast.kinetics import saddle
 from kinml_fast.kinetics.vibrations import FMAX, STEPS, Vibrations, vibrate
 from kinml_fast.units import KCAL_PER_MOL
 
@@ -95,6 +98,118 @@ def vibrations(
     return found
 
 
+def reaction(
+    model_path: str | os.PathLike | Sequence[str | os.PathLike],
+    in_path: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    fmax: float = FMAX,
+    steps: int = STEPS,
+    images: int = 9,
+    base: BaseCalculator | str | None = None,
+    device: str | None = None,
+    form: str | None = None,
+) -> tuple[Vibrations, saddle.ReactionPath, list[Vibrations]]:
+    """Find a saddle point, the path through it and the minima that it joins; write all into a folder.
+
+    Parameters
+    ----------
+    model_path, base, device, form
+        As in `vibrations`.
+    in_path
+        A file with a guess of the saddle point, or with two minima, between which one is looked for.
+    folder
+        For saddle.xyz, path.xyz (with energies), minima.xyz, saddle.json and path.png; made if it is not there.
+    fmax, steps, images
+        See `saddle.search` and `saddle.between`.
+
+    Raises
+    ------
+    InputError
+        A file that cannot be read or written, another number of frames, or what the functions of `saddle` raise.
+    """
+    path, *others = expand(in_path)
+    if others:
+        raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
+    Selection(format=form)
+    frames = list(xyz.frames(path, form))
+    if len(frames) not in (1, 2):
+        raise DataError(f"{path}: has {len(frames)} frames: give one, a guess of the saddle point, or two minima")
+    into = _made(Path(folder))
+    calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
+    try:
+        if len(frames) == 2:
+            first, second = (vibrate(one, calculator, optimise=True, fmax=fmax, steps=steps).atoms for one in frames)
+            frames = [saddle.between(first, second, calculator, images=images, steps=steps)]
+        found, _ = saddle.search(frames[0], calculator, fmax=fmax, steps=steps)
+        way = saddle.follow(found, calculator, steps=steps)
+        both = saddle.minima(way, calculator, fmax=fmax, steps=steps)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    _write_frames(into / "saddle.xyz", [found.atoms])
+    for i, frame in enumerate(way.frames):
+        frame.info |= {"energy": float(way.energies[i]), "length": float(way.lengths[i])}
+    _write_frames(into / "path.xyz", way.frames)
+    _write_frames(into / "minima.xyz", [one.atoms for one in both])
+    entries = {"saddle": found.to_dict(), "minima": [one.to_dict() for one in both]}
+    with replacing(into / "saddle.json") as temporary:
+        temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    _draw(into / "path.png", way, str(found.atoms.symbols))
+    log.info("%s", barriers(found, both))
+    log.info("wrote %s", into)
+    return found, way, both
+
+
+def barriers(found: Vibrations, both: Sequence[Vibrations]) -> str:
+    """Barriers of a saddle point from its two sides, kcal/mol; of an ensemble with the deviations of its members."""
+    std = found.frequencies_std
+    rows = [
+        f"saddle point of {found.atoms.symbols}: {-found.frequencies[0]:.1f}i"
+        + (f" ± {std[0]:.1f}" if std is not None else "")
+        + " cm⁻¹",
+        f"{'barrier, kcal/mol':<18}  {'electronic':>16}  {'with zero-point':>16}  symmetry number",
+    ]
+    for name, one in zip(("from one side", "from the other"), both, strict=True):
+        electronic = (found.energy - one.energy) * KCAL_PER_MOL
+        zero_point = electronic + (found.zero_point_energy - one.zero_point_energy) * KCAL_PER_MOL
+        spread = ""
+        if found.member_energies is not None and one.member_energies is not None:
+            spread = f" ± {np.std(found.member_energies - one.member_energies, ddof=1) * KCAL_PER_MOL:.2f}"
+        rows.append(f"{name:<18}  {f'{electronic:.2f}{spread}':>16}  {zero_point:>16.2f}  {one.symmetry_number}")
+    return "\n".join(rows)
+
+
+def _draw(path: Path, way: saddle.ReactionPath, title: str) -> None:
+    """The energy along a path, and a band of the members' standard deviations around it."""
+    from matplotlib.figure import Figure
+
+    relative = (way.energies - way.energies[0]) * KCAL_PER_MOL
+    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    axes.plot(way.lengths, relative, marker=".")
+    axes.plot(way.lengths[way.saddle], relative[way.saddle], marker="*", markersize=12)
+    if way.member_energies is not None:
+        members = way.member_energies - way.member_energies[:1]
+        std = members.std(axis=1, ddof=1) * KCAL_PER_MOL
+        axes.fill_between(way.lengths, relative - std, relative + std, alpha=0.3, label="± standard deviation")
+        axes.legend()
+    axes.set(xlabel="reaction path, √u Å", ylabel="energy, kcal/mol", title=title)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _write_frames(path: Path, frames: Sequence[Atoms]) -> None:
+    with replacing(path) as temporary:
+        ase.io.write(temporary, frames, format="extxyz")
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
+    return folder
+
+
 def table(name: str, found: Vibrations, gas: dict[str, float], temperature: float, pressure: float) -> str:
     """Modes and energies as lines of text; of an ensemble with the standard deviations of its members."""
     stds = found.frequencies_std
@@ -123,10 +238,6 @@ def table(name: str, found: Vibrations, gas: dict[str, float], temperature: floa
 
 
 def _animate(folder: Path, stem: str, found: Vibrations) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}): choose another folder") from error
+    _made(folder)
     for mode in range(len(found.frequencies)):
-        with replacing(folder / f"{stem}-mode-{mode + 1}.xyz") as temporary:
-            ase.io.write(temporary, found.animation(mode), format="extxyz")
+        _write_frames(folder / f"{stem}-mode-{mode + 1}.xyz", found.animation(mode))

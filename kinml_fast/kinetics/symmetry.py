@@ -50,7 +50,7 @@ def rotations(atoms: Atoms, tolerance: float = TOLERANCE) -> int:
     kinds = kinds.ravel()
     if kind == "linear":
         return 2 if _is_image(x, -x, kinds, tolerance) else 1
-    found: list[np.ndarray] = []
+    found = [np.eye(3)]
     for rotation in _candidates(x, kinds, tolerance):
         if all(np.abs(rotation - other).max() > 0.1 for other in found) and _is_image(
             x, x @ rotation.T, kinds, tolerance
@@ -62,7 +62,10 @@ def rotations(atoms: Atoms, tolerance: float = TOLERANCE) -> int:
 def _candidates(x: np.ndarray, kinds: np.ndarray, tolerance: float) -> Iterator[np.ndarray]:
     """Rotations [3, 3] that take two atoms, not in line with the centre, to atoms of their kinds."""
     distances = np.linalg.norm(x, axis=1)
-    a, b = _frame_atoms(x, kinds, distances)
+    pair = _frame_atoms(x, kinds, distances)
+    if pair is None:
+        return
+    a, b = pair
     own = _axes(x[a], x[b])
     for i, j in itertools.permutations(range(len(x)), 2):
         same = kinds[i] == kinds[a] and kinds[j] == kinds[b]
@@ -71,15 +74,16 @@ def _candidates(x: np.ndarray, kinds: np.ndarray, tolerance: float) -> Iterator[
             yield _axes(x[i], x[j]) @ own.T
 
 
-def _frame_atoms(x: np.ndarray, kinds: np.ndarray, distances: np.ndarray) -> tuple[int, int]:
+def _frame_atoms(x: np.ndarray, kinds: np.ndarray, distances: np.ndarray) -> tuple[int, int] | None:
     """Two atoms that span a plane with the centre, well and of a rare kind."""
-    best: tuple[float, int, int] = (np.inf, 0, 1)
+    best: tuple[float, int, int] | None = None
     numbers = np.bincount(kinds)
     for a, b in itertools.combinations(range(len(x)), 2):
         area = np.linalg.norm(np.cross(x[a], x[b]))
         if min(distances[a], distances[b]) > 0.3 and area > 0.3 * distances[a] * distances[b]:
-            best = min(best, (float(numbers[kinds[a]] * numbers[kinds[b]]), a, b))
-    return best[1], best[2]
+            this = float(numbers[kinds[a]] * numbers[kinds[b]]), a, b
+            best = this if best is None else min(best, this)
+    return None if best is None else best[1:]
 
 
 def _axes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
