@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 FMAX = 1e-3
 """eV/Å, the largest force on an atom of what counts as a minimum or saddle point."""
 STEPS = 500
+_WAVENUMBER = ase.units._hbar * 1e10 / np.sqrt(ase.units._e * ase.units._amu) / ase.units.invcm
+"""cm⁻¹ of the angular frequency √(eV/(Å² u))."""
 _BONDED = 1.4
 """Times the sum of covalent radii: farther apart, two atoms are not bonded."""
 
@@ -77,6 +79,11 @@ class Vibrations:
     def imaginary(self) -> int:
         """How many modes are imaginary: 0 of a minimum, 1 of a saddle point."""
         return int((self.frequencies < 0).sum())
+
+    @property
+    def force_constants(self) -> np.ndarray:
+        """[k], eV/Å², of the modes with their reduced masses; negative of imaginary ones."""
+        return np.sign(self.frequencies) * (self.frequencies / _WAVENUMBER) ** 2 * self.reduced_masses
 
     @property
     def zero_point_energy(self) -> float:
@@ -129,7 +136,7 @@ class Vibrations:
         for field in dataclasses.fields(self):
             if field.name != "atoms":
                 found[field.name] = getattr(self, field.name)
-        for name in ("imaginary", "zero_point_energy", "zero_point_energy_std", "frequencies_std"):
+        for name in ("force_constants", "imaginary", "zero_point_energy", "zero_point_energy_std", "frequencies_std"):
             found[name] = getattr(self, name)
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
 
@@ -271,14 +278,7 @@ def _inside(atoms: Atoms) -> np.ndarray:
 
 def _frequencies(squares: np.ndarray) -> np.ndarray:
     """cm⁻¹ of squares of angular frequencies in eV/(Å² u), negative of negative ones."""
-    return (
-        np.sign(squares)
-        * np.sqrt(np.abs(squares))
-        * ase.units._hbar
-        * 1e10
-        / np.sqrt(ase.units._e * ase.units._amu)
-        / ase.units.invcm
-    )
+    return np.sign(squares) * np.sqrt(np.abs(squares)) * _WAVENUMBER
 
 
 def _zero_point_energies(frequencies: np.ndarray) -> np.ndarray:
