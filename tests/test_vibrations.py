@@ -177,7 +177,10 @@ def test_a_minimum_is_found_and_has_the_frequency_of_its_spring():
     found = vibrate(Atoms("CO", [[0, 0, 0], [0, 0, 1.1]]), calculator, optimise=True, fmax=1e-6)
     assert found.atoms.get_distance(0, 1) == pytest.approx(1.2, abs=1e-6)
     reduced = 12.011 * 15.999 / (12.011 + 15.999)
-    assert found.force_constants.tolist() == [pytest.approx(20, rel=1e-6)]
+    # Of displacements of length 1 over all atoms, as quantum-chemistry programs have them, not of the bond.
+    of_mode = 1 / (reduced * (12.011**-2 + 15.999**-2))
+    assert found.reduced_masses.tolist() == [pytest.approx(of_mode, rel=1e-6)]
+    assert found.force_constants.tolist() == [pytest.approx(20 / reduced * of_mode, rel=1e-6)]
     assert found.frequencies.tolist() == [pytest.approx(521.4708983725064 * np.sqrt(20 / reduced), rel=1e-6)]
     assert found.largest_force < 1e-6
 

@@ -54,7 +54,7 @@ class Vibrations:
     modes
         [k, n, 3], displacements of the atoms (not weighted by masses), the largest of each mode 1.
     reduced_masses
-        [k], u.
+        [k], u, of displacements whose squares sum to 1 over all atoms, as quantum-chemistry programs print them.
     members
         [M, k], cm⁻¹, what each of M members gives for these modes; None of a single model.
     member_energies
