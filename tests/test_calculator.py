@@ -120,7 +120,10 @@ def test_a_frozen_ensemble_keeps_what_ase_can_keep(tmp_path, name):
     atoms = water()
     atoms.calc = KinMLCalculator([make_model(seed) for seed in range(3)])
     energy, forces = atoms.get_potential_energy(), atoms.get_forces()
-    assert atoms.calc.results["energy_std"] > 0
+    results = atoms.calc.results
+    assert results["energy_std"] > 0
+    for same in (results.copy(), copy.deepcopy(results), pickle.loads(pickle.dumps(results)), dict(results.items())):
+        assert set(same) == set(results) > set(results.keys())
     atoms.calc = SinglePointCalculator(atoms, **atoms.calc.results)
     ase.io.write(tmp_path / name, atoms)
     read = ase.io.read(tmp_path / name)

@@ -51,6 +51,7 @@ def test_a_configuration_gives_the_selection_of_its_keys(tmp_path):
         "energy_key": ["low_energy", "high_energy"],
         "forces_key": ["low_forces", "high_forces"],
         "stress_key": ["low_stress", "high_stress"],
+        "format": "extxyz",
         "elements": ["H", "C"],
     }
     assert set(written) == {field.name for field in fields(Selection)} - {"ids"}

@@ -263,7 +263,7 @@ def test_what_was_started_again_goes_on_with_its_run(tmp_path, caplog):
         with caplog.at_level(logging.INFO):
             caplog.clear()
             runs.start(config, restarted=True, **options)
-        assert "goes on with epoch 4, batch 0" in caplog.text
+        assert "run: has 4 epochs, training.epochs is 4: nothing to train" in caplog.text
     other = configuration.load(str(path), ["training.seed=1"])
     with pytest.raises(InputError, match="holds a run already"):
         runs.start(other, restarted=True)

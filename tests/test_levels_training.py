@@ -327,7 +327,7 @@ def test_metrics_summary_and_report(tmp_path, drawings, caplog):
     levels = [*summary.lower.values(), (summary.errors, summary.forces)]
     assert list(summary.lower) == [0, 3]
     best = {r["split"]: r for r in rows(tmp_path / "run") if int(r["epoch"]) == summary.best_epoch}
-    for level, (of_energies, of_forces) in enumerate(levels):
+    for level, (of_energies, of_forces, *_) in enumerate(levels):
         suffix = "" if level == 2 else f"_fidelity{FIDELITIES[level]}"
         for part in ("train", "validation", "test"):
             chosen = getattr(data.split, part)

@@ -40,9 +40,10 @@ class NoStressError(CalculatorInputError, PropertyNotImplementedError):
 
 
 class _Results(dict):
-    """Results of a calculation; as keyword arguments, those that ASE has names for.
+    """Results of a calculation; as keyword arguments, or in `dict(results)`, those that ASE has names for.
 
-    So `SinglePointCalculator(atoms, **calculator.results)` keeps what ASE, and files of ASE's, can keep.
+    So `SinglePointCalculator(atoms, **calculator.results)` keeps what ASE, and files of ASE's, can keep. `items`,
+    `copy`, deep copies and pickles have all.
     """
 
     def __iter__(self) -> Iterator[str]:  # without one of its own, ** would not look at keys()
@@ -50,6 +51,9 @@ class _Results(dict):
 
     def keys(self) -> list[str]:  # type: ignore[override]
         return [name for name in self if name in all_properties]
+
+    def copy(self) -> _Results:
+        return _Results(self.items())
 
 
 class KinMLCalculator(Calculator):

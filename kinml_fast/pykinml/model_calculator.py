@@ -94,7 +94,7 @@ class Nn_surr(KinMLCalculator):
     ) -> None:
         """Fill `results`."""
         super().calculate(atoms, properties, system_changes)
-        found = {"energy_std": 0.0, "forces_std": 0.0} | self.results
+        found = {"energy_std": 0.0, "forces_std": 0.0} | dict(self.results.items())
         arrays = {name: np.asarray(value, dtype=np.float64) for name, value in found.items()}
         self.results = {n: torch.from_numpy(v) for n, v in arrays.items()} if self.tnsr else arrays
 
