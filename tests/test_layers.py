@@ -52,6 +52,13 @@ LATE_IN = {
 }
 """Modules whose functions may import anything, and why."""
 
+
+def test_every_package_is_installed():
+    listed = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.S)
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
+    assert set(re.findall(r'"(.*?)"', listed.group(1))) == folders
+
+
 REFERENCE_IMPORTS = {"torch", *sys.stdlib_module_names}
 
 INCLUDES = {
