@@ -36,7 +36,7 @@ config = load(
 summary = start(config, overwrite=True)
 errors, forces = summary.errors["test"], summary.forces["test"]
 print(f"fidelity 1: test RMSE {errors.rmse:.2f} kcal/mol and {forces.rmse:.2f} kcal/mol/Å")
-for fidelity, (lower_errors, lower_forces) in summary.lower.items():
+for fidelity, (lower_errors, lower_forces, *_) in summary.lower.items():
     energy, force = lower_errors["test"].rmse, lower_forces["test"].rmse
     print(f"fidelity {fidelity}: test RMSE {energy:.2f} kcal/mol and {force:.2f} kcal/mol/Å")
 

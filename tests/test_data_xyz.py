@@ -268,3 +268,13 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     found = xyz.read(paths).labels
     assert found == ("a/job_1/orca.xyz/1", "a/job_2/orca.xyz/1", "b/job_1/orca.xyz/1", "other.xyz/1")
     assert xyz.read(paths[:2]).labels == ("job_1/orca.xyz/1", "job_2/orca.xyz/1")
+
+
+def test_a_comment_in_another_encoding(tmp_path):
+    """As Latin-1 of a program of another time: what is no UTF-8 is written out, and can be written again."""
+    (tmp_path / "a.xyz").write_bytes('1\nenergy=-1.5 by="Mme Ém\xe9" \nO 0 0 0\n'.encode("latin-1"))
+    found = xyz.read(tmp_path / "a.xyz")
+    assert found.energies.tolist() == [-1.5]
+    (frame,) = xyz.frames(tmp_path / "a.xyz")
+    ase.io.write(tmp_path / "b.xyz", frame, format="extxyz")
+    assert "xc9m" in (tmp_path / "b.xyz").read_text(encoding="utf-8")

@@ -53,7 +53,7 @@ def frames(path: Path) -> Iterator[Atoms]:
         It cannot be read.
     """
     with open_with_compression(str(path), "rb") as binary:
-        lines = _Lines(path, io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape"))
+        lines = _Lines(path, io.TextIOWrapper(binary, encoding="utf-8-sig", errors="backslashreplace"))
         while (n_atoms := lines.count()) is not None:
             yield lines.frame(n_atoms)
 
