@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import io
 import logging
+import math
 import os
 import re
 import sqlite3
@@ -28,10 +29,12 @@ from kinml_fast.data.fidelities import merge
 from kinml_fast.data.files import check_distinct, expand, first_few, is_sqlite, replacing
 from kinml_fast.data.selection import Selection
 from kinml_fast.data.structures import Structures, concatenate, element_order, formula_in_order
-from kinml_fast.errors import ConfigError, DataError, InputError
+from kinml_fast.errors import ConfigError, DataError, InputError, first_line
 
 log = logging.getLogger(__name__)
 
+_MOST_ATOMS = 100_000
+"""No formula has more of one element."""
 _PATIENCE = 10.0
 """Seconds in which another program may end what it writes."""
 
@@ -81,6 +84,9 @@ def formula_symbols(name: str, where: str) -> tuple[str, ...]:
         It is no formula; `where` names the file.
     """
     formula = re.split(r"[-_.]", name, maxsplit=1)[0]
+    counts = [int(digits) for digits in re.findall(r"[0-9]{1,9}", formula)]
+    if max(counts, default=0) > _MOST_ATOMS or ("(" in formula and math.prod(counts) > _MOST_ATOMS):
+        formula = ""  # ASE would write them all out
     try:
         symbols = tuple(string2symbols(formula))
     except (ValueError, KeyError):
@@ -429,7 +435,9 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
             raise DataError(
                 f"{path}: is locked by another program, which writes to it: wait until it is done, or close it"
             ) from error
-        raise DataError(f"{path}: cannot be read as an SQLite database ({error}): get a sound copy") from error
+        raise DataError(
+            f"{path}: cannot be read as an SQLite database ({first_line(error)}): get a sound copy"
+        ) from error
 
 
 def _fidelities(database: sqlite3.Connection) -> list[int]:
