@@ -40,6 +40,20 @@ def expand(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]
     return [_checked(path) for path in paths.values()]
 
 
+def expand_one(file: str | os.PathLike) -> Path:
+    """The path that `expand` gives, of one file only.
+
+    Raises
+    ------
+    InputError
+        As `expand`, or a pattern that matches several files.
+    """
+    path, *others = expand(file)
+    if others:
+        raise ConfigError(f"{file}: matches several files, among them {others[0]}: name one at a time")
+    return path
+
+
 def is_sqlite(path: Path) -> bool:
     """Whether the file is an SQLite database: by its first bytes, or by the suffix `.db` of a damaged one."""
     return begins_with(path, _SQLITE_MAGIC) or path.suffix == ".db"

@@ -15,7 +15,7 @@ from ase.calculators.calculator import BaseCalculator, CalculatorError, all_prop
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from kinml_fast.data import Selection, xyz
-from kinml_fast.data.files import check_output, expand, replacing
+from kinml_fast.data.files import check_output, expand_one, replacing
 from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import dispersion, low_level, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
@@ -84,9 +84,7 @@ def predict(
         "base": low_level.checked(model, base, KinMLCalculator),
         "dispersion": dispersion.make(model.dispersion),
     }
-    path, *others = expand(in_path)
-    if others:
-        raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
+    path = expand_one(in_path)
     written_as = _form(Path(out_path))
     check_output(out_path, [path, *model_file.files(model_path)])
     structures = xyz.read(path, Selection(format=form), labelled=False)

@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from kinml_fast.data import Selection, xyz
-from kinml_fast.data.files import check_output, expand, replacing
+from kinml_fast.data.files import check_output, expand_one, replacing
 from kinml_fast.deploy import model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import ConfigError, DataError, InputError
@@ -70,9 +70,7 @@ def vibrations(
         raise ConfigError(f"{temperature:g} K and {pressure:g} Pa: give a temperature and a pressure above 0")
     if spin < 0 or 2 * spin != int(2 * spin):
         raise ConfigError(f"a spin of {spin:g}: give 0, 0.5, 1 …, half the number of unpaired electrons")
-    path, *others = expand(in_path)
-    if others:
-        raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
+    path = expand_one(in_path)
     if out_path is not None:
         check_output(out_path, [path, *model_file.files(model_path)], (".json",))
     calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
@@ -92,8 +90,7 @@ def vibrations(
     if not found:
         raise DataError(f"{path}: contains no structures: take a file with molecules")
     if out_path is not None:
-        with replacing(out_path) as temporary:
-            temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        _write_json(Path(out_path), entries)
         log.info("wrote %s", out_path)
     return found
 
@@ -128,9 +125,7 @@ def reaction(
     InputError
         A file that cannot be read or written, another number of frames, or what the functions of `saddle` raise.
     """
-    path, *others = expand(in_path)
-    if others:
-        raise ConfigError(f"{in_path}: matches several files, among them {others[0]}: name one at a time")
+    path = expand_one(in_path)
     Selection(format=form)
     frames = list(xyz.frames(path, form))
     if len(frames) not in (1, 2):
@@ -152,8 +147,7 @@ def reaction(
     _write_frames(into / "path.xyz", way.frames)
     _write_frames(into / "minima.xyz", [one.atoms for one in both])
     entries = {"saddle": found.to_dict(), "minima": [one.to_dict() for one in both]}
-    with replacing(into / "saddle.json") as temporary:
-        temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    _write_json(into / "saddle.json", entries)
     _draw(into / "path.png", way, str(found.atoms.symbols))
     log.info("%s", barriers(found, both))
     log.info("wrote %s", into)
@@ -200,6 +194,11 @@ def _draw(path: Path, way: saddle.ReactionPath, title: str) -> None:
 def _write_frames(path: Path, frames: Sequence[Atoms]) -> None:
     with replacing(path) as temporary:
         ase.io.write(temporary, frames, format="extxyz")
+
+
+def _write_json(path: Path, values: object) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _made(folder: Path) -> Path:
