@@ -490,6 +490,41 @@ def energy_forces_virials(
     )
 
 
+def energy_hessians(
+    system: System,
+    parameters: Tensor,
+    model: Model,
+    first_level: int = 0,
+    max_atoms: int | None = None,
+    atoms: Tensor | None = None,
+) -> Tensor:
+    """Second derivatives of the energies by the coordinates of each structure, analytic.
+
+    Parameters
+    ----------
+    system, parameters, model, first_level
+        As of `energy_forces`, from coordinates.
+    max_atoms
+        The atoms of the largest structure at least; None: those of the largest one.
+    atoms
+        [n] int64, different atoms, whose rows are wanted; None: all, in order.
+
+    Returns
+    -------
+    Tensor
+        [R, n, 3, 3 max_atoms] in eV/Å², of the parameters' dtype; of an ensemble [M, R, n, 3, 3 max_atoms].
+        Entry 3 q + d of the row of a coordinate is the derivative with respect to coordinate d of the q-th atom of the
+        same structure; those of atoms that it does not have are zero. No derivative. On a GPU the processor computes
+        them.
+    """
+    if max_atoms is None:
+        sizes = system.offsets.diff()
+        max_atoms = int(sizes.max()) if len(sizes) else 0
+    return _OPS.energy_hessians(
+        system.tensors, parameters, model.descriptor, model.networks, first_level, max_atoms, atoms
+    )
+
+
 def force_step(
     system: System, structures: Tensor, parameters: Tensor, loss: Loss, results: StepResults, model: Model
 ) -> None:

@@ -46,6 +46,8 @@ def results_of_all_ops(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         for source, system in [("", whole), ("stored ", stored)]:
             model = Model([] if source else packed, networks.packed)
             results = ops.energy_forces(system, flat, None, model)
+            if not source:
+                found[f"energy_hessians {name}"] = ops.energy_hessians(small, flat, model)
             found |= dict(zip((f"{source}energies {name}", f"{source}forces {name}"), results, strict=True))
             n, n_structures = len(system.species), len(system.offsets) - 1
             targets, weights = normal(1, n_structures, seed=4), normal(1, n_structures, seed=6).abs()

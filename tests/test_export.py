@@ -132,6 +132,19 @@ def test_precision_of_a_plain_file(tmp_path):
     np.testing.assert_allclose(energies["float32"], energies["float64"], rtol=1e-7)
 
 
+@pytest.mark.parametrize("options", [{}, {"fidelities": (0, 1)}, {"dtype": torch.float32}])
+def test_second_derivatives_of_a_plain_file(tmp_path, options):
+    made = model(**options)
+    export(made, tmp_path / "model.kinml")
+    structure = next(structures(2))
+    found = plain.PlainPotential(tmp_path / "model.kinml")(structure.positions, structure.species, hessians=True)
+    n = len(structure.species)
+    species, ends = torch.from_numpy(structure.species), torch.tensor([0, n])
+    expected = made.hessian(torch.from_numpy(structure.positions).to(made.dtype), species, ends).reshape(3 * n, 3 * n)
+    tolerance = 1e-12 if made.dtype == torch.float64 else 1e-4
+    np.testing.assert_allclose(found["hessians"][0], expected.numpy(), rtol=tolerance, atol=tolerance)
+
+
 def test_ghosts_and_given_pairs_of_a_plain_file(tmp_path):
     """Two halves of a molecule, each with the atoms of the other one as ghosts, have its energy and forces."""
     export(model(), tmp_path / "model.kinml")

@@ -55,6 +55,8 @@ typedef struct kinml_results {
   /* [n] extrapolation grades: above 1 the environment of an atom is beyond those of the training data
    * (kinml_fast/deploy/grade.py has the formula). For models that have them. */
   double* grades;
+  /* [M, 3 n, 3 n] second derivatives of the energies by the positions, eV/angstrom^2. */
+  double* hessians;
 } kinml_results;
 
 /* NULL: kinml_error() says why. */

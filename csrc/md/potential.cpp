@@ -11,6 +11,7 @@
 #include "../core/system.h"
 #include "../cpu/aev_cpu.h"
 #include "../cpu/force_step_cpu.h"
+#include "../cpu/hessian_cpu.h"
 #include "../cpu/parallel.h"
 
 namespace kinml::md {
@@ -102,10 +103,24 @@ struct Potential::EngineOf final : Potential::Engine {
     prepared.energy_forces(system, model.n_levels() - 1, outputs, n_threads);
     in_double(outputs.forces, results.forces, 3 * numbers);
     if (results.virials != nullptr) in_double(outputs.atomic_virials, results.virials, 9 * numbers);
+    if (results.hessians != nullptr) second_derivatives(system, results.hessians, n_threads);
     if (results.grades != nullptr) grade(system, atoms.n_centres, results.grades, n_threads);
   }
 
  private:
+  void second_derivatives(const System<T>& system, double* wanted, int n_threads) {
+    if (model.n_levels() > cpu::kMostHessianLevels ||
+        static_cast<std::int64_t>(model.activations.size()) > cpu::kMostHessianLayers)
+      refuse(model.path + " has more levels or layers than second derivatives are made for");
+    const std::int64_t columns = 3 * system.n_atoms, numbers = model.n_members * columns * columns;
+    const std::vector<T> own = as<T>(model.weights);
+    std::vector<T> memory;
+    T* const out = in_type(memory, wanted, numbers);
+    cpu::energy_hessians<T>({model.aev, model.chain(), own.data(), model.n_members, nullptr},
+                            system, model.n_levels() - 1, nullptr, system.n_atoms, columns, out,
+                            n_threads);
+    in_double(out, wanted, numbers);
+  }
   // a^T M a of each centre's descriptor.
   void grade(const System<T>& system, std::int64_t n_centres, double* grades, int n_threads) {
     if (model.grade.empty())

@@ -426,6 +426,26 @@ struct EnergyForcesBackward : Function<EnergyForcesBackward> {
   }
 };
 
+using HessiansOp = Tensor(SystemList, T, Doubles, Ints, int64_t, c10::SymInt, MaybeTensor);
+struct EnergyHessians : Function<EnergyHessians> {
+  static Tensor forward(AutogradContext*, T /*coordinates*/, T /*cells*/, SystemList system,
+                        T parameters, Doubles d, Ints networks, int64_t first_level,
+                        c10::SymInt max_atoms, MaybeTensor atoms) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<HessiansOp> op("kinml_fast::energy_hessians");
+    return op(system, parameters, d, networks, first_level, max_atoms, atoms);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "kinml_fast: energy_hessians has no derivative; train on differences of forces");
+  }
+};
+Tensor energy_hessians(SystemList system, T parameters, Doubles d, Ints networks,
+                       int64_t first_level, c10::SymInt max_atoms, MaybeTensor atoms) {
+  return EnergyHessians::apply(coordinates_of(system), cells_of(system), system, parameters, d,
+                               networks, first_level, max_atoms, atoms);
+}
+
 variable_list evaluate(SystemList system, T parameters, MaybeTensor sae, Doubles d, Ints networks,
                        int64_t first_level, bool virials, bool atomic, MaybeTensor prepared) {
   if (at::GradMode::is_enabled()) {
@@ -478,6 +498,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
   m.impl("energy_forces", energy_forces);
   m.impl("energy_forces_virials", energy_forces_virials);
   m.impl("energy_forces_backward", energy_forces_backward);
+  m.impl("energy_hessians", energy_hessians);
 }
 
 }  // namespace kinml::ops

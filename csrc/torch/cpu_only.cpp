@@ -28,6 +28,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, CUDA, m) {
                            "energy_forces",
                            "energy_forces_virials",
                            "energy_forces_backward",
+                           "energy_hessians",
                            "prepare_weights",
                            "force_step",
                            "message_bytes",

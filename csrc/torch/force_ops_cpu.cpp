@@ -1,4 +1,5 @@
 // The ops for energies and forces together on the CPU, and their shapes (Meta).
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/force_step_cpu.h"
+#include "../cpu/hessian_cpu.h"
 #include "../cpu/prepared_weights.h"
 #include "cpu.h"
 #include "force_ops.h"
@@ -78,6 +80,56 @@ struct CpuBackend {
                             errors, threads());
   }
 };
+
+// ---- second derivatives --------------------------------------------------------------------------
+
+Tensor energy_hessians(const OptionalTensors& system_, const Tensor& parameters,
+                       at::ArrayRef<double> descriptor, at::IntArrayRef networks,
+                       int64_t first_level, int64_t max_atoms,
+                       const std::optional<Tensor>& atoms_) {
+  coordinates_of(system_);
+  const SystemArguments system(system_);
+  const ModelArguments model(system, parameters, std::nullopt, descriptor, networks, first_level);
+  CpuBackend::check_values(system, model.networks.n_species());
+  int64_t n_layers = 0, most = 0;
+  for (const NetworkShape& shape : model.networks.shapes)
+    n_layers = std::max(n_layers, shape.n_layers);
+  TORCH_CHECK(model.n_levels() <= cpu::kMostHessianLevels && n_layers <= cpu::kMostHessianLayers,
+              "kinml_fast: second derivatives are of at most ", cpu::kMostHessianLevels,
+              " levels with ", cpu::kMostHessianLayers, " layers, got ", model.n_levels(), " with ",
+              n_layers);
+  TORCH_CHECK(
+      model.aev.repulsion.cutoff() <= std::max(model.aev.radial_cutoff, model.aev.angular_cutoff),
+      "kinml_fast: the repulsion reaches farther than the descriptor");
+  Tensor atoms;
+  if (atoms_.has_value()) {
+    atoms = atoms_->contiguous();
+    check_index(atoms, "atoms");
+    system.check_here(atoms, "atoms");
+    std::vector<bool> taken(system.n_atoms());
+    for (int64_t i = 0; i < atoms.size(0); ++i) {
+      const int64_t atom = atoms.const_data_ptr<int64_t>()[i];
+      TORCH_CHECK(atom >= 0 && atom < system.n_atoms() && !taken[atom], "kinml_fast: atoms[", i,
+                  "] = ", atom, " is not one of ", system.n_atoms(), " atoms, or is there twice");
+      taken[atom] = true;
+    }
+  }
+  const int64_t n_rows = atoms.defined() ? atoms.size(0) : system.n_atoms();
+  Tensor hessians;
+  with_type(model.parameters, [&](auto zero) {
+    using T = decltype(zero);
+    const System<T> view = system.view<T>();
+    for (int64_t s = 0; s < view.n_structures; ++s) most = std::max(most, view.atoms(s));
+    TORCH_CHECK(max_atoms >= most, "kinml_fast: max_atoms = ", max_atoms, ", but a structure has ",
+                most, " atoms");
+    hessians =
+        at::empty(model.shape<int64_t>({n_rows, 3, 3 * max_atoms}), model.parameters.options());
+    cpu::energy_hessians(model.view<T>(), view, first_level,
+                         atoms.defined() ? atoms.const_data_ptr<int64_t>() : nullptr, n_rows,
+                         3 * max_atoms, hessians.mutable_data_ptr<T>(), threads());
+  });
+  return hessians;
+}
 
 // ---- weights that are laid out once -------------------------------------------------------------
 
@@ -217,6 +269,17 @@ Tensor energy_forces_backward_meta(const Tensor&, const Tensor&, const OptionalT
 Tensor prepare_weights_meta(const Tensor& parameters, at::IntArrayRef networks) {
   return at::empty({prepared_numbers(parameters, networks)}, parameters.options().dtype(at::kByte));
 }
+Tensor energy_hessians_meta(const OptionalTensors& system, const Tensor& parameters,
+                            at::ArrayRef<double>, at::IntArrayRef networks, int64_t first_level,
+                            c10::SymInt max_atoms, const std::optional<Tensor>& atoms) {
+  c10::SmallVector<c10::SymInt, 5> shape;
+  if (parameters.dim() == 2) shape.push_back(parameters.sym_size(0));
+  shape.push_back(unpack_networks(networks).n_levels() - first_level);
+  shape.push_back((atoms.has_value() ? *atoms : coordinates_of(system)).sym_size(0));
+  shape.push_back(3);
+  shape.push_back(max_atoms * 3);
+  return at::empty_symint(shape, parameters.options());
+}
 void force_step_meta(const OptionalTensors&, const Tensor&, const Tensor&, const OptionalTensors&,
                      at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {}
 
@@ -224,6 +287,7 @@ void force_step_meta(const OptionalTensors&, const Tensor&, const Tensor&, const
 
 TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
   ForceOps<CpuBackend>::implement(m);
+  m.impl("energy_hessians", energy_hessians);
   m.impl("prepare_weights", prepare_weights);
 }
 
@@ -231,6 +295,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("energy_forces", energy_forces_meta);
   m.impl("energy_forces_virials", energy_forces_virials_meta);
   m.impl("energy_forces_backward", energy_forces_backward_meta);
+  m.impl("energy_hessians", energy_hessians_meta);
   m.impl("prepare_weights", prepare_weights_meta);
   m.impl("force_step", force_step_meta);
 }

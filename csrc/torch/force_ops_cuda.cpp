@@ -77,10 +77,34 @@ at::Tensor prepare_weights(const at::Tensor& parameters, at::IntArrayRef) {
   return at::empty({0}, parameters.options().dtype(at::kByte));
 }
 
+#ifndef KINML_TWIN
+// By the processor: a Hessian is asked for once in a while, of a molecule.
+at::Tensor energy_hessians(const OptionalTensors& system, const at::Tensor& parameters,
+                           at::ArrayRef<double> descriptor, at::IntArrayRef networks,
+                           int64_t first_level, int64_t max_atoms,
+                           const std::optional<at::Tensor>& atoms) {
+  c10::List<std::optional<at::Tensor>> there;
+  for (const std::optional<at::Tensor>& t : system.vec())
+    there.push_back(t.has_value() ? std::optional(t->cpu()) : std::nullopt);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("kinml_fast::energy_hessians", "")
+                             .typed<at::Tensor(const OptionalTensors&, const at::Tensor&,
+                                               at::ArrayRef<double>, at::IntArrayRef, int64_t,
+                                               c10::SymInt, const std::optional<at::Tensor>&)>();
+  return op
+      .call(there, parameters.cpu(), descriptor, networks, first_level, max_atoms,
+            atoms.has_value() ? std::optional(atoms->cpu()) : std::nullopt)
+      .to(parameters.device());
+}
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kinml_fast, KINML_GPU_KEY, m) {
   m.impl("prepare_weights", prepare_weights);
+#ifndef KINML_TWIN
+  m.impl("energy_hessians", energy_hessians);
+#endif
   ForceOps<CudaBackend>::implement(m);
 }
 

@@ -31,6 +31,7 @@
 //   aev -> aev_virials (of the cells) -> error
 //   networks -> networks_backward -> networks_second_backward -> error; networks_forward -> error
 //   energy_forces, energy_forces_virials -> energy_forces_backward (of the parameters) -> error
+//   energy_hessians -> error
 #include <torch/library.h>
 
 TORCH_LIBRARY(kinml_fast, m) {
@@ -110,6 +111,13 @@ TORCH_LIBRARY(kinml_fast, m) {
       "energy_forces_backward(Tensor grad_energies, Tensor grad_forces, Tensor?[] system, "
       "Tensor parameters, float[] descriptor, int[] networks, int first_level, "
       "Tensor? grad_virials=None) -> Tensor");
+  // Second derivatives [R, n_atoms, 3, 3 max_atoms] of the energies by the coordinates of each
+  // structure, whose atoms are max_atoms at most; zero behind them. Given atoms [n] int64, different
+  // ones, the rows [R, n, ...] of these. From coordinates; with a dimension M before all others for
+  // an ensemble. No autograd.
+  m.def(
+      "energy_hessians(Tensor?[] system, Tensor parameters, float[] descriptor, int[] networks, "
+      "int first_level, SymInt max_atoms, Tensor? atoms=None) -> Tensor");
   // Forward and backward pass of a training batch: `structures` [n] of the data set that system and
   // loss describe. Results: losses [2], L_E and L_F, float64; gradient of the loss with respect to
   // the parameters; energy_residuals [K, n] = E - target, force_errors [K, n, 3] = sum |dF|, sum dF^2,

@@ -217,6 +217,10 @@ class KinMLCalculator(Calculator):
         ConfigError
             The calculator has a base that has no `get_hessian`.
         """
+        return members.mean(self.get_hessians(atoms, indices))
+
+    def get_hessians(self, atoms: Atoms, indices: Sequence[int] | None = None) -> np.ndarray:
+        """What :meth:`get_hessian` gives of each of the M members of an ensemble (1 of a model), [M, 3m, 3n]."""
         places = self._check(atoms)
         chosen = np.arange(len(atoms)) if indices is None else np.asarray(indices, dtype=np.int64).reshape(-1)
         wrong = chosen[(chosen < -len(atoms)) | (chosen >= len(atoms))]
@@ -231,15 +235,17 @@ class KinMLCalculator(Calculator):
                     f"the base {type(added).__name__} has no get_hessian: take finite differences of forces "
                     "(ase.vibrations.Vibrations)"
                 )
-        hessian = self._evaluate(functools.partial(members.second_derivatives, chosen=chosen.tolist()), atoms, places)
-        if not np.isfinite(hessian).all():
+        different, order = np.unique(chosen, return_inverse=True)
+        found = self._evaluate(functools.partial(members.hessians, chosen=different), atoms, places)
+        hessians = found.reshape(len(found), -1, 3, 3 * len(atoms))[:, order].reshape(len(found), -1, 3 * len(atoms))
+        if not np.isfinite(hessians).all():
             raise CalculatorInputError(f"{atoms.symbols} {members.NOT_FINITE}")
         coordinates = (3 * chosen[:, None] + np.arange(3)).reshape(-1)
         for added in self._added:
-            hessian = hessian + added.get_hessian(atoms)[coordinates]
-        both = hessian[:, coordinates]
-        hessian[:, coordinates] = (both + both.T) / 2
-        return hessian
+            hessians = hessians + added.get_hessian(atoms)[coordinates]
+        both = hessians[:, :, coordinates]
+        hessians[:, :, coordinates] = (both + both.transpose(0, 2, 1)) / 2
+        return hessians
 
     def export_properties(self) -> Properties:
         """The results that ASE has names for."""

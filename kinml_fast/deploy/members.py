@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +16,6 @@ NOT_FINITE = (
     "neighbours than docs/gpu.md allows; leave it out, or take the device cpu"
 )
 """What is said of such a structure, after its name."""
-
-
-_COPIED_ATOMS = 2048
-"""Atoms of copies of a structure in which second derivatives are computed at once."""
 
 
 def count(model: EnergyModel | Ensemble) -> int:
@@ -86,41 +81,26 @@ def results(
         return Results(*(t.double().cpu().numpy() for t in found))
 
 
-def second_derivatives(
+def hessians(
     model: EnergyModel | Ensemble,
     coordinates: Tensor,
     species: Tensor,
     offsets: Tensor,
     around: list[Tensor | None] | None = None,
     *,
-    chosen: Sequence[int],
+    chosen: np.ndarray,
 ) -> np.ndarray:
-    """Rows float64 [3m, 3n] in eV/Å², d²E/dx dx' for the coordinates x of m chosen atoms of one structure of n atoms.
+    """Second derivatives float64 [M, 3m, 3n] in eV/Å² of the energies of M members at the highest level.
 
-    E is the energy at the highest level, of an ensemble the mean. Each row is the derivative of the gradient along one
-    coordinate; those of many are computed at once, each in a copy of the structure.
+    Rows are of the coordinates of m chosen atoms, all different, of one structure of n atoms.
     """
-    n = coordinates.size(0)
-    rows = np.zeros((3 * len(chosen), 3 * n))
-    at_once = max(1, _COPIED_ATOMS // max(n, 1))
-    components = [3 * atom + d for atom in chosen for d in range(3)]
-    for first in range(0, len(components), at_once):
-        some = torch.tensor(components[first : first + at_once], device=coordinates.device)
-        copies = len(some)
-        directions = torch.zeros(copies, 3 * n, dtype=coordinates.dtype, device=coordinates.device)
-        directions[torch.arange(copies, device=some.device), some] = 1
-        ends = n * torch.arange(copies + 1, device=offsets.device)
-        of_copies = (
-            None if around is None else [None if x is None else x.repeat(copies, *(1,) * (x.dim() - 1)) for x in around]
-        )
-        with torch.enable_grad():
-            x = coordinates.detach().repeat(copies, 1).requires_grad_()
-            energies = model(x, species.repeat(copies), ends, of_copies)
-            (slopes,) = torch.autograd.grad(energies.sum(), x, create_graph=True)
-            if slopes.requires_grad:  # an energy that does not depend on coordinates has none
-                (along,) = torch.autograd.grad(slopes, x, directions.reshape(-1, 3))
-                rows[first : first + copies] = along.reshape(copies, -1).cpu().numpy()
-    return rows
+    atoms = torch.from_numpy(chosen).to(coordinates.device)
+    with torch.inference_mode():
+        if isinstance(model, Ensemble):
+            found = model.member_hessians(coordinates, species, offsets, around, atoms)
+        else:
+            found = model.hessian(coordinates, species, offsets, around, atoms).unsqueeze(0)
+        return found.reshape(len(found), 3 * len(chosen), 3 * len(coordinates)).double().cpu().numpy()
 
 
 def energies(

@@ -155,6 +155,7 @@ class PlainPotential:
         pairs: tuple[np.ndarray, np.ndarray] | None = None,
         n_centres: int | None = None,
         threads: int = 1,
+        hessians: bool = False,
     ) -> dict[str, np.ndarray]:
         """Energies, forces and virials of one structure, of each of the M members.
 
@@ -172,13 +173,15 @@ class PlainPotential:
             The first so many atoms have energies, the others are their neighbours only. Default: all.
         threads
             How many compute.
+        hessians
+            Whether second derivatives are wanted.
 
         Returns
         -------
         dict
             ``energies`` [M] in eV, ``forces`` [M, n, 3] in eV/Å, ``atomic_energies`` [M, n] in eV, and ``virials``
             [M, n, 3, 3] in eV, whose sum over atoms is the derivative of the energy by a strain. If `has_grades` also
-            ``grades`` [n], see `kinml_fast.deploy.grade`.
+            ``grades`` [n], see `kinml_fast.deploy.grade`; if wanted ``hessians`` [M, 3n, 3n] in eV/Å².
 
         Raises
         ------
@@ -194,6 +197,8 @@ class PlainPotential:
         }
         if self.has_grades:
             results["grades"] = np.zeros(n)
+        if hessians:
+            results["hessians"] = np.zeros((members, 3 * n, 3 * n))
         numbers: list[np.ndarray | None] = [
             np.ascontiguousarray(positions, float),
             np.ascontiguousarray(species, np.int64),
@@ -202,7 +207,7 @@ class PlainPotential:
         numbers.append(None if cell is None else np.array(periodic if periodic is not None else [1, 1, 1], np.int64))
         numbers += [None, None] if pairs is None else [np.ascontiguousarray(part, np.int64) for part in pairs]
         atoms = _Atoms(n, n if n_centres is None else n_centres, *map(_pointer, numbers))
-        found = _Results(*map(_pointer, results.values()))
+        found = _Results(**{name: _pointer(array) for name, array in results.items()})
         if self._library.kinml_compute(self._handle, ctypes.byref(atoms), ctypes.byref(found), threads) != 0:
             raise DataError(self._library.kinml_error().decode(errors="replace"))
         return results
@@ -220,7 +225,9 @@ class _Atoms(ctypes.Structure):
 
 
 class _Results(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("energies", "forces", "atomic_energies", "virials", "grades"))
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("energies", "forces", "atomic_energies", "virials", "grades", "hessians")
+    )
 
 
 _PRECISIONS = {None: 0, "float32": 32, "float64": 64}

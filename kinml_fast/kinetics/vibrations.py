@@ -22,7 +22,6 @@ from scipy.spatial.distance import cdist
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.kinetics import symmetry
-from kinml_fast.nn import Ensemble
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +199,7 @@ def vibrate(
             largest,
         )
     member_energies = calculator.results.get("all_energies")
-    hessians = _hessians(calculator, atoms)
+    hessians = calculator.get_hessians(atoms)
     hessian = hessians.mean(axis=0)
     squares, modes = _normal_modes(atoms, hessian)
     members = None
@@ -247,15 +246,6 @@ def _optimise(atoms: Atoms, fmax: float, steps: int) -> None:
             f"{np.linalg.norm(atoms.get_forces(), axis=1).max():.3g} eV/Å): allow more steps or a larger fmax"
         )
     log.info("%s: at a minimum after %d steps", atoms.symbols, optimiser.nsteps)
-
-
-def _hessians(calculator: KinMLCalculator, atoms: Atoms) -> np.ndarray:
-    """[M, 3n, 3n], of a model or of each member of an ensemble."""
-    model = calculator.model
-    if not isinstance(model, Ensemble):
-        return calculator.get_hessian(atoms)[None]
-    members = [KinMLCalculator(model.member(i), base=calculator.base) for i in range(model.n_members)]
-    return np.array([member.get_hessian(atoms) for member in members])
 
 
 def _normal_modes(atoms: Atoms, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -188,6 +188,30 @@ class Ensemble(Potential):
         return self._mean(all[0].squeeze(1)), self._mean(all[1].squeeze(1)), self._mean(all[2].squeeze(1))
 
     @torch.jit.export
+    def hessian(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+        atoms: Optional[Tensor] = None,  # noqa: UP045
+    ) -> Tensor:
+        """The mean of :meth:`member_hessians`; see :meth:`EnergyModel.hessian`."""
+        return self._mean(self.member_hessians(coordinates, species, offsets, around, atoms))
+
+    @torch.jit.export
+    def member_hessians(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+        atoms: Optional[Tensor] = None,  # noqa: UP045
+    ) -> Tensor:
+        """What :meth:`EnergyModel.hessian` gives of every member, [M, n, 3, 3 max_atoms]."""
+        return self._hessian(coordinates, species, offsets, around, atoms).squeeze(1)
+
+    @torch.jit.export
     def member_level_results(
         self,
         coordinates: Tensor,

@@ -124,6 +124,28 @@ class Potential(torch.nn.Module):
             system, weights, sae, self.aev.packed, self.networks.packed, first_level, atomic, prepared
         )
 
+    def _hessian(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+        atoms: Optional[Tensor],  # noqa: UP045
+    ) -> Tensor:
+        system = ops.surrounded(coordinates, species, offsets, around)
+        most = coordinates.size(0)
+        if offsets.size(0) > 2:
+            most = int((offsets[1:] - offsets[:-1]).max())
+        return torch.ops.kinml_fast.energy_hessians(
+            system,
+            self.networks.weights.detach(),
+            self.aev.packed,
+            self.networks.packed,
+            self.levels - 1,
+            most,
+            atoms,
+        )
+
 
 class EnergyModel(Potential):
     """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy), and,
@@ -290,6 +312,31 @@ class EnergyModel(Potential):
         sae = self.sae if self.levels == 1 else self.sae[-1]
         all = self._all(coordinates, species, offsets, around, sae, self.levels - 1, False)
         return all[0].squeeze(0), all[1].squeeze(0), all[2].squeeze(0)
+
+    @torch.jit.export
+    def hessian(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+        atoms: Optional[Tensor] = None,  # noqa: UP045
+    ) -> Tensor:
+        """Second derivatives of the energy at the highest level; other arguments are those of :meth:`forward`.
+
+        Parameters
+        ----------
+        atoms
+            [n] int64, different atoms, whose rows are wanted; None: all.
+
+        Returns
+        -------
+        Tensor
+            [n, 3, 3 max_atoms] in eV/Å², of the model's dtype, max_atoms being the atoms of the largest structure:
+            entry 3 q + d of a row is the derivative with respect to coordinate d of the q-th atom of the same
+            structure. Of one structure, ``.reshape(3 * n_atoms, -1)`` is its Hessian. It has no derivative.
+        """
+        return self._hessian(coordinates, species, offsets, around, atoms).squeeze(0)
 
     @torch.jit.export
     def level_results(

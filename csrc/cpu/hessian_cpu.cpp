@@ -1,0 +1,221 @@
+#include "hessian_cpu.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../core/repulsion.h"
+#include "aev_environments.h"
+#include "guarded.h"
+#include "hessian_kernels.h"
+
+namespace kinml::cpu {
+
+namespace {
+
+using Index = std::int64_t;
+
+// Centres whose second derivatives are in memory at one time.
+constexpr Index kCentresInMemory = 128;
+
+// The first layers' weights of all networks in the order of the products.
+template <class T>
+class HessianNetworks {
+ public:
+  HessianNetworks(const Model<T>& model, const AevTables<T>& tables, int n_threads)
+      : n_species_(model.networks.n_species()),
+        n_rows_(model.n_members * model.networks.n_levels()),
+        networks_(n_species_ * n_rows_) {
+    const NetworkChain& chain = model.networks;
+    const T* weights = model.weights;
+    for (Index row = 0; row < n_rows_; ++row) {
+      const NetworkShape& shape = chain.shapes[row % chain.n_levels()];
+      for (Index s = 0; s < n_species_; ++s) {
+        networks_[s * n_rows_ + row] = {shape.n_layers,    shape.sizes + s * (shape.n_layers + 1),
+                                        shape.activations, shape.biases,
+                                        weights,           nullptr};
+        weights += shape.parameters_of(s);
+      }
+    }
+    Index total = 0, most = 0;
+    for (const HessianNetwork<T>& network : networks_) {
+      total += packed_numbers(tables, network);
+      most = std::max(most, padded(network.size(1)));
+    }
+    T* packed = memory_.template get<T>(total);
+    for (HessianNetwork<T>& network : networks_) {
+      network.packed = packed;
+      packed += packed_numbers(tables, network);
+    }
+    guarded_parallel_for(static_cast<Index>(networks_.size()), n_threads, [&](Index i) {
+      thread_local Scratch scratch;
+      KINML_CALL_KERNEL(hessian_pack, tables, networks_[i],
+                        scratch.get<T>(hessian_depth(tables) * most));
+    });
+  }
+  // [n_members, n_levels] of a species.
+  const HessianNetwork<T>* of(Index species) const { return networks_.data() + species * n_rows_; }
+
+ private:
+  Index n_species_, n_rows_;
+  std::vector<HessianNetwork<T>> networks_;
+  Scratch memory_;
+};
+
+// What a centre gives.
+template <class T>
+struct Centre {
+  Index chosen, atom;  // of the structure
+  std::vector<std::int32_t> neighbours;
+  std::vector<T> derivatives;  // [outputs, 3 m, hessian_columns(m)]
+};
+
+template <class T>
+class Hessians {
+ public:
+  Hessians(const Model<T>& model, const System<T>& system, Index first_level, const Index* atoms,
+           Index n_rows, Index columns, T* out, int n_threads)
+      : model_(model),
+        system_(system),
+        first_level_(first_level),
+        n_outputs_(model.n_members * (model.networks.n_levels() - first_level)),
+        n_rows_(atoms == nullptr ? system.n_atoms : n_rows),
+        columns_(columns),
+        out_(out),
+        n_threads_(n_threads),
+        tables_(model.aev),
+        networks_(model, tables_, n_threads),
+        rows_(system.n_atoms, atoms == nullptr ? 0 : -1) {
+    for (Index row = 0; row < n_rows_; ++row) rows_[atoms == nullptr ? row : atoms[row]] = row;
+    if (model.aev.repulsion.any()) repulsion_ = repulsion_pairs<T>(model.aev.repulsion);
+  }
+
+  void run() {
+    std::fill_n(out_, n_outputs_ * n_rows_ * 3 * columns_, T(0));
+    for (Index i = 0; i < system_.count(); ++i) {
+      const Index s = system_.structure(i);
+      for (Index a = 0; a < system_.rows(s); ++a) {
+        centres_.push_back({i, a, {}, {}});
+        if (static_cast<Index>(centres_.size()) == kCentresInMemory) finish();
+      }
+    }
+    finish();
+  }
+
+ private:
+  void finish() {
+    if (centres_.empty()) return;
+    const Index first = centres_.front().chosen, last = centres_.back().chosen;
+    std::vector<std::unique_ptr<Environments<T>>> structures;
+    for (Index i = first; i <= last; ++i) {
+      structures.push_back(std::make_unique<Environments<T>>(tables_));
+      structures.back()->set_structure(system_, system_.structure(i));
+    }
+    guarded_parallel_for(static_cast<Index>(centres_.size()), n_threads_, [&](Index c) {
+      evaluate(*structures[centres_[c].chosen - first], centres_[c]);
+    });
+    std::vector<Index> starts{0};
+    for (std::size_t c = 1; c <= centres_.size(); ++c)
+      if (c == centres_.size() || centres_[c].chosen != centres_[c - 1].chosen)
+        starts.push_back(static_cast<Index>(c));
+    parallel_for(static_cast<Index>(starts.size()) - 1, n_threads_, [&](Index i) {
+      for (Index c = starts[i]; c < starts[i + 1]; ++c) add(centres_[c]);
+    });
+    centres_.clear();
+  }
+
+  void evaluate(const Environments<T>& structure, Centre<T>& centre) const {
+    Environments<T> environments(tables_);
+    environments.share_structure(structure);
+    const Environment<T> e = environments.make(centre.atom, centre.atom + 1);
+    const Index species = e.structure.species[centre.atom];
+    const HessianNetwork<T>* const networks = networks_.of(species);
+    const Index n_levels = model_.networks.n_levels();
+    const Index first = system_.offsets[system_.structure(centre.chosen)];
+    bool wanted = rows_[first + centre.atom] >= 0;
+    for (Index k = 0; k < e.n_pairs; ++k) wanted = wanted || rows_[first + e.index[k]] >= 0;
+    if (!wanted) return;
+    centre.neighbours.assign(e.index, e.index + e.n_pairs);
+    centre.derivatives.resize(n_outputs_ * 3 * e.n_pairs * hessian_columns(e.n_pairs));
+    thread_local Scratch scratch;
+    KINML_CALL_KERNEL(
+        hessian_centre, tables_, e, networks, model_.n_members, n_levels, first_level_,
+        repulsion_.empty() ? nullptr : repulsion_.data() + species * tables_.n_species,
+        centre.derivatives.data(), scratch.get<T>(hessian_scratch(tables_, e, networks, n_levels)));
+  }
+
+  // Blocks at and above the diagonal say what those below are.
+  void add(const Centre<T>& centre) const {
+    const Index m = static_cast<Index>(centre.neighbours.size()), width = hessian_columns(m);
+    const Index first = system_.offsets[system_.structure(centre.chosen)];
+    std::vector<T> sums(9 * m);  // of the blocks of a neighbour with all
+    for (Index output = 0; output < n_outputs_; ++output) {
+      const T* const from = centre.derivatives.data() + output * 3 * m * width;
+      T* const out = out_ + output * n_rows_ * 3 * columns_;
+      // Adds value(x, y) to the block of two atoms, if it is wanted.
+      const auto add_to = [&](Index a, Index b, const auto& value) {
+        const Index row = rows_[first + a];
+        if (row < 0) return;
+        T* const to = out + 3 * row * columns_ + 3 * b;
+        for (Index x = 0; x < 3; ++x)
+          for (Index y = 0; y < 3; ++y) to[x * columns_ + y] += value(x, y);
+      };
+      std::fill(sums.begin(), sums.end(), T(0));
+      for (Index j = 0; j < m; ++j)
+        for (Index k = j; k < m; ++k) {
+          const auto block = [&](Index x, Index y) {
+            return j == k && x > y ? from[(3 * j + y) * width + 3 * k + x]
+                                   : from[(3 * j + x) * width + 3 * k + y];
+          };
+          for (Index x = 0; x < 3; ++x)
+            for (Index y = 0; y < 3; ++y) {
+              sums[9 * j + 3 * x + y] += block(x, y);
+              if (j != k) sums[9 * k + 3 * y + x] += block(x, y);
+            }
+          const Index a = centre.neighbours[j], b = centre.neighbours[k];
+          add_to(a, b, block);
+          if (j != k) add_to(b, a, [&](Index x, Index y) { return block(y, x); });
+        }
+      T total[9] = {};
+      for (Index j = 0; j < m; ++j) {
+        const T* const sum = sums.data() + 9 * j;
+        for (Index x = 0; x < 9; ++x) total[x] += sum[x];
+        add_to(centre.neighbours[j], centre.atom,
+               [&](Index x, Index y) { return -sum[3 * x + y]; });
+        add_to(centre.atom, centre.neighbours[j],
+               [&](Index x, Index y) { return -sum[3 * y + x]; });
+      }
+      add_to(centre.atom, centre.atom,
+             [&](Index x, Index y) { return T(0.5) * (total[3 * x + y] + total[3 * y + x]); });
+    }
+  }
+
+  const Model<T>& model_;
+  const System<T>& system_;
+  Index first_level_, n_outputs_, n_rows_, columns_;
+  T* out_;
+  int n_threads_;
+  AevTableStorage<T> tables_;
+  HessianNetworks<T> networks_;
+  std::vector<Index> rows_;  // [n_atoms] of the result, or -1
+  std::vector<RepulsionPair<T>> repulsion_;
+  std::vector<Centre<T>> centres_;
+};
+
+}  // namespace
+
+template <class T>
+void energy_hessians(const Model<T>& model, const System<T>& system, std::int64_t first_level,
+                     const std::int64_t* atoms, std::int64_t n_rows, std::int64_t columns,
+                     T* hessians, int n_threads) {
+  Hessians<T>(model, system, first_level, atoms, n_rows, columns, hessians, n_threads).run();
+}
+
+#define KINML_DEFINE_HESSIANS(T)                                                    \
+  template void energy_hessians<T>(const Model<T>&, const System<T>&, std::int64_t, \
+                                   const std::int64_t*, std::int64_t, std::int64_t, T*, int);
+KINML_DEFINE_HESSIANS(double)
+KINML_DEFINE_HESSIANS(float)
+#undef KINML_DEFINE_HESSIANS
+
+}  // namespace kinml::cpu
