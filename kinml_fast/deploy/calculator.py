@@ -71,6 +71,9 @@ class KinMLCalculator(Calculator):
         do not depend on it.
     device
         Where to compute: auto, cpu, cuda or cuda:N. None: where the model is, for files the CPU.
+    stop_above
+        Of an ensemble: where the deviation of the force on an atom, the length of its row of ``forces_std``, is larger
+        (eV/Å), calculating raises CalculatorInputError, which ends dynamics and optimisations; None: nowhere.
 
     Notes
     -----
@@ -81,7 +84,8 @@ class KinMLCalculator(Calculator):
     which then are missing.
 
     An ensemble of M models gives their means, and: ``all_energies`` [M], ``all_forces`` [M, n, 3], ``energy_std`` and
-    ``forces_std`` [n, 3], the standard deviations of a sample (the divisor is M − 1, ddof = 1). A model of K > 1 levels
+    ``forces_std`` [n, 3], the standard deviations of a sample (the divisor is M − 1, ddof = 1), times the factors of
+    the ensemble if it is calibrated (docs/running.md). A model of K > 1 levels
     gives ``level_energies`` [K] and ``level_forces`` [K, n, 3], lowest level first. All are in `results` and can be
     asked for with `get_property`; as keyword arguments (``SinglePointCalculator(atoms, **calculator.results)``) those
     are given that ASE has names for.
@@ -109,8 +113,11 @@ class KinMLCalculator(Calculator):
         base: BaseCalculator | str | None = None,
         threads: int | None = None,
         device: str | None = None,
+        stop_above: float | None = None,
     ) -> None:
         super().__init__()
+        if stop_above is not None and not stop_above > 0:
+            raise ConfigError(f"stop_above is {stop_above}: give a force of more than 0 eV/Å")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}: give a number of at least 1")
         self.model = model_file.resolve(model, device)
@@ -118,6 +125,9 @@ class KinMLCalculator(Calculator):
         self._added: list[Any] = [one for one in (self.base, dispersion.make(self.model.dispersion)) if one is not None]
         self.threads = threads
         self.n_members = members.count(self.model)
+        self.stop_above = stop_above
+        if stop_above is not None and self.n_members < 2:
+            raise ConfigError("stop_above is for an ensemble, whose members differ: give several models")
         properties = list(type(self).implemented_properties)
         if self._added:  # which tell nothing of atoms
             properties = [name for name in properties if name not in ("energies", "stresses")]
@@ -182,8 +192,10 @@ class KinMLCalculator(Calculator):
         results: dict[str, float | np.ndarray] = _Results()
         if self.n_members > 1:
             results["all_energies"], results["all_forces"] = energies[:, -1], forces[:, -1]
-            results["energy_std"] = float(members.deviation(energies[:, -1]))
-            results["forces_std"] = members.deviation(forces[:, -1])
+            results["energy_std"] = float(members.energies_deviation(self.model, energies)[-1])
+            species = self._species.cpu().numpy()
+            results["forces_std"] = forces_std = members.forces_deviation(self.model, forces, species)[-1]
+            self._judge(forces_std)
         energies, forces = members.mean(energies), members.mean(forces)
         if len(energies) > 1:
             results["level_energies"], results["level_forces"] = energies, forces
@@ -250,6 +262,19 @@ class KinMLCalculator(Calculator):
     def export_properties(self) -> Properties:
         """The results that ASE has names for."""
         return Properties({name: self.results[name] for name in self.results if name in all_outputs})
+
+    def _judge(self, forces_std: np.ndarray) -> None:
+        if self.stop_above is None or not len(forces_std):
+            return
+        assert self.atoms is not None
+        deviations = np.linalg.norm(forces_std, axis=1)
+        atom = int(deviations.argmax())
+        if deviations[atom] > self.stop_above:
+            raise CalculatorInputError(
+                f"the force on atom {atom} ({self.atoms.symbols[atom]}) of {self.atoms.symbols} is uncertain by "
+                f"{deviations[atom]:.3g} eV/Å, more than stop_above = {self.stop_above:g}: the ensemble does not know "
+                "this geometry, which is one to compute and to train on"
+            )
 
     def _of_cell_and_atoms(self, atoms: Atoms, found: members.Results) -> dict[str, np.ndarray]:
         """What is asked for of atoms, and the stress of periodic ones."""

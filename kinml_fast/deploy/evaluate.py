@@ -41,7 +41,8 @@ class Predictions:
     forces
         float64 [n_atoms, 3] or [K, n_atoms, 3], eV/Å, −dE/dx; None if they were not asked for.
     energy_std, forces_std
-        Standard deviations of the members of an ensemble (ddof = 1), shaped as energies and forces; None of one model.
+        Standard deviations of the members of an ensemble (ddof = 1), times its factors if it has a calibration, shaped
+        as energies and forces; None of one model.
     stresses, stresses_std
         float64 [n_structures, 3, 3] or [K, n_structures, 3, 3], eV/Å³, in ASE's sign; NaN for molecules and for cells
         without volume; None if they were not asked for.
@@ -201,16 +202,23 @@ def evaluate(
     all_stresses = np.concatenate(virials, axis=2)
     if with_stresses:
         all_stresses = all_stresses / volumes[:, None, None]
+    energy_std = forces_std = stresses_std = None
+    if members.count(model) > 1:
+        energy_std = members.energies_deviation(model, all_energies)
+        forces_std = members.forces_deviation(model, all_forces, structures.species) if with_forces else None
+        stresses_std = members.deviation(all_stresses) if with_stresses else None
     if model.levels == 1:  # then there is no dimension of the levels
         all_energies, all_forces, all_stresses = all_energies[:, 0], all_forces[:, 0], all_stresses[:, 0]
-    spread = members.count(model) > 1
+        energy_std, forces_std, stresses_std = (
+            None if x is None else x[0] for x in (energy_std, forces_std, stresses_std)
+        )
     return Predictions(
         members.mean(all_energies),
         members.mean(all_forces) if with_forces else None,
-        members.deviation(all_energies) if spread else None,
-        members.deviation(all_forces) if spread and with_forces else None,
+        energy_std,
+        forces_std,
         members.mean(all_stresses) if with_stresses else None,
-        members.deviation(all_stresses) if spread and with_stresses else None,
+        stresses_std,
     )
 
 

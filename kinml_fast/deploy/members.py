@@ -135,6 +135,22 @@ def mean(values: np.ndarray) -> np.ndarray:
     return total / len(values) if len(values) > 1 else total
 
 
+def energies_deviation(model: EnergyModel | Ensemble, values: np.ndarray) -> np.ndarray:
+    """Of energies [M, K, ...] of members at all levels, [K, ...], with the ensemble's factors if it has them."""
+    found = deviation(values)
+    calibration = model.calibration if isinstance(model, Ensemble) else None
+    if calibration is None:
+        return found
+    return found * np.array(calibration.energies).reshape(-1, *(1,) * (found.ndim - 1))
+
+
+def forces_deviation(model: EnergyModel | Ensemble, values: np.ndarray, species: np.ndarray) -> np.ndarray:
+    """Of forces [M, K, n_atoms, 3] on atoms of these species [n_atoms], [K, n_atoms, 3], likewise."""
+    found = deviation(values)
+    calibration = model.calibration if isinstance(model, Ensemble) else None
+    return found if calibration is None else found * np.array(calibration.forces)[:, species, None]
+
+
 def deviation(values: np.ndarray) -> np.ndarray:
     """The standard deviation over the first axis as of a sample: the divisor is one less than its length (ddof = 1)."""
     return np.sqrt(mean(np.square(values - mean(values))) * (len(values) / (len(values) - 1)))

@@ -25,7 +25,7 @@ from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
 
 FORMAT = "kinml_fast.model"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """What is read. A file has the lowest version that tells its model, so that older programs read it or refuse it."""
 UNITS = {"energy": "eV", "length": "Å", "force": "eV/Å"}
 
@@ -73,7 +73,12 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
 
 
 def version_for(model: EnergyModel | Ensemble) -> int:
-    """The lowest version of a file that tells all of a model: with a repulsion or dispersion 2, else 1."""
+    """The lowest version of a file that tells all of a model.
+
+    It is 3 of an ensemble with factors of its deviations, 2 with a repulsion or dispersion, else 1.
+    """
+    if isinstance(model, Ensemble) and model.calibration is not None:
+        return 3
     return 1 if model.repulsion is None and model.dispersion is None else 2
 
 

@@ -141,6 +141,8 @@ class PlainPotential:
         )
         self.has_grades = bool(self._library.kinml_has_grades(self._handle))
         self.cutoff = float(self._library.kinml_cutoff(self._handle))
+        self.energy_factor = float(self._library.kinml_energy_factor(self._handle))
+        self.forces_factors = tuple(float(self._library.kinml_forces_factor(self._handle, i)) for i in range(count))
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -248,6 +250,8 @@ def _library() -> ctypes.CDLL:
         ("n_elements", number, [pointer]),
         ("element", text, [pointer, number]),
         ("cutoff", ctypes.c_double, [pointer]),
+        ("energy_factor", ctypes.c_double, [pointer]),
+        ("forces_factor", ctypes.c_double, [pointer, number]),
         ("has_grades", ctypes.c_int, [pointer]),
         ("compute", ctypes.c_int, [pointer, pointer, pointer, ctypes.c_int]),
         ("error", text, []),

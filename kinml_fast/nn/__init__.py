@@ -1,6 +1,7 @@
 """Descriptor, networks and model as torch modules, scriptable and exportable."""
 
 from kinml_fast.nn.aev import AEV, AEVParameters
+from kinml_fast.nn.calibration import Calibration
 from kinml_fast.nn.dispersion import Dispersion
 from kinml_fast.nn.ensemble import Ensemble
 from kinml_fast.nn.extension import extended
@@ -12,6 +13,7 @@ __all__ = [
     "ACTIVATIONS",
     "AEV",
     "AEVParameters",
+    "Calibration",
     "Dispersion",
     "EnergyModel",
     "Ensemble",

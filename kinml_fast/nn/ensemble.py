@@ -12,6 +12,7 @@ from torch import Tensor
 from kinml_fast import ops
 from kinml_fast.errors import ModelError
 from kinml_fast.nn.aev import AEV
+from kinml_fast.nn.calibration import Calibration
 from kinml_fast.nn.potential import EnergyModel, Potential
 
 _WORDS = {
@@ -45,6 +46,9 @@ class Ensemble(Potential):
         As a member's, but its ``weights`` are [M, n_parameters], a row for each member.
     sae : Tensor
         Single-atom energies [M, n_elements], of K > 1 levels of theory [M, K, n_elements], in eV, float64.
+    calibration : Calibration or None
+        Factors of the members' standard deviations, which evaluation, prediction, calculators and exported files apply;
+        None: there are none. Parts of this ensemble, and larger ones, have none.
 
     Raises
     ------
@@ -69,6 +73,7 @@ class Ensemble(Potential):
         self.levels = first.levels
         self.descriptor = first.descriptor
         self.repulsion, self.dispersion = first.repulsion, first.dispersion
+        self.calibration: Calibration | None = None
         self.aev = AEV(first.descriptor, first.repulsion)
         self.networks = copy.deepcopy(first.networks)
         device = first.sae.device
@@ -240,7 +245,8 @@ class Ensemble(Potential):
     @torch.jit.unused
     def to_dict(self) -> dict[str, Any]:
         """The architecture, as plain lists, strings and numbers: that of a member, and how many there are."""
-        return {"members": self.n_members, **self._member_dict()}
+        values = {"members": self.n_members, **self._member_dict()}
+        return values if self.calibration is None else values | {"calibration": self.calibration.to_dict()}
 
     @torch.jit.unused
     def _member_dict(self) -> dict[str, Any]:
@@ -249,7 +255,11 @@ class Ensemble(Potential):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Ensemble:
         """An ensemble of the architecture that :meth:`to_dict` gave; its weights are new, and all members alike."""
-        return cls([EnergyModel.from_dict(values)] * values["members"])
+        ensemble = cls([EnergyModel.from_dict(values)] * values["members"])
+        if "calibration" in values:
+            known = Calibration.from_dict(values["calibration"])
+            ensemble.calibration = known.checked(ensemble.levels, ensemble.elements)
+        return ensemble
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"members: {self.n_members}", super().extra_repr())))

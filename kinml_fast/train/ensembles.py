@@ -22,7 +22,7 @@ from kinml_fast.data.files import replacing
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.split import PARTS
-from kinml_fast.deploy import evaluate, model_file
+from kinml_fast.deploy import calibrate, evaluate, model_file
 from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.metrics import Errors
 from kinml_fast.nn import Ensemble
@@ -265,6 +265,7 @@ def _finish(config: Config, data: Prepared, summaries: Sequence[Summary], starte
         "ensemble": config.ensemble.model_dump(exclude={"processes"}),
         "members": [model_file.load_training(file) for file in files],
     }
+    _calibrate(config, data, ensemble, folder)
     model_file.save(folder.model, ensemble, notes)
     found = _parts(config, data, ensemble)
     of_parts = {name: evaluate.total([part]) for name, part in found.items()}
@@ -283,19 +284,45 @@ def _finish(config: Config, data: Prepared, summaries: Sequence[Summary], starte
 
 def _parts(config: Config, data: Prepared, ensemble: Ensemble) -> dict[str, evaluate.Part]:
     """Predictions of the parts that no member was trained on, at the highest level."""
-    names = ["test"] if config.ensemble.vary == "folds" else ["validation", "test"]
-    names = [name for name in names if len(getattr(data.split, name))]
+    found: dict[str, evaluate.Part] = {}
     if data.structures.coordinates is None:
         log.info("the data have no coordinates, only stored descriptors: the ensemble's errors are not computed")
-        names = []
-    found = {}
-    for name in names:
-        structures = data.structures.select(getattr(data.split, name))
-        predictions = evaluate.evaluate(ensemble, structures, stresses=config.training.loss.stresses)
-        of_levels = evaluate.parts(structures, predictions, name, data.fidelities, ensemble.fidelities)
+        return found
+    for name in ["test"] if config.ensemble.vary == "folds" else ["validation", "test"]:
+        of_levels = _levels(config, data, ensemble, name)
         if of_levels and of_levels[-1].fidelity in (None, data.fidelities[-1]):
             found[name] = of_levels[-1]
     return found
+
+
+def _levels(config: Config, data: Prepared, ensemble: Ensemble, name: str) -> list[evaluate.Part]:
+    """Predictions of a part of the split at all levels; none where it is empty or has descriptors only."""
+    if not len(getattr(data.split, name)) or data.structures.coordinates is None:
+        return []
+    structures = data.structures.select(getattr(data.split, name))
+    predictions = evaluate.evaluate(ensemble, structures, stresses=config.training.loss.stresses)
+    return evaluate.parts(structures, predictions, name, data.fidelities, ensemble.fidelities)
+
+
+def _calibrate(config: Config, data: Prepared, ensemble: Ensemble, folder: RunFolder) -> None:
+    """Factors of the deviations, from the validation part that all members have in common."""
+    if config.ensemble.vary == "folds":
+        log.info("deviations of the members are not calibrated: with folds each structure has trained some of them")
+        return
+    before = _levels(config, data, ensemble, "validation")
+    ensemble.calibration = calibrate.fit(ensemble, before)
+    if ensemble.calibration is None:
+        log.info("deviations of the members are not calibrated: fewer than %d validation energies", calibrate.FEWEST)
+        return
+    after = _levels(config, data, ensemble, "validation")
+    calibrate.draw(folder.report, before, after)
+    shown = ", ".join(f"{factor:.2f}" for factor in ensemble.calibration.energies)
+    log.info("deviations of the members are calibrated on the validation part: energies times %s", shown)
+    name = "test" if len(data.split.test) else "validation"
+    calibration, ensemble.calibration = ensemble.calibration, None
+    raw = _levels(config, data, ensemble, name)
+    ensemble.calibration = calibration
+    log.info("%s", calibrate.table(name, raw, _levels(config, data, ensemble, name), ensemble.n_members))
 
 
 def table(result: EnsembleSummary) -> str:

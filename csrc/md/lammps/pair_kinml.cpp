@@ -332,8 +332,8 @@ void PairKinML::tally() {
     }
 }
 
-/* Deviations are standard deviations of a sample (divisor M - 1): of the energy, and of an atom's
-   force the length of those of its components. */
+/* Deviations are standard deviations of a sample (divisor M - 1), times the factors of a calibrated
+   ensemble: of the energy, and of an atom's force the length of those of its components. */
 
 void PairKinML::judge_committee() {
   const std::size_t n = atom_of.size();
@@ -363,9 +363,11 @@ void PairKinML::judge_committee() {
     double squares = 0;
     for (int d = 0; d < kDim; ++d)
       squares += deviation([&](std::int64_t m) { return of_members[m][kDim * i + d]; });
-    committee.values[i] = std::sqrt(squares);
+    committee.values[i] =
+        std::sqrt(squares) * kinml_forces_factor(potential, species_of_type[atom->type[i]]);
   }
-  const double of_energy = std::sqrt(deviation([&](std::int64_t m) { return whole[m]; }));
+  const double of_energy = std::sqrt(deviation([&](std::int64_t m) { return whole[m]; })) *
+                           kinml_energy_factor(potential);
   if (comm->me == 0) pvector[ENERGY_DEVIATION] = of_energy;
   judge(committee, &of_energy, LARGEST_DEVIATION);
 }

@@ -1,0 +1,177 @@
+"""Deviations of an ensemble against its errors: factors that make them believable, and how far they can be believed.
+
+The mean of M members whose results scatter around the truth like draws of a normal distribution has an error that,
+divided by their standard deviation s (ddof = 1) and a constant c, follows Student's t with M - 1 degrees of freedom.
+The constant is the one of the largest likelihood of the errors; the factor of a deviation is c times the half width
+of the interval that has 68.27 % of that distribution, so that factor times s is what is commonly meant by one standard
+deviation, also of few members.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from scipy.optimize import minimize_scalar
+
+from kinml_fast import report
+from kinml_fast.deploy.evaluate import Part
+from kinml_fast.nn import Calibration, Ensemble
+from kinml_fast.units import KCAL_PER_MOL
+
+FEWEST = 20
+"""Numbers that a factor is found from at least."""
+_WITHIN_ONE, _WITHIN_TWO = 0.6827, 0.95
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How well deviations tell errors.
+
+    Parameters
+    ----------
+    number
+        Of errors.
+    likelihood
+        Mean logarithm of the probability density of the errors (in kcal/mol, kcal/mol/Å), of Student's t.
+    within_one, within_two
+        Share of the errors within the deviation, and within as many of them as have 95 %; 0.683 and 0.95 are right.
+    """
+
+    number: int
+    likelihood: float
+    within_one: float
+    within_two: float
+
+    @classmethod
+    def of(cls, errors: np.ndarray, deviations: np.ndarray, n_members: int) -> Reliability:
+        """Of errors and deviations [n] in one unit of energy or force in eV."""
+        errors, deviations = _known(errors, deviations)
+        one, two = _half_widths(n_members)
+        ratio = np.abs(errors) / deviations
+        densities = stats.t.logpdf(errors / (deviations / one), n_members - 1) - np.log(deviations / one * KCAL_PER_MOL)
+        if not len(errors):
+            return cls(0, float("nan"), float("nan"), float("nan"))
+        within = float((ratio <= 1).mean()), float((ratio <= two / one).mean())
+        return cls(len(errors), float(densities.mean()), *within)
+
+
+def factor(errors: np.ndarray, deviations: np.ndarray, n_members: int) -> float | None:
+    """What the deviations [n] of M members are to be multiplied with for these errors; None of fewer than FEWEST."""
+    errors, deviations = _known(errors, deviations)
+    ratio = np.abs(errors) / deviations
+    if len(ratio) < FEWEST or not ratio.any():
+        return None
+    freedom = n_members - 1
+    middle = float(np.log(np.median(ratio[ratio > 0])))
+    best = minimize_scalar(
+        lambda log_c: log_c - stats.t.logpdf(ratio / np.exp(log_c), freedom).mean(),
+        bounds=(middle - 7, middle + 7),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return float(np.exp(best.x)) * _half_widths(n_members)[0]
+
+
+def fit(ensemble: Ensemble, found: Sequence[Part]) -> Calibration | None:
+    """The factors of an ensemble from its predictions without factors at its levels; None where there is too little.
+
+    Levels without enough energies have the factors of the next one, elements without enough forces that of all
+    elements, levels without forces that of the energies.
+    """
+    energies: list[float | None] = []
+    forces: list[list[float | None]] = []
+    for fidelity in ensemble.fidelities:
+        parts = [part for part in found if part.fidelity in (None, fidelity)]
+        errors, deviations = _energies(parts)
+        of_energies = factor(errors, deviations, ensemble.n_members)
+        energies.append(of_energies)
+        errors, deviations, elements = _forces(parts, ensemble.elements)
+        of_all = factor(errors, deviations, ensemble.n_members) or of_energies
+        of_elements = [
+            factor(errors[elements == s], deviations[elements == s], ensemble.n_members) or of_all
+            for s in range(len(ensemble.elements))
+        ]
+        forces.append(of_elements)
+    known = np.array([k for k, value in enumerate(energies) if value is not None])
+    if not len(known):
+        return None
+    nearest = [int(known[np.abs(known - level).argmin()]) for level in range(len(energies))]
+    return Calibration(
+        tuple(energies[k] or 1.0 for k in nearest),
+        tuple(tuple(value or 1.0 for value in forces[k]) for k in nearest),
+    )
+
+
+def reliabilities(found: Sequence[Part], n_members: int) -> dict[str, Reliability]:
+    """Of energies, and of forces if there are any, of parts of one level."""
+    result = {"energies": Reliability.of(*_energies(found), n_members)}
+    errors, deviations, _ = _forces(found, ())
+    if len(errors):
+        result["forces"] = Reliability.of(errors, deviations, n_members)
+    return result
+
+
+def table(name: str, before: Sequence[Part], after: Sequence[Part], n_members: int) -> str:
+    """How reliable deviations are without and with factors, of the parts NAME of all levels, as text."""
+    rows = [f"{name}: errors within the deviation (68.3 % are right), within 95 %, mean logarithm of the likelihood"]
+    found = [
+        (f"{kind} {what}", reliabilities(parts, n_members)[kind])
+        for kind in reliabilities(after, n_members)
+        for what, parts in (("before", before), ("calibrated", after))
+    ]
+    rows += [
+        f"{kind:<20}  {100 * one.within_one:5.1f} %  {100 * one.within_two:5.1f} %  {one.likelihood:8.3f}"
+        for kind, one in found
+    ]
+    return "\n".join(rows)
+
+
+def draw(folder: str | os.PathLike, before: Sequence[Part], after: Sequence[Part]) -> None:
+    """Write reliability.png: errors against deviations of the same parts without and with factors."""
+    panels: dict[str, Mapping[str, tuple[np.ndarray, np.ndarray]]] = {
+        "energies": {name: _energies(parts) for name, parts in (("before", before), ("calibrated", after))}
+    }
+    forces = {name: _forces(parts, ())[:2] for name, parts in (("before", before), ("calibrated", after))}
+    if len(forces["before"][0]):
+        panels["forces"] = forces
+    report.write_reliability(folder, panels, _WITHIN_ONE)
+
+
+def _half_widths(n_members: int) -> tuple[float, float]:
+    """Of the intervals of Student's t that have 68.27 % and 95 %."""
+    one, two = (stats.t.ppf(0.5 + within / 2, n_members - 1) for within in (_WITHIN_ONE, _WITHIN_TWO))
+    return float(one), float(two)
+
+
+def _known(errors: np.ndarray, deviations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    known = np.isfinite(errors) & (deviations > 0)
+    return errors[known], deviations[known]
+
+
+def _energies(found: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
+    errors, deviations = [np.empty(0)], [np.empty(0)]
+    for part in found:
+        if part.predictions.energy_std is not None:
+            errors.append(part.energy_residuals)
+            deviations.append(part.predictions.energy_std)
+    return np.concatenate(errors), np.concatenate(deviations)
+
+
+def _forces(found: Sequence[Part], elements: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Errors and deviations of components, and the place of each one's element."""
+    errors, deviations, places = [np.empty(0)], [np.empty(0)], [np.empty(0, dtype=np.int64)]
+    for part in found:
+        residuals, stds = part.force_residuals, part.predictions.forces_std
+        if residuals is None or stds is None:
+            continue
+        known = ~np.isnan(residuals[:, 0])
+        errors.append(residuals[known].ravel())
+        deviations.append(stds[known].ravel())
+        names = part.structures.elements
+        place = np.array([elements.index(name) if name in elements else -1 for name in names], dtype=np.int64)
+        places.append(np.repeat(place[part.structures.species[known]], 3))
+    return np.concatenate(errors), np.concatenate(deviations), np.concatenate(places)
