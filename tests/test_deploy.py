@@ -196,8 +196,8 @@ def test_damaged_and_later_model_files(tmp_path, model):
         model_file.load(path)
 
     contents = torch.load(_written(path, whole), weights_only=True)
-    torch.save(contents | {"format_version": 3}, path)
-    with pytest.raises(InputError, match="version 3, this program reads versions up to 2"):
+    torch.save(contents | {"format_version": 4}, path)
+    with pytest.raises(InputError, match="version 4, this program reads versions up to 3"):
         model_file.load(path)
     torch.save(contents | {"state_dict": {"sae": torch.zeros(3)}}, path)
     with pytest.raises(InputError, match="do not fit together"):
