@@ -205,6 +205,11 @@ def _parser() -> argparse.ArgumentParser:
     saddle.add_argument("--device", default="auto", help=_DEVICE)
     saddle.set_defaults(command=_saddle)
 
+    kinbot = commands.add_parser("kinbot", help="search for the reactions of a molecule by KinBot with models")
+    kinbot.add_argument("input", metavar="INPUT.json", help="KinBot's input, with qc: nn_pes and nn_model")
+    kinbot.add_argument("--workers", type=int, default=1, help="processes for calculations here (%(default)s)")
+    kinbot.set_defaults(command=_kinbot)
+
     convert = commands.add_parser(
         "convert",
         help="make a model file of a checkpoint of PyKinML or a model of TorchANI",
@@ -414,6 +419,13 @@ def _saddle(options: argparse.Namespace) -> None:
         device=options.device,
         form=options.format,
     )
+
+
+def _kinbot(options: argparse.Namespace) -> None:
+    from kinml_fast.kinetics.kinbot import run
+
+    _show_log()
+    run(options.input, workers=options.workers)
 
 
 def _convert(options: argparse.Namespace) -> None:

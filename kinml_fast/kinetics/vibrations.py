@@ -90,9 +90,15 @@ class Vibrations:
         return float(_zero_point_energies(self.frequencies))
 
     @property
+    def member_zero_point_energies(self) -> np.ndarray | None:
+        """[M], eV, what each member gives."""
+        return None if self.members is None else _zero_point_energies(self.members)
+
+    @property
     def zero_point_energy_std(self) -> float | None:
         """eV, the standard deviation of the members (ddof = 1)."""
-        return None if self.members is None else float(_zero_point_energies(self.members).std(ddof=1))
+        energies = self.member_zero_point_energies
+        return None if energies is None else float(energies.std(ddof=1))
 
     @property
     def frequencies_std(self) -> np.ndarray | None:
