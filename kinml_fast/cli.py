@@ -184,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     vibrations.add_argument("--pressure", type=float, default=101325.0, help="Pa (%(default)s)")
     vibrations.add_argument("--symmetry-number", type=int, metavar="N", help="default: that of the geometry")
     vibrations.add_argument("--spin", type=float, default=0.0, help="0.5 of a radical (%(default)s)")
-    vibrations.add_argument("-o", "--output", metavar="out.json", help="write everything, Hessian and modes too")
+    vibrations.add_argument(
+        "-o", "--output", metavar="out.json", help="write everything, Hessian and modes too; .yml: as ARC has it"
+    )
     vibrations.add_argument("--modes", metavar="FOLDER", help="write an animation of each mode")
     vibrations.add_argument("--base", metavar="BASE", help="the low level of a delta model, as in predict")
     vibrations.add_argument("--format", metavar="NAME", help=_FORMAT)

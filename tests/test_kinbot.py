@@ -143,13 +143,13 @@ def test_the_other_templates_run(models, folder):
     assert ends[0].data.energy < saddle.data.energy - 0.03
 
     turned = VINYL.copy()
-    turned.set_dihedral(2, 0, 1, 4, 60, indices=[4])
+    turned.set_dihedral(2, 0, 1, 4, 15, indices=[4])
     assert kinbot._run_script("hir/turned", ours(filled("hir", "hir/turned", turned, models, fix=[3, 1, 2, 5]))) is None
     assert row("hir/turned").data.status == "normal"
-    assert row("hir/turned").toatoms().get_dihedral(2, 0, 1, 4) == pytest.approx(60, abs=1)
+    assert row("hir/turned").toatoms().get_dihedral(2, 0, 1, 4) == pytest.approx(15, abs=1)
     assert row("hir/turned").data.energy > ends[0].data.energy
 
-    script = ours(filled("ring_conf", "conf/ring", turned, models, change=[[3, 1, 2, 5, 60.0]]))
+    script = ours(filled("ring_conf", "conf/ring", turned, models, change=[[3, 1, 2, 5, 15.0]]))
     assert kinbot._run_script("conf/ring", script) is None
     assert row("conf/ring").data.energy == pytest.approx(row("hir/turned").data.energy, abs=1e-3)
 
