@@ -6,9 +6,11 @@ import dataclasses
 import json
 import logging
 import random
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,8 @@ MASSES = {"C": 12.0, "H": 1.00782503207}
 """KinBot's, of one isotope."""
 
 VINYL = Atoms("C2H3", [[0, 0, 0], [1.3, 0, 0], [-0.57, 0.93, 0], [-0.57, -0.93, 0], [1.98, 0.85, 0]])
+CHEMID = "270630410040000000002"
+"""KinBot's name for it."""
 LINEAR = Atoms("C2H3", [[0, 0, 0], [1.29, 0, 0], [-0.57, 0.93, 0], [-0.57, -0.93, 0], [2.37, 0.02, 0]])
 """Near the saddle point at which the single hydrogen goes from one side to the other."""
 
@@ -166,6 +170,14 @@ def test_the_file_does_in_the_place_of_kinbots_own(models, folder):
     assert len(row("well").data.frequencies) == 9
 
 
+def test_the_patch_fits_kinbot():
+    patch = Path(__file__).resolve().parent.parent / "docs" / "kinbot-2.4.1.patch"
+    if version("kinbot") != "2.4.1":
+        pytest.skip(f"KinBot is {version('kinbot')}: the patch is for 2.4.1")
+    site = Path(package.__file__).parent.parent
+    subprocess.run(["git", "apply", "--check", str(patch)], cwd=site, check=True, capture_output=True)
+
+
 def test_frequencies_take_no_forces_of_displaced_atoms(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model_file.save("m.pt", random_model())
@@ -270,3 +282,63 @@ def test_an_input_that_is_no_json(folder, capsys):
     assert "in.json: cannot be read as JSON" in capsys.readouterr().err
     assert main(["kinbot", "in.json", "--workers", "0"]) == 2
     assert "workers is 0: give a number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_search_from_start_to_mess_input(models, folder, capsys):
+    structure = [
+        x for symbol, place in zip(VINYL.symbols, VINYL.positions.tolist(), strict=True) for x in (symbol, *place)
+    ]
+    values = INPUT | {
+        "nn_model": models,
+        "structure": structure,
+        "charge": 0,
+        "mult": 2,
+        "families": ["intra_H_migration", "hom_sci"],
+        "skip_reactions": [f"{CHEMID}_intra_H_migration_{pair}" for pair in ("1_5", "2_4")],
+        "barrier_threshold": 200.0,
+        "high_level_method": "b3lyp",
+        "high_level_basis": "6-31G",
+        "sella_kwargs": {"internal": False, "gamma": 0.0},
+        "me": 2,
+        "uq": 1,
+        "uq_n": 4,
+        "sigma": 4.0,
+        "epsilon": 100.0,
+        "barrier_uq": 0.7,
+    }
+    Path("in.json").write_text(json.dumps(values))
+    assert main(["kinbot", "in.json"]) == 0
+    said = capsys.readouterr().out
+    assert "KinBot: KinBot finished." in said
+    found = json.loads(Path("uncertainties.json").read_text())
+    kinds = {one["kind"] for one in found["points"]}
+    assert kinds >= {"well", "products", "barrier"}
+    assert found["points"][0]["energy_std"] == 0
+    calculator = KinMLCalculator(models)
+    # The first well as KinBot has it in its database, and as the file tells of it.
+    first = vibrate(row(f"{CHEMID}_well").toatoms(), calculator, fmax=0.01)
+    np.testing.assert_allclose(found["points"][0]["frequencies"][0], first.frequencies, atol=0.1)
+    (barrier,) = (one for one in found["points"] if one["kind"] == "barrier")
+    assert barrier["name"] == f"{CHEMID}_intra_H_migration_2_3"
+    assert (np.array(barrier["frequencies"][0]) < 0).sum() == 1
+
+    inputs = sorted(Path("me").glob("mess_*.inp"))
+    assert len(inputs) == 4
+    assert all("Frequencies[1/cm]" in one.read_text() and "Barrier" in one.read_text() for one in inputs)
+    # KinBot's first input is without variations; the others are within the limits, the given one and those measured.
+    wells = np.array([energies(one.read_text(), "Well") for one in inputs])
+    barriers = np.array([energies(one.read_text(), "Barrier") for one in inputs])
+    assert (wells.std(axis=0) > 0).all()
+    assert (np.abs(wells - wells[0]) <= found["measured"]["well_uq"] + 0.01).all()
+    assert (np.abs(wells - wells[0]) > 0.5).any()  # KinBot's own limit is much smaller than these two models need
+    assert (np.abs(barriers - barriers[0]) <= 0.7 + 0.01).all()
+    assert (barriers[1:] != barriers[0]).any()
+    assert f"barrier_uq {found['measured']['barrier_uq']:.4g}" in said  # measured all the same
+
+
+def energies(text: str, kind: str) -> list[float]:
+    """Of the wells or barriers of a MESS input, kcal/mol."""
+    blocks = re.split(r"^  (?=Well |Barrier |Bimolecular )", text, flags=re.M)
+    found = [re.search(r"ZeroEnergy\[kcal/mol\]\s+(\S+)", one) for one in blocks if one.startswith(f"{kind} ")]
+    return [float(one.group(1)) for one in found if one]

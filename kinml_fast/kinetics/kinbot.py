@@ -238,9 +238,14 @@ class _Jobs:
     def __enter__(self) -> _Jobs:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        # After Ctrl-C nobody waits for a script; from Python 3.14 the pool can end them by a name that is public.
+        ended = [] if kind is None else list(self._pool._processes.values())
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        for process in ended:
+            process.terminate()
 
     def start(self, job: str, script: str) -> None:
         """Run the text of a script; `running` says until when."""
