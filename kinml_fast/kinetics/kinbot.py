@@ -421,6 +421,11 @@ def _checked(path: Path, given: dict[str, Any]) -> KinMLCalculator | None:
     for key, wanted in (("qc", "nn_pes"), ("use_sella", 1)):
         if given.get(key) != wanted:
             raise ConfigError(f"{path}: {key} is {given.get(key)!r}: with models it must be {json.dumps(wanted)}")
+    if given.get("me") and not (given.get("rotor_scan") or given.get("conformer_search")):
+        raise ConfigError(
+            f"{path}: me is {given['me']} without rotor_scan or conformer_search: KinBot would write MESS inputs without "
+            "frequencies, set one of them to 1"
+        )
     names = given.get("nn_model")
     if not names:
         raise ConfigError(f"{path}: there is no nn_model: give a list of model files")
