@@ -174,6 +174,7 @@ def run(input_path: str | os.PathLike, *, workers: int = 1) -> Uncertainties | N
 
     class Mess(program.MESS):  # type: ignore[name-defined]
         def write_input(self, qc: Any) -> Any:
+            _complete(self.species, qc, self.par["imagfreq_threshold"])
             if self.par["uq"] and ensemble is not None:
                 points = _points(self.species, ensemble, 2 * self.par["sella_fmax"])
                 found = uncertainties(points, self.par["freq_uq_ref"], self.par["freq_uq_max_exp"])
@@ -222,7 +223,7 @@ class _Said(logging.Handler):
         text = record.getMessage().strip()
         if record.levelno >= logging.ERROR:
             self.error = first_line(ValueError(text))
-        self.finished = self.finished or text == "KinBot finished."
+        self.finished = self.finished or text.startswith(("KinBot finished", "Finished KinBot"))
         if text and "\n" not in text:
             log.log(record.levelno, "KinBot: %s", text)
 
@@ -282,9 +283,11 @@ def _run_script(job: str, script: str) -> str | None:
     package = logging.getLogger("kinml_fast")
     package.addHandler(said)
     names: dict[str, Any] = {"__name__": "__main__"}
+    output = folder / "perm" / f"{job}.err"
+    output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with (
-            (folder / "perm" / f"{job}.err").open("w") as file,
+            output.open("w") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
@@ -345,6 +348,23 @@ def _queue(program: Any, jobs: _Jobs) -> type:
             return 1
 
     return Queue
+
+
+def _complete(species: Any, qc: Any, threshold: float) -> None:
+    """Frequencies of all points; KinBot has them only after conformers or rotors, and MESS inputs would lack them."""
+    from kinbot.frequencies import thermochemical_frequencies
+
+    jobs = [(species, f"{species.chemid}_well")]
+    for reaction, done in zip(species.reac_obj, species.reac_ts_done, strict=True):
+        if done == -1:
+            jobs += [(one.species, f"{one.species.chemid}_well") for one in reaction.prod_opt]
+            if "hom_sci" not in reaction.instance_name:
+                jobs.append((reaction.ts, reaction.instance_name))
+    for one, job in jobs:
+        if one.natom > 1 and not len(one.reduced_freqs):
+            _, found = qc.get_qc_freq(job, one.natom)
+            one.kinbot_freqs = thermochemical_frequencies(found, one.wellorts, threshold)
+            one.reduced_freqs = list(one.kinbot_freqs)
 
 
 def _points(species: Any, calculator: KinMLCalculator, fmax: float) -> list[Point]:
@@ -421,11 +441,6 @@ def _checked(path: Path, given: dict[str, Any]) -> KinMLCalculator | None:
     for key, wanted in (("qc", "nn_pes"), ("use_sella", 1)):
         if given.get(key) != wanted:
             raise ConfigError(f"{path}: {key} is {given.get(key)!r}: with models it must be {json.dumps(wanted)}")
-    if given.get("me") and not (given.get("rotor_scan") or given.get("conformer_search")):
-        raise ConfigError(
-            f"{path}: me is {given['me']} without rotor_scan or conformer_search: KinBot would write MESS inputs without "
-            "frequencies, set one of them to 1"
-        )
     names = given.get("nn_model")
     if not names:
         raise ConfigError(f"{path}: there is no nn_model: give a list of model files")
