@@ -345,6 +345,6 @@ def test_a_search_from_start_to_mess_input(models, folder, capsys):
 
 def energies(text: str, kind: str) -> list[float]:
     """Of the wells or barriers of a MESS input, kcal/mol."""
-    blocks = re.split(r"^  (?=\w)", text, flags=re.M)
+    blocks = re.split(r"^  (?=Well |Barrier |Bimolecular )", text, flags=re.M)
     found = [re.search(r"ZeroEnergy\[kcal/mol\]\s+(\S+)", one) for one in blocks if one.startswith(kind)]
     return [float(one.group(1)) for one in found if one]
