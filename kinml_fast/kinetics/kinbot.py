@@ -53,7 +53,8 @@ class Uncertainties:
     """What KinBot varies in MESS inputs, as an ensemble measures it; a number for all points, as KinBot takes it.
 
     KinBot draws energies from a uniform distribution of ± these, and factors of frequencies from a log-uniform one
-    between 1/f and f. Each is as wide as has the members' standard deviation, of which √3 times is the half width. None
+    between 1/f and f. Each is as wide as has the members' standard deviation, of which √3 times is the half width, in
+    the median of all points: a few far from all data, of which uncertainties.json tells, would drown the others. None
     where nothing was found that it could be measured of.
 
     Attributes
@@ -116,8 +117,8 @@ def uncertainties(points: Sequence[Point], reference: float = 100.0, most: float
     energies = [(one.member_energies - points[0].member_energies) * KCAL_PER_MOL for one in points]
     wells = [np.var(e, ddof=1) for e, one in zip(energies[1:], points[1:], strict=True) if one.kind != "barrier"]
     barriers = [np.var(e, ddof=1) for e, one in zip(energies, points, strict=True) if one.kind == "barrier"]
-    well = float(np.sqrt(3 * np.mean(wells) / 2)) if wells else None
-    barrier = float(np.sqrt(max(3 * np.mean(barriers) - (well or 0.0) ** 2, 0.0))) if barriers else None
+    well = float(np.sqrt(3 * np.median(wells) / 2)) if wells else None
+    barrier = float(np.sqrt(max(3 * np.median(barriers) - (well or 0.0) ** 2, 0.0))) if barriers else None
     real, imaginary = [], []
     for point in points:
         for one in point.parts:
@@ -136,10 +137,10 @@ def uncertainties(points: Sequence[Point], reference: float = 100.0, most: float
 
 
 def _factor(deviations: np.ndarray) -> float | None:
-    """The limit of a log-uniform distribution with these standard deviations of the logarithm, in the square mean."""
+    """The limit of a log-uniform distribution with the median of these standard deviations of the logarithm."""
     if not len(deviations):
         return None
-    return max(float(np.exp(np.sqrt(3 * np.mean(np.square(deviations))))), _LEAST_FACTOR)
+    return max(float(np.exp(np.sqrt(3) * np.median(deviations))), _LEAST_FACTOR)
 
 
 def run(input_path: str | os.PathLike, *, workers: int = 1) -> Uncertainties | None:
