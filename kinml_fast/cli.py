@@ -184,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     vibrations.add_argument("--pressure", type=float, default=101325.0, help="Pa (%(default)s)")
     vibrations.add_argument("--symmetry-number", type=int, metavar="N", help="default: that of the geometry")
     vibrations.add_argument("--spin", type=float, default=0.0, help="0.5 of a radical (%(default)s)")
-    vibrations.add_argument("-o", "--output", metavar="out.json", help="write everything, Hessian and modes too")
+    vibrations.add_argument(
+        "-o", "--output", metavar="out.json", help="write everything, Hessian and modes too; .yml: as ARC has it"
+    )
     vibrations.add_argument("--modes", metavar="FOLDER", help="write an animation of each mode")
     vibrations.add_argument("--base", metavar="BASE", help="the low level of a delta model, as in predict")
     vibrations.add_argument("--format", metavar="NAME", help=_FORMAT)
@@ -204,6 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     saddle.add_argument("--format", metavar="NAME", help=_FORMAT)
     saddle.add_argument("--device", default="auto", help=_DEVICE)
     saddle.set_defaults(command=_saddle)
+
+    kinbot = commands.add_parser("kinbot", help="search for the reactions of a molecule by KinBot with models")
+    kinbot.add_argument("input", metavar="INPUT.json", help="KinBot's input, with qc: nn_pes and nn_model")
+    kinbot.add_argument("--workers", type=int, default=1, help="processes for calculations here (%(default)s)")
+    kinbot.set_defaults(command=_kinbot)
 
     convert = commands.add_parser(
         "convert",
@@ -414,6 +421,13 @@ def _saddle(options: argparse.Namespace) -> None:
         device=options.device,
         form=options.format,
     )
+
+
+def _kinbot(options: argparse.Namespace) -> None:
+    from kinml_fast.kinetics.kinbot import run
+
+    _show_log()
+    run(options.input, workers=options.workers)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ LAYERS = [
 LATE = {
     "aevmod": "optional",
     "dftd3": "optional",
+    "kinbot": "optional",
     "openmm": "optional",
     "sella": "optional",
     "tblite": "optional",

@@ -8,6 +8,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.calculator import Calculator
@@ -231,3 +232,33 @@ def test_from_the_command_line(tmp_path, capsys):
     ):
         assert main(["vibrations", *arguments, *wrong]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_what_arc_reads(tmp_path, capsys):
+    """Its five results, recomputed from the Hessian in the file in SI units, as ARC's documentation of them says."""
+    model_file.save(tmp_path / "m.pt", model())
+    atoms = molecule("CH3CH2OH")
+    ase.io.write(tmp_path / "one.xyz", atoms, format="xyz")
+    ase.io.write(tmp_path / "two.xyz", [atoms, atoms], format="xyz")
+    output = tmp_path / "output.yml"
+    assert main(["vibrations", str(tmp_path / "m.pt"), str(tmp_path / "one.xyz"), "-o", str(output)]) == 0
+    found = yaml.safe_load(output.read_text())
+    n, k = len(atoms), 3 * len(atoms) - 6
+    assert set(found) >= {"freqs", "hessian", "modes", "force_constants", "reduced_masses"}
+    frequencies, hessian, modes = (np.array(found[key]) for key in ("freqs", "hessian", "modes"))
+    assert (frequencies.shape, hessian.shape, modes.shape) == ((k,), (3 * n, 3 * n), (k, n, 3))
+    assert (np.diff(frequencies) >= 0).all()
+    assert (frequencies < 0).any()  # the geometry is no minimum of random weights
+    np.testing.assert_allclose(np.linalg.norm(modes, axis=(1, 2)), 1)
+    # A mode's curvature along its unit vector: translations and rotations are no part of it.
+    si = hessian * 1.602176634e-19 * 1e20  # N/m
+    rows = modes.reshape(k, -1)
+    curvature = np.einsum("ki,ij,kj->k", rows, si, rows)
+    np.testing.assert_allclose(np.array(found["force_constants"]) * 100, curvature, rtol=1e-6, atol=1e-6)
+    masses = np.repeat(atoms.get_masses(), 3)
+    np.testing.assert_allclose(found["reduced_masses"], np.square(rows) @ masses, rtol=1e-9)
+    omega = np.sqrt(np.abs(curvature) / (np.array(found["reduced_masses"]) * 1.66053906660e-27))
+    np.testing.assert_allclose(np.abs(frequencies), omega / (2 * np.pi * 2.99792458e10), rtol=1e-6, atol=1e-3)
+    assert found["sp"] == pytest.approx(KinMLCalculator(model()).get_property("energy", atoms) * 96.485332, rel=1e-6)
+    assert main(["vibrations", str(tmp_path / "m.pt"), str(tmp_path / "two.xyz"), "-o", str(output)]) == 2
+    assert "contains 2 molecules, but ARC has one in a file: take one, or .json" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ase.io
 import numpy as np
+import yaml
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
@@ -55,7 +56,8 @@ def vibrations(
     temperature, pressure, spin
         See `Vibrations.thermochemistry`.
     out_path
-        JSON file to write, a list with an entry for each molecule.
+        JSON file to write, a list with an entry for each molecule; or, of one molecule, a YAML file (.yml) as ARC has
+        it, see `Vibrations.to_arc`.
     modes
         Folder for an animation of each mode, extended XYZ; made if it is not there.
     base, device, form
@@ -72,7 +74,7 @@ def vibrations(
         raise ConfigError(f"a spin of {spin:g}: give 0, 0.5, 1 …, half the number of unpaired electrons")
     path = expand_one(in_path)
     if out_path is not None:
-        check_output(out_path, [path, *model_file.files(model_path)], (".json",))
+        check_output(out_path, [path, *model_file.files(model_path)], (".json", ".yml"))
     calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
     found, entries = [], []
     Selection(format=form)  # says if there is no such format
@@ -90,7 +92,15 @@ def vibrations(
     if not found:
         raise DataError(f"{path}: contains no structures: take a file with molecules")
     if out_path is not None:
-        _write_json(Path(out_path), entries)
+        if Path(out_path).suffix == ".yml":
+            if len(found) > 1:
+                raise DataError(
+                    f"{path}: contains {len(found)} molecules, but ARC has one in a file: take one, or .json"
+                )
+            with replacing(out_path) as temporary:
+                temporary.write_text(yaml.safe_dump(found[0].to_arc()), encoding="utf-8")
+        else:
+            _write_json(Path(out_path), entries)
         log.info("wrote %s", out_path)
     return found
 

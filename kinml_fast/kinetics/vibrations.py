@@ -30,6 +30,8 @@ FMAX = 1e-3
 STEPS = 500
 _WAVENUMBER = ase.units._hbar * 1e10 / np.sqrt(ase.units._e * ase.units._amu) / ase.units.invcm
 """cm⁻¹ of the angular frequency √(eV/(Å² u))."""
+_MILLIDYNE = ase.units._e * 1e18
+"""mdyn/Å in one eV/Å²."""
 _BONDED = 1.4
 """Times the sum of covalent radii: farther apart, two atoms are not bonded."""
 
@@ -90,9 +92,15 @@ class Vibrations:
         return float(_zero_point_energies(self.frequencies))
 
     @property
+    def member_zero_point_energies(self) -> np.ndarray | None:
+        """[M], eV, what each member gives."""
+        return None if self.members is None else _zero_point_energies(self.members)
+
+    @property
     def zero_point_energy_std(self) -> float | None:
         """eV, the standard deviation of the members (ddof = 1)."""
-        return None if self.members is None else float(_zero_point_energies(self.members).std(ddof=1))
+        energies = self.member_zero_point_energies
+        return None if energies is None else float(energies.std(ddof=1))
 
     @property
     def frequencies_std(self) -> np.ndarray | None:
@@ -138,6 +146,32 @@ class Vibrations:
         for name in ("force_constants", "imaginary", "zero_point_energy", "zero_point_energy_std", "frequencies_std"):
             found[name] = getattr(self, name)
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
+
+    def to_arc(self) -> dict[str, Any]:
+        """What ARC's ASE jobs have in output.yml (github.com/ReactionMechanismGenerator/ARC), plain values.
+
+        Returns
+        -------
+        dict
+            ``freqs`` [k] in cm⁻¹, imaginary ones negative; ``hessian`` [3n, 3n] in eV/Å²; ``modes`` [k, n, 3], each of
+            length 1, not weighted by masses; ``force_constants`` [k] in mdyn/Å; ``reduced_masses`` [k] in u; ``sp`` and
+            ``zpe``, electronic and zero-point energy in kJ/mol; ``opt_xyz``, the geometry.
+        """
+        lengths = np.linalg.norm(self.modes, axis=(1, 2))
+        return {
+            "freqs": self.frequencies.tolist(),
+            "hessian": self.hessian.tolist(),
+            "modes": (self.modes / lengths[:, None, None]).tolist(),
+            "force_constants": (self.force_constants * _MILLIDYNE).tolist(),
+            "reduced_masses": self.reduced_masses.tolist(),
+            "sp": self.energy * ase.units.mol / ase.units.kJ,
+            "zpe": self.zero_point_energy * ase.units.mol / ase.units.kJ,
+            "opt_xyz": {
+                "symbols": self.atoms.get_chemical_symbols(),
+                "isotopes": [None] * len(self.atoms),
+                "coords": self.atoms.positions.tolist(),
+            },
+        }
 
     def animation(self, mode: int, frames: int = 24, largest: float = 0.3) -> list[Atoms]:
         """One period of a mode, in which the atom that moves most moves by `largest` Å."""
