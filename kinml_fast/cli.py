@@ -132,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the run in the configuration's folder")
     train.set_defaults(command=_train)
 
+    explore = commands.add_parser(
+        "explore",
+        help="gather data that a model asks for: sample, label what an ensemble is unsure of, train, and again",
+        description="What was interrupted goes on with the same command. See docs/explore.md.",
+    )
+    explore.add_argument("config", metavar="CONFIG", help="YAML file")
+    explore.add_argument("arguments", metavar="key=value", nargs="*", help="change a key of the configuration")
+    explore.set_defaults(command=_explore)
+
     evaluate = commands.add_parser("evaluate", help="errors of a model on data")
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("files", metavar="DATA", nargs="+", help="databases, XYZ files, patterns, shipped:NAME")
@@ -342,6 +351,18 @@ def _train(options: argparse.Namespace) -> int:
         finally:
             if not together.alone:
                 signals.ignore()  # torchrun sends one when it sees the first process end
+    return 0
+
+
+def _explore(options: argparse.Namespace) -> int:
+    from kinml_fast.explore import config, rounds
+
+    progress = _show_log()
+    settings = config.load(options.config, options.arguments)
+    try:
+        rounds.explore(settings, progress)
+    except (KeyboardInterrupt, signals.Stopped) as end:
+        return _ended(end, f"; what is done is in {settings.run}: continue with the same command")
     return 0
 
 

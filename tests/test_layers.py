@@ -27,6 +27,7 @@ LAYERS = [
     {"deploy"},
     {"kinetics"},
     {"train"},
+    {"explore"},
     {"cli", "__main__"},
     {"pykinml"},
 ]

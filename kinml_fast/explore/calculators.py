@@ -1,0 +1,49 @@
+"""The calculators that label: any of ASE's, by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ase.calculators.calculator import BaseCalculator, get_calculator_class
+
+from kinml_fast.deploy import low_level
+from kinml_fast.deploy.calculator import KinMLCalculator
+from kinml_fast.errors import ConfigError, first_line
+
+_WAYS = "tblite:METHOD, ASE's name of a calculator (orca, gaussian, psi4 …), module:Class or a model file"
+
+
+def make(name: str, options: Mapping[str, Any]) -> BaseCalculator:
+    """The calculator that a name stands for.
+
+    Parameters
+    ----------
+    name
+        tblite:METHOD; the name of one of ASE's calculators; module:Class; a model file or run folder.
+    options
+        Keyword arguments of it.
+
+    Raises
+    ------
+    ConfigError
+        There is no such calculator, or it refuses the options.
+    """
+    try:
+        if name.startswith(low_level.TBLITE):
+            return low_level.make(name, KinMLCalculator, **options)
+        if Path(name).exists():
+            return KinMLCalculator(name, **options)
+        module, colon, kind = name.partition(":")
+        if colon:
+            return getattr(importlib.import_module(module), kind)(**options)
+        return get_calculator_class(name)(**options)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a package runs into when it is imported or set up
+        raise ConfigError(
+            f"labels.calculator {name} cannot be made ({type(error).__name__}: {first_line(error)}): give {_WAYS}, and "
+            "labels.options that it knows"
+        ) from error

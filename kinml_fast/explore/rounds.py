@@ -1,0 +1,300 @@
+"""The rounds of an exploration: first models, then sample, choose, label and train, until little is uncertain.
+
+Each step leaves its result on disk as a whole, and depends on nothing but results before it, the configuration and its
+seeds. What is there is not done again: an exploration that was killed goes on where it was, and ends with the same
+data.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kinml_fast.data import Selection, sources, xyz
+from kinml_fast.data.files import expand, replacing
+from kinml_fast.data.structures import concatenate
+from kinml_fast.deploy import evaluate, model_file
+from kinml_fast.deploy.calculator import KinMLCalculator
+from kinml_fast.errors import DataError, InputError
+from kinml_fast.explore import config as configuration
+from kinml_fast.explore import data, labels, selection
+from kinml_fast.explore.config import CHANGEABLE, ExploreConfig
+from kinml_fast.explore.data import Labelled
+from kinml_fast.explore.folder import ExploreFolder, RoundFolder, read_json, write_json
+from kinml_fast.explore.geometry import Geometry
+from kinml_fast.explore.sampling import Counts, Sampler, displaced, items
+from kinml_fast.train import config as training
+from kinml_fast.train import lock, runs
+from kinml_fast.train.ensembles import EnsembleSummary
+from kinml_fast.train.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+def explore(config: ExploreConfig, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Explore, or go on with what was begun in the folder.
+
+    Parameters
+    ----------
+    config
+        The exploration.
+    progress
+        What shows the training; by default log lines.
+
+    Returns
+    -------
+    list of dict
+        The results of the rounds, as in round.json.
+
+    Raises
+    ------
+    InputError
+        What is wrong with the configuration, the geometries, the calculator or the folder.
+    """
+    folder = ExploreFolder(config.run)
+    with lock.hold(folder.path):
+        starts = _begin(config, folder)
+        known: list[Labelled] = []
+        results: list[dict[str, Any]] = []
+        for number in range(config.rounds.most + 1):
+            results.append(_round(config, folder, number, starts, known, progress))
+            if results[-1]["end"]:
+                break
+        last = folder.round(len(results) - 1).model / "model.pt"
+        with replacing(folder.model) as temporary:
+            shutil.copyfile(last, temporary)
+    log.info("%s", _ending(config, folder, results))
+    return results
+
+
+def _begin(config: ExploreConfig, folder: ExploreFolder) -> list[Geometry]:
+    """The geometries of the user, once it is clear that the folder is of this exploration."""
+    for part in (folder.path, folder.data):
+        for path in part.glob(".*.part"):
+            path.unlink(missing_ok=True)
+    if folder.config.exists():
+        before = configuration.with_values(training.read_yaml(folder.config, ()), str(folder.config))
+        changed = _changed(before, config)
+        if changed:
+            raise InputError(
+                f"{folder}: holds an exploration with another {', '.join(changed)}: give the same, or choose another "
+                "folder with run=NAME"
+            )
+    elif folder.model.exists() or any(folder.path.glob("round-*")):
+        raise InputError(f"{folder}: holds files that are of no exploration: choose another folder with run=NAME")
+    if not folder.start.exists():
+        write_json(folder.start, [one.to_dict() for one in _read(config)])
+    training.save_yaml(folder.config, config.model_dump())
+    return [Geometry(**values) for values in read_json(folder.start)]
+
+
+def _changed(before: ExploreConfig, now: ExploreConfig) -> list[str]:
+    a, b = (training.flat(one.model_dump()) for one in (before, now))
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in CHANGEABLE)
+
+
+def _read(config: ExploreConfig) -> list[Geometry]:
+    found: list[Geometry] = []
+    form = config.geometries.format
+    Selection(format=form)  # says if there is no such format
+    for path in expand(config.geometries.files):
+        for number, atoms in enumerate(xyz.frames(path, form), start=1):
+            where = f"{path}: frame {number}"
+            if atoms.pbc.any():
+                raise DataError(f"{where}: is periodic: explorations are of molecules, set pbc = False")
+            if len(atoms) < 2:
+                raise DataError(f"{where}: has {len(atoms)} atoms: give molecules of at least 2")
+            found.append(
+                Geometry(tuple(atoms.get_chemical_symbols()), atoms.positions, "start", len(found), item=len(found))
+            )
+    if not found:
+        raise DataError(f"{', '.join(config.geometries.files)}: contains no geometries: give at least one")
+    return found
+
+
+def _round(
+    config: ExploreConfig,
+    folder: ExploreFolder,
+    number: int,
+    starts: Sequence[Geometry],
+    known: list[Labelled],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Do a round, or what is left of it; what it has labelled is added to what is known."""
+    here = folder.round(number)
+    here.path.mkdir(parents=True, exist_ok=True)
+    if not here.chosen.exists():
+        write_json(here.chosen, _choose(config, folder, number, starts, known))
+    chosen = read_json(here.chosen)
+    geometries = [Geometry(**values) for values in chosen["geometries"]]
+    enough = number > 0 and len(geometries) < config.rounds.fewest
+    if geometries:
+        log.info("round %d: %d structures to label", number, len(geometries))
+    found = labels.label(geometries, config.labels, here.labels)
+    new = [Labelled(geometry, label, number) for geometry, label in zip(geometries, found, strict=True)]
+    if number == 0:
+        _check_starts(starts, new)
+    known += new
+    if here.result.exists():
+        return read_json(here.result)
+    data.write(folder, here, known, config.labels.calculator, config.labels.validation)
+    before = folder.round(number - 1).model if number else None
+    errors = _errors_of(before, new) if before is not None and any(one.label.energy is not None for one in new) else {}
+    settings = config.of_training(here.model, folder.databases(), here.split, before)
+    summary = runs.start(settings, restarted=True, progress=progress)
+    assert isinstance(summary, EnsembleSummary)
+    result = {
+        "round": number,
+        "structures": sum(one.label.energy is not None for one in known),
+        "labels": sum(len(one.label.failures) + (one.label.energy is not None) for one in known),
+        "failed": sum(one.label.energy is None for one in new),
+        "added": dict(Counter(one.geometry.source for one in new if one.label.energy is not None)),
+        "counts": chosen["counts"],
+        "duplicates": chosen["duplicates"],
+        "left": chosen["left"],
+        "deviations": [one.geometry.deviation for one in new],
+        "before": errors,
+        "validation": _of_summary(summary),
+        "test": _test(config, here),
+        "end": enough,
+    }
+    write_json(here.result, result)
+    _say(result)
+    return result
+
+
+def _choose(
+    config: ExploreConfig, folder: ExploreFolder, number: int, starts: Sequence[Geometry], known: Sequence[Labelled]
+) -> dict[str, Any]:
+    """What to label in a round: geometries and counts as plain values."""
+    if number == 0:
+        geometries = displaced(starts, config.geometries, config.seed)
+        return {"geometries": [one.to_dict() for one in geometries], "counts": {}, "duplicates": 0, "left": 0}
+    ensemble = model_file.load(folder.round(number - 1).model / "model.pt")
+    candidates, counts = _sample(config, folder.round(number), number, starts, KinMLCalculator(ensemble))
+    total = Counts()
+    for one in counts.values():
+        total += one
+    rows = selection.fingerprints(candidates, ensemble)
+    others = selection.fingerprints([one.geometry for one in known], ensemble)
+    taken, left = selection.farthest(rows, others, config.selection.most, config.selection.distinct)
+    return {
+        "geometries": [candidates[i].to_dict() for i in taken],
+        "counts": {source: asdict(one) for source, one in counts.items()},
+        "duplicates": len(candidates) - len(taken) - left,
+        "left": left,
+    }
+
+
+def _sample(
+    config: ExploreConfig, here: RoundFolder, number: int, starts: Sequence[Geometry], calculator: KinMLCalculator
+) -> tuple[list[Geometry], dict[str, Counts]]:
+    """The uncertain geometries of all items of a round, and counts by source."""
+    sampler = Sampler(calculator, config.sampling, config.selection)
+    todo = items(starts, config.sampling)
+    found: list[Geometry] = []
+    counts: dict[str, Counts] = {}
+    for item in todo:
+        file = here.samples(item.number)
+        if not file.exists():
+            geometries, of_item = sampler.run(item, [config.seed, number])
+            write_json(file, {"geometries": [one.to_dict() for one in geometries], "counts": asdict(of_item)})
+            log.info(
+                "round %d: %s at %g K (%d of %d): %d of %d geometries are uncertain",
+                number,
+                item.source,
+                item.temperature,
+                item.number + 1,
+                len(todo),
+                of_item.uncertain,
+                of_item.seen,
+            )
+        values = read_json(file)
+        found += [Geometry(**one) for one in values["geometries"]]
+        counts[item.source] = counts.get(item.source, Counts()) + Counts(**values["counts"])
+    return found, counts
+
+
+def _check_starts(starts: Sequence[Geometry], first: Sequence[Labelled]) -> None:
+    for start, one in zip(starts, first, strict=False):
+        if one.label.energy is None:
+            raise DataError(
+                f"geometry {start.molecule + 1} ({start.atoms.symbols}) cannot be labelled "
+                f"({one.label.failures[-1]}): correct it, or labels.calculator and labels.options, and choose another "
+                "folder with run=NAME"
+            )
+
+
+def _errors_of(model: Path, new: Sequence[Labelled]) -> dict[str, float]:
+    """Errors of the ensemble on what was labelled because it was uncertain, before it learns that."""
+    ensemble = model_file.load(model / "model.pt")
+    known = [one for one in new if one.label.energy is not None]
+    calculator = KinMLCalculator(ensemble)
+    energies, forces = [], []
+    for one in known:
+        atoms = one.geometry.atoms
+        assert one.label.energy is not None
+        assert one.label.forces is not None
+        energies.append((calculator.get_property("energy", atoms) - one.label.energy) / len(atoms))
+        forces.append((calculator.get_property("forces", atoms) - one.label.forces).ravel())
+    return {
+        "energy_per_atom": float(np.sqrt(np.mean(np.square(energies)))),
+        "forces": float(np.sqrt(np.mean(np.square(np.concatenate(forces))))),
+    }
+
+
+def _of_summary(summary: EnsembleSummary) -> dict[str, float]:
+    found = {"energy": summary.errors["validation"].rmse}
+    if "validation" in summary.forces:
+        found["forces"] = summary.forces["validation"].rmse
+    if "validation" in summary.spread:
+        found["deviation"] = summary.spread["validation"].energy
+    return found
+
+
+def _test(config: ExploreConfig, here: RoundFolder) -> dict[str, float]:
+    """RMSE on the data to test on, kcal/mol and kcal/mol/Å."""
+    if not config.test:
+        return {}
+    ensemble = model_file.load(here.model / "model.pt")
+    structures = concatenate([sources.read(path, Selection()) for path in expand(config.test)])
+    total = evaluate.total(evaluate.parts(structures, evaluate.evaluate(ensemble, structures), "test"))
+    found = {"energy": total.energy.rmse}
+    if total.forces is not None:
+        found["forces"] = total.forces.rmse
+    if total.spread is not None:
+        found["deviation"] = total.spread.energy
+    return found
+
+
+def _say(result: dict[str, Any]) -> None:
+    parts = [f"round {result['round']}: {result['structures']} structures"]
+    parts.append("added " + (", ".join(f"{n} of {source}" for source, n in result["added"].items()) or "none"))
+    for part in ("validation", "test"):
+        errors = result[part]
+        if errors:
+            parts.append(
+                f"{part} RMSE {errors['energy']:.3f} kcal/mol"
+                + (f", {errors['forces']:.3f} kcal/mol/Å" if "forces" in errors else "")
+            )
+    log.info("%s", "; ".join(parts))
+
+
+def _ending(config: ExploreConfig, folder: ExploreFolder, results: Sequence[dict[str, Any]]) -> str:
+    last = results[-1]
+    why = (
+        f"fewer than {config.rounds.fewest} structures are uncertain"
+        if last["end"]
+        else f"all {config.rounds.most} rounds are used up"
+    )
+    return (
+        f"{folder}: {why}; {last['structures']} structures in {folder.data}, the ensemble is {folder.model} "
+        f"(rounds: {len(results) - 1})"
+    )

@@ -1,0 +1,208 @@
+"""Geometries: displaced ones for the first models, and what an ensemble visits in a round.
+
+Each item of a round (a trajectory, the normal modes of a minimum at a temperature) draws from a generator of its own,
+seeded by exploration, round and item, so that it gives the same whenever it is done.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import ase.units
+import numpy as np
+from ase import Atoms
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+
+from kinml_fast.deploy.calculator import KinMLCalculator
+from kinml_fast.errors import DataError
+from kinml_fast.explore.config import GeometriesConfig, SamplingConfig, SelectionConfig
+from kinml_fast.explore.geometry import Geometry, broken
+from kinml_fast.kinetics.vibrations import Vibrations, fragments, vibrate
+
+log = logging.getLogger(__name__)
+
+_FORCE_CONSTANT = 20.0
+"""eV/Å², of the oscillators that displaced atoms are."""
+_TRIES = 100
+_SOFTEST = 100.0
+"""cm⁻¹: softer modes are displaced as if they were of this frequency, as they are not harmonic so far away."""
+_FMAX, _STEPS = 0.01, 300
+"""Of the optimisation of a minimum: it need not be a good one."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many geometries an item has looked at, and what became of them."""
+
+    seen: int = 0
+    certain: int = 0
+    uncertain: int = 0
+    lost: int = 0
+    broken: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def displaced(starts: Sequence[Geometry], settings: GeometriesConfig, seed: int) -> list[Geometry]:
+    """The geometries to begin with and displaced ones, `settings.count` together.
+
+    Raises
+    ------
+    DataError
+        Nearly all displaced geometries of a molecule are broken.
+    """
+    found = list(starts)
+    item = 0
+    while len(found) < settings.count:
+        start = starts[item % len(starts)]
+        temperature = settings.temperatures[item // len(starts) % len(settings.temperatures)]
+        rng = np.random.default_rng([seed, 0, item])
+        width = np.sqrt(ase.units.kB * temperature / _FORCE_CONSTANT)
+        for _ in range(_TRIES):
+            positions = start.positions + rng.normal(0.0, width, start.positions.shape)
+            if not broken(Atoms(start.symbols, positions), fragments(start.atoms)):
+                break
+        else:
+            raise DataError(
+                f"{start.atoms.symbols}: falls apart whenever its atoms are displaced as at {temperature:g} K: lower "
+                "geometries.temperatures"
+            )
+        found.append(
+            replace(start, positions=positions, source="displaced", temperature=temperature, item=item, step=0)
+        )
+        item += 1
+    return found
+
+
+@dataclass(frozen=True)
+class Item:
+    """A piece of the sampling of a round."""
+
+    source: str
+    start: Geometry
+    temperature: float
+    number: int
+
+
+def items(starts: Sequence[Geometry], settings: SamplingConfig) -> list[Item]:
+    """What is done in a round."""
+    found: list[Item] = []
+    for start in starts:
+        for temperature in settings.temperatures:
+            sources = ["dynamics"] * settings.trajectories + ["modes"] * bool(settings.modes)
+            found += [Item(source, start, temperature, len(found) + i) for i, source in enumerate(sources)]
+    return found
+
+
+class Sampler:
+    """Samples with an ensemble.
+
+    Parameters
+    ----------
+    calculator
+        Of the ensemble.
+    sampling, selection
+        How, and what counts as uncertain.
+    """
+
+    def __init__(self, calculator: KinMLCalculator, sampling: SamplingConfig, selection: SelectionConfig) -> None:
+        self._calculator, self._sampling, self._selection = calculator, sampling, selection
+        self._minima: dict[int, Vibrations | None] = {}
+
+    def run(self, item: Item, seed: Sequence[int]) -> tuple[list[Geometry], Counts]:
+        """The uncertain geometries that an item finds, and the counts of all."""
+        rng = np.random.default_rng([*seed, item.number])
+        ways: dict[str, Callable[[Item, np.random.Generator], Iterator[Geometry]]] = {
+            "dynamics": self._dynamics,
+            "modes": self._modes,
+        }
+        pieces = fragments(item.start.atoms)
+        found: list[Geometry] = []
+        counts = Counts()
+        for geometry in ways[item.source](item, rng):
+            kind = "broken"
+            if not broken(geometry.atoms, pieces):
+                value = self._deviation(geometry.atoms)
+                geometry = replace(geometry, deviation=value)
+                kind = "lost" if not value <= self._selection.upper else "uncertain"
+                kind = "certain" if value < self._selection.lower else kind
+            if kind == "uncertain":
+                found.append(geometry)
+            counts += Counts(seen=1, **{kind: 1})
+            if kind in ("broken", "lost") and item.source == "dynamics":
+                break
+        return found, counts
+
+    def minimum(self, start: Geometry) -> Vibrations | None:
+        """The minimum near a geometry on the ensemble's surface; None, and the log says why, if there is none."""
+        if start.molecule not in self._minima:
+            found = None
+            try:
+                found = vibrate(start.atoms, self._calculator, optimise=True, fmax=_FMAX, steps=_STEPS)
+                if broken(found.atoms, fragments(start.atoms)):
+                    log.info("%s: its minimum is broken, so that samples begin at the start", start.atoms.symbols)
+                    found = None
+            except DataError as error:
+                log.info("%s: samples begin at the start, as there is no minimum (%s)", start.atoms.symbols, error)
+            self._minima[start.molecule] = found
+        return self._minima[start.molecule]
+
+    def _deviation(self, atoms: Atoms) -> float:
+        """That of the ensemble, NaN where it gives no number."""
+        try:
+            self._calculator.calculate(atoms)
+        except DataError:
+            return float("nan")
+        results = self._calculator.results
+        if self._selection.deviation == "energy":
+            return float(results["energy_std"] / np.sqrt(len(atoms)))
+        return float(np.linalg.norm(results["forces_std"], axis=1).max())
+
+    def _dynamics(self, item: Item, rng: np.random.Generator) -> Iterator[Geometry]:
+        minimum = self.minimum(item.start)
+        atoms = item.start.atoms if minimum is None else minimum.atoms.copy()
+        atoms.calc = self._calculator
+        MaxwellBoltzmannDistribution(atoms, temperature_K=item.temperature, rng=rng)
+        dynamics = Langevin(
+            atoms,
+            self._sampling.timestep * ase.units.fs,
+            temperature_K=item.temperature,
+            friction=self._sampling.friction / ase.units.fs,
+            fixcm=False,
+            rng=rng,
+        )
+        for step in range(self._sampling.every, self._sampling.steps + 1, self._sampling.every):
+            try:
+                dynamics.run(self._sampling.every)
+            except DataError:  # atoms on top of each other, an energy that is no number
+                yield _of(item, np.zeros_like(atoms.positions), step)
+                return
+            yield _of(item, atoms.positions.copy(), step)
+
+    def _modes(self, item: Item, rng: np.random.Generator) -> Iterator[Geometry]:
+        minimum = self.minimum(item.start)
+        if minimum is None or minimum.imaginary:
+            return
+        # Classical: the mean of m ω² q² of each mode is kT.
+        thermal = ase.units.kB * item.temperature
+        softest = minimum.force_constants * (_SOFTEST / minimum.frequencies) ** 2
+        widths = np.sqrt(thermal / np.maximum(minimum.force_constants, softest))
+        unit = minimum.modes / np.linalg.norm(minimum.modes, axis=(1, 2))[:, None, None]
+        for sample in range(self._sampling.modes):
+            moves = (rng.normal(size=len(widths)) * widths)[:, None, None] * unit
+            yield _of(item, minimum.atoms.positions + moves.sum(axis=0), sample)
+
+
+def _of(item: Item, positions: np.ndarray, step: int) -> Geometry:
+    return replace(
+        item.start,
+        positions=positions,
+        source=item.source,
+        temperature=item.temperature,
+        step=step,
+        item=item.number,
+    )
