@@ -357,7 +357,7 @@ def _train(options: argparse.Namespace) -> int:
 def _explore(options: argparse.Namespace) -> int:
     from kinml_fast.explore import config, rounds
 
-    progress = _show_log()
+    progress = _show_log(only="kinml_fast.explore")  # the training of many models would hide all else
     settings = config.load(options.config, options.arguments)
     try:
         rounds.explore(settings, progress)
@@ -485,10 +485,11 @@ def _serve(options: argparse.Namespace) -> None:
     server.serve(KinMLCalculator(options.model, base=options.base, device=options.device), options.socket)
 
 
-def _show_log(quiet: bool = False) -> Progress:
+def _show_log(quiet: bool = False, only: str = "") -> Progress:
     """Show what the package logs on standard output; how progress is shown depends on whether that is a terminal.
 
-    Of several processes that train together only one is not `quiet`.
+    Of several processes that train together only one is not `quiet`. What is logged elsewhere than in the part `only`
+    is shown if it is a warning.
     """
     from kinml_fast.train import progress
 
@@ -497,8 +498,14 @@ def _show_log(quiet: bool = False) -> Progress:
         logger.setLevel(logging.ERROR)
         return progress.Progress()
     logger.setLevel(logging.INFO)
+
+    def of_part(record: logging.LogRecord) -> bool:
+        return record.name.startswith(only) or record.levelno >= logging.WARNING
+
     if not sys.stdout.isatty():
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+        plain = logging.StreamHandler(sys.stdout)
+        plain.addFilter(of_part)
+        logger.addHandler(plain)
         return progress.Progress()
     from rich.console import Console
     from rich.logging import RichHandler
@@ -506,6 +513,7 @@ def _show_log(quiet: bool = False) -> Progress:
     console = Console()
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
     # The live line says what the lines of the log say.
+    handler.addFilter(of_part)
     handler.addFilter(lambda record: record.name != progress.__name__)
     logger.addHandler(handler)
     return progress.LiveProgress(console)

@@ -12,7 +12,7 @@ from ase.calculators.calculator import BaseCalculator
 from kinml_fast.errors import ConfigError
 from kinml_fast.nn import EnergyModel, Ensemble
 
-TBLITE = "tblite:"
+_TBLITE = "tblite:"
 _WAYS = "an ASE calculator, tblite:METHOD (such as tblite:GFN1-xTB), or the model file of the low level"
 
 
@@ -34,11 +34,11 @@ def make(name: str | os.PathLike, of_file: Callable[..., BaseCalculator], **opti
         tblite is not installed or does not know the method, or there is no such model.
     """
     text = os.fspath(name)
-    if not text.startswith(TBLITE):
+    if not text.startswith(_TBLITE):
         if not Path(text).exists():
             raise ConfigError(f"{text}: is neither a file nor of the form tblite:METHOD: give {_WAYS}")
         return of_file(text, **options)
-    method = text.removeprefix(TBLITE)
+    method = text.removeprefix(_TBLITE)
     try:
         from tblite.ase import TBLite
     except ImportError as error:

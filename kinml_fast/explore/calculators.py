@@ -9,8 +9,6 @@ from typing import Any
 
 from ase.calculators.calculator import BaseCalculator, get_calculator_class
 
-from kinml_fast.deploy import low_level
-from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import ConfigError, first_line
 
 _WAYS = "tblite:METHOD, ASE's name of a calculator (orca, gaussian, psi4 …), module:Class or a model file"
@@ -22,7 +20,7 @@ def make(name: str, options: Mapping[str, Any]) -> BaseCalculator:
     Parameters
     ----------
     name
-        tblite:METHOD; the name of one of ASE's calculators; module:Class; a model file or run folder.
+        tblite:METHOD; the name of one of ASE's calculators; module:Class; a model file (.pt) or run folder.
     options
         Keyword arguments of it.
 
@@ -32,10 +30,12 @@ def make(name: str, options: Mapping[str, Any]) -> BaseCalculator:
         There is no such calculator, or it refuses the options.
     """
     try:
-        if name.startswith(low_level.TBLITE):
+        # A folder of an exploration may well be called orca.
+        if name.startswith("tblite:") or Path(name).suffix == ".pt" or (Path(name) / "model.pt").exists():
+            from kinml_fast.deploy import low_level
+            from kinml_fast.deploy.calculator import KinMLCalculator
+
             return low_level.make(name, KinMLCalculator, **options)
-        if Path(name).exists():
-            return KinMLCalculator(name, **options)
         module, colon, kind = name.partition(":")
         if colon:
             return getattr(importlib.import_module(module), kind)(**options)
@@ -44,6 +44,6 @@ def make(name: str, options: Mapping[str, Any]) -> BaseCalculator:
         raise
     except Exception as error:  # whatever a package runs into when it is imported or set up
         raise ConfigError(
-            f"labels.calculator {name} cannot be made ({type(error).__name__}: {first_line(error)}): give {_WAYS}, and "
-            "labels.options that it knows"
+            f"the calculator {name} cannot be made ({type(error).__name__}: {first_line(error)}): give {_WAYS}, and "
+            "options that it knows"
         ) from error

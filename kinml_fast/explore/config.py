@@ -33,6 +33,8 @@ class GeometriesConfig(Section):
 
     files: Annotated[list[str], Field(min_length=1)]
     """Files of geometries that ASE reads; one geometry is enough. No energies are taken from them."""
+    saddles: list[str] = Field(default=[])
+    """Files of guesses of saddle points; they are labelled with the geometries (sampling.saddles)."""
     format: str | None = None
     """Format of these files, by ASE's name; null: what the suffix or the contents say."""
     count: Count = 50
@@ -41,10 +43,22 @@ class GeometriesConfig(Section):
     temperatures: Temperatures = Field(default=[300.0, 1000.0, 2000.0])
     """Temperatures of the displacements, K; structures have them in turn."""
 
-    @field_validator("files", mode="before")
+    @field_validator("files", "saddles", mode="before")
     @classmethod
     def _one_file(cls, files: Any) -> Any:
         return [files] if isinstance(files, str) else files
+
+
+class UpperConfig(Section):
+    """A second, better level of theory, which labels only what the network of that level is unsure of: the models then
+    have two levels, the upper one a network on top of the lower (docs/levels.md)."""
+
+    calculator: str | None = None
+    """As labels.calculator, which is the lower level; null: there is one level."""
+    options: dict[str, Any] = Field(default={})
+    """Keyword arguments of the calculator."""
+    first: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the first structures that it labels too."""
 
 
 class LabelsConfig(Section):
@@ -60,6 +74,19 @@ class LabelsConfig(Section):
     """Time for one structure; what takes longer is ended, and counts as a failure. Each failure is tried once more."""
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the structures that the models are validated on. A structure keeps its part in all rounds."""
+    upper: UpperConfig = UpperConfig()
+    """See the section."""
+
+    @property
+    def levels(self) -> list[tuple[str, dict[str, Any]]]:
+        """Calculators and their options, lowest level first."""
+        found = [(self.calculator, self.options)]
+        return found if self.upper.calculator is None else [*found, (self.upper.calculator, self.upper.options)]
+
+    @property
+    def fidelities(self) -> list[int]:
+        """What the levels are called in the data."""
+        return [1] if self.upper.calculator is None else [0, 1]
 
 
 class SamplingConfig(Section):
@@ -79,6 +106,9 @@ class SamplingConfig(Section):
     """Every so many steps a geometry is looked at."""
     modes: Annotated[int, Field(ge=0)] = 100
     """Normal-mode samples of each minimum at each temperature: classical harmonic oscillators of the mean energy."""
+    saddles: bool = False
+    """Look for saddle points with Sella, from each of geometries.saddles, and from the climbing image of a band between
+    each two geometries of the same atoms in the same order, and follow the reaction path down to both sides."""
 
 
 class SelectionConfig(Section):
@@ -93,7 +123,8 @@ class SelectionConfig(Section):
     upper: Positive = 2.0
     """Above, the ensemble has lost its way: such geometries are counted, and end a trajectory."""
     most: Count = 50
-    """At most so many structures a round, the farthest from all others first."""
+    """At most so many structures a round, the farthest from all others first. With two levels, those of them are
+    labelled at the upper one too of which its own network's deviation lies above `lower`."""
     distinct: NotNegative = 0.01
     """Structures whose descriptors are nearer to each other than this are taken for one: mean and standard deviation of
     the atomic environment vectors of each element, and the Euclidean distance."""
@@ -119,14 +150,16 @@ class ExploreLossConfig(LossConfig):
 
     forces: bool = True
     """Whether forces are trained on; they have to be."""
+    force_weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """static: the share of L_F."""
 
 
 class ExploreTrainingConfig(TrainingConfig):
     """Training in each round: keys, and defaults that are not named here, are those of docs/configuration.md."""
 
-    epochs: Annotated[int, Field(gt=0)] = 300
+    epochs: Annotated[int, Field(gt=0)] = 200
     """Passes over the training structures in each round."""
-    batch_size: Count = 10
+    batch_size: Count = 5
     """Structures in a training batch."""
     dtype: Literal["float64", "float32"] = "float32"
     """Precision of descriptor and networks."""
@@ -189,8 +222,11 @@ class ExploreConfig(Section):
 
     @model_validator(mode="after")
     def _check_sampling(self) -> ExploreConfig:
-        if self.rounds.most and not (self.sampling.trajectories or self.sampling.modes):
+        sampling = self.sampling
+        if self.rounds.most and not (sampling.trajectories or sampling.modes or sampling.saddles):
             raise ValueError("sampling.trajectories and sampling.modes are both 0: sample something")
+        if self.geometries.saddles and not sampling.saddles:
+            raise ValueError("geometries.saddles has no use without sampling.saddles: set that to true")
         return self
 
     def of_training(self, run: Path, files: Sequence[Path], split: Path, start: Path | None) -> train_config.Config:
@@ -199,7 +235,12 @@ class ExploreConfig(Section):
         values = {
             **shared,
             "run": str(run),
-            "data": {"files": [str(file) for file in files], "split_file": str(split), "on_disk": False},
+            "data": {
+                "files": [str(file) for file in files],
+                "fidelity": self.labels.fidelities if len(self.labels.fidelities) > 1 else 1,
+                "split_file": str(split),
+                "on_disk": False,
+            },
         }
         if start is not None:
             values["start"] = {"model": str(start)}

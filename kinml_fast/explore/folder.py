@@ -41,10 +41,13 @@ class RoundFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.chosen = path / "chosen.json"
-        self.labels = path / "labels"
         self.split = path / "split.txt"
         self.model = path / "model"
         self.result = path / "round.json"
+
+    def labels(self, level: int) -> Path:
+        """The labels of a level, 0 is the lowest."""
+        return self.path / ("labels", "upper-labels")[level]
 
     def samples(self, item: int) -> Path:
         """What one item of the sampling has found."""

@@ -27,7 +27,7 @@ class Geometry:
     positions
         [n, 3], Å.
     source
-        How it was made: start, displaced, dynamics, modes, path.
+        How it was made: start, displaced, dynamics, modes, saddle.
     molecule
         The number of the geometry that it descends from, among those of the user.
     temperature
@@ -36,8 +36,9 @@ class Geometry:
         Of the trajectory, or the number of the sample.
     item
         What of the round it comes from.
-    deviation
-        Of the ensemble that it was found with, in the unit of selection.deviation; NaN without one.
+    deviations
+        Of the ensemble that it was found with, at the lowest level and of what each further level adds to that below,
+        in the unit of selection.deviation; none without an ensemble.
     """
 
     symbols: tuple[str, ...]
@@ -47,10 +48,11 @@ class Geometry:
     temperature: float = 0.0
     step: int = 0
     item: int = 0
-    deviation: float = float("nan")
+    deviations: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "symbols", tuple(self.symbols))
+        object.__setattr__(self, "deviations", tuple(self.deviations))
         object.__setattr__(self, "positions", np.asarray(self.positions, dtype=np.float64).reshape(-1, 3))
 
     @property
@@ -60,7 +62,7 @@ class Geometry:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**vars(self), "symbols": list(self.symbols), "positions": self.positions.tolist()}
+        return {**vars(self), "positions": self.positions.tolist()}
 
 
 def broken(atoms: Atoms, pieces: int) -> bool:

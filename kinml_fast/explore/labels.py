@@ -59,15 +59,19 @@ class Label:
         return cls(values["energy"], None if forces is None else np.array(forces), tuple(values["failures"]))
 
 
-def label(geometries: Sequence[Geometry], settings: LabelsConfig, folder: Path) -> list[Label]:
+def label(
+    geometries: Sequence[Geometry], calculator: str, options: dict[str, Any], settings: LabelsConfig, folder: Path
+) -> list[Label]:
     """Label structures, but for those that have their label in the folder from an earlier time.
 
     Parameters
     ----------
     geometries
         What to label.
+    calculator, options
+        By what.
     settings
-        By what, by how many processes.
+        By how many processes, in what time.
     folder
         Gets a file for each as soon as it is labelled, 00017.json, and, while that is done, a folder 00017 in which the
         calculator writes; of structures that failed it stays.
@@ -86,24 +90,28 @@ def label(geometries: Sequence[Geometry], settings: LabelsConfig, folder: Path) 
         if not file.exists():
             todo.put(number)
     if not todo.empty():
-        _in_processes(geometries, settings, files, todo)
+        _in_processes(geometries, {"calculator": calculator, "options": options}, settings, files, todo)
     found = [Label.load(file) for file in files]
     failed = [one for one in found if one.energy is None]
     if failed:
         log.warning("%d of %d structures could not be labelled: %s", len(failed), len(found), failed[0].failures[-1])
     if geometries and len(failed) == len(found):
         raise DataError(
-            f"{folder}: {settings.calculator} could label none of {len(found)} structures ({failed[0].failures[-1]}): "
-            "correct labels.calculator and labels.options, and remove this folder"
+            f"{folder}: {calculator} could label none of {len(found)} structures ({failed[0].failures[-1]}): "
+            "correct its name and options, and remove this folder"
         )
     return found
 
 
 def _in_processes(
-    geometries: Sequence[Geometry], settings: LabelsConfig, files: Sequence[Path], todo: queue.Queue[int]
+    geometries: Sequence[Geometry],
+    asked: dict[str, Any],
+    settings: LabelsConfig,
+    files: Sequence[Path],
+    todo: queue.Queue[int],
 ) -> None:
     total, stop, errors = todo.qsize(), threading.Event(), []
-    workers = [_Worker(settings) for _ in range(min(settings.workers, total))]
+    workers = [_Worker(asked, settings.seconds) for _ in range(min(settings.workers, total))]
 
     def work(worker: _Worker) -> None:
         try:
@@ -163,8 +171,8 @@ def _label_one(worker: _Worker, geometry: Geometry, file: Path, stop: threading.
 class _Worker:
     """A process that labels; another one takes its place when it ends or is ended."""
 
-    def __init__(self, settings: LabelsConfig) -> None:
-        self._settings = settings
+    def __init__(self, asked: dict[str, Any], seconds: float) -> None:
+        self._asked, self._seconds = asked, seconds
         self._process: subprocess.Popen | None = None
         self._ended = False
         self._guard = threading.Lock()
@@ -173,7 +181,7 @@ class _Worker:
         """The answer about a structure; that the process has ended, or took too long, is an answer too."""
         if self._process is None:
             self._begin()
-        return self._answer(structure, self._settings.seconds)
+        return self._answer(structure, self._seconds)
 
     def end(self) -> None:
         """End the process, and all that it has started, and begin no other."""
@@ -196,8 +204,7 @@ class _Worker:
                 # Each process has a core; of more threads, sums in another order would make other digits.
                 env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | dict(os.environ),
             )
-        asked = {"calculator": self._settings.calculator, "options": self._settings.options}
-        answer = self._answer(asked, _SECONDS_TO_START)
+        answer = self._answer(self._asked, _SECONDS_TO_START)
         if "refused" in answer:
             raise ConfigError(answer["refused"])
         if "failure" in answer and not self._ended:

@@ -24,15 +24,17 @@ from kinml_fast.deploy import evaluate, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import DataError, InputError
 from kinml_fast.explore import config as configuration
-from kinml_fast.explore import data, labels, selection
+from kinml_fast.explore import data, labels, report, selection
 from kinml_fast.explore.config import CHANGEABLE, ExploreConfig
 from kinml_fast.explore.data import Labelled
 from kinml_fast.explore.folder import ExploreFolder, RoundFolder, read_json, write_json
 from kinml_fast.explore.geometry import Geometry
-from kinml_fast.explore.sampling import Counts, Sampler, displaced, items
+from kinml_fast.explore.labels import Label
+from kinml_fast.explore.sampling import GUESS, Counts, Sampler, displaced, items
 from kinml_fast.train import config as training
 from kinml_fast.train import lock, runs
 from kinml_fast.train.ensembles import EnsembleSummary
+from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -59,12 +61,15 @@ def explore(config: ExploreConfig, progress: Progress | None = None) -> list[dic
         What is wrong with the configuration, the geometries, the calculator or the folder.
     """
     folder = ExploreFolder(config.run)
-    with lock.hold(folder.path):
+    logged = RunFolder(folder.path)
+    logged.log = folder.log
+    with lock.hold(folder.path), logged.logged():
         starts = _begin(config, folder)
         known: list[Labelled] = []
         results: list[dict[str, Any]] = []
         for number in range(config.rounds.most + 1):
             results.append(_round(config, folder, number, starts, known, progress))
+            report.write(folder, config, results)
             if results[-1]["end"]:
                 break
         last = folder.round(len(results) - 1).model / "model.pt"
@@ -104,7 +109,10 @@ def _read(config: ExploreConfig) -> list[Geometry]:
     found: list[Geometry] = []
     form = config.geometries.format
     Selection(format=form)  # says if there is no such format
-    for path in expand(config.geometries.files):
+    files = [(path, "start") for path in expand(config.geometries.files)]
+    if config.geometries.saddles:
+        files += [(path, GUESS) for path in expand(config.geometries.saddles)]
+    for path, source in files:
         for number, atoms in enumerate(xyz.frames(path, form), start=1):
             where = f"{path}: frame {number}"
             if atoms.pbc.any():
@@ -112,7 +120,7 @@ def _read(config: ExploreConfig) -> list[Geometry]:
             if len(atoms) < 2:
                 raise DataError(f"{where}: has {len(atoms)} atoms: give molecules of at least 2")
             found.append(
-                Geometry(tuple(atoms.get_chemical_symbols()), atoms.positions, "start", len(found), item=len(found))
+                Geometry(tuple(atoms.get_chemical_symbols()), atoms.positions, source, len(found), item=len(found))
             )
     if not found:
         raise DataError(f"{', '.join(config.geometries.files)}: contains no geometries: give at least one")
@@ -134,40 +142,64 @@ def _round(
         write_json(here.chosen, _choose(config, folder, number, starts, known))
     chosen = read_json(here.chosen)
     geometries = [Geometry(**values) for values in chosen["geometries"]]
-    enough = number > 0 and len(geometries) < config.rounds.fewest
-    if geometries:
-        log.info("round %d: %d structures to label", number, len(geometries))
-    found = labels.label(geometries, config.labels, here.labels)
-    new = [Labelled(geometry, label, number) for geometry, label in zip(geometries, found, strict=True)]
+    new = _label(config, here, number, geometries)
     if number == 0:
         _check_starts(starts, new)
     known += new
     if here.result.exists():
         return read_json(here.result)
-    data.write(folder, here, known, config.labels.calculator, config.labels.validation)
+    data.write(folder, here, known, config.labels)
     before = folder.round(number - 1).model if number else None
-    errors = _errors_of(before, new) if before is not None and any(one.label.energy is not None for one in new) else {}
     settings = config.of_training(here.model, folder.databases(), here.split, before)
     summary = runs.start(settings, restarted=True, progress=progress)
     assert isinstance(summary, EnsembleSummary)
+    failures = [label for one in new for label in one.labels if label is not None and label.energy is None]
     result = {
         "round": number,
-        "structures": sum(one.label.energy is not None for one in known),
-        "labels": sum(len(one.label.failures) + (one.label.energy is not None) for one in known),
-        "failed": sum(one.label.energy is None for one in new),
-        "added": dict(Counter(one.geometry.source for one in new if one.label.energy is not None)),
+        "structures": sum(one.known for one in known),
+        "labels": [sum(one.labels[level] is not None for one in known) for level in range(len(config.labels.levels))],
+        "failed": len(failures),
+        "added": dict(Counter(one.geometry.source for one in new if one.known)),
         "counts": chosen["counts"],
         "duplicates": chosen["duplicates"],
         "left": chosen["left"],
-        "deviations": [one.geometry.deviation for one in new],
-        "before": errors,
+        "surprises": _surprises(before, new, config),
         "validation": _of_summary(summary),
         "test": _test(config, here),
-        "end": enough,
+        "end": number > 0 and len(geometries) < config.rounds.fewest,
     }
     write_json(here.result, result)
     _say(result)
-    return result
+    return read_json(here.result)
+
+
+def _label(config: ExploreConfig, here: RoundFolder, number: int, geometries: Sequence[Geometry]) -> list[Labelled]:
+    """The labels of a round: of all geometries at the lowest level, of some of them at the upper one."""
+    levels = config.labels.levels
+    if geometries:
+        log.info("round %d: %d structures to label", number, len(geometries))
+    found: list[list[Label | None]] = []
+    wanted = list(range(len(geometries)))
+    for level, (name, options) in enumerate(levels):
+        if level:
+            below = found[-1]
+            wanted = [i for i in wanted if (label := below[i]) is not None and label.energy is not None]
+            wanted = [i for i in wanted if _asks(config, number, i, geometries[i], level)]
+            log.info("round %d: %d of them at the upper level", number, len(wanted))
+        of_level: list[Label | None] = [None] * len(geometries)
+        some = [geometries[i] for i in wanted]
+        for i, label in zip(wanted, labels.label(some, name, options, config.labels, here.labels(level)), strict=True):
+            of_level[i] = label
+        found.append(of_level)
+    return [Labelled(one, tuple(of_one), number) for one, *of_one in zip(geometries, *found, strict=True)]
+
+
+def _asks(config: ExploreConfig, number: int, place: int, geometry: Geometry, level: int) -> bool:
+    """Whether a geometry is to have a label at a level above the lowest."""
+    if number == 0:  # of all that came before, one more than its share would have been
+        share = config.labels.upper.first
+        return int((place + 1) * share) > int(place * share) or place == 0
+    return geometry.deviations[level] >= config.selection.lower
 
 
 def _choose(
@@ -224,30 +256,31 @@ def _sample(
 
 def _check_starts(starts: Sequence[Geometry], first: Sequence[Labelled]) -> None:
     for start, one in zip(starts, first, strict=False):
-        if one.label.energy is None:
-            raise DataError(
-                f"geometry {start.molecule + 1} ({start.atoms.symbols}) cannot be labelled "
-                f"({one.label.failures[-1]}): correct it, or labels.calculator and labels.options, and choose another "
-                "folder with run=NAME"
-            )
+        for label in one.labels:
+            if label is not None and label.energy is None:
+                raise DataError(
+                    f"geometry {start.molecule + 1} ({start.atoms.symbols}) cannot be labelled ({label.failures[-1]}): "
+                    "correct it, or the calculator and its options, and choose another folder with run=NAME"
+                )
 
 
-def _errors_of(model: Path, new: Sequence[Labelled]) -> dict[str, float]:
-    """Errors of the ensemble on what was labelled because it was uncertain, before it learns that."""
-    ensemble = model_file.load(model / "model.pt")
-    known = [one for one in new if one.label.energy is not None]
-    calculator = KinMLCalculator(ensemble)
-    energies, forces = [], []
+def _surprises(model: Path | None, new: Sequence[Labelled], config: ExploreConfig) -> list[list[float]]:
+    """Deviation and error, in its unit, of each structure that was labelled, by the ensemble that did not know it."""
+    known = [one for one in new if one.labels[-1] is not None and one.labels[-1].energy is not None]
+    if model is None or not known:
+        return []
+    calculator = KinMLCalculator(model_file.load(model / "model.pt"))
+    found = []
     for one in known:
-        atoms = one.geometry.atoms
-        assert one.label.energy is not None
-        assert one.label.forces is not None
-        energies.append((calculator.get_property("energy", atoms) - one.label.energy) / len(atoms))
-        forces.append((calculator.get_property("forces", atoms) - one.label.forces).ravel())
-    return {
-        "energy_per_atom": float(np.sqrt(np.mean(np.square(energies)))),
-        "forces": float(np.sqrt(np.mean(np.square(np.concatenate(forces))))),
-    }
+        atoms, label = one.geometry.atoms, one.labels[-1]
+        assert label is not None
+        assert label.energy is not None
+        if config.selection.deviation == "energy":
+            error = abs(calculator.get_property("energy", atoms) - label.energy) / np.sqrt(len(atoms))
+        else:
+            error = np.linalg.norm(calculator.get_property("forces", atoms) - label.forces, axis=1).max()
+        found.append([max(one.geometry.deviations), float(error)])
+    return found
 
 
 def _of_summary(summary: EnsembleSummary) -> dict[str, float]:
@@ -265,7 +298,8 @@ def _test(config: ExploreConfig, here: RoundFolder) -> dict[str, float]:
         return {}
     ensemble = model_file.load(here.model / "model.pt")
     structures = concatenate([sources.read(path, Selection()) for path in expand(config.test)])
-    total = evaluate.total(evaluate.parts(structures, evaluate.evaluate(ensemble, structures), "test"))
+    highest, predicted = ensemble.fidelities[-1:], evaluate.evaluate(ensemble, structures)
+    total = evaluate.total(evaluate.parts(structures, predicted, "test", highest, ensemble.fidelities))
     found = {"energy": total.energy.rmse}
     if total.forces is not None:
         found["forces"] = total.forces.rmse

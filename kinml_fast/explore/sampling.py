@@ -6,29 +6,34 @@ seeded by exploration, round and item, so that it gives the same whenever it is 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import ase.units
 import numpy as np
+import torch
 from ase import Atoms
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 
+from kinml_fast.deploy import members
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import DataError
 from kinml_fast.explore.config import GeometriesConfig, SamplingConfig, SelectionConfig
 from kinml_fast.explore.geometry import Geometry, broken
+from kinml_fast.kinetics import saddle
 from kinml_fast.kinetics.vibrations import Vibrations, fragments, vibrate
 
 log = logging.getLogger(__name__)
 
+GUESS = "guess"
+"""The source of geometries of the user that are near saddle points."""
 _FORCE_CONSTANT = 20.0
 """eV/Å², of the oscillators that displaced atoms are."""
 _TRIES = 100
 _SOFTEST = 100.0
-"""cm⁻¹: softer modes are displaced as if they were of this frequency, as they are not harmonic so far away."""
+"""cm⁻¹: softer and imaginary modes are displaced as if they were of this frequency."""
 _FMAX, _STEPS = 0.01, 300
 """Of the optimisation of a minimum: it need not be a good one."""
 
@@ -56,6 +61,7 @@ def displaced(starts: Sequence[Geometry], settings: GeometriesConfig, seed: int)
         Nearly all displaced geometries of a molecule are broken.
     """
     found = list(starts)
+    pieces = [fragments(start.atoms) for start in starts]
     item = 0
     while len(found) < settings.count:
         start = starts[item % len(starts)]
@@ -64,7 +70,7 @@ def displaced(starts: Sequence[Geometry], settings: GeometriesConfig, seed: int)
         width = np.sqrt(ase.units.kB * temperature / _FORCE_CONSTANT)
         for _ in range(_TRIES):
             positions = start.positions + rng.normal(0.0, width, start.positions.shape)
-            if not broken(Atoms(start.symbols, positions), fragments(start.atoms)):
+            if not broken(Atoms(start.symbols, positions), pieces[item % len(starts)]):
                 break
         else:
             raise DataError(
@@ -80,21 +86,30 @@ def displaced(starts: Sequence[Geometry], settings: GeometriesConfig, seed: int)
 
 @dataclass(frozen=True)
 class Item:
-    """A piece of the sampling of a round."""
+    """A piece of the sampling of a round: what is done, from where, at which temperature (K).
+
+    A saddle point is looked for between `start` and `other`, or, without an `other`, near `start`.
+    """
 
     source: str
     start: Geometry
     temperature: float
     number: int
+    other: Geometry | None = None
 
 
 def items(starts: Sequence[Geometry], settings: SamplingConfig) -> list[Item]:
     """What is done in a round."""
     found: list[Item] = []
-    for start in starts:
+    wells = [start for start in starts if start.source != GUESS]
+    for start in wells:
         for temperature in settings.temperatures:
             sources = ["dynamics"] * settings.trajectories + ["modes"] * bool(settings.modes)
             found += [Item(source, start, temperature, len(found) + i) for i, source in enumerate(sources)]
+    if settings.saddles:
+        pairs: list[tuple[Geometry, Geometry | None]] = [(one, None) for one in starts if one.source == GUESS]
+        pairs += [(a, b) for a, b in itertools.combinations(wells, 2) if a.symbols == b.symbols]
+        found += [Item("saddle", a, 0.0, len(found) + i, b) for i, (a, b) in enumerate(pairs)]
     return found
 
 
@@ -119,6 +134,7 @@ class Sampler:
         ways: dict[str, Callable[[Item, np.random.Generator], Iterator[Geometry]]] = {
             "dynamics": self._dynamics,
             "modes": self._modes,
+            "saddle": self._saddle,
         }
         pieces = fragments(item.start.atoms)
         found: list[Geometry] = []
@@ -126,14 +142,14 @@ class Sampler:
         for geometry in ways[item.source](item, rng):
             kind = "broken"
             if not broken(geometry.atoms, pieces):
-                value = self._deviation(geometry.atoms)
-                geometry = replace(geometry, deviation=value)
-                kind = "lost" if not value <= self._selection.upper else "uncertain"
-                kind = "certain" if value < self._selection.lower else kind
+                geometry = replace(geometry, deviations=self._deviations(geometry.atoms))
+                largest = max(geometry.deviations)
+                kind = "lost" if not largest <= self._selection.upper else "uncertain"
+                kind = "certain" if largest < self._selection.lower else kind
             if kind == "uncertain":
                 found.append(geometry)
             counts += Counts(seen=1, **{kind: 1})
-            if kind in ("broken", "lost") and item.source == "dynamics":
+            if item.source == "dynamics" and kind in ("broken", "lost"):
                 break
         return found, counts
 
@@ -151,22 +167,34 @@ class Sampler:
             self._minima[start.molecule] = found
         return self._minima[start.molecule]
 
-    def _deviation(self, atoms: Atoms) -> float:
-        """That of the ensemble, NaN where it gives no number."""
-        try:
-            self._calculator.calculate(atoms)
-        except DataError:
-            return float("nan")
-        results = self._calculator.results
-        if self._selection.deviation == "energy":
-            return float(results["energy_std"] / np.sqrt(len(atoms)))
-        return float(np.linalg.norm(results["forces_std"], axis=1).max())
+    def _deviations(self, atoms: Atoms) -> tuple[float, ...]:
+        """Those of the ensemble, see `Geometry`; NaN where it gives no number."""
+        model = self._calculator.model
+        species = torch.tensor([model.elements.index(symbol) for symbol in atoms.symbols], device=model.sae.device)
+        energies, forces = members.energies_and_forces(
+            model,
+            torch.from_numpy(atoms.positions).to(model.sae.device, model.dtype),
+            species,
+            torch.tensor([0, len(atoms)], device=model.sae.device),
+        )
+        found = []
+        for level in range(model.levels):
+            below = level - 1
+            if self._selection.deviation == "energy":
+                of_level = energies[:, level] - (energies[:, below] if level else 0.0)
+                found.append(float(members.deviation(of_level)[0] / np.sqrt(len(atoms))))
+            else:
+                own = forces[:, level] - (forces[:, below] if level else 0.0)
+                found.append(float(np.linalg.norm(members.deviation(own), axis=1).max()))
+        return tuple(value if np.isfinite(value) else float("nan") for value in found)
 
     def _dynamics(self, item: Item, rng: np.random.Generator) -> Iterator[Geometry]:
         minimum = self.minimum(item.start)
         atoms = item.start.atoms if minimum is None else minimum.atoms.copy()
         atoms.calc = self._calculator
-        MaxwellBoltzmannDistribution(atoms, temperature_K=item.temperature, rng=rng)
+        atoms.set_momenta(
+            rng.normal(size=(len(atoms), 3)) * np.sqrt(atoms.get_masses() * ase.units.kB * item.temperature)[:, None]
+        )
         dynamics = Langevin(
             atoms,
             self._sampling.timestep * ase.units.fs,
@@ -185,16 +213,34 @@ class Sampler:
 
     def _modes(self, item: Item, rng: np.random.Generator) -> Iterator[Geometry]:
         minimum = self.minimum(item.start)
-        if minimum is None or minimum.imaginary:
+        if minimum is None:
             return
-        # Classical: the mean of m ω² q² of each mode is kT.
-        thermal = ase.units.kB * item.temperature
-        softest = minimum.force_constants * (_SOFTEST / minimum.frequencies) ** 2
-        widths = np.sqrt(thermal / np.maximum(minimum.force_constants, softest))
+        # Classical: the mean of m ω² q² of each mode is kT. What is soft or imaginary is flat, not harmonic.
+        frequencies = np.maximum(abs(minimum.frequencies), _SOFTEST)
+        constants = abs(minimum.force_constants) * np.square(frequencies / np.maximum(abs(minimum.frequencies), 1e-3))
+        widths = np.sqrt(ase.units.kB * item.temperature / constants)
         unit = minimum.modes / np.linalg.norm(minimum.modes, axis=(1, 2))[:, None, None]
         for sample in range(self._sampling.modes):
             moves = (rng.normal(size=len(widths)) * widths)[:, None, None] * unit
             yield _of(item, minimum.atoms.positions + moves.sum(axis=0), sample)
+
+    def _saddle(self, item: Item, rng: np.random.Generator) -> Iterator[Geometry]:
+        """A band's climbing image, a saddle point, and the path through it, as far as they are found."""
+        frames: list[Atoms] = []
+        try:
+            guess = item.start.atoms
+            if item.other is not None:
+                ends = [self.minimum(one) for one in (item.start, item.other)]
+                if ends[0] is None or ends[1] is None:
+                    return
+                guess = saddle.between(ends[0].atoms, ends[1].atoms, self._calculator, steps=_STEPS)
+                frames.append(guess)
+            found, _ = saddle.search(guess, self._calculator, fmax=_FMAX, steps=_STEPS)
+            frames += saddle.follow(found, self._calculator, steps=_STEPS).frames
+        except DataError as error:
+            log.info("%s: the search for a saddle point ends early (%s)", item.start.atoms.symbols, error)
+        for step, frame in enumerate(frames):
+            yield _of(item, frame.positions.copy(), step)
 
 
 def _of(item: Item, positions: np.ndarray, step: int) -> Geometry:

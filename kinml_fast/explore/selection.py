@@ -62,11 +62,13 @@ def farthest(candidates: np.ndarray, known: np.ndarray, most: int, distinct: flo
     int
         How many further ones would be distinct if more were taken; ones that are equally far count once each.
     """
+    if not len(candidates):
+        return [], 0
     distances = np.full(len(candidates), np.inf)
     for row in known:
         distances = np.minimum(distances, _distances(candidates, row))
     taken: list[int] = []
-    while len(candidates) and len(taken) < most:
+    while len(taken) < most:
         next_one = int(np.argmax(distances))
         if distances[next_one] < distinct or next_one in taken:
             break
