@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import signal
@@ -18,13 +19,14 @@ from ase import Atoms
 from ase.build import molecule
 from label_calculators import Deeper, Springs
 
-from kinml_fast import KinMLCalculator
+from kinml_fast import KinMLCalculator, report
 from kinml_fast.cli import main
 from kinml_fast.data import Selection, read
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import ConfigError, DataError, InputError
 from kinml_fast.explore import config as configuration
 from kinml_fast.explore import labels, sampling, selection
+from kinml_fast.explore import report as explore_report
 from kinml_fast.explore.config import GeometriesConfig, LabelsConfig, SamplingConfig, SelectionConfig
 from kinml_fast.explore.folder import ExploreFolder, read_json
 from kinml_fast.explore.geometry import Geometry, broken
@@ -52,6 +54,8 @@ def _calculators_of_the_tests(monkeypatch):
     """Processes that label find label_calculators."""
     places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+    # Drawing takes longer than all that is tested here.
+    monkeypatch.setattr(report, "_save", lambda figure, path: path.touch())
 
 
 def water(count: int = 1, seed: int = 0) -> list[Geometry]:
@@ -176,6 +180,26 @@ def test_two_levels(tmp_path):
             atoms.calc = calculator
             assert structures.energies[level, i] == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
     assert model_file.load(tmp_path / "run" / "model.pt").fidelities == (0, 1)
+
+
+def test_the_report(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    counts = {"seen": 30, "certain": 11, "uncertain": 12, "lost": 2, "broken": 5}
+    first = {"round": 0, "structures": 16, "labels": [16], "failed": 0, "added": {"start": 1, "displaced": 15}}
+    first |= {"counts": {}, "duplicates": 0, "left": 0, "surprises": [], "test": {}, "end": False}
+    first |= {"validation": {"energy": 2.0, "forces": 5.0, "deviation": 1.0}}
+    second = first | {"round": 1, "labels": [22], "counts": {"dynamics": counts, "modes": counts}, "duplicates": 4}
+    second |= {"added": {"dynamics": 6}, "surprises": [[0.1, 0.2], [0.3, 0.1]], "failed": 1}
+    config = configuration.with_values({"run": "x", "geometries": {"files": ["x.xyz"]}}, "here")
+    explore_report.write(ExploreFolder(tmp_path), config, [first, second])
+    for name in ("rounds.png", "surprises.png"):
+        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "report" / "rounds.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[1]["broken"] == "10"
+    assert rows[1]["seen"] == "60"
+    assert [row["labels"] for row in rows] == ["16", "22"]
+    assert [row["validation_forces"] for row in rows] == ["5.0", "5.0"]
 
 
 # Labels

@@ -591,8 +591,8 @@ class StartConfig(Section):
 
     model: str | None = None
     """model.pt of a run, or the run's folder, or one of its checkpoints: last.pt, best.pt, epoch-*.pt (where that run
-    averaged its weights, their average, but with optimizer: keep the weights that the optimizer moved); null: new
-    weights."""
+    averaged its weights, their average, but with optimizer: keep the weights that the optimizer moved); for an ensemble
+    also the run folder of another one, whose members each begin one; null: new weights."""
     optimizer: Literal["reset", "keep"] = "reset"
     """Begin with a new optimizer, or keep the state of the optimizer (running means, number of steps), the learned
     factors of the loss and the moving average of the weights, which last.pt and epoch-*.pt hold. Learning rate, other
