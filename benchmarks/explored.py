@@ -1,13 +1,13 @@
-"""Data that a model asks for, against as many random structures: the errors of both by the number of labels.
+"""Data that a model asks for, against as many random structures: the errors of models that are trained on both.
 
     python benchmarks/explored.py FOLDER                 # an hour on two cores; goes on where it was
-    python benchmarks/explored.py FOLDER --isomer 1-ethynylallyl --rounds 8
+    python benchmarks/explored.py FOLDER --isomer cyclopentadienyl --rounds 8 --numbers 100 200 400
 
 From one geometry of C5H5 `kinml-fast explore` gathers structures with labels of GFN2-xTB (tblite). They are compared
 with random ones of the same geometry: harmonic draws of tblite's own normal modes at the temperatures of the
-exploration, and displaced atoms. All are trained with the same recipe and ensembles of the same size, random ones with
-as many epochs as all rounds of the exploration together, and are tested on structures that neither way has drawn:
-snapshots of Langevin dynamics at 1,000 K by tblite. Then frequencies: the ensemble's minimum and harmonic frequencies
+exploration, and displaced atoms. Models are trained anew on the first so many of each, with the recipe of the
+exploration and the same number of optimizer steps, and are tested on structures that no way has drawn: snapshots of
+Langevin dynamics at 1,000 K by tblite. Then frequencies: the minimum and harmonic frequencies of the explored ensemble
 against tblite's own.
 """
 
@@ -127,16 +127,18 @@ def cached(path: Path, make) -> list[Atoms]:
     return ase.io.read(path, ":")
 
 
-def trained(folder: Path, frames: list[Atoms], settings: configuration.ExploreConfig, epochs: int) -> Path:
-    """The ensemble of the exploration's recipe, trained on these structures."""
+def trained(folder: Path, frames: list[Atoms], settings: configuration.ExploreConfig, steps: int, members: int) -> Path:
+    """Models by the exploration's recipe, trained anew on these structures."""
     folder.mkdir(parents=True, exist_ok=True)
-    ase.io.write(folder / "data.xyz", frames, format="extxyz")
-    values = settings.model_dump(include={"descriptor", "network", "training", "ensemble"})
-    values["training"]["epochs"] = epochs
+    if not (folder / "data.xyz").exists():
+        ase.io.write(folder / "data.xyz", frames, format="extxyz")
+    values = settings.model_dump(include={"descriptor", "network", "training"})
     share = settings.labels.validation
+    values["training"]["epochs"] = round(steps * values["training"]["batch_size"] / (len(frames) * (1 - share)))
     values |= {
         "run": str(folder / "model"),
         "data": {"files": [str(folder / "data.xyz")], "split": [1 - share, share, 0], "on_disk": False},
+        "ensemble": {"members": members},
     }
     runs.start(train_config.from_dict(values), restarted=True)
     return folder / "model" / "model.pt"
@@ -145,10 +147,12 @@ def trained(folder: Path, frames: list[Atoms], settings: configuration.ExploreCo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--isomer", default="cyclopentadienyl")
+    parser.add_argument("--isomer", default="1-ethynylallyl")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--random", type=int, nargs="*", help="numbers of random structures; default: of all rounds")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="of the exploration")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[100, 200, 300, 600], help="of structures")
+    parser.add_argument("--steps", type=int, default=15000, help="of the optimizer, for each model")
+    parser.add_argument("--members", type=int, default=4, help="models that are trained on each set of structures")
+    parser.add_argument("--keys", nargs="*", default=[], metavar="key=value", help="of the exploration")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("kinml_fast.explore").setLevel(logging.INFO)
@@ -168,32 +172,26 @@ def main() -> None:
         "test": [str(folder / "test.xyz")],
     }
     settings = train_config.changed(configuration.ExploreConfig, values, options.keys, "explored.py")
-    found = rounds.explore(settings)
-    rows = [{"way": "explored", "labels": one["labels"], **one["test"]} for one in found]
-    epochs = settings.training.epochs * len(found)
+    rounds.explore(settings)
     second = hessian(minimum)
-    numbers = options.random or [one["labels"] for one in found]
-    most = max(numbers)
-    temperatures = list(settings.sampling.temperatures)
+    most, temperatures = max(options.numbers), list(settings.sampling.temperatures)
+    as_many = settings.geometries.model_copy(update={"count": most})
+    start = [Geometry(tuple(minimum.symbols), minimum.positions, "start")]
     ways = {
+        "explored": ase.io.read(folder / "explored" / "data" / "explored.xyz", ":"),
         "normal modes": cached(folder / "modes.xyz", lambda: harmonic(minimum, second, temperatures, most)),
         "displaced": cached(
-            folder / "displaced.xyz",
-            lambda: [
-                labelled(one.atoms)
-                for one in displaced(
-                    [Geometry(tuple(minimum.symbols), minimum.positions, "start")],
-                    settings.geometries.model_copy(update={"count": most}),
-                    13,
-                )
-            ],
+            folder / "displaced.xyz", lambda: [labelled(one.atoms) for one in displaced(start, as_many, 13)]
         ),
     }
-    for number in numbers:
+    rows = []
+    for number in options.numbers:
         for way, frames in ways.items():
-            model = trained(folder / f"{way.replace(' ', '-')}-{number}", frames[:number], settings, epochs)
-            rows.append({"way": way, "labels": number, **errors(model, test)})
-            log.info("%s", rows[-1])
+            if len(frames) >= number:
+                place = folder / f"{way.replace(' ', '-')}-{number}"
+                model = trained(place, frames[:number], settings, options.steps, options.members)
+                rows.append({"way": way, "labels": number, **errors(model, test)})
+                log.info("%-14s %5d labels  %.3f kcal/mol  %.3f kcal/mol/Å", *rows[-1].values())
     own = modes(minimum, second)[0]
     ours = vibrate(Atoms(minimum.symbols, minimum.positions), KinMLCalculator(folder / "explored"), optimise=True)
     apart = abs(ours.frequencies - own)
@@ -205,8 +203,6 @@ def main() -> None:
         "largest": float(apart.max()),
     }
     write_json(folder / "explored.json", result)
-    for row in rows:
-        log.info("%-14s %5d labels  %.3f kcal/mol  %.3f kcal/mol/Å", *row.values())
     log.info("frequencies against tblite: mean %.1f, largest %.1f cm⁻¹", apart.mean(), apart.max())
 
 

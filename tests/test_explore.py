@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import ase.io
 import numpy as np
@@ -370,6 +372,45 @@ def test_samples_are_those_of_their_item_and_classes_of_the_window():
         todo[0], [0, 1]
     )
     assert (counts.seen, counts.lost) == (1, 1)
+
+
+def test_saddle_points_between_geometries_and_near_guesses(monkeypatch, caplog):
+    calculator = KinMLCalculator(ensemble())
+    (a, b, other) = water(3)
+    starts = [replace(a, source="start"), replace(b, source="start", molecule=1), replace(other, source="guess")]
+    starts.append(Geometry(("O", "O"), [[0, 0, 0], [0, 0, 1.2]], "start", 3))
+    settings = SamplingConfig(trajectories=0, modes=0, saddles=True)
+    todo = sampling.items(starts, settings)
+    assert [(item.start.source, item.start.molecule, getattr(item.other, "molecule", None)) for item in todo] == [
+        ("guess", 0, None),
+        ("start", 0, 1),
+    ]
+    sampler = sampling.Sampler(calculator, settings, SelectionConfig(lower=0.0, upper=1e9))
+    band = molecule("H2O")
+    monkeypatch.setattr(sampler, "minimum", lambda start: SimpleNamespace(atoms=start.atoms))
+    monkeypatch.setattr(sampling.saddle, "between", lambda first, second, calculator, steps: band)
+    monkeypatch.setattr(sampling.saddle, "search", lambda guess, calculator, **options: (guess, 3))
+    path = SimpleNamespace(frames=[other.atoms, band])
+    monkeypatch.setattr(sampling.saddle, "follow", lambda found, calculator, **options: path)
+    found, counts = sampler.run(todo[1], [0, 1])
+    assert [one.positions.tolist() for one in found] == [x.positions.tolist() for x in (band, other.atoms, band)]
+    assert {one.source for one in found} == {"saddle"}
+    assert len(sampler.run(todo[0], [0, 1])[0]) == 2
+
+    def lost(guess, calculator, **options):
+        raise np.linalg.LinAlgError("singular")
+
+    monkeypatch.setattr(sampling.saddle, "search", lost)
+    with caplog.at_level("INFO"):
+        assert len(sampler.run(todo[1], [0, 1])[0]) == 1
+        assert sampler.run(todo[0], [0, 1])[0] == []
+    assert "the search for a saddle point ends early (singular)" in caplog.text
+
+
+def test_saddle_points_without_sella(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"sampling\.saddles needs Sella, which is not installed"):
+        explore(small(tmp_path, "sampling.saddles=true"))
 
 
 def test_a_minimum_that_dissociates_is_said_and_sampled_around_the_start(caplog):

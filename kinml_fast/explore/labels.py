@@ -153,7 +153,7 @@ def _label_one(worker: _Worker, geometry: Geometry, file: Path, stop: threading.
     energy = forces = None
     while len(failures) < ATTEMPTS:
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        scratch.mkdir(exist_ok=True)
         answer = worker.ask(
             {"symbols": geometry.symbols, "positions": geometry.positions.tolist(), "scratch": str(scratch.resolve())}
         )

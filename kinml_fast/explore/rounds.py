@@ -7,6 +7,7 @@ data.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
 from collections import Counter
@@ -22,7 +23,7 @@ from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.structures import concatenate
 from kinml_fast.deploy import evaluate, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
-from kinml_fast.errors import DataError, InputError
+from kinml_fast.errors import ConfigError, DataError, InputError
 from kinml_fast.explore import config as configuration
 from kinml_fast.explore import data, labels, report, selection
 from kinml_fast.explore.config import CHANGEABLE, ExploreConfig
@@ -81,8 +82,10 @@ def explore(config: ExploreConfig, progress: Progress | None = None) -> list[dic
 
 def _begin(config: ExploreConfig, folder: ExploreFolder) -> list[Geometry]:
     """The geometries of the user, once it is clear that the folder is of this exploration."""
-    for part in (folder.path, folder.data):
-        for path in part.glob(".*.part"):
+    if config.sampling.saddles and importlib.util.find_spec("sella") is None:
+        raise ConfigError("sampling.saddles needs Sella, which is not installed: pip install sella")
+    for path in folder.path.rglob(".*.part"):
+        if "model" not in path.relative_to(folder.path).parts:  # training clears up for itself
             path.unlink(missing_ok=True)
     if folder.config.exists():
         before = configuration.with_values(training.read_yaml(folder.config, ()), str(folder.config))

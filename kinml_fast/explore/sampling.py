@@ -19,7 +19,7 @@ from ase.md.langevin import Langevin
 
 from kinml_fast.deploy import members
 from kinml_fast.deploy.calculator import KinMLCalculator
-from kinml_fast.errors import DataError
+from kinml_fast.errors import ConfigError, DataError, first_line
 from kinml_fast.explore.config import GeometriesConfig, SamplingConfig, SelectionConfig
 from kinml_fast.explore.geometry import Geometry, broken
 from kinml_fast.kinetics import saddle
@@ -237,8 +237,11 @@ class Sampler:
                 frames.append(guess)
             found, _ = saddle.search(guess, self._calculator, fmax=_FMAX, steps=_STEPS)
             frames += saddle.follow(found, self._calculator, steps=_STEPS).frames
-        except DataError as error:
-            log.info("%s: the search for a saddle point ends early (%s)", item.start.atoms.symbols, error)
+        except ConfigError:
+            raise
+        except Exception as error:  # far from data Sella runs into whatever its matrices do
+            why = first_line(error)
+            log.info("%s: the search for a saddle point ends early (%s)", item.start.atoms.symbols, why)
         for step, frame in enumerate(frames):
             yield _of(item, frame.positions.copy(), step)
 
