@@ -147,6 +147,8 @@ def test_an_exploration_ends_when_little_is_uncertain_and_is_not_done_again(tmp_
     config = small(tmp_path, "selection.lower=99", "rounds.most=5", "sampling.trajectories=0")
     results = explore(config)
     assert [one["end"] for one in results] == [False, True]
+    assert [one["found"] for one in results] == [16, 0]
+    assert not (tmp_path / "run/round-001/model").exists()  # there was nothing to learn
     assert results[1]["counts"]["modes"]["certain"] == results[1]["counts"]["modes"]["seen"] > 0
     before = gathered(tmp_path / "run")
     with caplog.at_level("INFO"):
@@ -392,7 +394,7 @@ def test_saddle_points_between_geometries_and_near_guesses(monkeypatch, caplog):
     monkeypatch.setattr(sampling.saddle, "search", lambda guess, calculator, **options: (guess, 3))
     path = SimpleNamespace(frames=[other.atoms, band])
     monkeypatch.setattr(sampling.saddle, "follow", lambda found, calculator, **options: path)
-    found, counts = sampler.run(todo[1], [0, 1])
+    found, _ = sampler.run(todo[1], [0, 1])
     assert [one.positions.tolist() for one in found] == [x.positions.tolist() for x in (band, other.atoms, band)]
     assert {one.source for one in found} == {"saddle"}
     assert len(sampler.run(todo[0], [0, 1])[0]) == 2

@@ -69,15 +69,21 @@ def explore(config: ExploreConfig, progress: Progress | None = None) -> list[dic
         known: list[Labelled] = []
         results: list[dict[str, Any]] = []
         for number in range(config.rounds.most + 1):
-            results.append(_round(config, folder, number, starts, known, progress))
+            result = _round(config, folder, number, starts, known, progress)
+            enough = number > 0 and result["found"] < config.rounds.fewest
+            results.append(result | {"end": enough})
             report.write(folder, config, results)
-            if results[-1]["end"]:
+            if enough:
                 break
-        last = folder.round(len(results) - 1).model / "model.pt"
         with replacing(folder.model) as temporary:
-            shutil.copyfile(last, temporary)
+            shutil.copyfile(_last_model(folder, len(results)) / "model.pt", temporary)
     log.info("%s", _ending(config, folder, results))
     return results
+
+
+def _last_model(folder: ExploreFolder, number: int) -> Path:
+    """The run of the ensemble of the last round before this one that has labelled anything."""
+    return next(run for i in reversed(range(number)) if (run := folder.round(i).model).exists())
 
 
 def _begin(config: ExploreConfig, folder: ExploreFolder) -> list[Geometry]:
@@ -151,14 +157,18 @@ def _round(
     known += new
     if here.result.exists():
         return read_json(here.result)
-    data.write(folder, here, known, config.labels)
-    before = folder.round(number - 1).model if number else None
-    settings = config.of_training(here.model, folder.databases(), here.split, before)
-    summary = runs.start(settings, restarted=True, progress=progress)
-    assert isinstance(summary, EnsembleSummary)
+    before = _last_model(folder, number) if number else None
+    errors: dict[str, float] = {}
+    if any(one.known for one in new):
+        data.write(folder, here, known, config.labels)
+        settings = config.of_training(here.model, folder.databases(), here.split, before)
+        summary = runs.start(settings, restarted=True, progress=progress)
+        assert isinstance(summary, EnsembleSummary)
+        errors = _of_summary(summary)
     failures = [label for one in new for label in one.labels if label is not None and label.energy is None]
     result = {
         "round": number,
+        "found": len(geometries),
         "structures": sum(one.known for one in known),
         "labels": [sum(one.labels[level] is not None for one in known) for level in range(len(config.labels.levels))],
         "failed": len(failures),
@@ -167,9 +177,8 @@ def _round(
         "duplicates": chosen["duplicates"],
         "left": chosen["left"],
         "surprises": _surprises(before, new, config),
-        "validation": _of_summary(summary),
-        "test": _test(config, here),
-        "end": number > 0 and len(geometries) < config.rounds.fewest,
+        "validation": errors,
+        "test": _test(config, here) if errors else {},
     }
     write_json(here.result, result)
     _say(result)
@@ -212,7 +221,7 @@ def _choose(
     if number == 0:
         geometries = displaced(starts, config.geometries, config.seed)
         return {"geometries": [one.to_dict() for one in geometries], "counts": {}, "duplicates": 0, "left": 0}
-    ensemble = model_file.load(folder.round(number - 1).model / "model.pt")
+    ensemble = model_file.load(_last_model(folder, number) / "model.pt")
     candidates, counts = _sample(config, folder.round(number), number, starts, KinMLCalculator(ensemble))
     total = Counts()
     for one in counts.values():
