@@ -39,6 +39,7 @@ from kinml_fast.explore.folder import write_json
 from kinml_fast.explore.geometry import Geometry
 from kinml_fast.explore.sampling import displaced
 from kinml_fast.kinetics import vibrate
+from kinml_fast.report import drawn
 from kinml_fast.train import config as train_config
 from kinml_fast.train import runs
 
@@ -144,6 +145,17 @@ def trained(folder: Path, frames: list[Atoms], settings: configuration.ExploreCo
     return folder / "model" / "model.pt"
 
 
+def draw(path: Path, rows: list[dict]) -> None:
+    """Errors by number of labels, energies and forces."""
+    with drawn(path, 9.0, 3.8) as figure:
+        for ax, kind, unit in zip(figure.subplots(1, 2), ("energy", "forces"), ("kcal/mol", "kcal/mol/Å"), strict=True):
+            for way in dict.fromkeys(row["way"] for row in rows):
+                own = sorted((row["labels"], row[kind]) for row in rows if row["way"] == way)
+                ax.plot(*zip(*own, strict=True), "o-", label=way)
+            ax.set(xlabel="labels", ylabel=f"RMSE of {kind}, {unit}", ylim=(0, None))
+        figure.axes[0].legend()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -203,6 +215,7 @@ def main() -> None:
         "largest": float(apart.max()),
     }
     write_json(folder / "explored.json", result)
+    draw(folder / "explored.png", rows)
     log.info("frequencies against tblite: mean %.1f, largest %.1f cm⁻¹", apart.mean(), apart.max())
 
 

@@ -274,6 +274,17 @@ def test_a_model_and_calculators_of_ase_label(tmp_path):
     assert all(one.energy is not None for one in labels.label(geometries, "emt", {}, LabelsConfig(), tmp_path / "emt"))
 
 
+def test_tblite_labels_with_options(tmp_path):
+    ase_tblite = pytest.importorskip("tblite.ase")
+    (one,) = water()
+    (found,) = labels.label([one], "tblite:GFN2-xTB", {"charge": 1.0}, LabelsConfig(), tmp_path / "labels")
+    atoms = one.atoms
+    atoms.calc = ase_tblite.TBLite(method="GFN2-xTB", charge=1.0, verbosity=0)
+    assert found.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
+    atoms.calc = ase_tblite.TBLite(method="GFN2-xTB", verbosity=0)
+    assert abs(found.energy - atoms.get_potential_energy()) > 1
+
+
 def test_nothing_that_can_be_labelled(tmp_path):
     with pytest.raises(DataError, match=r"could label none of 2 structures \(PropertyNotImplementedError"):
         labels.label(water(2), "label_calculators:WithoutForces", {}, LabelsConfig(), tmp_path / "labels")
