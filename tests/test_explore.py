@@ -158,6 +158,19 @@ def test_an_exploration_ends_when_little_is_uncertain_and_is_not_done_again(tmp_
 
 
 @pytest.mark.slow
+def test_where_all_is_lost_the_nearest_are_taken(tmp_path):
+    changes = ["selection.upper=1e-3", "rounds.most=1", "training.epochs=10"]
+    first, second = explore(small(tmp_path, *changes))
+    total = second["counts"]["dynamics"]
+    assert total["uncertain"] == 0
+    assert total["lost"] > 0
+    assert 0 < second["found"] <= 6
+    values = [one["deviations"][0] for one in read_json(tmp_path / "run/round-001/chosen.json")["geometries"]]
+    assert min(values) > 1e-3
+    assert first["found"] == 16
+
+
+@pytest.mark.slow
 def test_an_exploration_goes_on_with_more_rounds_but_is_no_other_one(tmp_path):
     whole = explore(small(tmp_path, name="whole"))
     explore(small(tmp_path, "rounds.most=1", name="cut"))
@@ -381,10 +394,11 @@ def test_samples_are_those_of_their_item_and_classes_of_the_window():
     assert len(kept) == counts.uncertain == counts.seen - 1
     # Above the window a trajectory ends.
     first = found[0][0].deviations[0]
-    _, counts = sampling.Sampler(calculator, settings, SelectionConfig(lower=0.0, upper=first * 0.99)).run(
+    kept, counts = sampling.Sampler(calculator, settings, SelectionConfig(lower=0.0, upper=first * 0.99)).run(
         todo[0], [0, 1]
     )
     assert (counts.seen, counts.lost) == (1, 1)
+    assert [one.deviations for one in kept] == [(first,)]
 
 
 def test_saddle_points_between_geometries_and_near_guesses(monkeypatch, caplog):

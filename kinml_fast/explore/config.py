@@ -117,11 +117,12 @@ class SelectionConfig(Section):
     deviation: Literal["forces", "energy"] = "forces"
     """forces: the largest deviation of the force on an atom (eV/Å), the length of the members' standard deviations
     of its components; energy: the members' standard deviation of the energy, divided by the square root of the number
-    of atoms (eV)."""
-    lower: NotNegative = 0.1
+    of atoms (eV). Both are calibrated on the validation part (docs/running.md)."""
+    lower: NotNegative = 0.2
     """Below, the ensemble is certain enough."""
-    upper: Positive = 2.0
-    """Above, the ensemble has lost its way: such geometries are counted, and end a trajectory."""
+    upper: Positive = 5.0
+    """Above, the ensemble has lost its way: such geometries are counted, and end a trajectory. Where the window has
+    fewer than rounds.fewest, those with the smallest deviations above it are taken too."""
     most: Count = 50
     """At most so many structures a round, the farthest from all others first. With two levels, those of them are
     labelled at the upper one too of which its own network's deviation lies above `lower`."""

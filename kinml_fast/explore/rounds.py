@@ -222,7 +222,11 @@ def _choose(
         geometries = displaced(starts, config.geometries, config.seed)
         return {"geometries": [one.to_dict() for one in geometries], "counts": {}, "duplicates": 0, "left": 0}
     ensemble = model_file.load(_last_model(folder, number) / "model.pt")
-    candidates, counts = _sample(config, folder.round(number), number, starts, KinMLCalculator(ensemble))
+    found, counts = _sample(config, folder.round(number), number, starts, KinMLCalculator(ensemble))
+    candidates = [one for one in found if max(one.deviations) <= config.selection.upper]
+    if len(candidates) < config.rounds.fewest:  # to be lost is not to be certain
+        lost = sorted((one for one in found if one not in candidates), key=lambda one: max(one.deviations))
+        candidates += lost[: config.selection.most]
     total = Counts()
     for one in counts.values():
         total += one
@@ -240,7 +244,7 @@ def _choose(
 def _sample(
     config: ExploreConfig, here: RoundFolder, number: int, starts: Sequence[Geometry], calculator: KinMLCalculator
 ) -> tuple[list[Geometry], dict[str, Counts]]:
-    """The uncertain geometries of all items of a round, and counts by source."""
+    """The geometries of all items of a round in the window or above it, and counts by source."""
     sampler = Sampler(calculator, config.sampling, config.selection)
     todo = items(starts, config.sampling)
     found: list[Geometry] = []

@@ -129,7 +129,7 @@ class Sampler:
         self._minima: dict[int, Vibrations | None] = {}
 
     def run(self, item: Item, seed: Sequence[int]) -> tuple[list[Geometry], Counts]:
-        """The uncertain geometries that an item finds, and the counts of all."""
+        """The geometries that an item finds in the window or above it, and the counts of all."""
         rng = np.random.default_rng([*seed, item.number])
         ways: dict[str, Callable[[Item, np.random.Generator], Iterator[Geometry]]] = {
             "dynamics": self._dynamics,
@@ -146,7 +146,7 @@ class Sampler:
                 largest = max(geometry.deviations)
                 kind = "lost" if not largest <= self._selection.upper else "uncertain"
                 kind = "certain" if largest < self._selection.lower else kind
-            if kind == "uncertain":
+            if kind == "uncertain" or (kind == "lost" and np.isfinite(geometry.deviations).all()):
                 found.append(geometry)
             counts += Counts(seen=1, **{kind: 1})
             if item.source == "dynamics" and kind in ("broken", "lost"):
@@ -177,16 +177,15 @@ class Sampler:
             species,
             torch.tensor([0, len(atoms)], device=model.sae.device),
         )
-        found = []
-        for level in range(model.levels):
-            below = level - 1
-            if self._selection.deviation == "energy":
-                of_level = energies[:, level] - (energies[:, below] if level else 0.0)
-                found.append(float(members.deviation(of_level)[0] / np.sqrt(len(atoms))))
-            else:
-                own = forces[:, level] - (forces[:, below] if level else 0.0)
-                found.append(float(np.linalg.norm(members.deviation(own), axis=1).max()))
-        return tuple(value if np.isfinite(value) else float("nan") for value in found)
+        # What each level adds to the one below.
+        energies = np.diff(energies, axis=1, prepend=0.0)
+        forces = np.diff(forces, axis=1, prepend=0.0)
+        if self._selection.deviation == "energy":
+            found = members.energies_deviation(model, energies)[:, 0] / np.sqrt(len(atoms))
+        else:
+            of_atoms = np.linalg.norm(members.forces_deviation(model, forces, species.cpu().numpy()), axis=2)
+            found = of_atoms.max(axis=1)
+        return tuple(value if np.isfinite(value) else float("nan") for value in found.tolist())
 
     def _dynamics(self, item: Item, rng: np.random.Generator) -> Iterator[Geometry]:
         minimum = self.minimum(item.start)
