@@ -132,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the run in the configuration's folder")
     train.set_defaults(command=_train)
 
+    explore = commands.add_parser(
+        "explore",
+        help="gather data that a model asks for: sample, label what an ensemble is unsure of, train, and again",
+        description="What was interrupted goes on with the same command. See docs/explore.md.",
+    )
+    explore.add_argument("config", metavar="CONFIG", help="YAML file")
+    explore.add_argument("arguments", metavar="key=value", nargs="*", help="change a key of the configuration")
+    explore.set_defaults(command=_explore)
+
     evaluate = commands.add_parser("evaluate", help="errors of a model on data")
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("files", metavar="DATA", nargs="+", help="databases, XYZ files, patterns, shipped:NAME")
@@ -352,6 +361,18 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _explore(options: argparse.Namespace) -> int:
+    from kinml_fast.explore import config, rounds
+
+    progress = _show_log(only="kinml_fast.explore")  # the training of many models would hide all else
+    settings = config.load(options.config, options.arguments)
+    try:
+        rounds.explore(settings, progress)
+    except (KeyboardInterrupt, signals.Stopped) as end:
+        return _ended(end, f"; what is done is in {settings.run}: continue with the same command")
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from kinml_fast.data import Selection
     from kinml_fast.deploy.evaluate import run_evaluate
@@ -478,10 +499,11 @@ def _serve(options: argparse.Namespace) -> None:
     server.serve(KinMLCalculator(options.model, base=options.base, device=options.device), options.socket)
 
 
-def _show_log(quiet: bool = False) -> Progress:
+def _show_log(quiet: bool = False, only: str = "") -> Progress:
     """Show what the package logs on standard output; how progress is shown depends on whether that is a terminal.
 
-    Of several processes that train together only one is not `quiet`.
+    Of several processes that train together only one is not `quiet`. What is logged elsewhere than in the part `only`
+    is shown if it is a warning.
     """
     from kinml_fast.train import progress
 
@@ -490,8 +512,14 @@ def _show_log(quiet: bool = False) -> Progress:
         logger.setLevel(logging.ERROR)
         return progress.Progress()
     logger.setLevel(logging.INFO)
+
+    def of_part(record: logging.LogRecord) -> bool:
+        return record.name.startswith(only) or record.levelno >= logging.WARNING
+
     if not sys.stdout.isatty():
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+        plain = logging.StreamHandler(sys.stdout)
+        plain.addFilter(of_part)
+        logger.addHandler(plain)
         return progress.Progress()
     from rich.console import Console
     from rich.logging import RichHandler
@@ -499,6 +527,7 @@ def _show_log(quiet: bool = False) -> Progress:
     console = Console()
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
     # The live line says what the lines of the log say.
+    handler.addFilter(of_part)
     handler.addFilter(lambda record: record.name != progress.__name__)
     logger.addHandler(handler)
     return progress.LiveProgress(console)

@@ -7,11 +7,12 @@ theory, lower ones have curves, plots and rows of their own.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -694,3 +695,20 @@ def _write_errors(path: Path, rows: Sequence[ErrorRow]) -> None:
         )
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def drawn(path: str | os.PathLike, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches that looks like those of a report; it is written when the block ends well.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written.
+    """
+    path = Path(path)
+    _made(path.parent)
+    with _style():
+        figure = _figure(width, height)
+        yield figure
+        _save(figure, path)

@@ -169,6 +169,23 @@ def test_nothing_is_written_from_levels_that_do_not_fit(tmp_path, name, levels, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fidelities_that_lack_structures(tmp_path):
+    low = molecules("CCHH", 5, 1)
+    high = replace(low, energies=low.energies + 1, forces=2 * low.forces).select(np.array([3, 1]))
+    path = tmp_path / "C2H2.db"
+    sqlite.write(path, {0: low, 1: high}, temperatures=1, calc={0: "low", 1: "high"})
+    assert same(sqlite.read(path, Selection(fidelity=0)), low)
+    assert same(sqlite.read(path, Selection(fidelity=1)), high.select(np.array([1, 0])))
+    both = sqlite.read(path, Selection(fidelity=[0, 1]))
+    assert both.known_energies.tolist() == [[True] * 5, [False, True, False, True, False]]
+    for wrong, message in (
+        (replace(high, labels=("C2H2/9", "C2H2/2")), "C2H2/9 of one fidelity is not among"),
+        (replace(high, labels=("C2H2/1", "C2H2/2")), "different geometries"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sqlite.write(path, {0: low, 1: wrong}, temperatures=1)
+
+
 def test_a_failed_write_leaves_the_old_file(database, monkeypatch):
     before = database.read_bytes()
     monkeypatch.setattr(sqlite, "_SCHEMA", sqlite._SCHEMA.replace("E real NOT NULL", "E real CHECK (E < -1e9)"))

@@ -346,3 +346,15 @@ def test_fine_tuning_of_several_models(tmp_path):
         assert 0 < moved < 0.1
     with pytest.raises(InputError, match=r"model\.pt: is an ensemble: name model\.pt of one of its members"):
         run_of(path, f"run={tmp_path}/third", f"start.model={run}/model.pt")
+
+
+def test_members_begin_with_their_namesakes_of_another_ensemble(tmp_path):
+    path = write_config(tmp_path)
+    first, _ = run_of(path, f"run={tmp_path}/first", "ensemble.members=2")
+    rate = "training.optimizer.learning_rate=1e-12"
+    run, _ = run_of(path, f"start.model={first}", "ensemble.members=2", "training.epochs=1", rate)
+    before, after = (model_file.load(one).networks.weights for one in (first, run))
+    assert torch.allclose(before, after, rtol=0, atol=1e-9)
+    assert not torch.allclose(before[0], before[1], rtol=0, atol=1e-3)
+    with pytest.raises(InputError, match="is an ensemble of 2 members, from which 3 cannot begin"):
+        run_of(path, f"run={tmp_path}/third", f"start.model={first}", "ensemble.members=3")

@@ -27,6 +27,7 @@ LAYERS = [
     {"deploy"},
     {"kinetics"},
     {"train"},
+    {"explore"},
     {"cli", "__main__"},
     {"pykinml"},
 ]
@@ -50,6 +51,7 @@ LATE_IN = {
     "_library.py": "says in a sentence why the compiled module cannot be imported",
     "cli.py": "--help and mistakes are answered without waiting for torch",
     "deploy/export.py": "metatomic is optional",
+    "explore/calculators.py": "processes that label by other programs do without torch and its memory",
 }
 """Modules whose functions may import anything, and why."""
 

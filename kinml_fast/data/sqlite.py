@@ -200,7 +200,8 @@ def write(
         Its stem is the formula in atom order, which must fit every structure.
     by_fidelity
         For each fidelity the structures with their energies and, where known, forces; the geometries are the same in
-        all of them. They get the ids 1, 2, … in their order.
+        all of them, or some fidelities lack some of those that another has, and labels say which. They get the ids 1,
+        2, … in the order of the one that has most.
     temperatures
         K, one for all or one per structure. Readers that name no temperature take only those above 0.
     names
@@ -225,12 +226,13 @@ def write(
     path = Path(path)
     if not by_fidelity:
         raise ConfigError(f"{path}: no fidelity to write: give at least one")
-    geometries = by_fidelity[max(by_fidelity)]
+    geometries = by_fidelity[max(by_fidelity, key=lambda fidelity: (len(by_fidelity[fidelity]), fidelity))]
     count, coordinates = len(geometries), geometries.coordinates
     if coordinates is None:
         raise DataError(f"{path}: the structures have no coordinates: take structures that have them")
     symbols = formula_symbols(path.stem, str(path))
-    energies = _energies_that_fit(path, by_fidelity, coordinates, symbols)
+    rows = {fidelity: _rows(path, structures, geometries) for fidelity, structures in by_fidelity.items()}
+    energies = _energies_that_fit(path, by_fidelity, geometries, rows, symbols)
     calcs = {fidelity: calc if isinstance(calc, str) else calc[fidelity] for fidelity in by_fidelity}
     of_each = np.broadcast_to(np.asarray(temperatures, dtype=np.float64), (count,)).tolist()
     names = [names] * count if isinstance(names, str) else list(names)
@@ -241,7 +243,7 @@ def write(
     more = ",?" if stamp else ""
 
     def blobs(values: np.ndarray) -> list[bytes]:
-        return [_npy(value) for value in values.reshape(count, len(symbols), 3)]
+        return [_npy(value) for value in values.reshape(-1, len(symbols), 3)]
 
     def parameters(settings: Mapping[str, str]) -> list[bytes]:
         pairs = [list(map(str, pair)) for pair in settings.items()]
@@ -268,16 +270,18 @@ def write(
                 for fidelity in sorted(by_fidelity, reverse=True):
                     structures = by_fidelity[fidelity]
                     settings = parameters((calc_params or {}).get(fidelity, {}))
-                    forces: list[bytes | None] = [None] * count
+                    forces: list[bytes | None] = [None] * len(structures)
                     if structures.forces is not None:
-                        absent = np.isnan(structures.forces).reshape(count, -1).all(axis=1)
+                        absent = np.isnan(structures.forces).reshape(len(structures), -1).all(axis=1)
                         forces = [None if a else b for a, b in zip(absent, blobs(structures.forces), strict=True)]
                     database.executemany(
                         "INSERT INTO energy (fidelity, sample_set_id, calc, calc_params, E, force, xyz_id"
                         f"{columns}) VALUES (?,?,?,?,?,?,?{more})",
                         [
-                            (fidelity, sample_set, calcs[fidelity], settings[i], energy, forces[i], i + 1, *stamp)
-                            for i, energy in enumerate(energies[fidelity].tolist())
+                            (fidelity, sample_set, calcs[fidelity], settings[i], energy, force, i + 1, *stamp)
+                            for i, energy, force in zip(
+                                rows[fidelity], energies[fidelity].tolist(), forces, strict=True
+                            )
                         ],
                     )
                 database.execute("COMMIT")
@@ -544,8 +548,26 @@ def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype | 
         return (), False, None
 
 
+def _rows(path: Path, structures: Structures, geometries: Structures) -> list[int]:
+    """Which of the geometries the structures are."""
+    if len(structures) == len(geometries):
+        return list(range(len(geometries)))
+    places = {label: i for i, label in enumerate(geometries.labels)}
+    unknown = [label for label in structures.labels if label not in places]
+    if unknown:
+        raise DataError(
+            f"{path}: {first_few(unknown)} of one fidelity is not among the structures of the one that has most: give "
+            "both the same labels"
+        )
+    return [places[label] for label in structures.labels]
+
+
 def _energies_that_fit(
-    path: Path, by_fidelity: Mapping[int, Structures], coordinates: np.ndarray, symbols: tuple[str, ...]
+    path: Path,
+    by_fidelity: Mapping[int, Structures],
+    geometries: Structures,
+    rows: Mapping[int, Sequence[int]],
+    symbols: tuple[str, ...],
 ) -> dict[int, np.ndarray]:
     """The energies of each fidelity, once it is clear that all are of the same structures of one formula."""
     found = {}
@@ -557,7 +579,12 @@ def _energies_that_fit(
                 f"{path}: the structures of fidelity {fidelity} have {structures.levels} levels: give one, "
                 "Structures.level"
             )
-        if structures.coordinates is None or not np.array_equal(structures.coordinates, coordinates):
+        coordinates = geometries.select(np.array(rows[fidelity])).coordinates
+        if (
+            structures.coordinates is None
+            or coordinates is None
+            or not np.array_equal(structures.coordinates, coordinates)
+        ):
             raise DataError(
                 f"{path}: fidelities {fidelity} and {max(by_fidelity)} have different geometries: give the same ones"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ase.calculators.calculator import BaseCalculator
 
@@ -15,7 +16,7 @@ _TBLITE = "tblite:"
 _WAYS = "an ASE calculator, tblite:METHOD (such as tblite:GFN1-xTB), or the model file of the low level"
 
 
-def make(name: str | os.PathLike, of_file: Callable[[str], BaseCalculator]) -> BaseCalculator:
+def make(name: str | os.PathLike, of_file: Callable[..., BaseCalculator], **options: Any) -> BaseCalculator:
     """The calculator that a text stands for.
 
     Parameters
@@ -24,6 +25,8 @@ def make(name: str | os.PathLike, of_file: Callable[[str], BaseCalculator]) -> B
         "tblite:METHOD" for an xTB method of the package tblite, or a model file or run folder of kinml_fast.
     of_file
         Makes a calculator of a model file or run folder: `KinMLCalculator`, which stands above this module.
+    options
+        Further keyword arguments of the calculator.
 
     Raises
     ------
@@ -34,7 +37,7 @@ def make(name: str | os.PathLike, of_file: Callable[[str], BaseCalculator]) -> B
     if not text.startswith(_TBLITE):
         if not Path(text).exists():
             raise ConfigError(f"{text}: is neither a file nor of the form tblite:METHOD: give {_WAYS}")
-        return of_file(text)
+        return of_file(text, **options)
     method = text.removeprefix(_TBLITE)
     try:
         from tblite.ase import TBLite
@@ -43,7 +46,7 @@ def make(name: str | os.PathLike, of_file: Callable[[str], BaseCalculator]) -> B
     known = ("GFN1-xTB", "GFN2-xTB", "IPEA1-xTB")
     if method not in known:
         raise ConfigError(f"{text}: tblite knows {', '.join(known)}: name one of them")
-    return TBLite(method=method, verbosity=0)
+    return TBLite(**{"verbosity": 0, **options, "method": method})
 
 
 def checked(

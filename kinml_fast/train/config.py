@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -38,6 +38,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class DataConfig(Section):
@@ -588,8 +591,8 @@ class StartConfig(Section):
 
     model: str | None = None
     """model.pt of a run, or the run's folder, or one of its checkpoints: last.pt, best.pt, epoch-*.pt (where that run
-    averaged its weights, their average, but with optimizer: keep the weights that the optimizer moved); null: new
-    weights."""
+    averaged its weights, their average, but with optimizer: keep the weights that the optimizer moved); for an ensemble
+    also the run folder of another one, whose members each begin one; null: new weights."""
     optimizer: Literal["reset", "keep"] = "reset"
     """Begin with a new optimizer, or keep the state of the optimizer (running means, number of steps), the learned
     factors of the loss and the moving average of the weights, which last.pt and epoch-*.pt hold. Learning rate, other
@@ -696,17 +699,31 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
     """The configuration of plain values after `key=value` changes; see `load` and `from_dict`."""
+    return changed(Config, values, overrides, source)
+
+
+def changed(kind: type[AnySection], values: dict[str, Any], overrides: Sequence[str], source: str) -> AnySection:
+    """As `with_overrides`, of any kind of configuration."""
     changes = parse_overrides(overrides)
     for key, value in changes.items():
         _set(values, key, value)
-    return from_dict(values, source, changes)
+    return validated(kind, values, source, changes)
 
 
 def from_dict(values: Mapping[str, Any], source: str = "configuration", overridden: Iterable[str] = ()) -> Config:
+    """The configuration of plain values; see `validated`."""
+    return validated(Config, values, source, overridden)
+
+
+def validated(
+    kind: type[AnySection], values: Mapping[str, Any], source: str = "configuration", overridden: Iterable[str] = ()
+) -> AnySection:
     """The configuration of plain values.
 
     Parameters
     ----------
+    kind
+        Which kind of configuration.
     values
         Nested, as in the YAML file.
     source
@@ -720,9 +737,9 @@ def from_dict(values: Mapping[str, Any], source: str = "configuration", overridd
         An unknown key or a value that is not allowed: one sentence about the first.
     """
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_sentence(error.errors()[0], source, overridden)) from None
+        raise ConfigError(_sentence(error.errors()[0], source, overridden, keys(kind))) from None
 
 
 _MARK = "# A run of kinml_fast: its configuration, which the run has written.\n"
@@ -748,14 +765,13 @@ def written_by_run(path: Path) -> bool:
         return False
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+def read_yaml(path: Path, shipped: Sequence[str] = SHIPPED) -> dict[str, Any]:
+    """The mapping in a YAML file; `shipped` are the names that could have been given instead."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; give a configuration file, or {_either(SHIPPED)} for those of the package"
-        ) from None
+        others = f", or {_either(shipped)} for those of the package" if shipped else ""
+        raise ConfigError(f"{path}: no such file; give a configuration file{others}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration ({error}): give a YAML file") from None
     values = _parse(text, str(path))
@@ -853,9 +869,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _sentence(error: Mapping[str, Any], source: str, overridden: Iterable[str]) -> str:
+def _sentence(error: Mapping[str, Any], source: str, overridden: Iterable[str], known: Mapping[str, str]) -> str:
     # Parts of `loc` behind the key are indices of lists or the members of a union.
-    known = keys()
     parts: list[str] = []
     for part in error["loc"]:
         if ".".join(parts) in known:
@@ -865,7 +880,7 @@ def _sentence(error: Mapping[str, Any], source: str, overridden: Iterable[str]) 
     if any(key == changed or changed.startswith(key + ".") or key.startswith(changed + ".") for changed in overridden):
         source = "command line"
     if error["type"] == "extra_forbidden":
-        return f"{source}: unknown key {key}{_nearest(key)}"
+        return f"{source}: unknown key {key}{_nearest(key, list(known))}"
     if error["type"] == "missing":
         return f"{source}: {key} is missing: {' '.join(known.get(key, '').split()) or 'give this section'}"
     if error["type"] == "value_error":
@@ -888,8 +903,7 @@ def _shown(value: Any) -> str:
     return shortened.repr(value)
 
 
-def _nearest(key: str) -> str:
-    known = list(keys())
+def _nearest(key: str, known: Sequence[str]) -> str:
     parent, _, name = key.rpartition(".")
     prefix = parent + "." if parent else ""
     beside = sorted({k[len(prefix) :].split(".")[0] for k in known if k.startswith(prefix)})

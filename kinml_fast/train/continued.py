@@ -21,7 +21,15 @@ from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
 from kinml_fast.train import checkpoint
-from kinml_fast.train.config import Config, DispersionConfig, RepulsionConfig, Section, TrainingConfig
+from kinml_fast.train.config import (
+    Config,
+    DispersionConfig,
+    RepulsionConfig,
+    Section,
+    StartConfig,
+    TrainingConfig,
+)
+from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.metrics import ResidualSums
 from kinml_fast.train.update import Update
 
@@ -98,6 +106,24 @@ def load(path: str | Path, *, averaged: bool = True) -> Origin:
         raise ModelError(
             f"{path}: does not hold a whole model ({first_line(error)}): name an intact checkpoint"
         ) from error
+
+
+def start_of_member(start: StartConfig, number: int) -> StartConfig:
+    """What a member of an ensemble begins with, counted from 1: of the run of another ensemble its namesake there.
+
+    Raises
+    ------
+    ModelError
+        That ensemble has fewer members.
+    """
+    if start.model is None or not (members := RunFolder(start.model).members()):
+        return start
+    if number > len(members):
+        raise ModelError(
+            f"{start.model}: is an ensemble of {len(members)} members, from which {number} cannot begin: set "
+            "ensemble.members to at most that, or name model.pt of one of its members"
+        )
+    return start.model_copy(update={"model": str(members[number - 1])})
 
 
 def _model_of(state: Mapping[str, Any], averaged: bool) -> EnergyModel:

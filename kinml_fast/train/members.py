@@ -12,7 +12,7 @@ from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.split import Split
 from kinml_fast.data.structures import Structures
 from kinml_fast.errors import ConfigError
-from kinml_fast.train import single
+from kinml_fast.train import continued, single
 from kinml_fast.train.config import Config, EnsembleConfig
 from kinml_fast.train.folder import MEMBER_PATIENCE, RunFolder
 from kinml_fast.train.progress import Progress
@@ -31,6 +31,7 @@ def of_member(config: Config, data: Prepared, number: int) -> tuple[Config, Prep
     changed = config.model_copy(
         update={
             "run": str(RunFolder(config.run).member(number)),
+            "start": continued.start_of_member(config.start, number),
             "network": config.network.model_copy(update={"seed": config.network.seed + number - 1}),
             "training": config.training.model_copy(update={"seed": config.training.seed + number - 1}),
             "ensemble": EnsembleConfig(),

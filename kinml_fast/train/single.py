@@ -87,7 +87,10 @@ def begin(config: Config) -> tuple[Config, Origin | None]:
     start = config.start
     if start.model is None:
         return config, None
-    origin = continued.load(start.model, averaged=start.optimizer == "reset")
+    model = start.model
+    if config.ensemble.members > 1:  # each begins with its own later
+        model = continued.start_of_member(start, 1).model or model
+    origin = continued.load(model, averaged=start.optimizer == "reset")
     if origin.path.resolve().is_relative_to(Path(config.run).resolve()):
         raise ConfigError(
             f"start.model {origin.path} is in the run folder {config.run} itself: choose another with run="
