@@ -28,6 +28,20 @@ constexpr int kFewNeighbours = 48;     // for which there is memory on the chip
 constexpr int kMostNeighbours = 1024;  // within the cutoff of an atom; more give NaN
 constexpr int kLanes = 8;              // in which the errors of a structure's forces are summed
 
+// Forces of a tile's structures, and virials of their centres: of each output one after the other.
+// Forces of the loss are of a place in the batch, not of a structure: it may be named twice.
+template <class T>
+struct Room {
+  T* forces;    // [outputs, atoms, 3]
+  T* virials;   // [outputs, atoms, 3, 3] or null
+  Index atoms;  // for which there is room
+
+  KINML_HD T* forces_of(Index output) const { return forces + 3 * output * atoms; }
+  KINML_HD T* virials_of(Index output) const {
+    return virials == nullptr ? nullptr : virials + 9 * output * atoms;
+  }
+};
+
 // What a tile keeps, in the memory of the block or a piece of the workspace.
 template <class T>
 struct TileMemory {
@@ -35,6 +49,7 @@ struct TileMemory {
   int* firsts;    // [kForceStructures + 1] rows of the structures, in their order
   Index* begins;  // [kForceStructures] first atoms of the structures; -1: do not exist
   int* sizes;     // [kForceStructures] their atoms, with ghosts
+  Index* shifts;  // [kForceStructures] from their atoms to places in a room
   int* kinds;     // [kForceRows] species of the rows of a piece, in the order of the atoms
   int* places;    // [kForceRows] where they stand in the order of the species
   Index* atoms;   // [kForceRows] in the order of the species, like all that follows
@@ -50,14 +65,18 @@ struct TileMemory {
   int* any;                 // [kForceStructures, K] whether the loss depends on the forces
   ComponentErrors* errors;  // [kForceStructures, K, kLanes]
   int* counts;              // [kWarps] neighbours
+  T* forces;                // [K, kForceRows, 3] of its own room, for a gradient
+  T* virials;               // [K, kForceRows, 3, 3] likewise; null without cells
+  Room<T> room;             // where its forces are
 
-  KINML_HD void take(Pieces& pieces, const ChainPlan& plan, bool gradient) {
+  KINML_HD void take(Pieces& pieces, const ChainPlan& plan, bool gradient, bool cells) {
     const int K = plan.n_levels;
     const Index matrix = Index(kForceRows) * plan.features;
     rows.take(pieces, kForceRows, plan.n_species);
     firsts = pieces.take<int>(kForceStructures + 1);
     begins = pieces.take<Index>(kForceStructures);
     sizes = pieces.take<int>(kForceStructures);
+    shifts = pieces.take<Index>(kForceStructures);
     kinds = pieces.take<int>(kForceRows);
     places = pieces.take<int>(kForceRows);
     atoms = pieces.take<Index>(kForceRows);
@@ -73,6 +92,8 @@ struct TileMemory {
     any = pieces.take<int>(kForceStructures * K);
     errors = pieces.take<ComponentErrors>(gradient ? kForceStructures * K * kLanes : 0);
     counts = pieces.take<int>(kWarps);
+    forces = pieces.take<T>(gradient ? 3 * K * kForceRows : 0);
+    virials = gradient && cells ? pieces.take<T>(9 * K * kForceRows) : nullptr;
   }
 };
 
@@ -137,10 +158,11 @@ struct BatchParts {
   }
 };
 
-// Structures of a batch that a tile holds: so many from `first` on, of n atoms together.
+// Structures of a batch that a tile holds: so many from `first` on, of n centres together and so
+// many atoms.
 struct TileStructures {
   Index first;
-  int count, n;
+  int count, n, atoms;
 };
 
 // What energy_forces is asked for.
@@ -158,11 +180,13 @@ struct Differentiation {
   // [R, count, 3, 3] dL/dvirial or null; of the loss written here
   const double* w = nullptr;
   double* virial_slopes = nullptr;  // the same memory, with stresses in the loss
-  T* virials = nullptr;             // [K, n_atoms, 3, 3] of the centres, likewise
   Loss loss{};
   double *residuals = nullptr, *errors = nullptr;
-  T* minus_r = nullptr;  // [K, n_atoms, 3] forces, then -dL/dF
-  T* parts = nullptr;    // [n_blocks, plan.parameters] of the gradient
+  // For structures larger than a tile, forces and then -dL/dF. The second room is for those that
+  // the batch has named before: of one block at a time, which holds the lock.
+  Room<T> rooms[2] = {};
+  int* lock = nullptr;
+  T* parts = nullptr;  // [n_blocks, plan.parameters] of the gradient
 
   KINML_HD bool given() const { return e != nullptr; }
 };
@@ -200,16 +224,22 @@ struct ForceKernel {
     if (n < 0 || n > size) return {-1, 0, 0};
     return {range.begin, static_cast<int>(n), static_cast<int>(size)};
   }
-  // f(atom) for all atoms of a tile.
+  // f(atom, its place in the room) for all atoms of a tile.
   template <class F>
   KINML_DEVICE void each_atom(const Block& block, const Tile& tile,
                               const TileStructures& structures, const F& f) const {
     if (system.centres == nullptr) {
-      block.each(structures.n, [&](int row) { f(atom_of(tile, row)); });
+      block.each(structures.n, [&](int row) {
+        const Index atom = atom_of(tile, row);
+        f(atom, atom + tile.shifts[owner_of(tile, row)]);
+      });
       return;
     }
     for (int j = 0; j < structures.count; ++j)
-      block.each(tile.sizes[j], [&](int i) { f(tile.begins[j] + i); });
+      block.each(tile.sizes[j], [&](int i) {
+        const Index atom = tile.begins[j] + i;
+        f(atom, atom + tile.shifts[j]);
+      });
   }
   KINML_DEVICE int length() const { return plan.layers[0].in; }
   KINML_DEVICE int n_levels() const { return plan.n_levels; }
@@ -223,7 +253,7 @@ struct ForceKernel {
     Pieces pieces(memory.tiles == nullptr ? block.memory()
                                           : memory.tiles + block.index() * memory.tile_bytes);
     Tile tile;
-    tile.take(pieces, plan, kGradient);
+    tile.take(pieces, plan, kGradient, system.cells != nullptr);
     const AevTables<T> tables = aev_tables(block, aev, pieces);
     T* const gradient =
         kGradient ? differentiation.parts + block.index() * Index(plan.parameters) : nullptr;
@@ -232,16 +262,49 @@ struct ForceKernel {
     Index i = parts.begin_of_block(block.index());
     while (i < last) {
       // As many structures as have room together, or one.
-      TileStructures structures{i, 0, 0};
+      TileStructures structures{i, 0, 0, 0};
       while (i + structures.count < last && structures.count < kForceStructures) {
-        const int more = span(i + structures.count).n;
-        if (structures.count > 0 && structures.n + more > kForceRows) break;
-        structures.n += more;
+        const Span more = span(i + structures.count);
+        if (structures.count > 0 && structures.atoms + more.size > kForceRows) break;
+        structures.n += more.n;
+        structures.atoms += more.size;
         ++structures.count;
       }
+      const bool again = set_room(block, tile, structures);
+      if (again) block.enter(differentiation.lock);
       run_tile(block, tile, tables, structures, gradient);
+      if (again) block.leave(differentiation.lock);
       i += structures.count;
     }
+  }
+
+  // Says where the forces of a tile are; whether that is the room for which there is a lock.
+  KINML_DEVICE bool set_room(const Block& block, Tile& tile,
+                             const TileStructures& structures) const {
+    if constexpr (!kGradient) {
+      tile.room = {evaluation.outputs.forces, evaluation.outputs.atomic_virials, system.n_atoms};
+      return false;
+    } else {
+      const bool large = structures.atoms > kForceRows;
+      const bool again = large && named_before(block, tile, structures.first);
+      tile.room =
+          large ? differentiation.rooms[again] : Room<T>{tile.forces, tile.virials, kForceRows};
+      if (differentiation.virial_slopes == nullptr) tile.room.virials = nullptr;
+      return again;
+    }
+  }
+  // Whether the structure of a place of the batch is that of an earlier place as well.
+  KINML_DEVICE bool named_before(const Block& block, const Tile& tile, Index place) const {
+    if (system.chosen == nullptr) return false;
+    int* const found = reinterpret_cast<int*>(tile.parts);  // [kThreads]
+    const Index s = system.structure(place);
+    block.each(kThreads, [&](int item) {
+      found[item] = 0;
+      for (Index i = item; i < place; i += kThreads) found[item] |= system.structure(i) == s;
+    });
+    bool any = false;
+    for (int item = 0; item < kThreads; ++item) any = any || found[item] != 0;
+    return any;
   }
 
   KINML_DEVICE void run_tile(const Block& block, Tile& tile, const AevTables<T>& tables,
@@ -260,8 +323,7 @@ struct ForceKernel {
           if (pass > 0 || !on_forces || given) continue;
           for (int k = first_output(); k < n_levels(); ++k)
             add_forces(block, tile, tables, structures, piece * kForceRows,
-                       tile.gradients + k * matrix(), forces_of(output(member, k)),
-                       virials_of(output(member, k)));
+                       tile.gradients + k * matrix(), output(member, k));
         }
         if constexpr (kGradient)
           if (pass > 0) differentiate(block, tile, tables, structures, on_forces, gradient);
@@ -290,6 +352,9 @@ struct ForceKernel {
       const Span own = span(structures.first + j);
       tile.begins[j] = own.first;
       tile.sizes[j] = own.size;
+      int before = 0;
+      for (int i = 0; i < j; ++i) before += span(structures.first + i).size;
+      tile.shifts[j] = kGradient && structures.atoms <= kForceRows ? before - own.first : 0;
     });
     block.each(count * K, [&](int item) {
       const int j = item / K, k = item % K;
@@ -303,9 +368,9 @@ struct ForceKernel {
                  [&](int item) { energy_of(item / count, structures, item % count) = 0; });
     // Forces are added to, piece by piece.
     if (on_forces)
-      each_atom(block, tile, structures, [&](Index atom) {
+      each_atom(block, tile, structures, [&](Index, Index place) {
         for (Index output = 0; output < n_outputs(); ++output)
-          for (int d = 0; d < 3; ++d) forces_of(output)[3 * atom + d] = 0;
+          for (int d = 0; d < 3; ++d) tile.room.forces_of(output)[3 * place + d] = 0;
       });
     return on_forces;
   }
@@ -317,14 +382,6 @@ struct ForceKernel {
     return member * (n_levels() - first_output()) + k - first_output();
   }
   KINML_DEVICE Index n_outputs() const { return n_members() * (n_levels() - first_output()); }
-  KINML_DEVICE T* forces_of(Index output) const {
-    return (kGradient ? differentiation.minus_r : evaluation.outputs.forces) +
-           output * 3 * system.n_atoms;
-  }
-  KINML_DEVICE T* virials_of(Index output) const {
-    T* const all = kGradient ? differentiation.virials : evaluation.outputs.atomic_virials;
-    return all == nullptr ? nullptr : all + output * 9 * system.n_atoms;
-  }
   KINML_DEVICE double& energy_of(Index output, const TileStructures& structures, int j) const {
     return evaluation.outputs.energies[output * system.count() + structures.first + j];
   }
@@ -483,13 +540,14 @@ struct ForceKernel {
     }
   }
 
-  // out -= J^T g of the atoms of a piece of the tile, which begins at row `begin`.
-  // g    // [kForceRows, stride]
-  // out  // [n_atoms, 3]
-  // virials // [n_atoms, 3, 3] of the centres are written, from coordinates; or null
+  // Forces of an output -= J^T g of the atoms of a piece of the tile, which begins at row `begin`;
+  // virials of the centres are written, from coordinates.
+  // g  // [kForceRows, stride]
   KINML_PHASE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables,
-                              const TileStructures& structures, int begin, const T* g, T* out,
-                              T* virials) const {
+                              const TileStructures& structures, int begin, const T* g,
+                              Index output) const {
+    T* const out = tile.room.forces_of(output);
+    T* const virials = tile.room.virials_of(output);
     if (system.stored()) {
       add_stored_forces(block, tile, structures, begin, g, out);
       return;
@@ -505,18 +563,21 @@ struct ForceKernel {
         aev_row_transposed(warp, tables, scratch.neighbours, scratch.triples, g + p * stride(),
                            scratch.forces);
         if (virials != nullptr)
-          centre_virial(warp, scratch.neighbours, scratch.forces, virials + 9 * tile.atoms[p]);
+          centre_virial(warp, scratch.neighbours, scratch.forces,
+                        virials + 9 * (tile.atoms[p] + tile.shifts[tile.owners[p]]));
         warp.each(1, [&](int) { tile.counts[w] = scratch.neighbours.count; });
       });
       for (int w = 0; w < kWarps && base + w < count; ++w) {
         const WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, base + w);
         add_products(block, tile.atoms[base + w], tile.counts[w], scratch.neighbours.index,
-                     scratch.forces, T(-1), system.distinct(), out);
+                     scratch.forces, T(-1), system.distinct(),
+                     out + 3 * tile.shifts[tile.owners[base + w]]);
       }
     }
   }
 
   // The same from stored Jacobians. The descriptor is divided among the threads.
+  // out  // [room.atoms, 3]
   KINML_PHASE void add_stored_forces(const Block& block, Tile& tile,
                                      const TileStructures& structures, int begin, const T* g,
                                      T* out) const {
@@ -545,7 +606,7 @@ struct ForceKernel {
         block.each(width, [&](int item) {
           T sum = 0;
           for (int part = 0; part < n_parts; ++part) sum += tile.parts[part * width + item];
-          out[3 * tile.begins[j] + left + item] -= sum;
+          out[3 * (tile.begins[j] + tile.shifts[j]) + left + item] -= sum;
         });
       }
     }
@@ -578,12 +639,11 @@ struct ForceKernel {
               : differentiation.e[(k - first_level) * system.count() + structures.first + j];
     });
     if (!on_forces) return;
-    each_atom(block, tile, structures, [&](Index atom) {
-      const Index at = 3 * atom;
+    each_atom(block, tile, structures, [&](Index atom, Index place) {
       for (int k = first_level; k < K; ++k)
         for (int d = 0; d < 3; ++d)
-          forces_of(k)[at + d] =
-              -differentiation.r[(k - first_level) * 3 * system.n_atoms + at + d];
+          tile.room.forces_of(k)[3 * place + d] =
+              -differentiation.r[3 * ((k - first_level) * system.n_atoms + atom) + d];
     });
   }
 
@@ -596,12 +656,12 @@ struct ForceKernel {
       ComponentErrors errors;
       const Index s = system.structure(structures.first + j);
       if (tile.any[j * K + k] != 0 && loss.force_weight(k, s) == 0) {
-        T* const forces = forces_of(k) + 3 * tile.begins[j];
+        T* const forces = tile.room.forces_of(k) + 3 * (tile.begins[j] + tile.shifts[j]);
         for (int c = lane; c < 3 * tile.sizes[j]; c += kLanes) forces[c] = 0;
       } else if (tile.any[j * K + k] != 0) {
         const int components = 3 * tile.sizes[j];
         const double slope = loss.force_slope(k, s, components);
-        T* const forces = forces_of(k) + 3 * tile.begins[j];
+        T* const forces = tile.room.forces_of(k) + 3 * (tile.begins[j] + tile.shifts[j]);
         const double* const targets = loss.force_targets(k, tile.begins[j]);
         for (int c = lane; c < components; c += kLanes) {
           const double difference = static_cast<double>(forces[c]) - targets[c];
@@ -643,7 +703,7 @@ struct ForceKernel {
     for (int x = 0; x < 9; ++x) {
       slopes[x] = 0;
       if (!wanted) continue;
-      const T* const atomic = virials_of(k) + 9 * tile.begins[j];
+      const T* const atomic = tile.room.virials_of(k) + 9 * (tile.begins[j] + tile.shifts[j]);
       double virial = 0;
       for (int row = 0; row < tile.firsts[j + 1] - tile.firsts[j]; ++row)
         virial += static_cast<double>(atomic[9 * row + x]);
@@ -695,14 +755,14 @@ struct ForceKernel {
   KINML_PHASE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables,
                             const TileStructures& structures, int k, T* v) const {
     const int K = n_levels(), count = tile.rows.n, D = length();
-    const T* const direction = forces_of(k);
+    const T* const direction = tile.room.forces_of(k);
     if (system.stored()) {
       block.each(count * D, [&](int item) {
         const int p = item / D, d = item % D, j = tile.owners[p];
         T sum = 0;
         if (tile.any[j * K + k] != 0) {
           const T* const row = system.jacobian + (tile.atoms[p] * D + d) * system.columns;
-          const T* const of_structure = direction + 3 * tile.begins[j];
+          const T* const of_structure = direction + 3 * (tile.begins[j] + tile.shifts[j]);
           for (int c = 0; c < 3 * (tile.firsts[j + 1] - tile.firsts[j]); ++c)
             sum += row[c] * of_structure[c];
         }
@@ -721,7 +781,8 @@ struct ForceKernel {
         const double* const w = differentiation.w;
         const double* const strain =
             w == nullptr ? nullptr : w + 9 * ((k - first_level) * system.count() + i);
-        find(warp, tables, tile, structures, p, direction, strain, scratch.neighbours);
+        find(warp, tables, tile, structures, p, direction + 3 * tile.shifts[tile.owners[p]], strain,
+             scratch.neighbours);
         aev_row(warp, tables, scratch.neighbours, scratch.triples, v + p * stride());
       }
     });
@@ -884,8 +945,9 @@ template <class T>
 struct Workspace {
   T* packed;
   T* parts = nullptr;
-  T* minus_r = nullptr;
-  T* virials = nullptr;  // for stresses in the loss, of which the step finds out here
+  Room<T> rooms[2] = {};
+  int* lock = nullptr;
+  // For stresses in the loss, of which the step finds out here; likewise the rooms' virials.
   double* virial_slopes = nullptr;
   Memory memory;
   std::int64_t on_chip = 0;  // bytes of a block
@@ -906,14 +968,18 @@ struct Workspace {
     packed = pieces.take<T>(model.n_members * plan.packed);
     if (gradient) {
       parts = pieces.take<T>(n_blocks * plan.parameters);
-      minus_r = pieces.take<T>(plan.n_levels * 3 * system.n_atoms);
-      if (system.cells != nullptr) {
-        virials = pieces.take<T>(plan.n_levels * 9 * system.n_atoms);
-        virial_slopes = pieces.take<double>(plan.n_levels * 9 * system.count());
+      const Index atoms = plan.n_levels * system.n_atoms;
+      for (Room<T>& room : rooms) {
+        if (&room == &rooms[1] && system.chosen == nullptr) break;
+        room = {pieces.take<T>(3 * atoms), nullptr, system.n_atoms};
+        if (system.cells != nullptr) room.virials = pieces.take<T>(9 * atoms);
       }
+      lock = pieces.take<int>(1);
+      if (system.cells != nullptr)
+        virial_slopes = pieces.take<double>(plan.n_levels * 9 * system.count());
     }
     TileMemory<T> tile;
-    tile.take(tile_pieces, plan, gradient);
+    tile.take(tile_pieces, plan, gradient, system.cells != nullptr);
     memory.tile_bytes = tile_pieces.taken() + aev_tables_bytes(aev);
     if (!system.stored()) {
       memory.most_neighbours =
@@ -944,7 +1010,8 @@ ForceKernel<T, kGradient> force_kernel(const ChainPlan& plan, const Model<T>& mo
   ForceKernel<T, kGradient> kernel{
       plan,       arguments_of(model, system), system, space.packed, space.images, space.memory,
       space.batch};
-  kernel.differentiation.minus_r = space.minus_r;
+  for (int i = 0; i < 2; ++i) kernel.differentiation.rooms[i] = space.rooms[i];
+  kernel.differentiation.lock = space.lock;
   kernel.differentiation.parts = space.parts;
   return kernel;
 }
@@ -953,7 +1020,6 @@ template <class T>
 void set_loss(ForceKernel<T, true>& kernel, const Workspace<T>& space, const Loss& loss) {
   kernel.differentiation.loss = loss;
   if (!loss.with_stresses()) return;
-  kernel.differentiation.virials = space.virials;
   kernel.differentiation.w = kernel.differentiation.virial_slopes = space.virial_slopes;
 }
 
@@ -961,7 +1027,7 @@ void set_loss(ForceKernel<T, true>& kernel, const Workspace<T>& space, const Los
 template <class T>
 void differentiate(const Model<T>& model, const Workspace<T>& space,
                    const ForceKernel<T, true>& kernel, Stream stream) {
-  pack_networks(kernel.plan, model.weights, 1, space.packed, stream);
+  pack_networks(kernel.plan, model.weights, 1, space.packed, stream, space.lock);
   if (space.images != nullptr) prepare_images(model.aev, kernel.system, space.images, stream);
   launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
 }

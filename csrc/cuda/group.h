@@ -79,6 +79,20 @@ class Block {
     f(Warp(), static_cast<int>(threadIdx.x / 32));
     __syncthreads();
   }
+  // From enter to leave no other block is between them with the same lock, which is 0 at first.
+  KINML_DEVICE void enter(int* lock) const {
+    if (threadIdx.x == 0) {
+      while (atomicCAS(lock, 0, 1) != 0) __nanosleep(200);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+  KINML_DEVICE void leave(int* lock) const {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    atomicExch(lock, 0);
+  }
 
  private:
   char* memory_;
@@ -151,6 +165,12 @@ class Block {
   void each_warp(const F& f) const {
     run_step(warps(), [&](int w) { f(Warp(), w); });
   }
+  // Blocks run one after the other: somebody has forgotten to leave, or to clear it.
+  void enter(int* lock) const {
+    if (*lock != 0) std::abort();
+    *lock = 1;
+  }
+  void leave(int* lock) const { *lock = 0; }
 
  private:
   int index_, threads_;

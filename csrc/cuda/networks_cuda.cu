@@ -19,6 +19,7 @@ struct PackKernel {
   ChainPlan plan;
   const T* parameters;
   T* packed;
+  int* cleared;
 
   // One block for a piece of one member's packed form.
   KINML_DEVICE void operator()(const Block& block) const {
@@ -26,6 +27,7 @@ struct PackKernel {
     const Index member = block.index() / blocks, begin = block.index() % blocks * kThreads;
     pack_piece(block, plan, parameters + member * plan.parameters, packed + member * plan.packed,
                begin, kThreads);
+    if (cleared != nullptr && block.index() == 0) block.each(1, [&](int) { *cleared = 0; });
   }
 };
 
@@ -266,9 +268,9 @@ void run_pass(NetworkKernel<T> kernel, char* workspace, Stream stream) {
 
 template <class T>
 void pack_networks(const ChainPlan& plan, const T* parameters, std::int64_t n_members, T* packed,
-                   Stream stream) {
-  launch(PackKernel<T>{plan, parameters, packed}, n_members * blocks_for(plan.packed, kThreads),
-         stream);
+                   Stream stream, int* cleared) {
+  launch(PackKernel<T>{plan, parameters, packed, cleared},
+         n_members * blocks_for(plan.packed, kThreads), stream);
 }
 
 template <class T>
@@ -324,7 +326,7 @@ void sum_parts(const T* parts, std::int64_t n_parts, std::int64_t n, T* sums, St
 }
 
 #define KINML_INSTANTIATE(T)                                                                    \
-  template void pack_networks<T>(const ChainPlan&, const T*, Index, T*, Stream);                \
+  template void pack_networks<T>(const ChainPlan&, const T*, Index, T*, Stream, int*);          \
   template Index networks_workspace<T>(const ChainPlan&, Index, bool, bool);                    \
   template void networks_forward<T>(const ChainPlan&, const NetworkBatch<T>&,                   \
                                     const SavedLayers<T>&, T*, char*, Stream);                  \

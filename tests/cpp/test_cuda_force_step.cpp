@@ -193,6 +193,30 @@ void check_large() {
   }
 }
 
+// Structures that a batch names several times: in one tile, one block and several blocks, small ones
+// and some that are larger than a tile.
+template <class T>
+void check_repeated() {
+  check::section("structures named more than once");
+  const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
+  Batch batch;
+  for (const Index n : {3, 35, 5, 0, 40}) batch.add_molecule(n, p);
+  std::vector<Index> many;  // two, the same ones, for each block
+  for (Index i = 0; i < 512; ++i) many.push_back(i < 508 ? i / 2 % 2 * 2 : i % 2 == 0 ? 4 : 1);
+  many[506] = many[507] = 4;
+  const std::vector<std::vector<Index>> choices = {{0, 0, 2, 0}, {4, 1, 1, 4, 0, 4, 3, 3}, many};
+  for (const Index n_levels : {1, 2}) {
+    const Model model(p, {7, 4}, {1, 1, 0}, true, n_levels);
+    for (const bool stored : {false, true})
+      for (const std::vector<Index>& choice : choices) {
+        if (choice.size() > 10 && (small_run || n_levels > 1)) continue;
+        Problem<T> problem(model, batch, stored, 1, 0);
+        problem.chosen = choice;
+        check_problem(problem);
+      }
+  }
+}
+
 template <class T>
 std::vector<double> energies_of(const kinml::Model<T>& model, const System<T>& system) {
   std::vector<double> energies(system.count());
@@ -284,6 +308,7 @@ void check_all() {
   cuda::pretend_device(nullptr);
 
   check_large<T>();
+  check_repeated<T>();
   check_missing<T>();
 }
 
