@@ -259,6 +259,7 @@ struct ForceKernel {
         kGradient ? differentiation.parts + block.index() * Index(plan.parameters) : nullptr;
     if (kGradient) block.each(plan.parameters, [&](int i) { gradient[i] = 0; });
     const Index last = parts.begin_of_block(block.index() + 1);
+    bool missing = false;
     Index i = parts.begin_of_block(block.index());
     while (i < last) {
       // As many structures as have room together, or one.
@@ -268,6 +269,7 @@ struct ForceKernel {
         if (structures.count > 0 && structures.atoms + more.size > kForceRows) break;
         structures.n += more.n;
         structures.atoms += more.size;
+        missing = missing || more.first < 0;
         ++structures.count;
       }
       const bool again = set_room(block, tile, structures);
@@ -276,6 +278,8 @@ struct ForceKernel {
       if (again) block.leave(differentiation.lock);
       i += structures.count;
     }
+    // An optimizer must not step on what is left of a batch.
+    if (kGradient && missing) block.each(plan.parameters, [&](int k) { gradient[k] = kNan; });
   }
 
   // Says where the forces of a tile are; whether that is the room for which there is a lock.

@@ -113,11 +113,21 @@ struct Problem {
     space = memory(cuda::force_step_workspace<T>(m, view(false)));
     cuda::energy_forces_backward<T>(m, view(false), first_level, e.data(), r.data(), nullptr,
                                     x.gradient.data(), begin(space), nullptr);
-    const BatchLoss loss(task, chosen, with_jacobian);
-    space = memory(cuda::force_step_workspace<T>(m, view(true)));
-    cuda::force_step<T>(m, view(true), loss.view, x.step.losses.data(), x.step.gradient.data(),
-                        x.step.residuals.data(), x.step.errors.data(), begin(space), nullptr);
+    x.step = step_on_gpu();
     return x;
+  }
+  Step<T> step_on_gpu() const {
+    Step<T> step = room().step;
+    const kinml::Model<T> m = with_weights();
+    // Structures that do not exist count for nothing.
+    std::vector<Index> counted = chosen;
+    std::erase_if(counted, [&](Index s) { return s < 0 || s >= batch.n_structures(); });
+    const BatchLoss loss(task, counted, with_jacobian);
+    std::vector<double> space(cuda::force_step_workspace<T>(m, view(true)) / 8 + 1);
+    cuda::force_step<T>(m, view(true), loss.view, step.losses.data(), step.gradient.data(),
+                        step.residuals.data(), step.errors.data(),
+                        reinterpret_cast<char*>(space.data()), nullptr);
+    return step;
   }
 };
 
@@ -255,6 +265,16 @@ void check_missing() {
   const std::vector<double> good = energies_of(view, data.view());
   const std::vector<double> energies = energies_of(view, data.view(&structures));
   CHECK(energies[0] == good[0] && std::isnan(energies[1]) && std::isnan(energies[2]));
+  for (const std::vector<Index>& chosen : {structures, {0, -2}, {7}, {0, 1, 2}}) {
+    Problem<T> problem(model, small, false, 1, 0);
+    problem.chosen = chosen;
+    const Step<T> step = problem.step_on_gpu();
+    const bool all = chosen.back() == 2;
+    for (std::size_t i = 0; i < chosen.size(); ++i)
+      CHECK(std::isnan(step.residuals[i]) == (chosen[i] != std::clamp<Index>(chosen[i], 0, 2)));
+    CHECK(std::isnan(step.losses[0]) != all);
+    for (const T number : step.gradient) CHECK(std::isnan(number) != all);
+  }
 }
 
 template <class T>
