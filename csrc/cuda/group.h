@@ -7,7 +7,8 @@
 //
 // The same source is compiled for the host as well, without nvcc: there the items of a step run one
 // after the other, in an order that a test chooses (StepOrder), in memory that begins as NaN and
-// ends where the kernel said. What is left for the GPU alone to show is this file and launch.h.
+// ends where the kernel said. With KINML_LANE_THREADS every lane is a thread (group_threads.h). What
+// is left for the GPU alone to show is this file and launch.h.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +26,9 @@
 #include <cstdlib>
 #include <utility>
 #include <vector>
+#endif
+#if defined(KINML_LANE_THREADS)
+#include "group_threads.h"
 #endif
 
 namespace kinml::cuda {
@@ -108,6 +112,8 @@ inline StepOrder& step_order() {
   return order;
 }
 
+#if !defined(KINML_LANE_THREADS)
+
 template <class F>
 void run_step(int n, const F& f) {
   switch (step_order()) {
@@ -178,6 +184,7 @@ class Block {
 };
 
 #endif
+#endif
 
 // f(i) for n items, of which each block of a grid of blocks_for(n, threads) takes as many as it has
 // threads.
@@ -189,6 +196,24 @@ KINML_DEVICE void each_in_grid(const Block& block, std::int64_t n, const F& f) {
 }
 KINML_HD std::int64_t blocks_for(std::int64_t n, int threads) {
   return (n + threads - 1) / threads;
+}
+
+// total = term(0) + ... + term(n - 1), by a block in a fixed order: of lanes, then over these.
+// lanes  // [block.threads()]
+template <class Term>
+KINML_DEVICE void sum_in_block(const Block& block, std::int64_t n, const Term& term, double* lanes,
+                               double& total) {
+  const int some = n < block.threads() ? static_cast<int>(n) : block.threads();
+  block.each(some, [&](int lane) {
+    double sum = 0;
+    for (std::int64_t i = lane; i < n; i += block.threads()) sum += term(i);
+    lanes[lane] = sum;
+  });
+  block.each(1, [&](int) {
+    double sum = 0;
+    for (int lane = 0; lane < some; ++lane) sum += lanes[lane];
+    total = sum;
+  });
 }
 
 // Takes aligned pieces of a block's or a warp's memory; with begin = null it counts how much a
