@@ -25,8 +25,10 @@ constexpr int kForceRows = 32;         // atoms of a tile
 constexpr int kForceStructures = 32;   // structures of a tile, at most
 constexpr int kForceBlocks = 256;      // parts of a batch (core/shares.h), at most
 constexpr int kFewNeighbours = 48;     // for which there is memory on the chip
-constexpr int kMostNeighbours = 1024;  // within the cutoff of an atom; more give NaN
-constexpr int kLanes = 8;              // in which the errors of a structure's forces are summed
+constexpr int kMostNeighbours = 1024;  // in the list of a warp
+// Those of a crowd, for which one block at a time has lists; more give NaN.
+constexpr int kMostOfCrowd = 32768;
+constexpr int kLanes = 8;  // in which the errors of a structure's forces are summed
 
 // Forces of a tile's structures, and virials of their centres: of each output one after the other.
 // Forces of the loss are of a place in the batch, not of a structure: it may be named twice.
@@ -65,9 +67,11 @@ struct TileMemory {
   int* any;                 // [kForceStructures, K] whether the loss depends on the forces
   ComponentErrors* errors;  // [kForceStructures, K, kLanes]
   int* counts;              // [kWarps] neighbours
+  int* overflown;           // [kForceRows] whether a row has more than its list has room for
   T* forces;                // [K, kForceRows, 3] of its own room, for a gradient
   T* virials;               // [K, kForceRows, 3, 3] likewise; null without cells
   Room<T> room;             // where its forces are
+  bool crowd = false;       // whether the lists are those of a crowd
 
   KINML_HD void take(Pieces& pieces, const ChainPlan& plan, bool gradient, bool cells) {
     const int K = plan.n_levels;
@@ -92,6 +96,7 @@ struct TileMemory {
     any = pieces.take<int>(kForceStructures * K);
     errors = pieces.take<ComponentErrors>(gradient ? kForceStructures * K * kLanes : 0);
     counts = pieces.take<int>(kWarps);
+    overflown = pieces.take<int>(kForceRows);
     forces = pieces.take<T>(gradient ? 3 * K * kForceRows : 0);
     virials = gradient && cells ? pieces.take<T>(9 * K * kForceRows) : nullptr;
   }
@@ -130,6 +135,10 @@ struct Memory {
   char* warps = nullptr;  // of the warps; null: on the chip, behind the tile if that is on it
   char* lists = nullptr;  // of the warps, with room for kMostNeighbours
   int most_neighbours = 0;
+  char* crowd = nullptr;  // [kWarps, crowd_bytes] lists of who holds the lock; or null
+  Index crowd_bytes = 0;
+  int most_of_crowd = 0;
+  int* lock = nullptr;  // of those, and of Differentiation::rooms[1]
 };
 
 // How a batch is cut into parts: by its number of structures alone. Part p is that of block
@@ -185,7 +194,6 @@ struct Differentiation {
   // For structures larger than a tile, forces and then -dL/dF. The second room is for those that
   // the batch has named before: of one block at a time, which holds the lock.
   Room<T> rooms[2] = {};
-  int* lock = nullptr;
   T* parts = nullptr;  // [n_blocks, plan.parameters] of the gradient
 
   KINML_HD bool given() const { return e != nullptr; }
@@ -272,10 +280,15 @@ struct ForceKernel {
         missing = missing || more.first < 0;
         ++structures.count;
       }
-      const bool again = set_room(block, tile, structures);
-      if (again) block.enter(differentiation.lock);
-      run_tile(block, tile, tables, structures, gradient);
-      if (again) block.leave(differentiation.lock);
+      bool locked = set_room(block, tile, structures);
+      if (locked) block.enter(memory.lock);
+      tile.crowd = false;
+      if (!run_tile(block, tile, tables, structures, gradient)) {
+        if (!locked) block.enter(memory.lock);
+        locked = tile.crowd = true;
+        run_tile(block, tile, tables, structures, gradient);
+      }
+      if (locked) block.leave(memory.lock);
       i += structures.count;
     }
     // An optimizer must not step on what is left of a batch.
@@ -311,7 +324,8 @@ struct ForceKernel {
     return any;
   }
 
-  KINML_DEVICE void run_tile(const Block& block, Tile& tile, const AevTables<T>& tables,
+  // False: the tile is a crowd and must be run anew as one; nothing is left of it.
+  KINML_DEVICE bool run_tile(const Block& block, Tile& tile, const AevTables<T>& tables,
                              const TileStructures& structures, T* gradient) const {
     const bool on_forces = begin_tile(block, tile, structures);
     const bool given = kGradient && differentiation.given();
@@ -320,6 +334,7 @@ struct ForceKernel {
       for (int piece = 0; piece < pieces; ++piece) {
         const bool anew = pass == 0 || pieces > 1;
         if (anew) stage(block, tile, tables, structures, piece * kForceRows);
+        if (pass == 0 && is_crowd(tile)) return false;
         for (Index member = 0; member < n_members(); ++member) {
           if (anew)
             ascend(block, tile, structures, member,
@@ -341,6 +356,13 @@ struct ForceKernel {
       }
     }
     if constexpr (!kGradient) finish_energies(block, tile, structures);
+    return true;
+  }
+  KINML_DEVICE bool is_crowd(const Tile& tile) const {
+    if (memory.crowd == nullptr || tile.crowd) return false;
+    for (int p = 0; p < tile.rows.n; ++p)
+      if (tile.overflown[p] != 0) return true;
+    return false;
   }
 
   // Where the structures of a tile stand and which of their forces are wanted; energies and forces
@@ -436,6 +458,7 @@ struct ForceKernel {
           WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, p);
           find(warp, tables, tile, structures, p, static_cast<const T*>(nullptr), nullptr,
                scratch.neighbours);
+          warp.each(1, [&](int) { tile.overflown[p] = scratch.neighbours.overflown; });
           aev_row(warp, tables, scratch.neighbours, scratch.triples, tile.features + p * stride());
         }
       });
@@ -459,7 +482,9 @@ struct ForceKernel {
     const bool few = system.distinct() && tile.sizes[j] <= kFewNeighbours + 1;
     const Index place = Index(block.index()) * kWarps + w;
     char* begin;
-    if (!few)
+    if (tile.crowd)
+      begin = memory.crowd + w * memory.crowd_bytes;
+    else if (!few)
       begin = memory.lists + place * memory.list_bytes;
     else if (memory.warps != nullptr)
       begin = memory.warps + place * memory.warp_bytes;
@@ -468,7 +493,10 @@ struct ForceKernel {
               w * memory.warp_bytes;
     Pieces pieces(begin);
     WarpMemory<T, N> result;
-    result.take(pieces, aev, few ? kFewNeighbours : memory.most_neighbours, system.distinct());
+    const int room = tile.crowd ? memory.most_of_crowd
+                     : few      ? kFewNeighbours
+                                : memory.most_neighbours;
+    result.take(pieces, aev, room, system.distinct());
     return result;
   }
   template <class N>
@@ -950,7 +978,6 @@ struct Workspace {
   T* packed;
   T* parts = nullptr;
   Room<T> rooms[2] = {};
-  int* lock = nullptr;
   // For stresses in the loss, of which the step finds out here; likewise the rooms' virials.
   double* virial_slopes = nullptr;
   Memory memory;
@@ -978,7 +1005,6 @@ struct Workspace {
         room = {pieces.take<T>(3 * atoms), nullptr, system.n_atoms};
         if (system.cells != nullptr) room.virials = pieces.take<T>(9 * atoms);
       }
-      lock = pieces.take<int>(1);
       if (system.cells != nullptr)
         virial_slopes = pieces.take<double>(plan.n_levels * 9 * system.count());
     }
@@ -1003,6 +1029,14 @@ struct Workspace {
     // Lists of many neighbours are for structures of many atoms, or images.
     if (system.n_atoms > kFewNeighbours || (!system.stored() && !system.distinct()))
       memory.lists = pieces.take<char>(n_blocks * kWarps * memory.list_bytes);
+    memory.lock = pieces.take<int>(1);
+    if (!system.stored() && (!system.distinct() || system.n_atoms > kMostNeighbours)) {
+      memory.most_of_crowd = system.distinct() && system.n_atoms < kMostOfCrowd
+                                 ? static_cast<int>(system.n_atoms)
+                                 : kMostOfCrowd;
+      memory.crowd_bytes = warp_bytes(aev, memory.most_of_crowd, system.distinct(), gradient);
+      memory.crowd = pieces.take<char>(kWarps * memory.crowd_bytes);
+    }
     if (has_images(system)) images = pieces.take<ImageCell>(system.n_structures);
     bytes = pieces.taken();
   }
@@ -1015,7 +1049,6 @@ ForceKernel<T, kGradient> force_kernel(const ChainPlan& plan, const Model<T>& mo
       plan,       arguments_of(model, system), system, space.packed, space.images, space.memory,
       space.batch};
   for (int i = 0; i < 2; ++i) kernel.differentiation.rooms[i] = space.rooms[i];
-  kernel.differentiation.lock = space.lock;
   kernel.differentiation.parts = space.parts;
   return kernel;
 }
@@ -1031,7 +1064,7 @@ void set_loss(ForceKernel<T, true>& kernel, const Workspace<T>& space, const Los
 template <class T>
 void differentiate(const Model<T>& model, const Workspace<T>& space,
                    const ForceKernel<T, true>& kernel, Stream stream) {
-  pack_networks(kernel.plan, model.weights, 1, space.packed, stream, space.lock);
+  pack_networks(kernel.plan, model.weights, 1, space.packed, stream, space.memory.lock);
   if (space.images != nullptr) prepare_images(model.aev, kernel.system, space.images, stream);
   launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
 }
@@ -1106,7 +1139,7 @@ void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t 
     return sum();
   }
   const Workspace<T> space(plan, model, system, false, workspace);
-  pack_networks(plan, model.weights, model.n_members, space.packed, stream);
+  pack_networks(plan, model.weights, model.n_members, space.packed, stream, space.memory.lock);
   ForceKernel<T, false> kernel = force_kernel<T, false>(plan, model, system, space);
   kernel.first_level = static_cast<int>(first_level);
   kernel.evaluation = {model.n_members, model.sae, outputs};

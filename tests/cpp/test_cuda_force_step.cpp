@@ -3,6 +3,7 @@
 //
 //   test_cuda_force_step          everything (seconds)
 //   test_cuda_force_step small    fewer and smaller molecules, for valgrind and the sanitizers
+//   test_cuda_force_step few      every kernel with a few, for lanes that are threads
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -22,7 +23,7 @@ namespace cpu = kinml::cpu;
 namespace cuda = kinml::cuda;
 using namespace models;
 
-bool small_run = false;
+bool small_run = false, few_run = false;
 
 template <class T>
 constexpr double kNan = std::numeric_limits<T>::quiet_NaN();
@@ -154,6 +155,7 @@ void check_problem(const Problem<T>& p) {
   compare<T>(found.step.residuals, expected.step.residuals);
   compare<T>(found.step.errors, expected.step.errors);
   for (const auto order : {cuda::StepOrder::backward, cuda::StepOrder::shuffled}) {
+    if (few_run) break;
     cuda::step_order() = order;
     const Results<T> again = p.on_gpu();
     CHECK(same_bits(again.energies, found.energies) && same_bits(again.forces, found.forces) &&
@@ -188,6 +190,7 @@ void check_large() {
   batch.add_random(small_run ? 270 : 420, 2, 17, 17, 17, p, 0.5);
   if (!small_run) batch.add_random(300, 2, 40, 9, 12, p, 0.5);
   for (const Index n_levels : {1, 3}) {
+    if (few_run && n_levels > 1) break;
     const Model model(p, {7, 4}, {1, 1, 0}, n_levels > 1, n_levels);
     for (const Index first_level : {Index(0), n_levels - 1}) {
       Problem<T> problem(model, batch, false, n_levels == 1 ? 2 : 1, first_level);
@@ -219,12 +222,30 @@ void check_repeated() {
     const Model model(p, {7, 4}, {1, 1, 0}, true, n_levels);
     for (const bool stored : {false, true})
       for (const std::vector<Index>& choice : choices) {
+        if (few_run && (stored || n_levels > 1)) continue;
         if (choice.size() > 10 && (small_run || n_levels > 1)) continue;
         Problem<T> problem(model, batch, stored, 1, 0);
         problem.chosen = choice;
         check_problem(problem);
       }
   }
+}
+
+// An atom with more neighbours than the lists of all warps have room for.
+template <class T>
+void check_crowd() {
+  check::section("a crowd");
+  const AevParameters p = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
+  Batch batch;
+  for (Index i = 0; i < 1030; ++i)
+    batch.add_atom(uniform(-0.8, 0.8), uniform(-0.8, 0.8), uniform(-0.8, 0.8), 0);
+  batch.finish_structure();
+  for (int s = 0; s < 8; ++s) batch.add_molecule(s % 3, p);
+  const Model model(p, {4}, {1, 0}, true);
+  Problem<T> problem(model, batch, false, 1, 0);
+  CHECK(!cuda::structures_are_large(problem.view(false)));
+  problem.chosen = {0, 4, 0};
+  check_problem(problem);
 }
 
 template <class T>
@@ -275,6 +296,23 @@ void check_missing() {
     CHECK(std::isnan(step.losses[0]) != all);
     for (const T number : step.gradient) CHECK(std::isnan(number) != all);
   }
+}
+
+// Every kernel, with and without memory on the chip.
+template <class T>
+void check_few() {
+  check::section("every kernel");
+  const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
+  Batch batch;
+  for (const Index n : {0, 3, 9, 8, 34}) batch.add_molecule(n, p);
+  check_batch<T>(Model(p, {7, 4}, {1, 1, 0}, true, 2), batch, 2);
+  const Model model(p, {7, 4}, {1, 1, 0}, true);
+  const cuda::Device less{1024, cuda::current_device().multiprocessors};
+  cuda::pretend_device(&less);
+  check_problem(Problem<T>(model, batch, false, 1, 0));
+  cuda::pretend_device(nullptr);
+  check_large<T>();
+  check_repeated<T>();
 }
 
 template <class T>
@@ -329,13 +367,19 @@ void check_all() {
 
   check_large<T>();
   check_repeated<T>();
+  if (!small_run) check_crowd<T>();
   check_missing<T>();
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  small_run = argc > 1 && std::string(argv[1]) == "small";
+  few_run = argc > 1 && std::string(argv[1]) == "few";
+  small_run = few_run || (argc > 1 && std::string(argv[1]) == "small");
+  if (few_run) {
+    check_few<float>();
+    return check::finish();
+  }
   check_all<double>();
   check_all<float>();
   return check::finish();
