@@ -14,8 +14,8 @@ from kinml_fast.train.captured import EpochRecorder
 from kinml_fast.train.dataset import InMemory
 from kinml_fast.train.epoch_errors import EpochErrors
 from kinml_fast.train.judge import Judge
-from kinml_fast.train.metrics import LevelErrors
 from kinml_fast.train.loss import TaskWeights
+from kinml_fast.train.metrics import LevelErrors
 from kinml_fast.train.rhythm import Rhythm
 from kinml_fast.train.update import Update
 from kinml_fast.units import KCAL_PER_MOL
@@ -49,7 +49,8 @@ def test_an_epoch_is_recorded_anew_when_what_it_holds_on_to_changes(change, monk
     assert recorder.recorded(step) is None  # the first epoch
     update.step(None)
     first = recorder.recorded(step)
-    assert first is not None and recorder.recorded(step) is first
+    assert first is not None
+    assert recorder.recorded(step) is first
     old = weights.data, weights.grad, update.optimizer.state[weights]["exp_avg"]  # nobody else gets their addresses
     match change:
         case "betas":
