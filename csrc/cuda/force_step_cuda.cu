@@ -1,5 +1,6 @@
 #include "force_step_cuda.h"
 
+#include <algorithm>
 #include <limits>
 #include <type_traits>
 
@@ -21,9 +22,9 @@ using Index = std::int64_t;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kForceRows = 32;         // atoms of a tile
-constexpr int kForceStructures = 32;   // structures of a tile, at most
-constexpr int kForceBlocks = 256;      // parts of a batch (core/shares.h), at most
+constexpr int kForceRows = 32;     // atoms of a tile,
+constexpr int kFewRows = 16;       // or so many, so that a tile of small molecules fits on the chip
+constexpr int kForceBlocks = 256;  // parts of a batch (core/shares.h), at most
 constexpr int kFewNeighbours = 48;     // for which there is memory on the chip
 constexpr int kMostNeighbours = 1024;  // in the list of a warp
 // Those of a crowd, for which one block at a time has lists; more give NaN.
@@ -48,57 +49,61 @@ struct Room {
 template <class T>
 struct TileMemory {
   TileRows rows;
-  int* firsts;    // [kForceStructures + 1] rows of the structures, in their order
-  Index* begins;  // [kForceStructures] first atoms of the structures; -1: do not exist
-  int* sizes;     // [kForceStructures] their atoms, with ghosts
-  Index* shifts;  // [kForceStructures] from their atoms to places in a room
-  int* kinds;     // [kForceRows] species of the rows of a piece, in the order of the atoms
-  int* places;    // [kForceRows] where they stand in the order of the species
-  Index* atoms;   // [kForceRows] in the order of the species, like all that follows
-  int* owners;    // [kForceRows] structure within the tile
-  T* features;    // [kForceRows, plan.features] a, and eps of the level below
-  T* gradients;   // [K, kForceRows, plan.features] g_k, later (U_k, T_k)
+  int* firsts;    // [capacity + 1] rows of the structures, in their order
+  Index* begins;  // [capacity] first atoms of the structures; -1: do not exist
+  int* sizes;     // [capacity] their atoms, with ghosts
+  Index* shifts;  // [capacity] from their atoms to places in a room
+  int* kinds;     // [capacity] species of the rows of a piece, in the order of the atoms
+  int* places;    // [capacity] where they stand in the order of the species
+  Index* atoms;   // [capacity] in the order of the species, like all that follows
+  int* owners;    // [capacity] structure within the tile
+  T* features;    // [capacity, plan.features] a, and eps of the level below
+  T* gradients;   // [K, capacity, plan.features] g_k, later (U_k, T_k)
   HiddenArrays<T> hidden;
-  T* parts;                 // [kMostParts, kForceRows, plan.widest]
-  T* below;                 // [K, kForceRows] eps_{k-1}
-  T* slopes;                // [K, kForceRows] c_k
-  T* seeds;                 // [kForceRows]
-  double* energies;         // [kForceStructures, K]; later dL/dE
-  int* any;                 // [kForceStructures, K] whether the loss depends on the forces
-  ComponentErrors* errors;  // [kForceStructures, K, kLanes]
+  T* parts;                 // [kMostParts, capacity, plan.widest]
+  T* below;                 // [K, capacity] eps_{k-1}
+  T* slopes;                // [K, capacity] c_k
+  T* seeds;                 // [capacity]
+  double* energies;         // [capacity, K]; later dL/dE
+  int* any;                 // [capacity, K] whether the loss depends on the forces
+  ComponentErrors* errors;  // [capacity, K, kLanes]
   int* counts;              // [kWarps] neighbours
-  int* overflown;           // [kForceRows] whether a row has more than its list has room for
-  T* forces;                // [K, kForceRows, 3] of its own room, for a gradient
-  T* virials;               // [K, kForceRows, 3, 3] likewise; null without cells
+  int* overflown;           // [capacity] whether a row has more than its list has room for
+  T* forces;                // [K, capacity, 3] of its own room, for a gradient
+  T* virials;               // [K, capacity, 3, 3] likewise; null without cells
   Room<T> room;             // where its forces are
   bool crowd = false;       // whether the lists are those of a crowd
 
-  KINML_HD void take(Pieces& pieces, const ChainPlan& plan, bool gradient, bool cells) {
+  KINML_HD void take(Pieces& pieces, const ChainPlan& plan, int capacity, bool gradient,
+                     bool cells) {
     const int K = plan.n_levels;
-    const Index matrix = Index(kForceRows) * plan.features;
-    rows.take(pieces, kForceRows, plan.n_species);
-    firsts = pieces.take<int>(kForceStructures + 1);
-    begins = pieces.take<Index>(kForceStructures);
-    sizes = pieces.take<int>(kForceStructures);
-    shifts = pieces.take<Index>(kForceStructures);
-    kinds = pieces.take<int>(kForceRows);
-    places = pieces.take<int>(kForceRows);
-    atoms = pieces.take<Index>(kForceRows);
-    owners = pieces.take<int>(kForceRows);
+    const Index matrix = Index(capacity) * plan.features;
+    rows.take(pieces, capacity, plan.n_species);
+    firsts = pieces.take<int>(capacity + 1);
+    begins = pieces.take<Index>(capacity);
+    sizes = pieces.take<int>(capacity);
+    shifts = pieces.take<Index>(capacity);
+    kinds = pieces.take<int>(capacity);
+    places = pieces.take<int>(capacity);
+    atoms = pieces.take<Index>(capacity);
+    owners = pieces.take<int>(capacity);
     features = pieces.take<T>(matrix);
     gradients = pieces.take<T>(K * matrix);
-    hidden.take(pieces, kForceRows, plan.hidden, gradient, gradient ? K : 1);
-    parts = pieces.take<T>(Index(kMostParts) * kForceRows * plan.widest);
-    below = pieces.take<T>(K * kForceRows);
-    slopes = pieces.take<T>(K * kForceRows);
-    seeds = pieces.take<T>(kForceRows);
-    energies = pieces.take<double>(kForceStructures * K);
-    any = pieces.take<int>(kForceStructures * K);
-    errors = pieces.take<ComponentErrors>(gradient ? kForceStructures * K * kLanes : 0);
+    hidden.take(pieces, capacity, plan.hidden, gradient, gradient ? K : 1);
+    below = pieces.take<T>(K * capacity);
+    slopes = pieces.take<T>(K * capacity);
+    seeds = pieces.take<T>(capacity);
+    energies = pieces.take<double>(capacity * K);
+    any = pieces.take<int>(capacity * K);
+    errors = pieces.take<ComponentErrors>(gradient ? capacity * K * kLanes : 0);
     counts = pieces.take<int>(kWarps);
-    overflown = pieces.take<int>(kForceRows);
-    forces = pieces.take<T>(gradient ? 3 * K * kForceRows : 0);
-    virials = gradient && cells ? pieces.take<T>(9 * K * kForceRows) : nullptr;
+    overflown = pieces.take<int>(capacity);
+    forces = pieces.take<T>(gradient ? 3 * K * capacity : 0);
+    virials = gradient && cells ? pieces.take<T>(9 * K * capacity) : nullptr;
+  }
+  // Behind the tables: where warps on the chip have their memory at other times.
+  KINML_HD void take_parts(Pieces& pieces, const ChainPlan& plan, int capacity) {
+    parts = pieces.take<T>(Index(kMostParts) * capacity * plan.widest);
   }
 };
 
@@ -130,9 +135,12 @@ KINML_HD Index warp_bytes(const AevArguments<T>& aev, int capacity, bool distinc
 
 // Where the memory of blocks and warps is: on the chip from block.memory() on, or in the workspace.
 struct Memory {
+  int capacity = kForceRows;  // atoms of a tile
+  int few = kFewNeighbours;   // for which warps have memory
   Index tile_bytes = 0, warp_bytes = 0, list_bytes = 0;
   char* tiles = nullptr;  // of the blocks; null: on the chip
-  char* warps = nullptr;  // of the warps; null: on the chip, behind the tile if that is on it
+  char* warps = nullptr;  // of the warps; null: on the chip, from chip_warps on
+  Index chip_warps = 0;   // where the tile's parts begin if that is on the chip too
   char* lists = nullptr;  // of the warps, with room for kMostNeighbours
   int most_neighbours = 0;
   char* crowd = nullptr;  // [kWarps, crowd_bytes] lists of who holds the lock; or null
@@ -249,6 +257,7 @@ struct ForceKernel {
         f(atom, atom + tile.shifts[j]);
       });
   }
+  KINML_DEVICE int capacity() const { return memory.capacity; }
   KINML_DEVICE int length() const { return plan.layers[0].in; }
   KINML_DEVICE int n_levels() const { return plan.n_levels; }
   KINML_DEVICE int stride() const { return plan.features; }
@@ -261,8 +270,9 @@ struct ForceKernel {
     Pieces pieces(memory.tiles == nullptr ? block.memory()
                                           : memory.tiles + block.index() * memory.tile_bytes);
     Tile tile;
-    tile.take(pieces, plan, kGradient, system.cells != nullptr);
+    tile.take(pieces, plan, capacity(), kGradient, system.cells != nullptr);
     const AevTables<T> tables = aev_tables(block, aev, pieces);
+    tile.take_parts(pieces, plan, capacity());
     T* const gradient =
         kGradient ? differentiation.parts + block.index() * Index(plan.parameters) : nullptr;
     if (kGradient) block.each(plan.parameters, [&](int i) { gradient[i] = 0; });
@@ -272,9 +282,9 @@ struct ForceKernel {
     while (i < last) {
       // As many structures as have room together, or one.
       TileStructures structures{i, 0, 0, 0};
-      while (i + structures.count < last && structures.count < kForceStructures) {
+      while (i + structures.count < last && structures.count < capacity()) {
         const Span more = span(i + structures.count);
-        if (structures.count > 0 && structures.atoms + more.size > kForceRows) break;
+        if (structures.count > 0 && structures.atoms + more.size > capacity()) break;
         structures.n += more.n;
         structures.atoms += more.size;
         missing = missing || more.first < 0;
@@ -302,10 +312,10 @@ struct ForceKernel {
       tile.room = {evaluation.outputs.forces, evaluation.outputs.atomic_virials, system.n_atoms};
       return false;
     } else {
-      const bool large = structures.atoms > kForceRows;
+      const bool large = structures.atoms > capacity();
       const bool again = large && named_before(block, tile, structures.first);
       tile.room =
-          large ? differentiation.rooms[again] : Room<T>{tile.forces, tile.virials, kForceRows};
+          large ? differentiation.rooms[again] : Room<T>{tile.forces, tile.virials, capacity()};
       if (differentiation.virial_slopes == nullptr) tile.room.virials = nullptr;
       return again;
     }
@@ -329,11 +339,11 @@ struct ForceKernel {
                              const TileStructures& structures, T* gradient) const {
     const bool on_forces = begin_tile(block, tile, structures);
     const bool given = kGradient && differentiation.given();
-    const int n = structures.n, pieces = n == 0 ? 1 : (n + kForceRows - 1) / kForceRows;
+    const int n = structures.n, pieces = n == 0 ? 1 : (n + capacity() - 1) / capacity();
     for (int pass = 0; pass < (kGradient ? 2 : 1); ++pass) {
       for (int piece = 0; piece < pieces; ++piece) {
         const bool anew = pass == 0 || pieces > 1;
-        if (anew) stage(block, tile, tables, structures, piece * kForceRows);
+        if (anew) stage(block, tile, tables, structures, piece * capacity());
         if (pass == 0 && is_crowd(tile)) return false;
         for (Index member = 0; member < n_members(); ++member) {
           if (anew)
@@ -341,7 +351,7 @@ struct ForceKernel {
                    {on_forces, on_forces && (!given || n_levels() > 1), pass == 0});
           if (pass > 0 || !on_forces || given) continue;
           for (int k = first_output(); k < n_levels(); ++k)
-            add_forces(block, tile, tables, structures, piece * kForceRows,
+            add_forces(block, tile, tables, structures, piece * capacity(),
                        tile.gradients + k * matrix(), output(member, k));
         }
         if constexpr (kGradient)
@@ -380,7 +390,7 @@ struct ForceKernel {
       tile.sizes[j] = own.size;
       int before = 0;
       for (int i = 0; i < j; ++i) before += span(structures.first + i).size;
-      tile.shifts[j] = kGradient && structures.atoms <= kForceRows ? before - own.first : 0;
+      tile.shifts[j] = kGradient && structures.atoms <= capacity() ? before - own.first : 0;
     });
     block.each(count * K, [&](int item) {
       const int j = item / K, k = item % K;
@@ -401,7 +411,7 @@ struct ForceKernel {
     return on_forces;
   }
 
-  KINML_DEVICE Index matrix() const { return Index(kForceRows) * plan.features; }
+  KINML_DEVICE Index matrix() const { return Index(capacity()) * plan.features; }
   // Energies and forces are those of the levels from this on.
   KINML_DEVICE int first_output() const { return kGradient ? 0 : first_level; }
   KINML_DEVICE Index output(Index member, int k) const {
@@ -430,10 +440,10 @@ struct ForceKernel {
     return tile.begins[j] + row - tile.firsts[j];
   }
 
-  // Rows [begin, begin + kForceRows) of the tile's n atoms: sorted by species, with descriptors.
+  // Rows [begin, begin + capacity) of the tile's n atoms: sorted by species, with descriptors.
   KINML_PHASE void stage(const Block& block, Tile& tile, const AevTables<T>& tables,
                          const TileStructures& structures, int begin) const {
-    const int n = structures.n, count = n - begin < kForceRows ? n - begin : kForceRows,
+    const int n = structures.n, count = n - begin < capacity() ? n - begin : capacity(),
               S = plan.n_species;
     block.each(count, [&](int row) {
       const Index kind = system.species[atom_of(tile, begin + row)];
@@ -479,7 +489,7 @@ struct ForceKernel {
   KINML_DEVICE WarpMemory<T, N> warp_memory(const Block& block, int w, const Tile& tile,
                                             int p) const {
     const int j = tile.owners[p];
-    const bool few = system.distinct() && tile.sizes[j] <= kFewNeighbours + 1;
+    const bool few = system.distinct() && tile.sizes[j] <= memory.few + 1;
     const Index place = Index(block.index()) * kWarps + w;
     char* begin;
     if (tile.crowd)
@@ -489,13 +499,10 @@ struct ForceKernel {
     else if (memory.warps != nullptr)
       begin = memory.warps + place * memory.warp_bytes;
     else
-      begin = block.memory() + (memory.tiles == nullptr ? memory.tile_bytes : 0) +
-              w * memory.warp_bytes;
+      begin = block.memory() + memory.chip_warps + w * memory.warp_bytes;
     Pieces pieces(begin);
     WarpMemory<T, N> result;
-    const int room = tile.crowd ? memory.most_of_crowd
-                     : few      ? kFewNeighbours
-                                : memory.most_neighbours;
+    const int room = tile.crowd ? memory.most_of_crowd : few ? memory.few : memory.most_neighbours;
     result.take(pieces, aev, room, system.distinct());
     return result;
   }
@@ -529,7 +536,7 @@ struct ForceKernel {
     const ChainRows<T> rows = chain(tile);
     for (int k = 0; k < K; ++k) {
       const TileNetwork<T> net = network(tile, member, k);
-      T* const below = tile.below + k * kForceRows;
+      T* const below = tile.below + k * capacity();
       if (k > 0) rows.set_input(block, below, tile.features);
       net.forward(block, tile.rows, tile.features, stride(), kGradient && wanted.slopes);
       const auto value = [&](int p) {
@@ -559,7 +566,7 @@ struct ForceKernel {
             atomic[row * system.n_atoms + tile.atoms[p]] = static_cast<double>(energy) + shift;
           });
       }
-      if (k + 1 < K) rows.add_energies(block, k > 0 ? below : nullptr, value, below + kForceRows);
+      if (k + 1 < K) rows.add_energies(block, k > 0 ? below : nullptr, value, below + capacity());
       if (!wanted.slopes) continue;
       net.backward(block, tile.rows, [](int) { return T(1); }, kGradient);
       if (!wanted.gradients) continue;
@@ -568,13 +575,13 @@ struct ForceKernel {
       if (k > 0)
         rows.add_gradients(
             block, [&](int p, int d) { return (g - matrix())[p * stride() + d]; }, g,
-            tile.slopes + k * kForceRows);
+            tile.slopes + k * capacity());
     }
   }
 
   // Forces of an output -= J^T g of the atoms of a piece of the tile, which begins at row `begin`;
   // virials of the centres are written, from coordinates.
-  // g  // [kForceRows, stride]
+  // g  // [capacity, stride]
   KINML_PHASE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables,
                               const TileStructures& structures, int begin, const T* g,
                               Index output) const {
@@ -613,11 +620,11 @@ struct ForceKernel {
   KINML_PHASE void add_stored_forces(const Block& block, Tile& tile,
                                      const TileStructures& structures, int begin, const T* g,
                                      T* out) const {
-    const int room = kMostParts * kForceRows * plan.widest, D = length();
+    const int room = kMostParts * capacity() * plan.widest, D = length();
     for (int j = 0; j < structures.count; ++j) {
       const int columns = 3 * (tile.firsts[j + 1] - tile.firsts[j]);
       const int low = tile.firsts[j] > begin ? tile.firsts[j] : begin;
-      int high = begin + kForceRows < structures.n ? begin + kForceRows : structures.n;
+      int high = begin + capacity() < structures.n ? begin + capacity() : structures.n;
       high = tile.firsts[j + 1] < high ? tile.firsts[j + 1] : high;
       if (low >= high) continue;
       for (int left = 0; left < columns; left += room) {
@@ -757,7 +764,7 @@ struct ForceKernel {
       multiply(block, tile, tables, structures, k, u);
       const bool highest = k + 1 == K;
       rows.add_directions(block, highest ? nullptr : u + matrix(),
-                          highest ? nullptr : tile.slopes + (k + 1) * kForceRows, u);
+                          highest ? nullptr : tile.slopes + (k + 1) * capacity(), u);
       if (k > 0) rows.set_direction_of_input(block, u - matrix(), u);
     }
     block.each(count, [&](int p) { tile.seeds[p] = 0; });
@@ -766,7 +773,7 @@ struct ForceKernel {
       block.each(count, [&](int p) {
         tile.seeds[p] += static_cast<T>(tile.energies[tile.owners[p] * K + k]);
       });
-      if (k > 0) rows.set_input(block, tile.below + k * kForceRows, tile.features);
+      if (k > 0) rows.set_input(block, tile.below + k * capacity(), tile.features);
       const auto seed = [&](int p) { return tile.seeds[p]; };
       const T* const v = on_forces ? tile.gradients + k * matrix() : nullptr;
       if (on_forces) {
@@ -783,7 +790,7 @@ struct ForceKernel {
   }
 
   // v_k = -J r_k of the atoms of a piece.
-  // v  // [kForceRows, stride]
+  // v  // [capacity, stride]
   KINML_PHASE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables,
                             const TileStructures& structures, int k, T* v) const {
     const int K = n_levels(), count = tile.rows.n, D = length();
@@ -995,7 +1002,7 @@ struct Workspace {
       : batch(of_batch) {
     const AevArguments<T> aev = arguments_of(model, system);
     const Index n_blocks = batch.n_blocks();
-    Pieces pieces(begin), tile_pieces(nullptr);
+    Pieces pieces(begin);
     packed = pieces.take<T>(model.n_members * plan.packed);
     if (gradient) {
       parts = pieces.take<T>(n_blocks * plan.parameters);
@@ -1008,26 +1015,25 @@ struct Workspace {
       if (system.cells != nullptr)
         virial_slopes = pieces.take<double>(plan.n_levels * 9 * system.count());
     }
-    TileMemory<T> tile;
-    tile.take(tile_pieces, plan, gradient, system.cells != nullptr);
-    memory.tile_bytes = tile_pieces.taken() + aev_tables_bytes(aev);
     if (!system.stored()) {
       memory.most_neighbours =
           static_cast<int>(!system.distinct()                 ? kMostNeighbours
                            : system.n_atoms < kFewNeighbours  ? kFewNeighbours
                            : system.n_atoms < kMostNeighbours ? system.n_atoms
                                                               : kMostNeighbours);
-      memory.warp_bytes = warp_bytes(aev, kFewNeighbours, system.distinct(), gradient);
       memory.list_bytes = warp_bytes(aev, memory.most_neighbours, system.distinct(), gradient);
     }
-    const Index warps = kWarps * memory.warp_bytes, limit = current_device().block_memory;
-    const bool tile_fits = memory.tile_bytes <= limit;
-    const bool warps_fit = (tile_fits ? memory.tile_bytes : 0) + warps <= limit;
-    on_chip = (tile_fits ? memory.tile_bytes : 0) + (warps_fit ? warps : 0);
+    // Less for small molecules, if that alone fits; the same in all processes, by the data set.
+    const auto place_for = [&](int capacity, int few) {
+      return place(plan, aev, system, gradient, capacity, few);
+    };
+    if (!place_for(kForceRows, kFewNeighbours) &&
+        (system.n_atoms > kFewRows * system.n_structures || !place_for(kFewRows, kFewRows)))
+      place_for(kForceRows, kFewNeighbours);
     if (!tile_fits) memory.tiles = pieces.take<char>(n_blocks * memory.tile_bytes);
-    if (!warps_fit) memory.warps = pieces.take<char>(n_blocks * warps);
+    if (!warps_fit) memory.warps = pieces.take<char>(n_blocks * kWarps * memory.warp_bytes);
     // Lists of many neighbours are for structures of many atoms, or images.
-    if (system.n_atoms > kFewNeighbours || (!system.stored() && !system.distinct()))
+    if (system.n_atoms > memory.few || (!system.stored() && !system.distinct()))
       memory.lists = pieces.take<char>(n_blocks * kWarps * memory.list_bytes);
     memory.lock = pieces.take<int>(1);
     if (!system.stored() && (!system.distinct() || system.n_atoms > kMostNeighbours)) {
@@ -1039,6 +1045,32 @@ struct Workspace {
     }
     if (has_images(system)) images = pieces.take<ImageCell>(system.n_structures);
     bytes = pieces.taken();
+  }
+
+ private:
+  bool tile_fits, warps_fit;
+
+  // Where a tile of so many atoms and its warps, for so few neighbours, have their memory; whether
+  // all of it is on the chip.
+  bool place(const ChainPlan& plan, const AevArguments<T>& aev, const System<T>& system,
+             bool gradient, int capacity, int few) {
+    Pieces pieces(nullptr);
+    TileMemory<T> tile;
+    tile.take(pieces, plan, capacity, gradient, system.cells != nullptr);
+    take_aev_tables(pieces, aev);
+    const Index before_parts = pieces.taken();
+    tile.take_parts(pieces, plan, capacity);
+    memory.capacity = capacity;
+    memory.few = few;
+    memory.tile_bytes = pieces.taken();
+    memory.warp_bytes = system.stored() ? 0 : warp_bytes(aev, few, system.distinct(), gradient);
+    const Index limit = current_device().block_memory, warps = kWarps * memory.warp_bytes;
+    const Index both = std::max(memory.tile_bytes, before_parts + warps);
+    tile_fits = memory.tile_bytes <= limit;
+    warps_fit = (tile_fits ? both : warps) <= limit;
+    memory.chip_warps = tile_fits ? before_parts : 0;
+    on_chip = tile_fits ? (warps_fit ? both : memory.tile_bytes) : warps_fit ? warps : 0;
+    return both <= limit;
   }
 };
 

@@ -315,6 +315,27 @@ void check_few() {
   check_repeated<T>();
 }
 
+// Nothing of a step on small molecules is in the workspace that has room on the chip.
+template <class T>
+void check_on_chip() {
+  check::section("memory on the chip");
+  const AevParameters p = aevmod(2, 16, 8, 8, 5.2, 3.8, 0.95);
+  const Model model(p, {48, 24, 12}, {1, 1, 1, 0}, true);
+  Batch batch;
+  for (int i = 0; i < 5; ++i) batch.add_molecule(10, p);
+  const Data<T> data(model, batch, false);
+  const kinml::Model<T> view = model.view(data.weights);
+  const auto bytes = [&] {
+    return std::pair(cuda::energy_forces_workspace<T>(view, data.view()),
+                     cuda::force_step_workspace<T>(view, data.view()));
+  };
+  const auto found = bytes();
+  const cuda::Device endless{Index(1) << 40, cuda::current_device().multiprocessors};
+  cuda::pretend_device(&endless);
+  CHECK(found == bytes());
+  cuda::pretend_device(nullptr);
+}
+
 template <class T>
 void check_all() {
   const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
@@ -323,6 +344,7 @@ void check_all() {
     for (const Index n : sizes) batch.add_molecule(n, p);
     return batch;
   };
+  check_on_chip<T>();
   check::section("tiles of molecules");
   const Model model(p, {7, 4}, {1, 1, 0}, true);
   check_batch<T>(model, Batch());
