@@ -46,7 +46,8 @@ CYCLES = {
 }
 WARPS = 8  # of a block: csrc/cuda/force_step_cuda.cu
 ISSUED = 4.0  # warp instructions of a multiprocessor in a cycle, at most
-REPEATS = 0.57  # executions of each instruction of the force kernel by some warp, per atom and step
+# Executions of each instruction of the force kernel by some warp, per atom and step: 2e4 of C5H5, by counting loops.
+REPEATS = 0.44
 NODES, NODE_TIME = 5, 1.5  # launches of a step in a CUDA graph, µs from one to the next
 BATCH, ATOMS = 50, 10  # molecules and their atoms: C5H5
 CLOCKS = {"H100": 1.755, "H200": 1.785, "A100": 1.41}  # GHz, boost, SXM; with more multiprocessors than the batch has
