@@ -5,7 +5,8 @@
     python scripts/cuda_resources.py --current            whether cuda_resources.json is of these sources and this nvcc
 
 Exit status 1 where a bound is broken, or the file is not current. Every warning is an error, and the objects are linked
-to one shared library, with the CUDA runtime and nothing else. Compiles in KINML_BUILD_DIR, or in build/cuda.
+to one shared library, with the CUDA runtime and nothing else. Compiles in KINML_BUILD_DIR, or in build/cuda. With
+cuobjdump in PATH instructions are counted too (cuda_counts.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cmake_build
+import cuda_counts
 import cuda_toolkit
 from cmake_build import ROOT
 
@@ -166,10 +168,23 @@ def kept() -> tuple[dict[str, str], list[Kernel]]:
     return content["origin"], [Kernel(**row) for row in content["kernels"]]
 
 
-def keep(source: dict[str, str], kernels: list[Kernel]) -> None:
+def keep(source: dict[str, str], kernels: list[Kernel], counts: list[cuda_counts.Counts]) -> None:
     """Write cuda_resources.json, a line for each kernel."""
-    rows = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)
-    TABLE.write_text(f'{{"origin": {json.dumps(source)},\n"kernels": [\n{rows}\n]}}\n')
+    rows, counted = (",\n".join(json.dumps(asdict(row)) for row in table) for table in (kernels, counts))
+    TABLE.write_text(
+        f'{{"origin": {json.dumps(source)},\n"kernels": [\n{rows}\n],\n"instructions": [\n{counted}\n]}}\n'
+    )
+
+
+def instructions(folder: Path) -> list[cuda_counts.Counts]:
+    """Those of the kernels that were compiled in a folder; none without cuobjdump, or for other architectures."""
+    found = []
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        found += cuda_counts.count(source.name, folder / "cuda" / f"{source.stem}.o") or []
+    names = demangle([kernel.name for kernel in found])
+    for kernel in found:
+        kernel.name = names[kernel.name]
+    return sorted(found, key=lambda k: (k.file, k.name))
 
 
 def report(tools: cuda_toolkit.Toolkit, architectures: list[str], folder: Path) -> list[Kernel]:
@@ -208,8 +223,10 @@ def main() -> int:
     except cmake_build.BuildError as error:
         raise SystemExit(str(error)) from None
     sys.stdout.write(table(kernels))
+    counts = instructions(folder)
+    sys.stdout.write(f"\n{cuda_counts.text(counts)}\n" if counts else "")
     if architectures == everything:
-        keep(source, kernels)
+        keep(source, kernels, counts)
     faults = [fault for kernel in kernels for fault in kernel.faults()]
     sys.stdout.write("".join(f"{fault}.\n" for fault in faults))
     sys.stdout.write(f"{len(kernels)} kernels, {len(faults)} beyond the bounds of {Path(__file__).name}\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
+import cuda_counts
 import cuda_resources
 import cuda_toolkit
 import pytest
@@ -21,6 +23,39 @@ ptxas info    : Function properties for _Z1aIdEvi
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers
 """
+
+
+SASS = """\
+\t\tFunction : _Z3runIdE
+\t.headerflags\t@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                  /* 0x00000a00ff017b82 */
+                                                                           /* 0x000fe40000000800 */
+        /*0010*/              @!P0 LDS.128 R4, [R2] ;                      /* 0x0000000000047919 */
+        /*0020*/              @UP0 LD.E.64 R6, [R2.64] ;                   /* 0x0000000000047919 */
+        /*0030*/                   DFMA R2, -R2, R12, 1 ;                  /* 0x3ff000000202742b */
+        /*0040*/                   MUFU.RSQ64H R3, R5 ;                    /* 0x3ff000000202742b */
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;           /* 0x3ff000000202742b */
+        /*0060*/                   NOP ;                                   /* 0x3ff000000202742b */
+"""
+
+
+def test_instructions_are_counted_by_kind():
+    (kernel,) = cuda_counts.parse("a.cu", SASS)
+    assert kernel.name == "_Z3runIdE"
+    assert kernel.kinds == {"constant": 1, "shared": 1, "generic": 1, "float64": 2, "barrier": 1}
+    opcodes = {"FFMA.FTZ": "float32", "IMAD.WIDE": "integer", "LDG.E": "global", "STL": "local", "ULDC.64": "constant"}
+    opcodes |= {"MUFU.EX2": "special", "WARPSYNC": "barrier", "CALL.REL": "control", "VOTE.ANY": "integer"}
+    assert {opcode: cuda_counts.kind_of(opcode) for opcode in opcodes} == opcodes
+
+
+def test_the_model_knows_that_the_chip_is_nearer_than_any_address():
+    kinds = {"float32": 500, "integer": 300, "generic": 200}
+    generic = cuda_counts.Counts("a.cu", "ForceKernel<float, (bool)1>", kinds)
+    shared = cuda_counts.Counts("a.cu", generic.name, {**kinds, "generic": 0, "shared": 200})
+    for clock in cuda_counts.CLOCKS.values():
+        assert cuda_counts.step_time(shared, clock) < cuda_counts.step_time(generic, clock)
+    lines = cuda_counts.text([generic])
+    assert all(name in lines for name in ("H100", "H200", "A100", "µs", "cycles"))
 
 
 def test_reports_of_ptxas_are_understood(monkeypatch):
@@ -81,8 +116,9 @@ def test_kernels_of_this_tree_stay_within_their_bounds(full, tmp_path):
 def test_a_table_is_kept_with_what_it_depends_on(monkeypatch, tmp_path):
     kernels = [Kernel("a.cu", "AdamStep<float>", "90", 40), Kernel("a.cu", "AdamStep<double>", "90", 50, 8)]
     monkeypatch.setattr(cuda_resources, "TABLE", tmp_path / "table.json")
-    cuda_resources.keep(cuda_resources.origin("13.0"), kernels)
+    cuda_resources.keep(cuda_resources.origin("13.0"), kernels, cuda_counts.parse("a.cu", SASS))
     assert cuda_resources.kept() == (cuda_resources.origin("13.0"), kernels)
+    assert json.loads(cuda_resources.TABLE.read_text())["instructions"][0]["kinds"]["generic"] == 1
 
     # Another nvcc or another byte of a source is another origin.
     before = cuda_resources.origin("13.0")

@@ -58,6 +58,25 @@ def test_ops_of_the_gpu_are_all_in_the_twin(twin):
     assert re.search(r"^replaced: (.*)$", done.stdout, re.MULTILINE)[1].split() == expected
 
 
+def test_forces_of_atoms_that_are_in_no_structure_are_nan(twin):
+    """On GPUs offsets are not looked at; on CPUs these are an error."""
+    code = """
+import build_twin
+build_twin.load()
+from kinml_fast import ops
+from test_ops_forces import Case
+arguments = Case().arguments(False)
+arguments["system"].offsets[-1] -= 2
+print("NaN:", *ops.energy_forces(**arguments)[1][0].isnan().all(1).nonzero().flatten().tolist())
+print("atoms:", len(arguments["system"].species))
+"""
+    environment = {**twin, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    n_atoms = int(re.search(r"atoms: (\d+)", done.stdout)[1])
+    assert f"NaN: {n_atoms - 2} {n_atoms - 1}\n" in done.stdout
+
+
 @pytest.mark.parametrize("arguments", SUBSET, ids=" ".join)
 def test_ops(twin, arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda"]

@@ -10,11 +10,14 @@ from training_helpers import assert_same_bits, level_data, model, training_data
 from kinml_fast import ops
 from kinml_fast.metrics import Errors
 from kinml_fast.train import TrainingConfig
+from kinml_fast.train.captured import EpochRecorder
 from kinml_fast.train.dataset import InMemory
 from kinml_fast.train.epoch_errors import EpochErrors
 from kinml_fast.train.judge import Judge
+from kinml_fast.train.loss import TaskWeights
 from kinml_fast.train.metrics import LevelErrors
 from kinml_fast.train.rhythm import Rhythm
+from kinml_fast.train.update import Update
 from kinml_fast.units import KCAL_PER_MOL
 
 CPU = torch.device("cpu")
@@ -26,6 +29,43 @@ def dataset(levels: int) -> InMemory:
     if levels == 1:
         return InMemory(model(), training_data(forces="some"), config)
     return InMemory(model(fidelities=tuple(range(levels))), level_data(levels=levels, forces="some"), config)
+
+
+@pytest.mark.parametrize("change", ["nothing", "betas", "eps", "weight_decay", "lr", "weights", "gradient", "state"])
+def test_an_epoch_is_recorded_anew_when_what_it_holds_on_to_changes(change, monkeypatch):
+    """A recording has numbers and addresses of its time: with others it must not be replayed."""
+    recordings = []
+
+    class Recording:
+        def __init__(self, *arguments):
+            recordings.append(arguments)
+
+    monkeypatch.setattr("kinml_fast.train.captured.CapturedEpoch", Recording)
+    trained, step = model(), object()
+    update = Update(trained, TrainingConfig(), TaskWeights(TrainingConfig().loss, (), CPU))
+    weights, group = trained.networks.weights, update.optimizer.param_groups[0]
+    weights.grad = torch.ones_like(weights)
+    recorder = EpochRecorder(update, None, 14, 7, torch.device("cuda"))
+    assert recorder.recorded(step) is None  # the first epoch
+    update.step(None)
+    first = recorder.recorded(step)
+    assert first is not None
+    assert recorder.recorded(step) is first
+    old = weights.data, weights.grad, update.optimizer.state[weights]["exp_avg"]  # nobody else gets their addresses
+    match change:
+        case "betas":
+            group["betas"] = (0.5, 0.999)
+        case "eps" | "weight_decay" | "lr":
+            group[change] = 0.25
+        case "weights":
+            weights.data = weights.data.clone()
+        case "gradient":
+            weights.grad = weights.grad.clone()
+        case "state":
+            update.optimizer.state[weights]["exp_avg"] = old[-1].clone()
+    again = recorder.recorded(step) or recorder.recorded(step)
+    assert (again is first) == (change == "nothing")
+    assert len(recordings) == (1 if change == "nothing" else 2)
 
 
 @pytest.mark.parametrize("levels", [1, 2])

@@ -44,7 +44,8 @@ struct AdamStep {
   }
 };
 
-// Behind the step, whose blocks have all read the number.
+// Behind the step, whose blocks have all read the number. As torch's it is a float32 and stays at
+// 2^24: a correction 1 - beta^step is 1 by then, for beta up to 1 - 2e-6.
 struct CountStep {
   static constexpr int kThreads = 32;
   float* steps;  // [1]

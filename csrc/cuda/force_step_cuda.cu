@@ -1,5 +1,6 @@
 #include "force_step_cuda.h"
 
+#include <algorithm>
 #include <limits>
 #include <type_traits>
 
@@ -21,58 +22,88 @@ using Index = std::int64_t;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kForceRows = 32;         // atoms of a tile
-constexpr int kForceStructures = 32;   // structures of a tile, at most
-constexpr int kForceBlocks = 256;      // parts of a batch (core/shares.h), at most
+constexpr int kForceRows = 32;     // atoms of a tile,
+constexpr int kFewRows = 16;       // or so many, so that a tile of small molecules fits on the chip
+constexpr int kForceBlocks = 256;  // parts of a batch (core/shares.h), at most
 constexpr int kFewNeighbours = 48;     // for which there is memory on the chip
-constexpr int kMostNeighbours = 1024;  // within the cutoff of an atom; more give NaN
-constexpr int kLanes = 8;              // in which the errors of a structure's forces are summed
+constexpr int kMostNeighbours = 1024;  // in the list of a warp
+// Those of a crowd, for which one block at a time has lists; more give NaN.
+constexpr int kMostOfCrowd = 32768;
+constexpr int kLanes = 8;  // in which the errors of a structure's forces are summed
+
+// Forces of a tile's structures, and virials of their centres: of each output one after the other.
+// Forces of the loss are of a place in the batch, not of a structure: it may be named twice.
+template <class T>
+struct Room {
+  T* forces;    // [outputs, atoms, 3]
+  T* virials;   // [outputs, atoms, 3, 3] or null
+  Index atoms;  // for which there is room
+
+  KINML_HD T* forces_of(Index output) const { return forces + 3 * output * atoms; }
+  KINML_HD T* virials_of(Index output) const {
+    return virials == nullptr ? nullptr : virials + 9 * output * atoms;
+  }
+};
 
 // What a tile keeps, in the memory of the block or a piece of the workspace.
 template <class T>
 struct TileMemory {
   TileRows rows;
-  int* firsts;    // [kForceStructures + 1] rows of the structures, in their order
-  Index* begins;  // [kForceStructures] first atoms of the structures; -1: do not exist
-  int* sizes;     // [kForceStructures] their atoms, with ghosts
-  int* kinds;     // [kForceRows] species of the rows of a piece, in the order of the atoms
-  int* places;    // [kForceRows] where they stand in the order of the species
-  Index* atoms;   // [kForceRows] in the order of the species, like all that follows
-  int* owners;    // [kForceRows] structure within the tile
-  T* features;    // [kForceRows, plan.features] a, and eps of the level below
-  T* gradients;   // [K, kForceRows, plan.features] g_k, later (U_k, T_k)
+  int* firsts;    // [capacity + 1] rows of the structures, in their order
+  Index* begins;  // [capacity] first atoms of the structures; -1: do not exist
+  int* sizes;     // [capacity] their atoms, with ghosts
+  Index* shifts;  // [capacity] from their atoms to places in a room
+  int* kinds;     // [capacity] species of the rows of a piece, in the order of the atoms
+  int* places;    // [capacity] where they stand in the order of the species
+  Index* atoms;   // [capacity] in the order of the species, like all that follows
+  int* owners;    // [capacity] structure within the tile
+  T* features;    // [capacity, plan.features] a, and eps of the level below
+  T* gradients;   // [K, capacity, plan.features] g_k, later (U_k, T_k)
   HiddenArrays<T> hidden;
-  T* parts;                 // [kMostParts, kForceRows, plan.widest]
-  T* below;                 // [K, kForceRows] eps_{k-1}
-  T* slopes;                // [K, kForceRows] c_k
-  T* seeds;                 // [kForceRows]
-  double* energies;         // [kForceStructures, K]; later dL/dE
-  int* any;                 // [kForceStructures, K] whether the loss depends on the forces
-  ComponentErrors* errors;  // [kForceStructures, K, kLanes]
+  T* parts;                 // [kMostParts, capacity, plan.widest]
+  T* below;                 // [K, capacity] eps_{k-1}
+  T* slopes;                // [K, capacity] c_k
+  T* seeds;                 // [capacity]
+  double* energies;         // [capacity, K]; later dL/dE
+  int* any;                 // [capacity, K] whether the loss depends on the forces
+  ComponentErrors* errors;  // [capacity, K, kLanes]
   int* counts;              // [kWarps] neighbours
+  int* overflown;           // [capacity] whether a row has more than its list has room for
+  T* forces;                // [K, capacity, 3] of its own room, for a gradient
+  T* virials;               // [K, capacity, 3, 3] likewise; null without cells
+  Room<T> room;             // where its forces are
+  bool crowd = false;       // whether the lists are those of a crowd
 
-  KINML_HD void take(Pieces& pieces, const ChainPlan& plan, bool gradient) {
+  KINML_HD void take(Pieces& pieces, const ChainPlan& plan, int capacity, bool gradient,
+                     bool cells) {
     const int K = plan.n_levels;
-    const Index matrix = Index(kForceRows) * plan.features;
-    rows.take(pieces, kForceRows, plan.n_species);
-    firsts = pieces.take<int>(kForceStructures + 1);
-    begins = pieces.take<Index>(kForceStructures);
-    sizes = pieces.take<int>(kForceStructures);
-    kinds = pieces.take<int>(kForceRows);
-    places = pieces.take<int>(kForceRows);
-    atoms = pieces.take<Index>(kForceRows);
-    owners = pieces.take<int>(kForceRows);
+    const Index matrix = Index(capacity) * plan.features;
+    rows.take(pieces, capacity, plan.n_species);
+    firsts = pieces.take<int>(capacity + 1);
+    begins = pieces.take<Index>(capacity);
+    sizes = pieces.take<int>(capacity);
+    shifts = pieces.take<Index>(capacity);
+    kinds = pieces.take<int>(capacity);
+    places = pieces.take<int>(capacity);
+    atoms = pieces.take<Index>(capacity);
+    owners = pieces.take<int>(capacity);
     features = pieces.take<T>(matrix);
     gradients = pieces.take<T>(K * matrix);
-    hidden.take(pieces, kForceRows, plan.hidden, gradient, gradient ? K : 1);
-    parts = pieces.take<T>(Index(kMostParts) * kForceRows * plan.widest);
-    below = pieces.take<T>(K * kForceRows);
-    slopes = pieces.take<T>(K * kForceRows);
-    seeds = pieces.take<T>(kForceRows);
-    energies = pieces.take<double>(kForceStructures * K);
-    any = pieces.take<int>(kForceStructures * K);
-    errors = pieces.take<ComponentErrors>(gradient ? kForceStructures * K * kLanes : 0);
+    hidden.take(pieces, capacity, plan.hidden, gradient, gradient ? K : 1);
+    below = pieces.take<T>(K * capacity);
+    slopes = pieces.take<T>(K * capacity);
+    seeds = pieces.take<T>(capacity);
+    energies = pieces.take<double>(capacity * K);
+    any = pieces.take<int>(capacity * K);
+    errors = pieces.take<ComponentErrors>(gradient ? capacity * K * kLanes : 0);
     counts = pieces.take<int>(kWarps);
+    overflown = pieces.take<int>(capacity);
+    forces = pieces.take<T>(gradient ? 3 * K * capacity : 0);
+    virials = gradient && cells ? pieces.take<T>(9 * K * capacity) : nullptr;
+  }
+  // Behind the tables: where warps on the chip have their memory at other times.
+  KINML_HD void take_parts(Pieces& pieces, const ChainPlan& plan, int capacity) {
+    parts = pieces.take<T>(Index(kMostParts) * capacity * plan.widest);
   }
 };
 
@@ -104,11 +135,18 @@ KINML_HD Index warp_bytes(const AevArguments<T>& aev, int capacity, bool distinc
 
 // Where the memory of blocks and warps is: on the chip from block.memory() on, or in the workspace.
 struct Memory {
+  int capacity = kForceRows;  // atoms of a tile
+  int few = kFewNeighbours;   // for which warps have memory
   Index tile_bytes = 0, warp_bytes = 0, list_bytes = 0;
   char* tiles = nullptr;  // of the blocks; null: on the chip
-  char* warps = nullptr;  // of the warps; null: on the chip, behind the tile if that is on it
+  char* warps = nullptr;  // of the warps; null: on the chip, from chip_warps on
+  Index chip_warps = 0;   // where the tile's parts begin if that is on the chip too
   char* lists = nullptr;  // of the warps, with room for kMostNeighbours
   int most_neighbours = 0;
+  char* crowd = nullptr;  // [kWarps, crowd_bytes] lists of who holds the lock; or null
+  Index crowd_bytes = 0;
+  int most_of_crowd = 0;
+  int* lock = nullptr;  // of those, and of Differentiation::rooms[1]
 };
 
 // How a batch is cut into parts: by its number of structures alone. Part p is that of block
@@ -137,10 +175,11 @@ struct BatchParts {
   }
 };
 
-// Structures of a batch that a tile holds: so many from `first` on, of n atoms together.
+// Structures of a batch that a tile holds: so many from `first` on, of n centres together and so
+// many atoms.
 struct TileStructures {
   Index first;
-  int count, n;
+  int count, n, atoms;
 };
 
 // What energy_forces is asked for.
@@ -158,11 +197,12 @@ struct Differentiation {
   // [R, count, 3, 3] dL/dvirial or null; of the loss written here
   const double* w = nullptr;
   double* virial_slopes = nullptr;  // the same memory, with stresses in the loss
-  T* virials = nullptr;             // [K, n_atoms, 3, 3] of the centres, likewise
   Loss loss{};
   double *residuals = nullptr, *errors = nullptr;
-  T* minus_r = nullptr;  // [K, n_atoms, 3] forces, then -dL/dF
-  T* parts = nullptr;    // [n_blocks, plan.parameters] of the gradient
+  // For structures larger than a tile, forces and then -dL/dF. The second room is for those that
+  // the batch has named before: of one block at a time, which holds the lock.
+  Room<T> rooms[2] = {};
+  T* parts = nullptr;  // [n_blocks, plan.parameters] of the gradient
 
   KINML_HD bool given() const { return e != nullptr; }
 };
@@ -200,17 +240,24 @@ struct ForceKernel {
     if (n < 0 || n > size) return {-1, 0, 0};
     return {range.begin, static_cast<int>(n), static_cast<int>(size)};
   }
-  // f(atom) for all atoms of a tile.
+  // f(atom, its place in the room) for all atoms of a tile.
   template <class F>
   KINML_DEVICE void each_atom(const Block& block, const Tile& tile,
                               const TileStructures& structures, const F& f) const {
     if (system.centres == nullptr) {
-      block.each(structures.n, [&](int row) { f(atom_of(tile, row)); });
+      block.each(structures.n, [&](int row) {
+        const Index atom = atom_of(tile, row);
+        f(atom, atom + tile.shifts[owner_of(tile, row)]);
+      });
       return;
     }
     for (int j = 0; j < structures.count; ++j)
-      block.each(tile.sizes[j], [&](int i) { f(tile.begins[j] + i); });
+      block.each(tile.sizes[j], [&](int i) {
+        const Index atom = tile.begins[j] + i;
+        f(atom, atom + tile.shifts[j]);
+      });
   }
+  KINML_DEVICE int capacity() const { return memory.capacity; }
   KINML_DEVICE int length() const { return plan.layers[0].in; }
   KINML_DEVICE int n_levels() const { return plan.n_levels; }
   KINML_DEVICE int stride() const { return plan.features; }
@@ -223,45 +270,89 @@ struct ForceKernel {
     Pieces pieces(memory.tiles == nullptr ? block.memory()
                                           : memory.tiles + block.index() * memory.tile_bytes);
     Tile tile;
-    tile.take(pieces, plan, kGradient);
+    tile.take(pieces, plan, capacity(), kGradient, system.cells != nullptr);
     const AevTables<T> tables = aev_tables(block, aev, pieces);
+    tile.take_parts(pieces, plan, capacity());
     T* const gradient =
         kGradient ? differentiation.parts + block.index() * Index(plan.parameters) : nullptr;
     if (kGradient) block.each(plan.parameters, [&](int i) { gradient[i] = 0; });
     const Index last = parts.begin_of_block(block.index() + 1);
+    bool missing = false;
     Index i = parts.begin_of_block(block.index());
     while (i < last) {
       // As many structures as have room together, or one.
-      TileStructures structures{i, 0, 0};
-      while (i + structures.count < last && structures.count < kForceStructures) {
-        const int more = span(i + structures.count).n;
-        if (structures.count > 0 && structures.n + more > kForceRows) break;
-        structures.n += more;
+      TileStructures structures{i, 0, 0, 0};
+      while (i + structures.count < last && structures.count < capacity()) {
+        const Span more = span(i + structures.count);
+        if (structures.count > 0 && structures.atoms + more.size > capacity()) break;
+        structures.n += more.n;
+        structures.atoms += more.size;
+        missing = missing || more.first < 0;
         ++structures.count;
       }
-      run_tile(block, tile, tables, structures, gradient);
+      bool locked = set_room(block, tile, structures);
+      if (locked) block.enter(memory.lock);
+      tile.crowd = false;
+      if (!run_tile(block, tile, tables, structures, gradient)) {
+        if (!locked) block.enter(memory.lock);
+        locked = tile.crowd = true;
+        run_tile(block, tile, tables, structures, gradient);
+      }
+      if (locked) block.leave(memory.lock);
       i += structures.count;
     }
+    // An optimizer must not step on what is left of a batch.
+    if (kGradient && missing) block.each(plan.parameters, [&](int k) { gradient[k] = kNan; });
   }
 
-  KINML_DEVICE void run_tile(const Block& block, Tile& tile, const AevTables<T>& tables,
+  // Says where the forces of a tile are; whether that is the room for which there is a lock.
+  KINML_DEVICE bool set_room(const Block& block, Tile& tile,
+                             const TileStructures& structures) const {
+    if constexpr (!kGradient) {
+      tile.room = {evaluation.outputs.forces, evaluation.outputs.atomic_virials, system.n_atoms};
+      return false;
+    } else {
+      const bool large = structures.atoms > capacity();
+      const bool again = large && named_before(block, tile, structures.first);
+      tile.room =
+          large ? differentiation.rooms[again] : Room<T>{tile.forces, tile.virials, capacity()};
+      if (differentiation.virial_slopes == nullptr) tile.room.virials = nullptr;
+      return again;
+    }
+  }
+  // Whether the structure of a place of the batch is that of an earlier place as well.
+  KINML_DEVICE bool named_before(const Block& block, const Tile& tile, Index place) const {
+    if (system.chosen == nullptr) return false;
+    int* const found = reinterpret_cast<int*>(tile.parts);  // [kThreads]
+    const Index s = system.structure(place);
+    block.each(kThreads, [&](int item) {
+      found[item] = 0;
+      for (Index i = item; i < place; i += kThreads) found[item] |= system.structure(i) == s;
+    });
+    bool any = false;
+    for (int item = 0; item < kThreads; ++item) any = any || found[item] != 0;
+    return any;
+  }
+
+  // False: the tile is a crowd and must be run anew as one; nothing is left of it.
+  KINML_DEVICE bool run_tile(const Block& block, Tile& tile, const AevTables<T>& tables,
                              const TileStructures& structures, T* gradient) const {
     const bool on_forces = begin_tile(block, tile, structures);
     const bool given = kGradient && differentiation.given();
-    const int n = structures.n, pieces = n == 0 ? 1 : (n + kForceRows - 1) / kForceRows;
+    const int n = structures.n, pieces = n == 0 ? 1 : (n + capacity() - 1) / capacity();
     for (int pass = 0; pass < (kGradient ? 2 : 1); ++pass) {
       for (int piece = 0; piece < pieces; ++piece) {
         const bool anew = pass == 0 || pieces > 1;
-        if (anew) stage(block, tile, tables, structures, piece * kForceRows);
+        if (anew) stage(block, tile, tables, structures, piece * capacity());
+        if (pass == 0 && is_crowd(tile)) return false;
         for (Index member = 0; member < n_members(); ++member) {
           if (anew)
             ascend(block, tile, structures, member,
                    {on_forces, on_forces && (!given || n_levels() > 1), pass == 0});
           if (pass > 0 || !on_forces || given) continue;
           for (int k = first_output(); k < n_levels(); ++k)
-            add_forces(block, tile, tables, structures, piece * kForceRows,
-                       tile.gradients + k * matrix(), forces_of(output(member, k)),
-                       virials_of(output(member, k)));
+            add_forces(block, tile, tables, structures, piece * capacity(),
+                       tile.gradients + k * matrix(), output(member, k));
         }
         if constexpr (kGradient)
           if (pass > 0) differentiate(block, tile, tables, structures, on_forces, gradient);
@@ -275,6 +366,13 @@ struct ForceKernel {
       }
     }
     if constexpr (!kGradient) finish_energies(block, tile, structures);
+    return true;
+  }
+  KINML_DEVICE bool is_crowd(const Tile& tile) const {
+    if (memory.crowd == nullptr || tile.crowd) return false;
+    for (int p = 0; p < tile.rows.n; ++p)
+      if (tile.overflown[p] != 0) return true;
+    return false;
   }
 
   // Where the structures of a tile stand and which of their forces are wanted; energies and forces
@@ -290,6 +388,9 @@ struct ForceKernel {
       const Span own = span(structures.first + j);
       tile.begins[j] = own.first;
       tile.sizes[j] = own.size;
+      int before = 0;
+      for (int i = 0; i < j; ++i) before += span(structures.first + i).size;
+      tile.shifts[j] = kGradient && structures.atoms <= capacity() ? before - own.first : 0;
     });
     block.each(count * K, [&](int item) {
       const int j = item / K, k = item % K;
@@ -303,28 +404,20 @@ struct ForceKernel {
                  [&](int item) { energy_of(item / count, structures, item % count) = 0; });
     // Forces are added to, piece by piece.
     if (on_forces)
-      each_atom(block, tile, structures, [&](Index atom) {
+      each_atom(block, tile, structures, [&](Index, Index place) {
         for (Index output = 0; output < n_outputs(); ++output)
-          for (int d = 0; d < 3; ++d) forces_of(output)[3 * atom + d] = 0;
+          for (int d = 0; d < 3; ++d) tile.room.forces_of(output)[3 * place + d] = 0;
       });
     return on_forces;
   }
 
-  KINML_DEVICE Index matrix() const { return Index(kForceRows) * plan.features; }
+  KINML_DEVICE Index matrix() const { return Index(capacity()) * plan.features; }
   // Energies and forces are those of the levels from this on.
   KINML_DEVICE int first_output() const { return kGradient ? 0 : first_level; }
   KINML_DEVICE Index output(Index member, int k) const {
     return member * (n_levels() - first_output()) + k - first_output();
   }
   KINML_DEVICE Index n_outputs() const { return n_members() * (n_levels() - first_output()); }
-  KINML_DEVICE T* forces_of(Index output) const {
-    return (kGradient ? differentiation.minus_r : evaluation.outputs.forces) +
-           output * 3 * system.n_atoms;
-  }
-  KINML_DEVICE T* virials_of(Index output) const {
-    T* const all = kGradient ? differentiation.virials : evaluation.outputs.atomic_virials;
-    return all == nullptr ? nullptr : all + output * 9 * system.n_atoms;
-  }
   KINML_DEVICE double& energy_of(Index output, const TileStructures& structures, int j) const {
     return evaluation.outputs.energies[output * system.count() + structures.first + j];
   }
@@ -347,10 +440,10 @@ struct ForceKernel {
     return tile.begins[j] + row - tile.firsts[j];
   }
 
-  // Rows [begin, begin + kForceRows) of the tile's n atoms: sorted by species, with descriptors.
+  // Rows [begin, begin + capacity) of the tile's n atoms: sorted by species, with descriptors.
   KINML_PHASE void stage(const Block& block, Tile& tile, const AevTables<T>& tables,
                          const TileStructures& structures, int begin) const {
-    const int n = structures.n, count = n - begin < kForceRows ? n - begin : kForceRows,
+    const int n = structures.n, count = n - begin < capacity() ? n - begin : capacity(),
               S = plan.n_species;
     block.each(count, [&](int row) {
       const Index kind = system.species[atom_of(tile, begin + row)];
@@ -375,6 +468,7 @@ struct ForceKernel {
           WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, p);
           find(warp, tables, tile, structures, p, static_cast<const T*>(nullptr), nullptr,
                scratch.neighbours);
+          warp.each(1, [&](int) { tile.overflown[p] = scratch.neighbours.overflown; });
           aev_row(warp, tables, scratch.neighbours, scratch.triples, tile.features + p * stride());
         }
       });
@@ -395,19 +489,21 @@ struct ForceKernel {
   KINML_DEVICE WarpMemory<T, N> warp_memory(const Block& block, int w, const Tile& tile,
                                             int p) const {
     const int j = tile.owners[p];
-    const bool few = system.distinct() && tile.sizes[j] <= kFewNeighbours + 1;
+    const bool few = system.distinct() && tile.sizes[j] <= memory.few + 1;
     const Index place = Index(block.index()) * kWarps + w;
     char* begin;
-    if (!few)
+    if (tile.crowd)
+      begin = memory.crowd + w * memory.crowd_bytes;
+    else if (!few)
       begin = memory.lists + place * memory.list_bytes;
     else if (memory.warps != nullptr)
       begin = memory.warps + place * memory.warp_bytes;
     else
-      begin = block.memory() + (memory.tiles == nullptr ? memory.tile_bytes : 0) +
-              w * memory.warp_bytes;
+      begin = block.memory() + memory.chip_warps + w * memory.warp_bytes;
     Pieces pieces(begin);
     WarpMemory<T, N> result;
-    result.take(pieces, aev, few ? kFewNeighbours : memory.most_neighbours, system.distinct());
+    const int room = tile.crowd ? memory.most_of_crowd : few ? memory.few : memory.most_neighbours;
+    result.take(pieces, aev, room, system.distinct());
     return result;
   }
   template <class N>
@@ -440,7 +536,7 @@ struct ForceKernel {
     const ChainRows<T> rows = chain(tile);
     for (int k = 0; k < K; ++k) {
       const TileNetwork<T> net = network(tile, member, k);
-      T* const below = tile.below + k * kForceRows;
+      T* const below = tile.below + k * capacity();
       if (k > 0) rows.set_input(block, below, tile.features);
       net.forward(block, tile.rows, tile.features, stride(), kGradient && wanted.slopes);
       const auto value = [&](int p) {
@@ -470,7 +566,7 @@ struct ForceKernel {
             atomic[row * system.n_atoms + tile.atoms[p]] = static_cast<double>(energy) + shift;
           });
       }
-      if (k + 1 < K) rows.add_energies(block, k > 0 ? below : nullptr, value, below + kForceRows);
+      if (k + 1 < K) rows.add_energies(block, k > 0 ? below : nullptr, value, below + capacity());
       if (!wanted.slopes) continue;
       net.backward(block, tile.rows, [](int) { return T(1); }, kGradient);
       if (!wanted.gradients) continue;
@@ -479,17 +575,18 @@ struct ForceKernel {
       if (k > 0)
         rows.add_gradients(
             block, [&](int p, int d) { return (g - matrix())[p * stride() + d]; }, g,
-            tile.slopes + k * kForceRows);
+            tile.slopes + k * capacity());
     }
   }
 
-  // out -= J^T g of the atoms of a piece of the tile, which begins at row `begin`.
-  // g    // [kForceRows, stride]
-  // out  // [n_atoms, 3]
-  // virials // [n_atoms, 3, 3] of the centres are written, from coordinates; or null
+  // Forces of an output -= J^T g of the atoms of a piece of the tile, which begins at row `begin`;
+  // virials of the centres are written, from coordinates.
+  // g  // [capacity, stride]
   KINML_PHASE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables,
-                              const TileStructures& structures, int begin, const T* g, T* out,
-                              T* virials) const {
+                              const TileStructures& structures, int begin, const T* g,
+                              Index output) const {
+    T* const out = tile.room.forces_of(output);
+    T* const virials = tile.room.virials_of(output);
     if (system.stored()) {
       add_stored_forces(block, tile, structures, begin, g, out);
       return;
@@ -505,26 +602,29 @@ struct ForceKernel {
         aev_row_transposed(warp, tables, scratch.neighbours, scratch.triples, g + p * stride(),
                            scratch.forces);
         if (virials != nullptr)
-          centre_virial(warp, scratch.neighbours, scratch.forces, virials + 9 * tile.atoms[p]);
+          centre_virial(warp, scratch.neighbours, scratch.forces,
+                        virials + 9 * (tile.atoms[p] + tile.shifts[tile.owners[p]]));
         warp.each(1, [&](int) { tile.counts[w] = scratch.neighbours.count; });
       });
       for (int w = 0; w < kWarps && base + w < count; ++w) {
         const WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, base + w);
         add_products(block, tile.atoms[base + w], tile.counts[w], scratch.neighbours.index,
-                     scratch.forces, T(-1), system.distinct(), out);
+                     scratch.forces, T(-1), system.distinct(),
+                     out + 3 * tile.shifts[tile.owners[base + w]]);
       }
     }
   }
 
   // The same from stored Jacobians. The descriptor is divided among the threads.
+  // out  // [room.atoms, 3]
   KINML_PHASE void add_stored_forces(const Block& block, Tile& tile,
                                      const TileStructures& structures, int begin, const T* g,
                                      T* out) const {
-    const int room = kMostParts * kForceRows * plan.widest, D = length();
+    const int room = kMostParts * capacity() * plan.widest, D = length();
     for (int j = 0; j < structures.count; ++j) {
       const int columns = 3 * (tile.firsts[j + 1] - tile.firsts[j]);
       const int low = tile.firsts[j] > begin ? tile.firsts[j] : begin;
-      int high = begin + kForceRows < structures.n ? begin + kForceRows : structures.n;
+      int high = begin + capacity() < structures.n ? begin + capacity() : structures.n;
       high = tile.firsts[j + 1] < high ? tile.firsts[j + 1] : high;
       if (low >= high) continue;
       for (int left = 0; left < columns; left += room) {
@@ -545,7 +645,7 @@ struct ForceKernel {
         block.each(width, [&](int item) {
           T sum = 0;
           for (int part = 0; part < n_parts; ++part) sum += tile.parts[part * width + item];
-          out[3 * tile.begins[j] + left + item] -= sum;
+          out[3 * (tile.begins[j] + tile.shifts[j]) + left + item] -= sum;
         });
       }
     }
@@ -578,12 +678,11 @@ struct ForceKernel {
               : differentiation.e[(k - first_level) * system.count() + structures.first + j];
     });
     if (!on_forces) return;
-    each_atom(block, tile, structures, [&](Index atom) {
-      const Index at = 3 * atom;
+    each_atom(block, tile, structures, [&](Index atom, Index place) {
       for (int k = first_level; k < K; ++k)
         for (int d = 0; d < 3; ++d)
-          forces_of(k)[at + d] =
-              -differentiation.r[(k - first_level) * 3 * system.n_atoms + at + d];
+          tile.room.forces_of(k)[3 * place + d] =
+              -differentiation.r[3 * ((k - first_level) * system.n_atoms + atom) + d];
     });
   }
 
@@ -596,12 +695,12 @@ struct ForceKernel {
       ComponentErrors errors;
       const Index s = system.structure(structures.first + j);
       if (tile.any[j * K + k] != 0 && loss.force_weight(k, s) == 0) {
-        T* const forces = forces_of(k) + 3 * tile.begins[j];
+        T* const forces = tile.room.forces_of(k) + 3 * (tile.begins[j] + tile.shifts[j]);
         for (int c = lane; c < 3 * tile.sizes[j]; c += kLanes) forces[c] = 0;
       } else if (tile.any[j * K + k] != 0) {
         const int components = 3 * tile.sizes[j];
         const double slope = loss.force_slope(k, s, components);
-        T* const forces = forces_of(k) + 3 * tile.begins[j];
+        T* const forces = tile.room.forces_of(k) + 3 * (tile.begins[j] + tile.shifts[j]);
         const double* const targets = loss.force_targets(k, tile.begins[j]);
         for (int c = lane; c < components; c += kLanes) {
           const double difference = static_cast<double>(forces[c]) - targets[c];
@@ -643,7 +742,7 @@ struct ForceKernel {
     for (int x = 0; x < 9; ++x) {
       slopes[x] = 0;
       if (!wanted) continue;
-      const T* const atomic = virials_of(k) + 9 * tile.begins[j];
+      const T* const atomic = tile.room.virials_of(k) + 9 * (tile.begins[j] + tile.shifts[j]);
       double virial = 0;
       for (int row = 0; row < tile.firsts[j + 1] - tile.firsts[j]; ++row)
         virial += static_cast<double>(atomic[9 * row + x]);
@@ -665,7 +764,7 @@ struct ForceKernel {
       multiply(block, tile, tables, structures, k, u);
       const bool highest = k + 1 == K;
       rows.add_directions(block, highest ? nullptr : u + matrix(),
-                          highest ? nullptr : tile.slopes + (k + 1) * kForceRows, u);
+                          highest ? nullptr : tile.slopes + (k + 1) * capacity(), u);
       if (k > 0) rows.set_direction_of_input(block, u - matrix(), u);
     }
     block.each(count, [&](int p) { tile.seeds[p] = 0; });
@@ -674,7 +773,7 @@ struct ForceKernel {
       block.each(count, [&](int p) {
         tile.seeds[p] += static_cast<T>(tile.energies[tile.owners[p] * K + k]);
       });
-      if (k > 0) rows.set_input(block, tile.below + k * kForceRows, tile.features);
+      if (k > 0) rows.set_input(block, tile.below + k * capacity(), tile.features);
       const auto seed = [&](int p) { return tile.seeds[p]; };
       const T* const v = on_forces ? tile.gradients + k * matrix() : nullptr;
       if (on_forces) {
@@ -691,18 +790,18 @@ struct ForceKernel {
   }
 
   // v_k = -J r_k of the atoms of a piece.
-  // v  // [kForceRows, stride]
+  // v  // [capacity, stride]
   KINML_PHASE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables,
                             const TileStructures& structures, int k, T* v) const {
     const int K = n_levels(), count = tile.rows.n, D = length();
-    const T* const direction = forces_of(k);
+    const T* const direction = tile.room.forces_of(k);
     if (system.stored()) {
       block.each(count * D, [&](int item) {
         const int p = item / D, d = item % D, j = tile.owners[p];
         T sum = 0;
         if (tile.any[j * K + k] != 0) {
           const T* const row = system.jacobian + (tile.atoms[p] * D + d) * system.columns;
-          const T* const of_structure = direction + 3 * tile.begins[j];
+          const T* const of_structure = direction + 3 * (tile.begins[j] + tile.shifts[j]);
           for (int c = 0; c < 3 * (tile.firsts[j + 1] - tile.firsts[j]); ++c)
             sum += row[c] * of_structure[c];
         }
@@ -721,7 +820,8 @@ struct ForceKernel {
         const double* const w = differentiation.w;
         const double* const strain =
             w == nullptr ? nullptr : w + 9 * ((k - first_level) * system.count() + i);
-        find(warp, tables, tile, structures, p, direction, strain, scratch.neighbours);
+        find(warp, tables, tile, structures, p, direction + 3 * tile.shifts[tile.owners[p]], strain,
+             scratch.neighbours);
         aev_row(warp, tables, scratch.neighbours, scratch.triples, v + p * stride());
       }
     });
@@ -884,8 +984,8 @@ template <class T>
 struct Workspace {
   T* packed;
   T* parts = nullptr;
-  T* minus_r = nullptr;
-  T* virials = nullptr;  // for stresses in the loss, of which the step finds out here
+  Room<T> rooms[2] = {};
+  // For stresses in the loss, of which the step finds out here; likewise the rooms' virials.
   double* virial_slopes = nullptr;
   Memory memory;
   std::int64_t on_chip = 0;  // bytes of a block
@@ -902,39 +1002,75 @@ struct Workspace {
       : batch(of_batch) {
     const AevArguments<T> aev = arguments_of(model, system);
     const Index n_blocks = batch.n_blocks();
-    Pieces pieces(begin), tile_pieces(nullptr);
+    Pieces pieces(begin);
     packed = pieces.take<T>(model.n_members * plan.packed);
     if (gradient) {
       parts = pieces.take<T>(n_blocks * plan.parameters);
-      minus_r = pieces.take<T>(plan.n_levels * 3 * system.n_atoms);
-      if (system.cells != nullptr) {
-        virials = pieces.take<T>(plan.n_levels * 9 * system.n_atoms);
-        virial_slopes = pieces.take<double>(plan.n_levels * 9 * system.count());
+      const Index atoms = plan.n_levels * system.n_atoms;
+      for (Room<T>& room : rooms) {
+        if (&room == &rooms[1] && system.chosen == nullptr) break;
+        room = {pieces.take<T>(3 * atoms), nullptr, system.n_atoms};
+        if (system.cells != nullptr) room.virials = pieces.take<T>(9 * atoms);
       }
+      if (system.cells != nullptr)
+        virial_slopes = pieces.take<double>(plan.n_levels * 9 * system.count());
     }
-    TileMemory<T> tile;
-    tile.take(tile_pieces, plan, gradient);
-    memory.tile_bytes = tile_pieces.taken() + aev_tables_bytes(aev);
     if (!system.stored()) {
       memory.most_neighbours =
           static_cast<int>(!system.distinct()                 ? kMostNeighbours
                            : system.n_atoms < kFewNeighbours  ? kFewNeighbours
                            : system.n_atoms < kMostNeighbours ? system.n_atoms
                                                               : kMostNeighbours);
-      memory.warp_bytes = warp_bytes(aev, kFewNeighbours, system.distinct(), gradient);
       memory.list_bytes = warp_bytes(aev, memory.most_neighbours, system.distinct(), gradient);
     }
-    const Index warps = kWarps * memory.warp_bytes, limit = current_device().block_memory;
-    const bool tile_fits = memory.tile_bytes <= limit;
-    const bool warps_fit = (tile_fits ? memory.tile_bytes : 0) + warps <= limit;
-    on_chip = (tile_fits ? memory.tile_bytes : 0) + (warps_fit ? warps : 0);
+    // Less for small molecules, if that alone fits; the same in all processes, by the data set.
+    const auto place_for = [&](int capacity, int few) {
+      return place(plan, aev, system, gradient, capacity, few);
+    };
+    if (!place_for(kForceRows, kFewNeighbours) &&
+        (system.n_atoms > kFewRows * system.n_structures || !place_for(kFewRows, kFewRows)))
+      place_for(kForceRows, kFewNeighbours);
     if (!tile_fits) memory.tiles = pieces.take<char>(n_blocks * memory.tile_bytes);
-    if (!warps_fit) memory.warps = pieces.take<char>(n_blocks * warps);
+    if (!warps_fit) memory.warps = pieces.take<char>(n_blocks * kWarps * memory.warp_bytes);
     // Lists of many neighbours are for structures of many atoms, or images.
-    if (system.n_atoms > kFewNeighbours || (!system.stored() && !system.distinct()))
+    if (system.n_atoms > memory.few || (!system.stored() && !system.distinct()))
       memory.lists = pieces.take<char>(n_blocks * kWarps * memory.list_bytes);
+    memory.lock = pieces.take<int>(1);
+    if (!system.stored() && (!system.distinct() || system.n_atoms > kMostNeighbours)) {
+      memory.most_of_crowd = system.distinct() && system.n_atoms < kMostOfCrowd
+                                 ? static_cast<int>(system.n_atoms)
+                                 : kMostOfCrowd;
+      memory.crowd_bytes = warp_bytes(aev, memory.most_of_crowd, system.distinct(), gradient);
+      memory.crowd = pieces.take<char>(kWarps * memory.crowd_bytes);
+    }
     if (has_images(system)) images = pieces.take<ImageCell>(system.n_structures);
     bytes = pieces.taken();
+  }
+
+ private:
+  bool tile_fits, warps_fit;
+
+  // Where a tile of so many atoms and its warps, for so few neighbours, have their memory; whether
+  // all of it is on the chip.
+  bool place(const ChainPlan& plan, const AevArguments<T>& aev, const System<T>& system,
+             bool gradient, int capacity, int few) {
+    Pieces pieces(nullptr);
+    TileMemory<T> tile;
+    tile.take(pieces, plan, capacity, gradient, system.cells != nullptr);
+    take_aev_tables(pieces, aev);
+    const Index before_parts = pieces.taken();
+    tile.take_parts(pieces, plan, capacity);
+    memory.capacity = capacity;
+    memory.few = few;
+    memory.tile_bytes = pieces.taken();
+    memory.warp_bytes = system.stored() ? 0 : warp_bytes(aev, few, system.distinct(), gradient);
+    const Index limit = current_device().block_memory, warps = kWarps * memory.warp_bytes;
+    const Index both = std::max(memory.tile_bytes, before_parts + warps);
+    tile_fits = memory.tile_bytes <= limit;
+    warps_fit = (tile_fits ? both : warps) <= limit;
+    memory.chip_warps = tile_fits ? before_parts : 0;
+    on_chip = tile_fits ? (warps_fit ? both : memory.tile_bytes) : warps_fit ? warps : 0;
+    return both <= limit;
   }
 };
 
@@ -944,7 +1080,7 @@ ForceKernel<T, kGradient> force_kernel(const ChainPlan& plan, const Model<T>& mo
   ForceKernel<T, kGradient> kernel{
       plan,       arguments_of(model, system), system, space.packed, space.images, space.memory,
       space.batch};
-  kernel.differentiation.minus_r = space.minus_r;
+  for (int i = 0; i < 2; ++i) kernel.differentiation.rooms[i] = space.rooms[i];
   kernel.differentiation.parts = space.parts;
   return kernel;
 }
@@ -953,7 +1089,6 @@ template <class T>
 void set_loss(ForceKernel<T, true>& kernel, const Workspace<T>& space, const Loss& loss) {
   kernel.differentiation.loss = loss;
   if (!loss.with_stresses()) return;
-  kernel.differentiation.virials = space.virials;
   kernel.differentiation.w = kernel.differentiation.virial_slopes = space.virial_slopes;
 }
 
@@ -961,7 +1096,7 @@ void set_loss(ForceKernel<T, true>& kernel, const Workspace<T>& space, const Los
 template <class T>
 void differentiate(const Model<T>& model, const Workspace<T>& space,
                    const ForceKernel<T, true>& kernel, Stream stream) {
-  pack_networks(kernel.plan, model.weights, 1, space.packed, stream);
+  pack_networks(kernel.plan, model.weights, 1, space.packed, stream, space.memory.lock);
   if (space.images != nullptr) prepare_images(model.aev, kernel.system, space.images, stream);
   launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
 }
@@ -1036,7 +1171,7 @@ void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t 
     return sum();
   }
   const Workspace<T> space(plan, model, system, false, workspace);
-  pack_networks(plan, model.weights, model.n_members, space.packed, stream);
+  pack_networks(plan, model.weights, model.n_members, space.packed, stream, space.memory.lock);
   ForceKernel<T, false> kernel = force_kernel<T, false>(plan, model, system, space);
   kernel.first_level = static_cast<int>(first_level);
   kernel.evaluation = {model.n_members, model.sae, outputs};

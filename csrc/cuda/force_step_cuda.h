@@ -1,9 +1,9 @@
 // Energies, forces and the gradient of a loss of both on the GPU: the entries of
 // csrc/cpu/force_step_cpu.h, which has the formulas, on device memory.
 //
-// A block takes tiles of whole molecules, about kForceRows atoms, from coordinates to weight
+// A block takes tiles of whole molecules, about 32 atoms, from coordinates to weight
 // gradients; each warp of it has one atom's environment at a time. What a larger molecule keeps of
-// its atoms is computed twice, in pieces of kForceRows atoms, so that no memory depends on sizes
+// its atoms is computed twice, in pieces of 32 atoms, so that no memory depends on sizes
 // that only the device knows. The energies and forces of large structures are computed by all
 // blocks together, one pass after the other (large_structures.h). Nothing is allocated and nothing
 // waits; sums have a fixed order.

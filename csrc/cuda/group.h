@@ -7,7 +7,8 @@
 //
 // The same source is compiled for the host as well, without nvcc: there the items of a step run one
 // after the other, in an order that a test chooses (StepOrder), in memory that begins as NaN and
-// ends where the kernel said. What is left for the GPU alone to show is this file and launch.h.
+// ends where the kernel said. With KINML_LANE_THREADS every lane is a thread (group_threads.h). What
+// is left for the GPU alone to show is this file and launch.h.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +26,9 @@
 #include <cstdlib>
 #include <utility>
 #include <vector>
+#endif
+#if defined(KINML_LANE_THREADS)
+#include "group_threads.h"
 #endif
 
 namespace kinml::cuda {
@@ -79,6 +83,20 @@ class Block {
     f(Warp(), static_cast<int>(threadIdx.x / 32));
     __syncthreads();
   }
+  // From enter to leave no other block is between them with the same lock, which is 0 at first.
+  KINML_DEVICE void enter(int* lock) const {
+    if (threadIdx.x == 0) {
+      while (atomicCAS(lock, 0, 1) != 0) __nanosleep(200);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+  KINML_DEVICE void leave(int* lock) const {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    atomicExch(lock, 0);
+  }
 
  private:
   char* memory_;
@@ -93,6 +111,8 @@ inline StepOrder& step_order() {
   static StepOrder order = StepOrder::forward;
   return order;
 }
+
+#if !defined(KINML_LANE_THREADS)
 
 template <class F>
 void run_step(int n, const F& f) {
@@ -151,12 +171,19 @@ class Block {
   void each_warp(const F& f) const {
     run_step(warps(), [&](int w) { f(Warp(), w); });
   }
+  // Blocks run one after the other: somebody has forgotten to leave, or to clear it.
+  void enter(int* lock) const {
+    if (*lock != 0) std::abort();
+    *lock = 1;
+  }
+  void leave(int* lock) const { *lock = 0; }
 
  private:
   int index_, threads_;
   char* memory_;
 };
 
+#endif
 #endif
 
 // f(i) for n items, of which each block of a grid of blocks_for(n, threads) takes as many as it has
@@ -169,6 +196,24 @@ KINML_DEVICE void each_in_grid(const Block& block, std::int64_t n, const F& f) {
 }
 KINML_HD std::int64_t blocks_for(std::int64_t n, int threads) {
   return (n + threads - 1) / threads;
+}
+
+// total = term(0) + ... + term(n - 1), by a block in a fixed order: of lanes, then over these.
+// lanes  // [block.threads()]
+template <class Term>
+KINML_DEVICE void sum_in_block(const Block& block, std::int64_t n, const Term& term, double* lanes,
+                               double& total) {
+  const int some = n < block.threads() ? static_cast<int>(n) : block.threads();
+  block.each(some, [&](int lane) {
+    double sum = 0;
+    for (std::int64_t i = lane; i < n; i += block.threads()) sum += term(i);
+    lanes[lane] = sum;
+  });
+  block.each(1, [&](int) {
+    double sum = 0;
+    for (int lane = 0; lane < some; ++lane) sum += lanes[lane];
+    total = sum;
+  });
 }
 
 // Takes aligned pieces of a block's or a warp's memory; with begin = null it counts how much a

@@ -161,19 +161,21 @@ struct EnergyKernel {
 
   KINML_DEVICE void operator()(const Block& block) const {
     const System<T>& system = passes.system;
-    each_in_grid(block, system.n_structures, [&](Index s) {
-      const AtomRange range = atoms_of(system, s);
-      double sum = range.begin < 0 ? aev_detail::kNan<double> : 0.0;
-      const Index n = range.begin < 0 ? 0 : system.rows(s);
-      for (Index i = range.begin; i < range.begin + n; ++i) {
-        const Index kind = passes.order.species[i];
-        const double shift = sae != nullptr && kind < passes.plan.n_species ? sae[kind] : 0.0;
-        const double energy = static_cast<double>(passes.eps[i]) + shift;
-        if (atomic != nullptr) atomic[i] = energy;
-        sum += energy;
-      }
-      energies[s] = sum;
-    });
+    const Index s = block.index();
+    const AtomRange range = atoms_of(system, s);
+    if (range.begin < 0) {
+      block.each(1, [&](int) { energies[s] = aev_detail::kNan<double>; });
+      return;
+    }
+    const auto term = [&](Index row) {
+      const Index i = range.begin + row, kind = passes.order.species[i];
+      const double shift = sae != nullptr && kind < passes.plan.n_species ? sae[kind] : 0.0;
+      const double energy = static_cast<double>(passes.eps[i]) + shift;
+      if (atomic != nullptr) atomic[i] = energy;
+      return energy;
+    };
+    sum_in_block(block, system.rows(s), term, reinterpret_cast<double*>(block.memory()),
+                 energies[s]);
   }
 };
 
@@ -255,7 +257,7 @@ void large_energy_forces(const ChainPlan& plan, const Model<T>& model, const Sys
       double* const atomic =
           outputs.atomic_energies == nullptr ? nullptr : outputs.atomic_energies + output * n;
       launch(EnergyKernel<T>{passes, sae, outputs.energies + output * system.n_structures, atomic},
-             blocks_for(system.n_structures, kThreads), stream);
+             system.n_structures, stream, {kThreads * Index(sizeof(double))});
       T* const out = outputs.forces + output * 3 * n;
       T* const virials =
           outputs.atomic_virials == nullptr ? nullptr : outputs.atomic_virials + 9 * output * n;

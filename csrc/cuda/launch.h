@@ -9,8 +9,10 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "group.h"
 
@@ -59,6 +61,31 @@ __global__ void __launch_bounds__(Kernel::kThreads, blocks_at_once<Kernel>())
   kernel(Block(global == nullptr ? on_chip : global + blockIdx.x * bytes));
 }
 
+// Lets a function have all the memory on the chip that a device gives to a block: once for each
+// device, since it is the state of the function, which several threads of the host may launch.
+class AllMemory {
+ public:
+  template <class Function>
+  cudaError_t allow(Function* function) {
+    int device = 0, bytes = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto place = static_cast<std::size_t>(device);
+    if (place >= done_.size()) done_.resize(place + 1, false);
+    if (done_[place]) return cudaSuccess;
+    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    done_[place] = error == cudaSuccess;
+    return error;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<bool> done_;
+};
+
 template <class Kernel>
 void launch(const Kernel& kernel, std::int64_t blocks, Stream stream,
             const BlockMemory& memory = {}) {
@@ -66,15 +93,24 @@ void launch(const Kernel& kernel, std::int64_t blocks, Stream stream,
   if (blocks == 0) return;
   const std::size_t on_chip = memory.global == nullptr ? memory.bytes : 0;
   cudaError_t error = cudaSuccess;
-  if (on_chip > 48 * 1024)
-    error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(on_chip));
+  static AllMemory memory_of_function;
+  if (on_chip > 48 * 1024) error = memory_of_function.allow(run<Kernel>);
   if (error == cudaSuccess) {
     run<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, on_chip,
                   static_cast<cudaStream_t>(stream)>>>(kernel, memory.global, memory.bytes);
     error = cudaGetLastError();
   }
   if (error != cudaSuccess) throw_launch_error(static_cast<int>(error));
+}
+
+#elif defined(KINML_LANE_THREADS)
+
+template <class Kernel>
+void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory& memory = {}) {
+  static_assert(Kernel::kThreads % 32 == 0);
+  threads::Pool::all().run(
+      static_cast<int>(blocks), memory.bytes,
+      [&](threads::Lane& lane, int block) { kernel(Block(block, Kernel::kThreads, lane)); });
 }
 
 #else

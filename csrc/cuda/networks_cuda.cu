@@ -19,6 +19,7 @@ struct PackKernel {
   ChainPlan plan;
   const T* parameters;
   T* packed;
+  int* cleared;
 
   // One block for a piece of one member's packed form.
   KINML_DEVICE void operator()(const Block& block) const {
@@ -26,6 +27,7 @@ struct PackKernel {
     const Index member = block.index() / blocks, begin = block.index() % blocks * kThreads;
     pack_piece(block, plan, parameters + member * plan.parameters, packed + member * plan.packed,
                begin, kThreads);
+    if (cleared != nullptr && block.index() == 0) block.each(1, [&](int) { *cleared = 0; });
   }
 };
 
@@ -66,7 +68,7 @@ struct NetworkKernel {
     Pieces pieces(block.memory());
     Memory memory;
     memory.take(pieces, plan, pass == Pass::second);
-    T* const gradient = parts == nullptr ? nullptr : parts + block.index() * plan.parameters;
+    T* const gradient = parts == nullptr ? nullptr : parts + block.index() * Index(plan.parameters);
     if (gradient != nullptr) block.each(plan.parameters, [&](int i) { gradient[i] = 0; });
     for (Index tile = block.index(); tile < n_tiles; tile += n_blocks) {
       const NetworkTileSpan span = network_tile(batch.starts, plan.n_species, tile);
@@ -194,20 +196,19 @@ struct SumByStructureKernel {
   double* sums;
 
   KINML_DEVICE void operator()(const Block& block) const {
-    each_in_grid(block, atoms.n_structures, [&](Index structure) {
-      double sum = 0;
-      for (Index i = atoms.firsts[structure]; i < atoms.firsts[structure + 1]; ++i) {
-        const Index atom = atoms.order[i];
-        double shift = 0;
-        if (shifts != nullptr) {
-          int s = 0;
-          while (s + 1 < n_species && atom >= starts[s + 1]) ++s;
-          shift = shifts[s];
-        }
-        sum += static_cast<double>(values[atom]) + shift;
+    const Index structure = block.index(), first = atoms.firsts[structure];
+    const auto term = [&](Index i) {
+      const Index atom = atoms.order[first + i];
+      double shift = 0;
+      if (shifts != nullptr) {
+        int s = 0;
+        while (s + 1 < n_species && atom >= starts[s + 1]) ++s;
+        shift = shifts[s];
       }
-      sums[structure] = sum;
-    });
+      return static_cast<double>(values[atom]) + shift;
+    };
+    sum_in_block(block, atoms.firsts[structure + 1] - first, term,
+                 reinterpret_cast<double*>(block.memory()), sums[structure]);
   }
 };
 
@@ -266,9 +267,9 @@ void run_pass(NetworkKernel<T> kernel, char* workspace, Stream stream) {
 
 template <class T>
 void pack_networks(const ChainPlan& plan, const T* parameters, std::int64_t n_members, T* packed,
-                   Stream stream) {
-  launch(PackKernel<T>{plan, parameters, packed}, n_members * blocks_for(plan.packed, kThreads),
-         stream);
+                   Stream stream, int* cleared) {
+  launch(PackKernel<T>{plan, parameters, packed, cleared},
+         n_members * blocks_for(plan.packed, kThreads), stream);
 }
 
 template <class T>
@@ -315,7 +316,7 @@ template <class T>
 void sum_by_structure(const T* values, const StructureAtoms& atoms, const std::int64_t* starts,
                       int n_species, const double* shifts, double* sums, Stream stream) {
   launch(SumByStructureKernel<T>{values, atoms, starts, n_species, shifts, sums},
-         blocks_for(atoms.n_structures, kThreads), stream);
+         atoms.n_structures, stream, {kThreads * Index(sizeof(double))});
 }
 
 template <class T>
@@ -324,7 +325,7 @@ void sum_parts(const T* parts, std::int64_t n_parts, std::int64_t n, T* sums, St
 }
 
 #define KINML_INSTANTIATE(T)                                                                    \
-  template void pack_networks<T>(const ChainPlan&, const T*, Index, T*, Stream);                \
+  template void pack_networks<T>(const ChainPlan&, const T*, Index, T*, Stream, int*);          \
   template Index networks_workspace<T>(const ChainPlan&, Index, bool, bool);                    \
   template void networks_forward<T>(const ChainPlan&, const NetworkBatch<T>&,                   \
                                     const SavedLayers<T>&, T*, char*, Stream);                  \

@@ -39,9 +39,10 @@ inline std::int64_t most_network_tiles(std::int64_t n_atoms, int n_species) {
 
 // parameters  // [n_members, plan.parameters]
 // packed      // [n_members, plan.packed]
+// cleared     // a number that becomes 0 as well, or null
 template <class T>
 void pack_networks(const ChainPlan& plan, const T* parameters, std::int64_t n_members, T* packed,
-                   Stream stream);
+                   Stream stream, int* cleared = nullptr);
 
 // What a pass over a batch reads; n atoms in species order.
 template <class T>

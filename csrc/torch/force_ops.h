@@ -3,6 +3,7 @@
 //
 //   check_values(SystemArguments, n_species)   may look at values of indices
 //   check_loss(SystemArguments, Loss)          and at weights
+//   kLooksAtValues                             whether they do: then every atom has a structure
 //   energy_forces<T>(Model, System, first_level, Outputs, prepared, like)   as the entries of
 //   energy_forces_backward<T>(...), force_step<T>(...)   csrc/cpu/force_step_cpu.h, with a tensor
 //   message_bytes<T>(...), force_step_share<T>(...)      on the device instead of threads
@@ -207,6 +208,8 @@ struct ForceOps {
     const auto type = model.parameters.scalar_type();
     std::array<at::Tensor, 5> r = {empty({n}, at::kDouble),
                                    empty({system.has_forces() ? n_atoms : 0, 3}, type)};
+    // Forces of atoms that are in no structure are not written.
+    if constexpr (!Backend::kLooksAtValues) r[1].fill_(std::numeric_limits<double>::quiet_NaN());
     if (virials) {
       r[2] = empty({n, 3, 3}, at::kDouble);
       r[3] = zeros({atomic ? n_atoms : 0}, at::kDouble);

@@ -38,6 +38,8 @@ const std::byte* bytes_of(const Tensor& prepared, const Model<T>& model) {
 }
 
 struct CpuBackend {
+  static constexpr bool kLooksAtValues = true;
+
   static void check_values(const SystemArguments& system, int64_t n_species) {
     check_system_values(system, n_species);
   }

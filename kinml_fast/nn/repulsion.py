@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from ase.data import atomic_numbers, covalent_radii
 from torch import Tensor
 
 from kinml_fast import ops
@@ -53,6 +52,8 @@ class Repulsion:
     @classmethod
     def zbl(cls, elements: Sequence[str], inner: float = 0.4, outer: float = 0.75) -> Repulsion:
         """That of some elements, with their covalent radii."""
+        from ase.data import atomic_numbers, covalent_radii  # not on the bare machines of scripts/gpu_check.sh
+
         numbers = [atomic_numbers[element] for element in elements]
         return cls(tuple(map(float, numbers)), tuple(float(covalent_radii[z]) for z in numbers), inner, outer)
 

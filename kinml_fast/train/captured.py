@@ -22,7 +22,7 @@ class CapturedEpoch:
     """Forward and backward pass and update of every batch of an epoch, recorded once and replayed for each order.
 
     What the steps read and write stays where it is: weights, gradient, the optimizer's state and count of steps, the
-    residuals. The learning rate is the one at the time of the recording.
+    residuals. The optimizer's numbers, such as the learning rate, are those at the time of the recording.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class CapturedEpoch:
 
 
 class EpochRecorder:
-    """Records an epoch on a GPU when it comes a second time with the same step and learning rate.
+    """Records an epoch on a GPU when it comes a second time with the same step, weights and numbers of the optimizer.
 
     Parameters
     ----------
@@ -87,6 +87,7 @@ class EpochRecorder:
         self._count, self._size, self._device = count, size, device
         self._last: tuple | None = None
         self._epoch: CapturedEpoch | None = None
+        self._state: tuple[int, ...] = ()  # where that of the optimizer was when the epoch was recorded
         self._failed = False
 
     @property
@@ -98,10 +99,13 @@ class EpochRecorder:
         """An epoch of this step, if it is as the last one was; None if it has to be run step by step."""
         if not self.possible:
             return None
-        now = (step, self._update.learning_rate, self._update.gradients())
+        now = (step, self._update.numbers(), self._update.places())
         if now != self._last:
             self._last, self._epoch, self._failed = now, None, False
             return None
+        state = self._update.places_of_state()
+        if state != self._state:
+            self._state, self._epoch = state, None
         if self._epoch is None and not self._failed:
             try:
                 self._epoch = CapturedEpoch(

@@ -75,9 +75,20 @@ class Update:
         alone = self._clip is None and self._frozen is None and self.average is None
         return alone and isinstance(self.optimizer, FusedAdam)
 
-    def gradients(self) -> tuple[int, ...]:
-        """Where the gradients lie in memory."""
-        return tuple(parameter.grad.data_ptr() for parameter in self._parameters if parameter.grad is not None)
+    def numbers(self) -> tuple:
+        """The optimizer's numbers: learning rate, betas, weight decay and whatever else its groups have."""
+        groups = self.optimizer.param_groups
+        return tuple(tuple((name, value) for name, value in group.items() if name != "params") for group in groups)
+
+    def places(self) -> tuple[int, ...]:
+        """Where weights and gradients lie in memory."""
+        tensors = [t for parameter in self._parameters for t in (parameter, parameter.grad) if t is not None]
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
+    def places_of_state(self) -> tuple[int, ...]:
+        """The same of what the optimizer keeps, which it makes in its first step."""
+        states = [self.optimizer.state.get(parameter, {}) for parameter in self._parameters]
+        return tuple(t.data_ptr() for state in states for t in state.values() if isinstance(t, Tensor))
 
     def hold(self) -> None:
         """Let frozen layers, and their part of the average, be the weights that the model has now."""

@@ -3,6 +3,7 @@
 //
 //   test_cuda_aev          everything (seconds)
 //   test_cuda_aev small    fewer and smaller molecules, for valgrind and the sanitizers
+//   test_cuda_aev few      every kernel with a few, for lanes that are threads
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -28,7 +29,7 @@ using cuda::AevProduct;
 using cuda::StepOrder;
 using kinml::System;
 
-bool small_run = false;
+bool small_run = false, few_run = false;
 
 constexpr StepOrder kOrders[] = {StepOrder::forward, StepOrder::backward, StepOrder::shuffled};
 
@@ -182,7 +183,7 @@ void check_problem(const Problem<T>& problem, Search search = Search::automatic,
     if (order == StepOrder::forward) {
       first = std::move(own);
       check_same(first, problem.cpu());
-      if (!all_orders) break;
+      if (!all_orders || few_run) break;
     } else {
       CHECK(same_bits(first, own));
     }
@@ -656,6 +657,15 @@ void test_limits() {
   }
 }
 
+// Every kernel, with a few atoms.
+template <class T>
+void test_few() {
+  const std::vector<NamedParameters> sets = parameter_sets();
+  test_parameters<T>(sets[0]);
+  test_jacobian<T>(sets[0]);
+  test_large<T>();
+}
+
 template <class T>
 void test_all() {
   const std::vector<NamedParameters> sets = parameter_sets();
@@ -673,7 +683,12 @@ void test_all() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  small_run = argc > 1 && std::string(argv[1]) == "small";
+  few_run = argc > 1 && std::string(argv[1]) == "few";
+  small_run = few_run || (argc > 1 && std::string(argv[1]) == "small");
+  if (few_run) {
+    test_few<float>();
+    return check::finish();
+  }
   test_triples();
   test_species_pairs();
   test_cell_numbers();

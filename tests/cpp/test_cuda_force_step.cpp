@@ -3,6 +3,7 @@
 //
 //   test_cuda_force_step          everything (seconds)
 //   test_cuda_force_step small    fewer and smaller molecules, for valgrind and the sanitizers
+//   test_cuda_force_step few      every kernel with a few, for lanes that are threads
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -22,7 +23,7 @@ namespace cpu = kinml::cpu;
 namespace cuda = kinml::cuda;
 using namespace models;
 
-bool small_run = false;
+bool small_run = false, few_run = false;
 
 template <class T>
 constexpr double kNan = std::numeric_limits<T>::quiet_NaN();
@@ -113,11 +114,21 @@ struct Problem {
     space = memory(cuda::force_step_workspace<T>(m, view(false)));
     cuda::energy_forces_backward<T>(m, view(false), first_level, e.data(), r.data(), nullptr,
                                     x.gradient.data(), begin(space), nullptr);
-    const BatchLoss loss(task, chosen, with_jacobian);
-    space = memory(cuda::force_step_workspace<T>(m, view(true)));
-    cuda::force_step<T>(m, view(true), loss.view, x.step.losses.data(), x.step.gradient.data(),
-                        x.step.residuals.data(), x.step.errors.data(), begin(space), nullptr);
+    x.step = step_on_gpu();
     return x;
+  }
+  Step<T> step_on_gpu() const {
+    Step<T> step = room().step;
+    const kinml::Model<T> m = with_weights();
+    // Structures that do not exist count for nothing.
+    std::vector<Index> counted = chosen;
+    std::erase_if(counted, [&](Index s) { return s < 0 || s >= batch.n_structures(); });
+    const BatchLoss loss(task, counted, with_jacobian);
+    std::vector<double> space(cuda::force_step_workspace<T>(m, view(true)) / 8 + 1);
+    cuda::force_step<T>(m, view(true), loss.view, step.losses.data(), step.gradient.data(),
+                        step.residuals.data(), step.errors.data(),
+                        reinterpret_cast<char*>(space.data()), nullptr);
+    return step;
   }
 };
 
@@ -144,6 +155,7 @@ void check_problem(const Problem<T>& p) {
   compare<T>(found.step.residuals, expected.step.residuals);
   compare<T>(found.step.errors, expected.step.errors);
   for (const auto order : {cuda::StepOrder::backward, cuda::StepOrder::shuffled}) {
+    if (few_run) break;
     cuda::step_order() = order;
     const Results<T> again = p.on_gpu();
     CHECK(same_bits(again.energies, found.energies) && same_bits(again.forces, found.forces) &&
@@ -178,6 +190,7 @@ void check_large() {
   batch.add_random(small_run ? 270 : 420, 2, 17, 17, 17, p, 0.5);
   if (!small_run) batch.add_random(300, 2, 40, 9, 12, p, 0.5);
   for (const Index n_levels : {1, 3}) {
+    if (few_run && n_levels > 1) break;
     const Model model(p, {7, 4}, {1, 1, 0}, n_levels > 1, n_levels);
     for (const Index first_level : {Index(0), n_levels - 1}) {
       Problem<T> problem(model, batch, false, n_levels == 1 ? 2 : 1, first_level);
@@ -191,6 +204,48 @@ void check_large() {
       cuda::pretend_device(nullptr);
     }
   }
+}
+
+// Structures that a batch names several times: in one tile, one block and several blocks, small ones
+// and some that are larger than a tile.
+template <class T>
+void check_repeated() {
+  check::section("structures named more than once");
+  const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
+  Batch batch;
+  for (const Index n : {3, 35, 5, 0, 40}) batch.add_molecule(n, p);
+  std::vector<Index> many;  // two, the same ones, for each block
+  for (Index i = 0; i < 512; ++i) many.push_back(i < 508 ? i / 2 % 2 * 2 : i % 2 == 0 ? 4 : 1);
+  many[506] = many[507] = 4;
+  const std::vector<std::vector<Index>> choices = {{0, 0, 2, 0}, {4, 1, 1, 4, 0, 4, 3, 3}, many};
+  for (const Index n_levels : {1, 2}) {
+    const Model model(p, {7, 4}, {1, 1, 0}, true, n_levels);
+    for (const bool stored : {false, true})
+      for (const std::vector<Index>& choice : choices) {
+        if (few_run && (stored || n_levels > 1)) continue;
+        if (choice.size() > 10 && (small_run || n_levels > 1)) continue;
+        Problem<T> problem(model, batch, stored, 1, 0);
+        problem.chosen = choice;
+        check_problem(problem);
+      }
+  }
+}
+
+// An atom with more neighbours than the lists of all warps have room for.
+template <class T>
+void check_crowd() {
+  check::section("a crowd");
+  const AevParameters p = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
+  Batch batch;
+  for (Index i = 0; i < 1030; ++i)
+    batch.add_atom(uniform(-0.8, 0.8), uniform(-0.8, 0.8), uniform(-0.8, 0.8), 0);
+  batch.finish_structure();
+  for (int s = 0; s < 8; ++s) batch.add_molecule(s % 3, p);
+  const Model model(p, {4}, {1, 0}, true);
+  Problem<T> problem(model, batch, false, 1, 0);
+  CHECK(!cuda::structures_are_large(problem.view(false)));
+  problem.chosen = {0, 4, 0};
+  check_problem(problem);
 }
 
 template <class T>
@@ -231,6 +286,54 @@ void check_missing() {
   const std::vector<double> good = energies_of(view, data.view());
   const std::vector<double> energies = energies_of(view, data.view(&structures));
   CHECK(energies[0] == good[0] && std::isnan(energies[1]) && std::isnan(energies[2]));
+  for (const std::vector<Index>& chosen : {structures, {0, -2}, {7}, {0, 1, 2}}) {
+    Problem<T> problem(model, small, false, 1, 0);
+    problem.chosen = chosen;
+    const Step<T> step = problem.step_on_gpu();
+    const bool all = chosen.back() == 2;
+    for (std::size_t i = 0; i < chosen.size(); ++i)
+      CHECK(std::isnan(step.residuals[i]) == (chosen[i] != std::clamp<Index>(chosen[i], 0, 2)));
+    CHECK(std::isnan(step.losses[0]) != all);
+    for (const T number : step.gradient) CHECK(std::isnan(number) != all);
+  }
+}
+
+// Every kernel, with and without memory on the chip.
+template <class T>
+void check_few() {
+  check::section("every kernel");
+  const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
+  Batch batch;
+  for (const Index n : {0, 3, 9, 8, 34}) batch.add_molecule(n, p);
+  check_batch<T>(Model(p, {7, 4}, {1, 1, 0}, true, 2), batch, 2);
+  const Model model(p, {7, 4}, {1, 1, 0}, true);
+  const cuda::Device less{1024, cuda::current_device().multiprocessors};
+  cuda::pretend_device(&less);
+  check_problem(Problem<T>(model, batch, false, 1, 0));
+  cuda::pretend_device(nullptr);
+  check_large<T>();
+  check_repeated<T>();
+}
+
+// Nothing of a step on small molecules is in the workspace that has room on the chip.
+template <class T>
+void check_on_chip() {
+  check::section("memory on the chip");
+  const AevParameters p = aevmod(2, 16, 8, 8, 5.2, 3.8, 0.95);
+  const Model model(p, {48, 24, 12}, {1, 1, 1, 0}, true);
+  Batch batch;
+  for (int i = 0; i < 5; ++i) batch.add_molecule(10, p);
+  const Data<T> data(model, batch, false);
+  const kinml::Model<T> view = model.view(data.weights);
+  const auto bytes = [&] {
+    return std::pair(cuda::energy_forces_workspace<T>(view, data.view()),
+                     cuda::force_step_workspace<T>(view, data.view()));
+  };
+  const auto found = bytes();
+  const cuda::Device endless{Index(1) << 40, cuda::current_device().multiprocessors};
+  cuda::pretend_device(&endless);
+  CHECK(found == bytes());
+  cuda::pretend_device(nullptr);
 }
 
 template <class T>
@@ -241,6 +344,7 @@ void check_all() {
     for (const Index n : sizes) batch.add_molecule(n, p);
     return batch;
   };
+  check_on_chip<T>();
   check::section("tiles of molecules");
   const Model model(p, {7, 4}, {1, 1, 0}, true);
   check_batch<T>(model, Batch());
@@ -284,13 +388,20 @@ void check_all() {
   cuda::pretend_device(nullptr);
 
   check_large<T>();
+  check_repeated<T>();
+  if (!small_run) check_crowd<T>();
   check_missing<T>();
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  small_run = argc > 1 && std::string(argv[1]) == "small";
+  few_run = argc > 1 && std::string(argv[1]) == "few";
+  small_run = few_run || (argc > 1 && std::string(argv[1]) == "small");
+  if (few_run) {
+    check_few<float>();
+    return check::finish();
+  }
   check_all<double>();
   check_all<float>();
   return check::finish();
