@@ -174,6 +174,19 @@ def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
             known = known[count:]
 
 
+def hessians(path: Path, fidelity: int) -> list[tuple[int, object, object]]:
+    """Ids of geometries, geometries and second derivatives of rows that have some at a fidelity, as they are stored."""
+    with _opened(path) as database:
+        _check_tables(path, database, formula_symbols(path.stem, str(path)))
+        if "hessian" not in {row[1].lower() for row in database.execute("PRAGMA table_info(energy)")}:
+            return []
+        return database.execute(
+            "SELECT xyz.id, xyz.geom, energy.Hessian FROM energy JOIN xyz ON xyz.id = energy.xyz_id "
+            "WHERE energy.fidelity = ? AND energy.Hessian IS NOT NULL ORDER BY xyz.id",
+            (fidelity,),
+        ).fetchall()
+
+
 def fidelities(path: Path) -> list[int]:
     """The fidelities of the energies in a database, ascending."""
     with _opened(path) as database:

@@ -383,8 +383,21 @@ class LossConfig(Section):
     level_weights: Annotated[list[NotNegative], Field(min_length=1)] | None = None
     """Several fidelities: factors of the levels in L_E, L_F, L_S, which are sums over them, lowest first; null: all
     1."""
+    hessians: list[str] = Field(default=[])
+    """Files with second derivatives of some molecules at the (highest) fidelity: databases whose column Hessian has
+    them, or files whose frames have hessian=, in eV/Å². L_H, the mean square error of their entries (eV²/Å⁴), is then a
+    further term of the loss, by products with random directions."""
+    hessian_weight: NotNegative = 0.001
+    """static: the factor of L_H; learned: it has an s of its own."""
+    hessian_structures: Count = 4
+    """So many of these molecules are in each step."""
     extra_weights: dict[str, NotNegative] = {}
     """static: factors, by name, of further terms that a Python program gives (Trainer's extra_losses); by default 1."""
+
+    @field_validator("hessians", mode="before")
+    @classmethod
+    def _one_file(cls, files: Any) -> Any:
+        return [files] if isinstance(files, str) else files
 
     @model_validator(mode="after")
     def _check_levels(self) -> LossConfig:
@@ -412,6 +425,7 @@ class LossConfig(Section):
     def ignored(self) -> list[str]:
         """Keys that were changed but have no effect without forces, and without stresses."""
         keys = [] if self.forces else _changed(self, {"forces_from", "forces_until", "force_weight"})
+        keys += [] if self.hessians else _changed(self, {"hessian_weight", "hessian_structures"})
         return keys + ([] if self.stresses else _changed(self, {"stress_weight"}))
 
 

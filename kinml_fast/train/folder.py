@@ -26,6 +26,7 @@ _WRITTEN = (
     "train.log",
     "train-*.log",
     "split.txt",
+    "hessians.xyz",
     "prepared.h5",
     "prepared.blocks",
     "model.pt",
@@ -47,6 +48,7 @@ class RunFolder:
         self.log = self.path / "train.log"
         self.prepared = self.path / "prepared.h5"
         self.split = self.path / "split.txt"
+        self.hessians = self.path / "hessians.xyz"
         self.model = self.path / "model.pt"
         self.report = self.path / "report"
         self.checkpoints = self.path / "checkpoints"

@@ -12,7 +12,7 @@ from kinml_fast.errors import ConfigError
 from kinml_fast.nn import EnergyModel
 from kinml_fast.train.config import LossConfig
 
-ENERGY, FORCES, STRESS = "energy", "forces", "stress"
+ENERGY, FORCES, STRESS, HESSIAN = "energy", "forces", "stress", "hessian"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class TaskWeights:
         else:
             share = self._config.force_weight if with_forces else 0.0
             stress = [self._config.stress_weight if with_forces else 0.0] * (self.fused - 2)
-            extra = [self._config.extra_weights.get(name, 1.0) for name in self.names[self.fused :]]
+            given = {HESSIAN: self._config.hessian_weight, **self._config.extra_weights}
+            extra = [given.get(name, 1.0) for name in self.names[self.fused :]]
             self.scales.copy_(torch.tensor([1 - share, share, *stress, *extra], dtype=torch.float64))
 
     def terms(self, counts: Tensor) -> list[Tensor]:

@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kinml_fast.data import large, prepared, splits, stored, weights
+from kinml_fast.data import hessians, large, prepared, splits, stored, weights
 from kinml_fast.data.files import expand
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.data.training_data import TrainingData
+from kinml_fast.deploy import model_file
 from kinml_fast.errors import ConfigError, InputError
 from kinml_fast.nn import AEVParameters, EnergyModel
 from kinml_fast.train import continued
 from kinml_fast.train.config import Config
 from kinml_fast.train.continued import Origin
 from kinml_fast.train.folder import RunFolder
+from kinml_fast.train.hessians import HessianTerm
+from kinml_fast.train.loss import HESSIAN
 from kinml_fast.train.progress import Progress
 from kinml_fast.train.ranks import ALONE, Ranks
 from kinml_fast.train.results import Summary
@@ -60,6 +63,7 @@ def go_on(
             origin = continued.load(folder.last)
             config, model = continued.resolved(config, origin), origin.model
         _move(model, config, ranks)
+        term = _hessian_term(config, model, folder, ranks)
     _seed_others(config)
     trainer = Trainer(
         model,
@@ -68,12 +72,13 @@ def go_on(
         folder.path,
         resume=True,
         progress=progress,
+        extra_losses=None if term is None else {HESSIAN: term},
         freeze=config.start.freeze,
         ranks=ranks,
     )
     if accepted is not None and ranks.is_first:
         accepted()
-    return trainer.fit()
+    return _trained(trainer, folder, term, ranks)
 
 
 def begin(config: Config) -> tuple[Config, Origin | None]:
@@ -118,6 +123,7 @@ def fit(
                 continued.keep_sae(model, origin, config.data.sae, data)
         log.info("%s", model)
         _move(model, config, ranks)
+        term = _hessian_term(config, model, folder, ranks)
         _seed_others(config)
         trainer = Trainer(
             model,
@@ -126,6 +132,7 @@ def fit(
             folder.path,
             resume=resume,
             progress=progress,
+            extra_losses=None if term is None else {HESSIAN: term},
             freeze=config.start.freeze,
             origin=origin if config.start.optimizer == "keep" else None,
             ranks=ranks,
@@ -133,7 +140,7 @@ def fit(
         if origin is not None:
             sums = trainer.evaluate("validation", config.training.loss.forces)
             continued.say_first_errors(model, sums, config.start.sae == "keep")
-    return trainer.fit()
+    return _trained(trainer, folder, term, ranks)
 
 
 def prepare(config: Config) -> Prepared | LargeData:
@@ -235,6 +242,34 @@ def make_model(
         repulsion=network.repulsion.made(elements),
         dispersion=network.dispersion.made(),
     )
+
+
+def _hessian_term(config: Config, model: EnergyModel, folder: RunFolder, ranks: Ranks) -> HessianTerm | None:
+    """The term of second derivatives, if the loss has one; the run keeps a copy of them."""
+    loss = config.training.loss
+    if not loss.hessians:
+        return None
+    if model.baseline is not None:
+        raise ConfigError("training.loss.hessians: are of whole energies, not of the differences that are trained on")
+
+    def read_and_kept() -> list[hessians.MoleculeHessian]:
+        if not folder.hessians.exists():
+            hessians.write(folder.hessians, hessians.read(loss.hessians, model.fidelities[-1]))
+        return hessians.read(folder.hessians)
+
+    term = HessianTerm(ranks.in_turn(read_and_kept, read_and_kept), model, loss.hessian_structures)
+    log.info("second derivatives are trained on: RMSE at first %.3f eV/Å²", term.error(model))
+    return term
+
+
+def _trained(trainer: Trainer, folder: RunFolder, term: HessianTerm | None, ranks: Ranks) -> Summary:
+    summary = trainer.fit()
+    if term is not None and ranks.is_first:
+        with folder.logged(ranks.rank):
+            model = model_file.load(folder.model)
+            assert isinstance(model, EnergyModel)
+            log.info("second derivatives: RMSE %.3f eV/Å²", term.error(model.to(trainer.model.sae.device)))
+    return summary
 
 
 def _given(config: Config, data: Prepared | LargeData) -> TrainingData | LargeData:
