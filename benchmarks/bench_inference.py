@@ -65,6 +65,40 @@ def test_molecule(benchmark, c5h5, form, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("form", ["op", "model.hessian", "calculator", "forces, 6N times", "product by autograd"])
+def test_hessian(benchmark, c5h5, form, dtype):
+    """The Hessian of one molecule, and beside it what one may do without: differences of forces, one column."""
+    own = model(getattr(torch, dtype)).requires_grad_(False)
+    system = replicas(c5h5, 1, own.dtype)
+    assert system.coordinates is not None
+    description = ops.Model(own.aev.packed, own.networks.packed)
+    symbols = [c5h5.elements[code] for code in c5h5.species[: c5h5.offsets[1]]]
+    atoms = Atoms(symbols, system.coordinates.numpy())
+    calculator = KinMLCalculator(own)
+    place = (system.coordinates, system.species, system.offsets)
+    moved = system.coordinates.repeat(6 * len(symbols), 1)
+    copies = (moved, system.species.repeat(6 * len(symbols)), len(symbols) * torch.arange(6 * len(symbols) + 1))
+    direction = torch.randn_like(system.coordinates)
+
+    def product() -> None:
+        x = system.coordinates.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(own(x, *place[1:]).sum(), x, create_graph=True)
+        torch.autograd.grad(slope, x, direction)
+
+    functions = {
+        "op": lambda: ops.energy_hessians(system, own.networks.weights, description),
+        "model.hessian": lambda: own.hessian(*place),
+        "calculator": lambda: calculator.get_hessian(atoms),
+        "forces, 6N times": lambda: own.energies_and_forces(*copies),
+        "product by autograd": product,
+    }
+    benchmark.group = f"hessian {dtype}"
+    benchmark.extra_info.update(form=form, dtype=dtype, structures=1)
+    with torch.inference_mode(form != "product by autograd"):
+        benchmark.pedantic(functions[form], iterations=5, rounds=200, warmup_rounds=5)
+
+
+@DTYPES
 @pytest.mark.parametrize("count", [8, 64, 512])
 def test_replicas(benchmark, c5h5, count, dtype):
     """Energies and forces of all in one call, as arrays."""

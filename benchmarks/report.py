@@ -40,6 +40,9 @@ An epoch of 2000 C5H5 as above, every structure with all levels: ms, and how man
     "evaluation": "## Energies and forces of C5H5",
     "inference": """### In molecular dynamics
 Energy and forces again and again, weights laid out once, one thread (`bench_inference.py --threads 1`): µs.""",
+    "hessian": """### Second derivatives
+Of one C5H5, one thread (`bench_inference.py -k hessian --threads 1`): µs. "forces, 6N times" is the forces that
+differences of them need, all in one call; a "product by autograd" is one column.""",
     "ensemble": """## Ensembles
 Energies and forces of every member from one call: how many times the time of one model.""",
     "gpu": """## On a GPU
@@ -206,6 +209,15 @@ class Run:
             rows.append([name, *(f"{b['stats']['median'] * 1e6:.1f}" if b else "-" for b in numbers)])
         return table(rows) if kinds else ""
 
+    def hessian(self) -> str:
+        groups = [f"hessian {dtype}" for dtype in DTYPES]
+        forms = dict.fromkeys(form for group, form in self.by if group in groups)
+        rows = [["", *DTYPES]]
+        for form in forms:
+            numbers = [self.by.get((group, form)) for group in groups]
+            rows.append([form, *(f"{b['stats']['median'] * 1e6:.1f}" if b else "-" for b in numbers)])
+        return table(rows) if forms else ""
+
     def levels(self) -> str:
         tasks = {"energies": "energies", "forces": "energies and forces"}
         rows = [["levels", *(f"{name}, {dtype}" for name in tasks.values() for dtype in DTYPES)]]
@@ -348,6 +360,7 @@ class Run:
             "levels": self.levels,
             "evaluation": self.evaluation,
             "inference": self.inference,
+            "hessian": self.hessian,
             "ensemble": self.ensemble,
             "gpu": self.gpu,
             "memory": self.memory,
