@@ -18,6 +18,10 @@ from kinml_fast.data.structures import Structures
 from kinml_fast.deploy import members
 
 DTYPES = pytest.mark.parametrize("dtype", ["float64", "float32"])
+HESSIANS = (
+    *("energy and forces", "op", "model.hessian", "calculator", "forces, 6N times"),
+    *("product with a vector", "product by autograd"),
+)
 FORMS = ("op", "op, weights prepared", "energies_and_forces", "calculator", "calculator in a box")
 
 
@@ -65,7 +69,7 @@ def test_molecule(benchmark, c5h5, form, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("form", ["op", "model.hessian", "calculator", "forces, 6N times", "product by autograd"])
+@pytest.mark.parametrize("form", [*HESSIANS])
 def test_hessian(benchmark, c5h5, form, dtype):
     """The Hessian of one molecule, and beside it what one may do without: differences of forces, one column."""
     own = model(getattr(torch, dtype)).requires_grad_(False)
@@ -85,7 +89,11 @@ def test_hessian(benchmark, c5h5, form, dtype):
         (slope,) = torch.autograd.grad(own(x, *place[1:]).sum(), x, create_graph=True)
         torch.autograd.grad(slope, x, direction)
 
+    prepared = ops.prepare_weights(own.networks.weights, description)
+    weights = own.networks.weights
     functions = {
+        "energy and forces": lambda: ops.energy_forces(system, weights, own.sae, description, 0, prepared),
+        "product with a vector": lambda: ops.hessian_products(system, weights, direction, description, 0, prepared),
         "op": lambda: ops.energy_hessians(system, own.networks.weights, description),
         "model.hessian": lambda: own.hessian(*place),
         "calculator": lambda: calculator.get_hessian(atoms),

@@ -525,6 +525,32 @@ def energy_hessians(
     )
 
 
+def hessian_products(
+    system: System,
+    parameters: Tensor,
+    v: Tensor,
+    model: Model,
+    first_level: int = 0,
+    prepared: Tensor | None = None,
+) -> Tensor:
+    """Products of the Hessians with a vector, without the Hessians: the derivatives along it of the gradients.
+
+    Parameters
+    ----------
+    system, parameters, model, first_level, prepared
+        As of `energy_forces`, from coordinates.
+    v
+        [n_atoms, 3], of the parameters' dtype.
+
+    Returns
+    -------
+    Tensor
+        [R, n_atoms, 3], of an ensemble [M, R, n_atoms, 3], in eV/Å² times the unit of v. No derivative. On a GPU the
+        processor computes them.
+    """
+    return _OPS.hessian_products(system.tensors, parameters, v, model.descriptor, model.networks, first_level, prepared)
+
+
 def force_step(
     system: System, structures: Tensor, parameters: Tensor, loss: Loss, results: StepResults, model: Model
 ) -> None:

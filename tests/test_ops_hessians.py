@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from force_oracle import atomic_energies
-from op_helpers import ANI_1X, ON_CPU, SMALL, Ragged, changed, each_tensor, keywords, not_contiguous, ragged, raw
+from op_helpers import (
+    ANI_1X,
+    ON_CPU,
+    SMALL,
+    Ragged,
+    changed,
+    each_tensor,
+    keywords,
+    normal,
+    not_contiguous,
+    ragged,
+    raw,
+)
 from periodic_helpers import ALONG, crystals, with_pairs
 
 from kinml_fast import ops, reference
@@ -327,3 +339,107 @@ def test_many_random_molecules():
         coordinates, species, offsets = ragged((3 + seed % 20,), 2, seed)
         own, system = model(seed=seed), System(coordinates, species, offsets)
         close(ops.energy_hessians(**arguments(own, system)), by_definition(own, system), 1e-9)
+
+
+# ---- products with one vector --------------------------------------------------------------------
+
+
+def products(own: EnergyModel | Ensemble, system: System, v: torch.Tensor, first_level: int = 0) -> torch.Tensor:
+    given = arguments(own, system, first_level)
+    return ops.hessian_products(system, given["parameters"], v, given["model"], first_level)
+
+
+def multiplied(hessians: torch.Tensor, system: System, v: torch.Tensor) -> torch.Tensor:
+    """[..., n_atoms, 3] of the Hessians [..., n_atoms, 3, 3 max_atoms]."""
+    result = torch.zeros(hessians.shape[:-1], dtype=hessians.dtype)
+    for first, last in zip(system.offsets[:-1].tolist(), system.offsets[1:].tolist(), strict=True):
+        square = hessians[..., first:last, :, : 3 * (last - first)]
+        result[..., first:last, :] = torch.einsum("...ixc,c->...ix", square, v[first:last].reshape(-1))
+    return result
+
+
+def systems() -> dict[str, System]:
+    boxes = crystals(sizes=(4, 1, 2))
+    return {
+        "molecules": molecules(),
+        "crystals": crystals(),
+        "ghosts": replace(boxes, centres=torch.tensor([3, 1, 2])),
+        "given pairs": with_pairs(boxes, max(SMALL.radial_cutoff, SMALL.angular_cutoff)),
+        "large": molecules(sizes=(60, 3)),
+    }
+
+
+@pytest.mark.parametrize("name", systems())
+@pytest.mark.parametrize("levels", [1, 3])
+def test_products_are_those_of_the_hessians(name, levels):
+    system = systems()[name]
+    together = Ensemble([model(levels=levels, seed=s) for s in (1, 2)])
+    v = normal(len(system.species), 3, seed=5)
+    expected = multiplied(ops.energy_hessians(**arguments(together, system)), system, v)
+    assert expected.abs().max() > 1e-2
+    close(products(together, system, v), expected, 1e-11)
+    one = together.member(1)
+    assert torch.equal(products(one, system, v, levels - 1)[0], products(together, system, v)[1, levels - 1])
+    place = (system.coordinates, system.species, system.offsets, v, system.tensors[5:] or None)
+    if place[-1] is not None:
+        place = (*place[:-1], place[-1] + [None] * (6 - len(place[-1])))
+    scripted = torch.jit.script(together)
+    for own in (together, scripted):
+        found = own.hessian_product(*place)
+        torch.testing.assert_close(found, products(together, system, v)[:, -1].mean(0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(one.hessian_product(*place), products(one, system, v)[-1])
+
+
+def test_products_in_float32_with_repulsion_and_prepared_weights():
+    own = model(AEVParameters.aevmod(("H", "C")), repulsion=Repulsion.zbl(("H", "C"))).double()
+    near = torch.tensor([[0.0, 0.0, 0.0], [0.55, 0.1, 0.0], [0.2, 0.7, 0.3]]).double()
+    system = System(near, torch.tensor([0, 1, 0]), torch.tensor([0, 3]))
+    v = normal(3, 3, seed=1)
+    expected = multiplied(ops.energy_hessians(**arguments(own, system)), system, v)
+    close(products(own, system, v), expected, 1e-11)
+    given = arguments(own, system)
+    prepared = ops.prepare_weights(given["parameters"], given["model"])
+    assert torch.equal(
+        ops.hessian_products(system, given["parameters"], v, given["model"], 0, prepared), products(own, system, v)
+    )
+    single = model(dtype=torch.float32)
+    same = model()
+    same.networks.weights.data.copy_(single.networks.weights.double())
+    v = normal(19, 3, seed=2)
+    found = products(single, molecules(torch.float32), v.float())
+    assert found.dtype == torch.float32
+    close(found, products(same, molecules(), v), 1e-4)
+
+
+@ON_CPU
+def test_threads_change_no_bit_of_products(device):
+    own, system = model(levels=2), molecules(sizes=(10,) * 20 + (1, 0, 150))
+    v = normal(len(system.species), 3, seed=3)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(products(own, system, v))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_products_opcheck_layout_and_errors():
+    own, system = model(levels=2), molecules()
+    v = normal(19, 3, seed=3)
+    given = arguments(own, system)
+    torch.library.opcheck(
+        OPS.hessian_products, (system.tensors, given["parameters"], v, *raw({"model": given["model"]}), 0)
+    )
+    other = replace(system, coordinates=not_contiguous(system.coordinates))
+    assert torch.equal(products(own, other, not_contiguous(v)), products(own, system, v))
+    with pytest.raises(RuntimeError, match="v must"):
+        products(own, system, v[:-1])
+    with pytest.raises(RuntimeError, match="v"):
+        products(own, system, v.float())
+    x = replace(system, coordinates=system.coordinates.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="hessian_products has no derivative"):
+        products(own, x, v).sum().backward()

@@ -6,8 +6,11 @@
 
 #include "../core/repulsion.h"
 #include "aev_environments.h"
+#include "chain.h"
 #include "guarded.h"
 #include "hessian_kernels.h"
+#include "prepared_weights.h"
+#include "repulsion_kernels.h"
 
 namespace kinml::cpu {
 
@@ -202,7 +205,111 @@ class Hessians {
   std::vector<Centre<T>> centres_;
 };
 
+// ---- products with one vector -------------------------------------------------------------------
+
+// A few whole structures: their environments, those that move along v, and what they give.
+template <class T>
+class ProductTile {
+ public:
+  ProductTile(const System<T>& system, Range range, const AevTables<T>& tables,
+              const NetworkChain& chain, std::int64_t network_memory, const T* v)
+      : tile_(system, range, chain.n_species()),
+        tables_(tables),
+        environments_(tables),
+        arrays_(chain, tile_, network_memory, 1 + chain.n_levels()) {
+    for (Index i = 0; i < tile_.count(); ++i) {
+      environments_.set_structure(system, tile_.structure(i));
+      const Index n = tile_.rows(i);
+      still_.push_back(environments_.make(0, n));
+      moving_.push_back(environments_.make(0, n, v + 3 * tile_.first_atom(i)));
+      if (n == 0) continue;
+      KINML_CALL_KERNEL(aev_rows, tables, still_[i], rows(arrays_.features, i), arrays_.stride);
+      KINML_CALL_KERNEL(aev_tangent_rows, tables, still_[i], v + 3 * tile_.first_atom(i), nullptr,
+                        rows(tangents(), i), arrays_.stride, environments_.scratch(still_[i]));
+    }
+  }
+  const Tile<T>& tile() const { return tile_; }
+
+  // d g_k of all levels, behind g_k, of one member.
+  void derive(const PackedChain<T>& chain) {
+    const Index n = tile_.n_rows(), stride = arrays_.stride, length = arrays_.length;
+    const Ascent<T> ascent =
+        ascend(tile_, chain, arrays_, Height::gradients, true, arrays_.gradients);
+    std::vector<T> moved(n, T(0)), change(padded(n));
+    for (Index k = 0; k < arrays_.n_levels; ++k) {
+      NetworkTile<T> of_tile = network_tile(tile_, arrays_, k, true);
+      of_tile.tangents = tangents();
+      of_tile.tangent_stride = stride;
+      for (Index p = 0; k > 0 && p < n; ++p) tangents()[row(p) + length] = moved[p];
+      chain[k].tangent(of_tile, change.data());
+      chain[k].second_backward(of_tile, nullptr, derivative(k), stride);
+      for (Index p = 0; p < n; ++p) {
+        T* const g = derivative(k) + row(p);
+        if (k > 0) {
+          chain_add(g, ascent.gradients[k - 1] + row(p), g[length] - T(1), length);
+          chain_add(g, derivative(k - 1) + row(p), arrays_.slopes(k)[p], length);
+        }
+        moved[p] += change[p];
+      }
+    }
+  }
+
+  // out [3 atoms] = H v of structure i at level k
+  void product(Index i, Index k, const RepulsionPair<T>* repulsion, T* out) {
+    std::fill_n(out, 3 * tile_.atoms(i), T(0));
+    if (tile_.rows(i) == 0) return;
+    KINML_CALL_KERNEL(aev_transposed, tables_, still_[i], rows(derivative(k), i), arrays_.stride,
+                      out, nullptr, environments_.scratch(still_[i]));
+    KINML_CALL_KERNEL(aev_transposed, tables_, moving_[i], rows(arrays_.gradients[k], i),
+                      arrays_.stride, out, nullptr, environments_.scratch(moving_[i]));
+    if (repulsion == nullptr) return;
+    const std::vector<T> ones(tile_.rows(i), T(1));
+    KINML_CALL_KERNEL(repulsion_transposed, repulsion, tables_, moving_[i], ones.data(), out,
+                      nullptr);
+  }
+
+ private:
+  T* tangents() const { return arrays_.outputs[0]; }
+  T* derivative(Index k) const { return arrays_.outputs[1 + k]; }
+  Index row(Index place) const { return tile_.order().rows[place] * arrays_.stride; }
+  T* rows(T* matrix, Index i) const { return matrix + tile_.first_row(i) * arrays_.stride; }
+
+  Tile<T> tile_;
+  const AevTables<T>& tables_;
+  Environments<T> environments_;
+  TileArrays<T> arrays_;
+  std::vector<Environment<T>> still_, moving_;
+};
+
 }  // namespace
+
+template <class T>
+void hessian_products(const Model<T>& model, const System<T>& system, std::int64_t first_level,
+                      const T* v, T* products, int n_threads, const std::byte* prepared) {
+  const NetworkChain& chain = model.networks;
+  std::vector<PackedChain<T>> members;
+  if (prepared != nullptr)
+    members = prepared_members(model, prepared);
+  else
+    for (Index m = 0; m < model.n_members; ++m)
+      members.emplace_back(chain, model.weights + m * chain.parameters(), true, n_threads);
+  const AevTableStorage<T> tables(model.aev);
+  std::vector<RepulsionPair<T>> repulsion;
+  if (model.aev.repulsion.any()) repulsion = repulsion_pairs<T>(model.aev.repulsion);
+  const std::vector<Range> tiles = tiles_of(system, {0, system.count()}, true);
+  guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index t) {
+    const Tile<T> sizes(system, tiles[t], chain.n_species());
+    ProductTile<T> made(system, tiles[t], tables, chain, members[0].tile_memory(sizes.n_rows()), v);
+    T* out = products;
+    for (const PackedChain<T>& member : members) {
+      made.derive(member);
+      for (Index k = first_level; k < chain.n_levels(); ++k, out += 3 * system.n_atoms)
+        for (Index i = 0; i < made.tile().count(); ++i)
+          made.product(i, k, repulsion.empty() ? nullptr : repulsion.data(),
+                       out + 3 * made.tile().first_atom(i));
+    }
+  });
+}
 
 template <class T>
 void energy_hessians(const Model<T>& model, const System<T>& system, std::int64_t first_level,
@@ -211,9 +318,11 @@ void energy_hessians(const Model<T>& model, const System<T>& system, std::int64_
   Hessians<T>(model, system, first_level, atoms, n_rows, columns, hessians, n_threads).run();
 }
 
-#define KINML_DEFINE_HESSIANS(T)                                                    \
-  template void energy_hessians<T>(const Model<T>&, const System<T>&, std::int64_t, \
-                                   const std::int64_t*, std::int64_t, std::int64_t, T*, int);
+#define KINML_DEFINE_HESSIANS(T)                                                                   \
+  template void energy_hessians<T>(const Model<T>&, const System<T>&, std::int64_t,                \
+                                   const std::int64_t*, std::int64_t, std::int64_t, T*, int);      \
+  template void hessian_products<T>(const Model<T>&, const System<T>&, std::int64_t, const T*, T*, \
+                                    int, const std::byte*);
 KINML_DEFINE_HESSIANS(double)
 KINML_DEFINE_HESSIANS(float)
 #undef KINML_DEFINE_HESSIANS

@@ -3,8 +3,14 @@
 // The energy of a centre depends on the displacements of its neighbours alone: what hessian_kernels.h
 // gives of them is added to the rows and columns of their atoms, and subtracted from those of the
 // centre. Centres are worked on by all threads and added in order: the same bits for any number.
+//
+// The product with one vector v does without them: with u = J v, and the derivatives along v
+//   d eps_k = d eps_{k-1} + (p_k, c_k) . (u, d eps_{k-1})
+//   (d p_k, d c_k) = f''_k (u, d eps_{k-1}),   d g_k = d p_k + d c_k g_{k-1} + (1 + c_k) d g_{k-1}
+// of the levels' energies and gradients g_k (force_step_cpu.h), H v = J^T d g_k + (dJ/dv)^T g_k.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../core/model.h"
@@ -24,5 +30,16 @@ template <class T>
 void energy_hessians(const Model<T>& model, const System<T>& system, std::int64_t first_level,
                      const std::int64_t* atoms, std::int64_t n_rows, std::int64_t columns,
                      T* hessians, int n_threads);
+
+// The derivative of the gradient of each level's energy along v.
+//
+// v         // [n_atoms, 3] displacements of the atoms
+// products  // [M, R, n_atoms, 3] H v, eV / angstrom^2 times the unit of v; rows of structures that
+//           // are not chosen stay as they are
+// prepared  // as of energy_forces
+// The system has coordinates. A structure is worked on by one thread, however large.
+template <class T>
+void hessian_products(const Model<T>& model, const System<T>& system, std::int64_t first_level,
+                      const T* v, T* products, int n_threads, const std::byte* prepared = nullptr);
 
 }  // namespace kinml::cpu

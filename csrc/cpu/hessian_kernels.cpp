@@ -428,8 +428,10 @@ class Centre {
       for (Index k = 0; k <= r; ++k) up(k, begin, width, k < r);
       clear(seed_tangents_, width);
       for (Index k = r; k >= 0; --k) down(k, width);
-      multiply_all(products_, stacked_, 3 * m_, offsets_[r] + padded(atoms_[r].network->size(1), W),
-                   mu_, width, out + begin, columns_);
+      // Rows beyond the last of these columns are below the diagonal.
+      multiply_all(products_, stacked_, begin + width < 3 * m_ ? begin + width : 3 * m_,
+                   offsets_[r] + padded(atoms_[r].network->size(1), W), mu_, width, out + begin,
+                   columns_);
     }
   }
 
@@ -531,7 +533,7 @@ class Centre {
   // Of each pair the first and second derivative by its distance, without triples.
   void radial_derivatives(const RepulsionPair<T>* repels) {
     const T rate = T(3.14159265358979323846) / t_.radial_cutoff;
-    const V two_eta(T(2) * t_.radial_eta), factor(t_.radial_factor);
+    const V two_eta(T(2) * t_.radial_eta);
     for (Index a = 0; a < t_.n_species; ++a) {
       const T* const block = gradient_ + v_.layout.radial_begin(static_cast<int>(a));
       for (Index k = v_.begin(0, a); k < v_.end(0, a); ++k) {

@@ -446,6 +446,26 @@ Tensor energy_hessians(SystemList system, T parameters, Doubles d, Ints networks
                                networks, first_level, max_atoms, atoms);
 }
 
+using ProductsOp = Tensor(SystemList, T, T, Doubles, Ints, int64_t, MaybeTensor);
+struct HessianProducts : Function<HessianProducts> {
+  static Tensor forward(AutogradContext*, T /*coordinates*/, T /*cells*/, SystemList system,
+                        T parameters, T v, Doubles d, Ints networks, int64_t first_level,
+                        MaybeTensor prepared) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static const Op<ProductsOp> op("kinml_fast::hessian_products");
+    return op(system, parameters, v, d, networks, first_level, prepared);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "kinml_fast: hessian_products has no derivative; train on differences of forces");
+  }
+};
+Tensor hessian_products(SystemList system, T parameters, T v, Doubles d, Ints networks,
+                        int64_t first_level, MaybeTensor prepared) {
+  return HessianProducts::apply(coordinates_of(system), cells_of(system), system, parameters, v, d,
+                                networks, first_level, prepared);
+}
+
 variable_list evaluate(SystemList system, T parameters, MaybeTensor sae, Doubles d, Ints networks,
                        int64_t first_level, bool virials, bool atomic, MaybeTensor prepared) {
   if (at::GradMode::is_enabled()) {
@@ -499,6 +519,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Autograd, m) {
   m.impl("energy_forces_virials", energy_forces_virials);
   m.impl("energy_forces_backward", energy_forces_backward);
   m.impl("energy_hessians", energy_hessians);
+  m.impl("hessian_products", hessian_products);
 }
 
 }  // namespace kinml::ops

@@ -29,6 +29,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, CUDA, m) {
                            "energy_forces_virials",
                            "energy_forces_backward",
                            "energy_hessians",
+                           "hessian_products",
                            "prepare_weights",
                            "force_step",
                            "message_bytes",

@@ -85,6 +85,13 @@ struct CpuBackend {
 
 // ---- second derivatives --------------------------------------------------------------------------
 
+// Its pairs are among those of the descriptor.
+void check_repulsion(const ModelArguments& model) {
+  TORCH_CHECK(
+      model.aev.repulsion.cutoff() <= std::max(model.aev.radial_cutoff, model.aev.angular_cutoff),
+      "kinml_fast: the repulsion reaches farther than the descriptor");
+}
+
 Tensor energy_hessians(const OptionalTensors& system_, const Tensor& parameters,
                        at::ArrayRef<double> descriptor, at::IntArrayRef networks,
                        int64_t first_level, int64_t max_atoms,
@@ -100,9 +107,7 @@ Tensor energy_hessians(const OptionalTensors& system_, const Tensor& parameters,
               "kinml_fast: second derivatives are of at most ", cpu::kMostHessianLevels,
               " levels with ", cpu::kMostHessianLayers, " layers, got ", model.n_levels(), " with ",
               n_layers);
-  TORCH_CHECK(
-      model.aev.repulsion.cutoff() <= std::max(model.aev.radial_cutoff, model.aev.angular_cutoff),
-      "kinml_fast: the repulsion reaches farther than the descriptor");
+  check_repulsion(model);
   Tensor atoms;
   if (atoms_.has_value()) {
     atoms = atoms_->contiguous();
@@ -131,6 +136,28 @@ Tensor energy_hessians(const OptionalTensors& system_, const Tensor& parameters,
                          3 * max_atoms, hessians.mutable_data_ptr<T>(), threads());
   });
   return hessians;
+}
+
+Tensor hessian_products(const OptionalTensors& system_, const Tensor& parameters, const Tensor& v_,
+                        at::ArrayRef<double> descriptor, at::IntArrayRef networks,
+                        int64_t first_level, const std::optional<Tensor>& prepared) {
+  coordinates_of(system_);
+  const SystemArguments system(system_);
+  const ModelArguments model(system, parameters, std::nullopt, descriptor, networks, first_level);
+  CpuBackend::check_values(system, model.networks.n_species());
+  const Tensor v = v_.contiguous();
+  check_same_type(v, "v", model.parameters, "parameters");
+  check_matrix(v, "v", system.n_atoms(), 3);
+  check_repulsion(model);
+  Tensor products = at::zeros(model.shape<int64_t>({system.n_atoms(), 3}), v.options());
+  with_type(model.parameters, [&](auto zero) {
+    using T = decltype(zero);
+    const Model<T> view = model.view<T>();
+    cpu::hessian_products(view, system.view<T>(), first_level, v.const_data_ptr<T>(),
+                          products.mutable_data_ptr<T>(), threads(),
+                          bytes_of(prepared.value_or(Tensor()), view));
+  });
+  return products;
 }
 
 // ---- weights that are laid out once -------------------------------------------------------------
@@ -282,6 +309,16 @@ Tensor energy_hessians_meta(const OptionalTensors& system, const Tensor& paramet
   shape.push_back(max_atoms * 3);
   return at::empty_symint(shape, parameters.options());
 }
+Tensor hessian_products_meta(const OptionalTensors&, const Tensor& parameters, const Tensor& v,
+                             at::ArrayRef<double>, at::IntArrayRef networks, int64_t first_level,
+                             const std::optional<Tensor>&) {
+  c10::SmallVector<c10::SymInt, 4> shape;
+  if (parameters.dim() == 2) shape.push_back(parameters.sym_size(0));
+  shape.push_back(unpack_networks(networks).n_levels() - first_level);
+  shape.push_back(v.sym_size(0));
+  shape.push_back(3);
+  return at::empty_symint(shape, v.options());
+}
 void force_step_meta(const OptionalTensors&, const Tensor&, const Tensor&, const OptionalTensors&,
                      at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {}
 
@@ -290,6 +327,7 @@ void force_step_meta(const OptionalTensors&, const Tensor&, const Tensor&, const
 TORCH_LIBRARY_IMPL(kinml_fast, CPU, m) {
   ForceOps<CpuBackend>::implement(m);
   m.impl("energy_hessians", energy_hessians);
+  m.impl("hessian_products", hessian_products);
   m.impl("prepare_weights", prepare_weights);
 }
 
@@ -298,6 +336,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, Meta, m) {
   m.impl("energy_forces_virials", energy_forces_virials_meta);
   m.impl("energy_forces_backward", energy_forces_backward_meta);
   m.impl("energy_hessians", energy_hessians_meta);
+  m.impl("hessian_products", hessian_products_meta);
   m.impl("prepare_weights", prepare_weights_meta);
   m.impl("force_step", force_step_meta);
 }

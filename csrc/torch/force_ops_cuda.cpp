@@ -79,22 +79,41 @@ at::Tensor prepare_weights(const at::Tensor& parameters, at::IntArrayRef) {
 }
 
 #ifndef KINML_TWIN
-// By the processor: a Hessian is asked for once in a while, of a molecule.
+// By the processor: second derivatives are asked for once in a while, of a molecule.
+OptionalTensors on_cpu(const OptionalTensors& system) {
+  OptionalTensors there;
+  for (const std::optional<at::Tensor>& t : system.vec())
+    there.push_back(t.has_value() ? std::optional(t->cpu()) : std::nullopt);
+  return there;
+}
+template <class Schema>
+c10::TypedOperatorHandle<Schema> named(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+}
+
 at::Tensor energy_hessians(const OptionalTensors& system, const at::Tensor& parameters,
                            at::ArrayRef<double> descriptor, at::IntArrayRef networks,
                            int64_t first_level, int64_t max_atoms,
                            const std::optional<at::Tensor>& atoms) {
-  c10::List<std::optional<at::Tensor>> there;
-  for (const std::optional<at::Tensor>& t : system.vec())
-    there.push_back(t.has_value() ? std::optional(t->cpu()) : std::nullopt);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("kinml_fast::energy_hessians", "")
-                             .typed<at::Tensor(const OptionalTensors&, const at::Tensor&,
-                                               at::ArrayRef<double>, at::IntArrayRef, int64_t,
-                                               c10::SymInt, const std::optional<at::Tensor>&)>();
+  static const auto op =
+      named<at::Tensor(const OptionalTensors&, const at::Tensor&, at::ArrayRef<double>,
+                       at::IntArrayRef, int64_t, c10::SymInt, const std::optional<at::Tensor>&)>(
+          "kinml_fast::energy_hessians");
   return op
-      .call(there, parameters.cpu(), descriptor, networks, first_level, max_atoms,
+      .call(on_cpu(system), parameters.cpu(), descriptor, networks, first_level, max_atoms,
             atoms.has_value() ? std::optional(atoms->cpu()) : std::nullopt)
+      .to(parameters.device());
+}
+at::Tensor hessian_products(const OptionalTensors& system, const at::Tensor& parameters,
+                            const at::Tensor& v, at::ArrayRef<double> descriptor,
+                            at::IntArrayRef networks, int64_t first_level,
+                            const std::optional<at::Tensor>&) {
+  static const auto op = named<at::Tensor(
+      const OptionalTensors&, const at::Tensor&, const at::Tensor&, at::ArrayRef<double>,
+      at::IntArrayRef, int64_t, const std::optional<at::Tensor>&)>("kinml_fast::hessian_products");
+  return op
+      .call(on_cpu(system), parameters.cpu(), v.cpu(), descriptor, networks, first_level,
+            std::nullopt)
       .to(parameters.device());
 }
 #endif
@@ -105,6 +124,7 @@ TORCH_LIBRARY_IMPL(kinml_fast, KINML_GPU_KEY, m) {
   m.impl("prepare_weights", prepare_weights);
 #ifndef KINML_TWIN
   m.impl("energy_hessians", energy_hessians);
+  m.impl("hessian_products", hessian_products);
 #endif
   ForceOps<CudaBackend>::implement(m);
 }

@@ -31,7 +31,7 @@
 //   aev -> aev_virials (of the cells) -> error
 //   networks -> networks_backward -> networks_second_backward -> error; networks_forward -> error
 //   energy_forces, energy_forces_virials -> energy_forces_backward (of the parameters) -> error
-//   energy_hessians -> error
+//   energy_hessians, hessian_products -> error
 #include <torch/library.h>
 
 TORCH_LIBRARY(kinml_fast, m) {
@@ -118,6 +118,11 @@ TORCH_LIBRARY(kinml_fast, m) {
   m.def(
       "energy_hessians(Tensor?[] system, Tensor parameters, float[] descriptor, int[] networks, "
       "int first_level, SymInt max_atoms, Tensor? atoms=None) -> Tensor");
+  // Their products with v [n_atoms, 3] of the parameters' type: the derivative along v of the gradient,
+  // [R, n_atoms, 3]; otherwise the same. No autograd. prepared: as of energy_forces.
+  m.def(
+      "hessian_products(Tensor?[] system, Tensor parameters, Tensor v, float[] descriptor, "
+      "int[] networks, int first_level, Tensor? prepared=None) -> Tensor");
   // Forward and backward pass of a training batch: `structures` [n] of the data set that system and
   // loss describe. Results: losses [2], L_E and L_F, float64; gradient of the loss with respect to
   // the parameters; energy_residuals [K, n] = E - target, force_errors [K, n, 3] = sum |dF|, sum dF^2,

@@ -217,6 +217,18 @@ class Ensemble(Potential):
         return self._hessian(coordinates, species, offsets, around, atoms).squeeze(1)
 
     @torch.jit.export
+    def hessian_product(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        v: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
+        """The mean of what :meth:`EnergyModel.hessian_product` gives of every member."""
+        return self._mean(self._product(coordinates, species, offsets, v, around).squeeze(1))
+
+    @torch.jit.export
     def member_level_results(
         self,
         coordinates: Tensor,

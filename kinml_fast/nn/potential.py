@@ -146,6 +146,20 @@ class Potential(torch.nn.Module):
             atoms,
         )
 
+    def _product(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        v: Tensor,
+        around: Optional[List[Optional[Tensor]]],  # noqa: UP006, UP045
+    ) -> Tensor:
+        system = ops.surrounded(coordinates, species, offsets, around)
+        weights, prepared = self._weights()
+        return torch.ops.kinml_fast.hessian_products(
+            system, weights.detach(), v, self.aev.packed, self.networks.packed, self.levels - 1, prepared
+        )
+
 
 class EnergyModel(Potential):
     """Energies of molecules: E = Σ over atoms (network of the atom's element (AEV) + single-atom energy), and,
@@ -337,6 +351,21 @@ class EnergyModel(Potential):
             structure. Of one structure, ``.reshape(3 * n_atoms, -1)`` is its Hessian. It has no derivative.
         """
         return self._hessian(coordinates, species, offsets, around, atoms).squeeze(0)
+
+    @torch.jit.export
+    def hessian_product(
+        self,
+        coordinates: Tensor,
+        species: Tensor,
+        offsets: Tensor,
+        v: Tensor,
+        around: Optional[List[Optional[Tensor]]] = None,  # noqa: UP006, UP045
+    ) -> Tensor:
+        """The Hessian of each structure times v [n_atoms, 3], in about twice the time of energies and forces.
+
+        The result is [n_atoms, 3], in eV/Å² times the unit of v; it has no derivative. Otherwise as :meth:`hessian`.
+        """
+        return self._product(coordinates, species, offsets, v, around).squeeze(0)
 
     @torch.jit.export
     def level_results(
