@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -235,8 +236,11 @@ sys.meta_path.insert(0, Missing())
 for topic in ("adam", "aev", "forces", "levels", "networks", "shared"):
     importlib.import_module(f"test_ops_{topic}")
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    # The package that these tests import, which may be an installed one: then that of this tree is not compiled.
+    where = Path(importlib.util.find_spec("kinml_fast").origin).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(where)])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
 
 

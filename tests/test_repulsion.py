@@ -227,7 +227,7 @@ def test_files_keep_it_and_say_so(tmp_path):
     ("change", "message"),
     [
         ((b'\\"zbl\\"', b'\\"abc\\"'), "unknown kind 'abc'"),
-        ((b'"format_version": "2"', b'"format_version": "3"'), "version 3"),
+        ((b'"format_version": "2"', b'"format_version": "4"'), "version 4"),
     ],
 )
 def test_what_a_plain_file_must_not_say(tmp_path, change, message):
