@@ -21,7 +21,7 @@ from kinml_fast.cli import main
 from kinml_fast.data import Structures, pykinml_hdf5, read, sqlite, stored
 from kinml_fast.deploy import export, grade, model_file, plain, server
 from kinml_fast.errors import InputError
-from kinml_fast.nn import AEVParameters, EnergyModel
+from kinml_fast.nn import AEVParameters, Calibration, EnergyModel, Ensemble
 
 SMALL = (
     "descriptor: {n_radial: 4, n_angular: 2, n_sections: 2}\n"
@@ -227,16 +227,19 @@ def exported(folder: Path) -> Door:
     one = model(("C", "H"))
     plain.save(folder / "model.kinml", one, grade=grade.fit(one, few()))
     plain.save(folder / "short.kinml", model())
+    committee = Ensemble([one, one])
+    committee.calibration = Calibration((2.0,), ((3.0, 0.5),))
+    plain.save(folder / "committee.kinml", committee)
     positions = ase.build.molecule("CH4").positions
 
     def enter(path: Path, number: int) -> int:
         def act() -> None:
             potential = plain.PlainPotential(path)
-            potential(positions, np.array([0, 1, 1, 1, 1]))
+            potential(positions, np.array([0, 1, 1, 1, 1]), hessians=number % 3 == 0)
 
         return said(act) if number % 4 else said(lambda: export.read_about(path))
 
-    return Door([folder / "model.kinml", folder / "short.kinml"], enter)
+    return Door([folder / "model.kinml", folder / "short.kinml", folder / "committee.kinml"], enter)
 
 
 def requests(folder: Path) -> Door:
