@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from fuzzing import Door, of_archive, of_bytes, of_hdf5, of_sqlite, of_text
 
 from kinml_fast import KinMLCalculator, external
 from kinml_fast.cli import main
-from kinml_fast.data import Structures, pykinml_hdf5, read, sqlite, stored
+from kinml_fast.data import Structures, hessians, pykinml_hdf5, read, sqlite, stored
 from kinml_fast.deploy import export, grade, model_file, plain, server
 from kinml_fast.errors import InputError
 from kinml_fast.nn import AEVParameters, Calibration, EnergyModel, Ensemble
@@ -271,6 +272,23 @@ def requests(folder: Path) -> Door:
     return Door([folder / name for name in names], enter, (of_bytes, of_text, of_text))
 
 
+def second_derivatives(folder: Path) -> Door:
+    """Hessians that are trained on, in a database and in a file of their own."""
+    import test_hessian_training as of_training
+
+    known = of_training.known(of_training.model(), 2)
+    hessians.write(folder / "some.xyz", known)
+    of_training.database(folder / "C2H2.db", known[0].values)
+
+    def of_either(rng: random.Random, data: bytes) -> bytes:
+        return of_sqlite(rng, data) if data.startswith(b"SQLite") else of_text(rng, data)
+
+    def enter(path: Path, number: int) -> int:
+        return said(lambda: hessians.read(path))
+
+    return Door([folder / "some.xyz", folder / "C2H2.db"], enter, (of_bytes, of_either))
+
+
 DOORS: dict[str, Callable[[Path], Door]] = {
     "xyz": xyz,
     "sqlite": databases,
@@ -284,6 +302,7 @@ DOORS: dict[str, Callable[[Path], Door]] = {
     "run": run_folders,
     "pykinml": of_pykinml,
     "torchani": of_torchani,
+    "hessians": second_derivatives,
     "plain": exported,
     "requests": requests,
 }

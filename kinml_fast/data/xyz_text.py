@@ -63,8 +63,10 @@ class _Lines:
 
     def __init__(self, path: Path, text: io.TextIOWrapper) -> None:
         self._path, self._lines, self._number, self._frame = path, iter(text), 0, 0
-        self._read: set[str] = set()
-        """Symbols that were understood as others, of which the log has said so."""
+        self._read: dict[str, str] = {}
+        """Symbols that were understood as others, and as which."""
+        self._said: set[str] = set()
+        """Those of which the log has said so."""
 
     def count(self) -> int | None:
         """The number of atoms with which a frame begins; None at the end of the file."""
@@ -105,12 +107,18 @@ class _Lines:
             f"{n_atoms}\n{comment}\n{''.join(row if row.endswith(chr(10)) else row + chr(10) for row in rows)}"
         )
         try:
-            return next(iter(read_xyz(text, 0)))
+            frame = next(iter(read_xyz(text, 0)))
         except Exception as error:  # its parsing raises many kinds
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"{self._path}: frame {self._frame} (line {first - 2}) cannot be read ({reason}): correct it"
             ) from error
+        for symbol in sorted(
+            self._read.keys() - self._said
+        ):  # of a frame that was read, not beside what is wrong with it
+            log.warning("%s: %s is read as %s", self._path, symbol, self._read[symbol])
+        self._said = set(self._read)
+        return frame
 
     def _next(self, what: str) -> str:
         self._number += 1
@@ -127,9 +135,7 @@ class _Lines:
         element = _element(symbol)
         if element is None:
             self._fail(f"{symbol!r} in frame {self._frame} is no element: write a chemical symbol", number)
-        if symbol not in self._read:
-            self._read.add(symbol)
-            log.warning("%s: %s is read as %s", self._path, symbol, element)
+        self._read[symbol] = element
         return row.replace(symbol, element, 1)
 
     def _check_columns(self, rows: list[str], first: int) -> None:
