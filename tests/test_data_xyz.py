@@ -278,3 +278,12 @@ def test_a_comment_in_another_encoding(tmp_path):
     (frame,) = xyz.frames(tmp_path / "a.xyz")
     ase.io.write(tmp_path / "b.xyz", frame, format="extxyz")
     assert "xc9m" in (tmp_path / "b.xyz").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number", [200, -3])
+def test_atomic_numbers_of_no_element(tmp_path, number):
+    atoms = Atoms(numbers=[1, number], positions=[[0, 0, 0], [0, 0, 1]])
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
+    ase.io.write(tmp_path / "some.traj", atoms)
+    with pytest.raises(InputError, match=rf"some\.traj: frame 1: {number} is the atomic number of no element"):
+        xyz.read([tmp_path / "some.traj"])

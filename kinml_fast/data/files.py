@@ -63,7 +63,7 @@ def is_ase_database(path: Path) -> bool:
     """Whether the file is a database of ASE's (ase.db), whatever its name is."""
     if not begins_with(path, _SQLITE_MAGIC):
         return False
-    with contextlib.suppress(sqlite3.Error):
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):  # names of a damaged one need be no text
         address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
         with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
             names = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}

@@ -447,7 +447,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(address, uri=True, isolation_level=None, timeout=_PATIENCE)) as database:
             database.execute("BEGIN")
             yield database
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         if "locked" in str(error):
             raise DataError(
                 f"{path}: is locked by another program, which writes to it: wait until it is done, or close it"

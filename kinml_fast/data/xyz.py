@@ -232,6 +232,10 @@ def _built(
         cells = np.array([frame.cell.array if frame.pbc.any() else np.zeros((3, 3)) for frame in frames])
     numbers = np.concatenate([frame.numbers for frame in frames])
     present, inverse = np.unique(numbers, return_inverse=True)
+    for number, frame in enumerate(frames, start=first + 1):
+        wrong = frame.numbers[(frame.numbers < 0) | (frame.numbers >= len(chemical_symbols))]
+        if len(wrong):
+            raise DataError(f"{path}: frame {number}: {wrong[0]} is the atomic number of no element: correct it")
     symbols = [chemical_symbols[z] for z in present]
     order = element_order(symbols, elements, str(path))
     try:
