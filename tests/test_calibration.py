@@ -110,6 +110,10 @@ def test_evaluation_and_calculator_apply_the_factors():
     by_atom = np.where(data.species == 0, 3.0, 5.0)[:, None]
     np.testing.assert_allclose(ours.forces_std, by_atom * plainly.forces_std, rtol=1e-14)
     np.testing.assert_array_equal(ours.energies, plainly.energies)
+    (scaled,) = evaluate.parts(data, plainly)
+    scaled = calibrate.applied(scaled, calibrated)
+    np.testing.assert_array_equal(scaled.predictions.energy_std, ours.energy_std)
+    np.testing.assert_array_equal(scaled.predictions.forces_std, ours.forces_std)
     results = [KinMLCalculator(one) for one in (calibrated, raw)]
     for calculator in results:
         calculator.calculate(water())

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../core/model.h"
 #include "../core/network_shape.h"
 #include "aev_kernels.h"
 #include "networks_cpu.h"
@@ -83,6 +84,17 @@ class PackedChain {
   const NetworkChain& chain_;
   std::vector<std::unique_ptr<const PackedNetworks<T>>> levels_;
 };
+
+// The networks of the members of an ensemble, laid out for one call; the model must outlive them.
+template <class T>
+std::vector<PackedChain<T>> packed_members(const Model<T>& model, bool with_gradients,
+                                           int n_threads) {
+  std::vector<PackedChain<T>> members;
+  for (std::int64_t m = 0; m < model.n_members; ++m)
+    members.emplace_back(model.networks, model.weights + m * model.networks.parameters(),
+                         with_gradients, n_threads);
+  return members;
+}
 
 // ---- memory -------------------------------------------------------------------------------------
 

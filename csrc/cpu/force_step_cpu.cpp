@@ -233,16 +233,6 @@ struct Piece {
 };
 
 template <class T>
-std::vector<PackedChain<T>> packed_members(const Model<T>& model, bool with_gradients,
-                                           int n_threads) {
-  std::vector<PackedChain<T>> members;
-  for (Index m = 0; m < model.n_members; ++m)
-    members.emplace_back(model.networks, model.weights + m * model.networks.parameters(),
-                         with_gradients, n_threads);
-  return members;
-}
-
-template <class T>
 void evaluate(const std::vector<PackedChain<T>>& members, const DescriptorSource<T>& source,
               const System<T>& system, const OutputRows<T>& out, int n_threads) {
   const NetworkChain& chain = members[0].chain();

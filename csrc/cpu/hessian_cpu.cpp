@@ -130,7 +130,7 @@ class Hessians {
   void evaluate(const Environments<T>& structure, Centre<T>& centre) const {
     Environments<T> environments(tables_);
     environments.share_structure(structure);
-    const Environment<T> e = environments.make(centre.atom, centre.atom + 1);
+    Environment<T> e = environments.find(centre.atom, centre.atom + 1);
     const Index species = e.structure.species[centre.atom];
     const HessianNetwork<T>* const networks = networks_.of(species);
     const Index n_levels = model_.networks.n_levels();
@@ -138,6 +138,7 @@ class Hessians {
     bool wanted = rows_[first + centre.atom] >= 0;
     for (Index k = 0; k < e.n_pairs; ++k) wanted = wanted || rows_[first + e.index[k]] >= 0;
     if (!wanted) return;
+    environments.finish(e);
     centre.neighbours.assign(e.index, e.index + e.n_pairs);
     centre.derivatives.resize(n_outputs_ * 3 * e.n_pairs * hessian_columns(e.n_pairs));
     thread_local Scratch scratch;
@@ -287,19 +288,16 @@ template <class T>
 void hessian_products(const Model<T>& model, const System<T>& system, std::int64_t first_level,
                       const T* v, T* products, int n_threads, const std::byte* prepared) {
   const NetworkChain& chain = model.networks;
-  std::vector<PackedChain<T>> members;
-  if (prepared != nullptr)
-    members = prepared_members(model, prepared);
-  else
-    for (Index m = 0; m < model.n_members; ++m)
-      members.emplace_back(chain, model.weights + m * chain.parameters(), true, n_threads);
+  const std::vector<PackedChain<T>> members = prepared != nullptr
+                                                  ? prepared_members(model, prepared)
+                                                  : packed_members(model, true, n_threads);
   const AevTableStorage<T> tables(model.aev);
   std::vector<RepulsionPair<T>> repulsion;
   if (model.aev.repulsion.any()) repulsion = repulsion_pairs<T>(model.aev.repulsion);
   const std::vector<Range> tiles = tiles_of(system, {0, system.count()}, true);
   guarded_parallel_for(static_cast<Index>(tiles.size()), n_threads, [&](Index t) {
-    const Tile<T> sizes(system, tiles[t], chain.n_species());
-    ProductTile<T> made(system, tiles[t], tables, chain, members[0].tile_memory(sizes.n_rows()), v);
+    const std::int64_t memory = members[0].tile_memory(count_rows(system, tiles[t]));
+    ProductTile<T> made(system, tiles[t], tables, chain, memory, v);
     T* out = products;
     for (const PackedChain<T>& member : members) {
       made.derive(member);

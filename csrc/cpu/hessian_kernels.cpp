@@ -518,7 +518,6 @@ class Centre {
         for (int y = x; y < 3; ++y, ++place) {
           const T d = diagonal_[place * room_ + j] + along * u[x] * u[y] + (x == y ? across : T(0));
           out[(3 * j + x) * columns_ + 3 * j + y] += d;
-          if (x != y) out[(3 * j + y) * columns_ + 3 * j + x] += d;
         }
       for (int x = 0; x < 3; ++x) {
         T* const row = out + (3 * j + x) * columns_;

@@ -98,7 +98,7 @@ namespace kinml {
                        const cpu::HessianNetwork<T>&,                                                        \
                        T* scratch) /* [hessian_depth * padded(size(1))] */                                   \
   /* One centre, with its triples: out[row] [3 m, hessian_columns(m)], of which the part at and above the */ \
-  /* diagonal (of blocks of 3) is meant, for the rows [n_members, n_levels - first_level]. */                \
+  /* diagonal is meant, for the rows [n_members, n_levels - first_level]. */                                 \
   /* networks [n_members, n_levels]; repels [n_species], of the centre's, or null */                         \
   KINML_DECLARE_KERNEL(void, hessian_centre, const cpu::AevTables<T>&, const cpu::Environment<T>&,           \
                        const cpu::HessianNetwork<T>* networks, std::int64_t n_members,                       \

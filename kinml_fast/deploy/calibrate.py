@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -106,6 +106,21 @@ def fit(ensemble: Ensemble, found: Sequence[Part]) -> Calibration | None:
     )
 
 
+def applied(part: Part, ensemble: Ensemble) -> Part:
+    """A part that was predicted without factors, with those of the ensemble."""
+    calibration, predictions = ensemble.calibration, part.predictions
+    if calibration is None or predictions.energy_std is None:
+        return part
+    level = -1 if part.fidelity is None else ensemble.fidelities.index(part.fidelity)
+    forces_std = predictions.forces_std
+    if forces_std is not None:
+        order = [ensemble.elements.index(name) for name in part.structures.elements]
+        factors = np.array(calibration.forces[level])[order][part.structures.species]
+        forces_std = forces_std * factors[:, None]
+    energy_std = predictions.energy_std * calibration.energies[level]
+    return replace(part, predictions=replace(predictions, energy_std=energy_std, forces_std=forces_std))
+
+
 def reliabilities(found: Sequence[Part], n_members: int) -> dict[str, Reliability]:
     """Of energies, and of forces if there are any, of parts of one level."""
     result = {"energies": Reliability.of(*_energies(found), n_members)}
@@ -118,15 +133,12 @@ def reliabilities(found: Sequence[Part], n_members: int) -> dict[str, Reliabilit
 def table(name: str, before: Sequence[Part], after: Sequence[Part], n_members: int) -> str:
     """How reliable deviations are without and with factors, of the parts NAME of all levels, as text."""
     rows = [f"{name}: errors within the deviation (68.3 % are right), within 95 %, mean logarithm of the likelihood"]
-    found = [
-        (f"{kind} {what}", reliabilities(parts, n_members)[kind])
-        for kind in reliabilities(after, n_members)
-        for what, parts in (("before", before), ("calibrated", after))
-    ]
-    rows += [
-        f"{kind:<20}  {100 * one.within_one:5.1f} %  {100 * one.within_two:5.1f} %  {one.likelihood:8.3f}"
-        for kind, one in found
-    ]
+    found = {what: reliabilities(parts, n_members) for what, parts in (("before", before), ("calibrated", after))}
+    for kind in found["calibrated"]:
+        for what, of_kinds in found.items():
+            one = of_kinds[kind]
+            shares = f"{100 * one.within_one:5.1f} %  {100 * one.within_two:5.1f} %"
+            rows.append(f"{f'{kind} {what}':<20}  {shares}  {one.likelihood:8.3f}")
     return "\n".join(rows)
 
 

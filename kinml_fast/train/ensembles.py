@@ -265,9 +265,11 @@ def _finish(config: Config, data: Prepared, summaries: Sequence[Summary], starte
         "ensemble": config.ensemble.model_dump(exclude={"processes"}),
         "members": [model_file.load_training(file) for file in files],
     }
-    _calibrate(config, data, ensemble, folder)
+    untrained = ("test",) if config.ensemble.vary == "folds" else ("validation", "test")
+    of_levels = {name: _levels(config, data, ensemble, name) for name in untrained}
+    _calibrate(config, ensemble, of_levels, folder)
     model_file.save(folder.model, ensemble, notes)
-    found = _parts(config, data, ensemble)
+    found = _parts(data, ensemble, of_levels)
     of_parts = {name: evaluate.total([part]) for name, part in found.items()}
     result = EnsembleSummary(
         tuple(summaries),
@@ -282,17 +284,17 @@ def _finish(config: Config, data: Prepared, summaries: Sequence[Summary], starte
     return result
 
 
-def _parts(config: Config, data: Prepared, ensemble: Ensemble) -> dict[str, evaluate.Part]:
-    """Predictions of the parts that no member was trained on, at the highest level."""
-    found: dict[str, evaluate.Part] = {}
+def _parts(
+    data: Prepared, ensemble: Ensemble, of_levels: Mapping[str, Sequence[evaluate.Part]]
+) -> dict[str, evaluate.Part]:
+    """Of the parts that no member was trained on, those at the highest level, with the ensemble's factors."""
     if data.structures.coordinates is None:
         log.info("the data have no coordinates, only stored descriptors: the ensemble's errors are not computed")
-        return found
-    for name in ["test"] if config.ensemble.vary == "folds" else ["validation", "test"]:
-        of_levels = _levels(config, data, ensemble, name)
-        if of_levels and of_levels[-1].fidelity in (None, data.fidelities[-1]):
-            found[name] = of_levels[-1]
-    return found
+    return {
+        name: calibrate.applied(parts[-1], ensemble)
+        for name, parts in of_levels.items()
+        if parts and parts[-1].fidelity in (None, data.fidelities[-1])
+    }
 
 
 def _levels(config: Config, data: Prepared, ensemble: Ensemble, name: str) -> list[evaluate.Part]:
@@ -304,25 +306,23 @@ def _levels(config: Config, data: Prepared, ensemble: Ensemble, name: str) -> li
     return evaluate.parts(structures, predictions, name, data.fidelities, ensemble.fidelities)
 
 
-def _calibrate(config: Config, data: Prepared, ensemble: Ensemble, folder: RunFolder) -> None:
+def _calibrate(
+    config: Config, ensemble: Ensemble, of_levels: Mapping[str, Sequence[evaluate.Part]], folder: RunFolder
+) -> None:
     """Factors of the deviations, from the validation part that all members have in common."""
     if config.ensemble.vary == "folds":
         log.info("deviations of the members are not calibrated: with folds each structure has trained some of them")
         return
-    before = _levels(config, data, ensemble, "validation")
-    ensemble.calibration = calibrate.fit(ensemble, before)
+    ensemble.calibration = calibrate.fit(ensemble, of_levels["validation"])
     if ensemble.calibration is None:
         log.info("deviations of the members are not calibrated: fewer than %d validation energies", calibrate.FEWEST)
         return
-    after = _levels(config, data, ensemble, "validation")
-    calibrate.draw(folder.report, before, after)
+    after = {name: [calibrate.applied(part, ensemble) for part in parts] for name, parts in of_levels.items()}
+    calibrate.draw(folder.report, of_levels["validation"], after["validation"])
     shown = ", ".join(f"{factor:.2f}" for factor in ensemble.calibration.energies)
     log.info("deviations of the members are calibrated on the validation part: energies times %s", shown)
-    name = "test" if len(data.split.test) else "validation"
-    calibration, ensemble.calibration = ensemble.calibration, None
-    raw = _levels(config, data, ensemble, name)
-    ensemble.calibration = calibration
-    log.info("%s", calibrate.table(name, raw, _levels(config, data, ensemble, name), ensemble.n_members))
+    name = "test" if of_levels["test"] else "validation"
+    log.info("%s", calibrate.table(name, of_levels[name], after[name], ensemble.n_members))
 
 
 def table(result: EnsembleSummary) -> str:

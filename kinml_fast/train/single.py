@@ -257,7 +257,7 @@ def _hessian_term(config: Config, model: EnergyModel, folder: RunFolder, ranks: 
             hessians.write(folder.hessians, hessians.read(loss.hessians, model.fidelities[-1]))
         return hessians.read(folder.hessians)
 
-    term = HessianTerm(ranks.in_turn(read_and_kept, read_and_kept), model, loss.hessian_structures)
+    term = HessianTerm(ranks.in_turn(read_and_kept), model, loss.hessian_structures)
     log.info("second derivatives are trained on: RMSE at first %.3f eV/Å²", term.error(model))
     return term
 
