@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -35,8 +34,6 @@ _DEVICE = "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N; 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + N after signal N (Ctrl-C: 130)."""
-    # torch says so of what is no checkpoint, before it is refused in a sentence.
-    warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "arguments")]

@@ -175,7 +175,7 @@ def test_files_that_are_no_model_file(tmp_path, model):
             path.write_bytes(content)
         else:
             torch.save(content, path)
-        with pytest.raises(InputError, match=f"{name}.pt: is no model file: name one that was written by training"):
+        with pytest.raises(InputError, match=rf"{name}.pt: is no model file.*: name one that was written by training"):
             model_file.load(path)
     assert not ran.exists()
 
@@ -185,14 +185,14 @@ def test_damaged_and_later_model_files(tmp_path, model):
     model_file.save(path, model)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="is damaged"):
+    with pytest.raises(InputError, match="is no model file, or damaged"):
         model_file.load(path)
 
     # A bit of a weight that has flipped, which torch itself does not see.
     weights = next(iter(torch.load(_written(path, whole), weights_only=True)["state_dict"].values()))
     at = whole.index(weights.numpy().tobytes())
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    with pytest.raises(InputError, match="is damaged"):
+    with pytest.raises(InputError, match="is no model file, or damaged"):
         model_file.load(path)
 
     contents = torch.load(_written(path, whole), weights_only=True)

@@ -415,7 +415,7 @@ def test_convert_refuses_what_is_no_checkpoint(tmp_path, capsys):
     assert "cannot be read" in complaint(capsys, tmp_path / "missing.pt", "-o", target)
     values = contents()
     values["optimizer"] = Evil(tmp_path / "was_run")
-    assert "names posix.system, which no checkpoint of PyKinML needs" in complaint(
+    assert "it names posix.system, which is no plain value; nothing of it was run" in complaint(
         capsys, saved(tmp_path, values), "-o", target
     )
     assert "no/such/out.pt: cannot be written" in complaint(

@@ -12,7 +12,6 @@ import copy
 import glob
 import io
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 
 from kinml_fast import devices
 from kinml_fast.data.files import replacing
+from kinml_fast.deploy.archive import unpacked
 from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import EnergyModel, Ensemble
 
@@ -62,10 +62,10 @@ def save(path: str | os.PathLike, model: EnergyModel | Ensemble, training: dict[
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     try:
-        torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
-    except Exception as error:  # whatever the reader would say later is said now
+        unpacked(buffer.getvalue())
+    except ValueError as error:  # what the reader would say later is said now
         raise ConfigError(
-            f"{path}: the notes on the training hold something that is no plain value ({first_line(error)}): "
+            f"{path}: the notes on the training hold something that is no plain value ({error}): "
             "give numbers, strings, lists, dictionaries and tensors only"
         ) from error
     with replacing(path) as temporary:
@@ -224,17 +224,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not raw.startswith(b"PK"):
         raise ModelError(f"{path}: is no model file: name one that was written by training, such as model.pt")
     try:
-        # torch.load does not look at the checksums of the archive.
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
-    except Exception as error:  # damaged archives raise many kinds
-        raise ModelError(f"{path}: is damaged ({first_line(error)}): copy the model file again") from error
-    try:
-        contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception:  # an archive of something else, perhaps with code in it
-        contents = None
+        contents = unpacked(raw)
+    except ValueError as error:
+        raise ModelError(
+            f"{path}: is no model file, or damaged ({error}): name one that was written by training, such as model.pt"
+        ) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise ModelError(
             f"{path}: is no model file: name one that was written by training, such as model.pt "

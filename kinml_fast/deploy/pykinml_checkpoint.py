@@ -8,7 +8,6 @@ levels have a second set of networks; those of distributed training have `module
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from kinml_fast.data.files import check_output
 from kinml_fast.deploy import model_file
+from kinml_fast.deploy.archive import unpacked
 from kinml_fast.errors import ConfigError, InputError, ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel
 
@@ -418,21 +418,10 @@ def _unpickle(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read ({error.strerror}): name a checkpoint that PyKinML wrote") from error
     with torch.serialization.safe_globals(_allowed_globals()):
         try:
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(raw))
-        except Exception as error:  # no archive of torch.save, or a damaged one
+            contents = unpacked(raw)
+        except ValueError as error:
             raise ModelError(
-                f"{path}: is no checkpoint of PyKinML, or damaged ({first_line(error)}): name one that PyKinML wrote"
-            ) from error
-        if foreign:
-            raise ModelError(
-                f"{path}: names {', '.join(sorted(foreign))}, which no checkpoint of PyKinML needs; nothing of it was "
-                "run: take a file from a source that you trust"
-            )
-        try:
-            contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as error:  # what it refuses or cannot read has no common type
-            raise ModelError(
-                f"{path}: cannot be read as a checkpoint of PyKinML ({first_line(error)}): name one that PyKinML wrote"
+                f"{path}: is no checkpoint of PyKinML, or damaged ({error}): name one that PyKinML wrote"
             ) from error
     if not isinstance(contents, dict):
         raise ModelError(f"{path}: is no checkpoint of PyKinML: name one that PyKinML wrote")

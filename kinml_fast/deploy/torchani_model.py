@@ -10,7 +10,6 @@ TorchANI's energies are Hartree: the last layers and the self energies are multi
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from kinml_fast.data.files import check_output
 from kinml_fast.deploy import model_file
+from kinml_fast.deploy.archive import unpacked
 from kinml_fast.errors import ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
 from kinml_fast.units import HARTREE
@@ -82,10 +82,10 @@ def load(path: str | os.PathLike, fidelity: int = 1) -> tuple[EnergyModel | Ense
             f"{path}: cannot be read ({error.strerror}): name a file that was written by {ONE_LINE}"
         ) from error
     try:
-        contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:  # what it refuses or cannot read has no common type
+        contents = unpacked(raw)
+    except ValueError as error:
         raise ModelError(
-            f"{path}: cannot be read, or holds more than tensors and text ({first_line(error)}): write it by {ONE_LINE}"
+            f"{path}: cannot be read, or holds more than tensors and text ({error}): write it by {ONE_LINE}"
         ) from error
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
         raise ModelError(f"{path}: has no state_dict and repr of a TorchANI model: write it by {ONE_LINE}")

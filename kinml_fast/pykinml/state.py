@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kinml_fast.data.files import replacing
 from kinml_fast.deploy import model_file, pykinml_checkpoint
+from kinml_fast.deploy.archive import unpacked
 from kinml_fast.nn import EnergyModel
 from kinml_fast.pykinml import nnpes
 from kinml_fast.train import checkpoint, continued
@@ -81,9 +82,10 @@ def load(path: str | os.PathLike) -> tuple[nnpes.Composite, Saved | None, tuple[
 def kind(path: str | os.PathLike) -> str | None:
     """The format of a native file, that of model files or that of checkpoints; None for others and damaged ones."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True).get("format")
-    except Exception:  # whoever reads it says what is wrong
+        contents = unpacked(Path(path).read_bytes())
+    except (OSError, ValueError):  # whoever reads it says what is wrong
         return None
+    found = contents.get("format") if isinstance(contents, dict) else None
     return found if found in (model_file.FORMAT, checkpoint.FORMAT) else None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 
 from kinml_fast.data.files import replacing
-from kinml_fast.errors import ModelError, first_line
+from kinml_fast.deploy.archive import unpacked
+from kinml_fast.errors import ModelError
 
 FORMAT = "kinml_fast checkpoint"
 VERSION = 3
@@ -52,15 +52,10 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read as a checkpoint ({error.strerror})") from error
     try:
-        # torch.load does not look at the checksums of the archive.
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
-        contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch.load raises for a damaged file has no common type
+        contents = unpacked(raw)
+    except ValueError as error:
         raise ModelError(
-            f"{path}: is no readable checkpoint ({first_line(error)}): put an intact one in its place, "
+            f"{path}: is no readable checkpoint ({error}): put an intact one in its place, "
             "for instance one of the epoch-*.pt files beside it, or start a new run"
         ) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:

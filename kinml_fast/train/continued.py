@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from kinml_fast.data import sae
 from kinml_fast.data.large import LargeData
 from kinml_fast.data.prepared import Prepared
 from kinml_fast.deploy import model_file
+from kinml_fast.deploy.archive import unpacked
 from kinml_fast.errors import ConfigError, ModelError, first_line
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble, extended
 from kinml_fast.nn.extension import parameter_places
@@ -82,13 +82,13 @@ def load(path: str | Path, *, averaged: bool = True) -> Origin:
             f"{path}: cannot be read ({error.strerror}): name model.pt or a checkpoint of a run"
         ) from error
     try:
-        contents = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        kind = contents.get("format")
-    except Exception as error:  # what torch.load raises for a damaged file has no common type
+        contents = unpacked(raw)
+    except ValueError as error:
         raise ModelError(
-            f"{path}: is no readable model and no checkpoint ({first_line(error)}): name model.pt of a run or one of "
+            f"{path}: is no readable model and no checkpoint ({error}): name model.pt of a run or one of "
             "its checkpoints (those of PyKinML are converted first)"
         ) from error
+    kind = contents.get("format") if isinstance(contents, dict) else None
     if kind == model_file.FORMAT:
         model = model_file.load(path)
         if isinstance(model, Ensemble):
