@@ -373,6 +373,19 @@ def test_truncated_files(path, tmp_path):
             load(part)
 
 
+def test_a_heap_in_which_hdf5_would_not_return(path, tmp_path):
+    content = bytearray(path.read_bytes())
+    heap = content.index(b"GCOL")
+    content[heap + 16 : heap + 32] = bytes(16)
+    damaged = tmp_path / "damaged.h5"
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match=f"damaged.h5: is damaged at byte {heap + 16}, in rows of data"):
+        load(damaged)
+    damaged.write_bytes(content[: heap + 10])
+    with pytest.raises(InputError, match=r"damaged.h5: cannot be read as HDF5"):
+        load(damaged)
+
+
 def test_two_files_with_one_label(path, tmp_path):
     (tmp_path / "copy.h5").write_bytes(path.read_bytes())
     with pytest.raises(InputError, match="both have a structure CH2CH/1: leave out one"):

@@ -29,8 +29,10 @@ from __future__ import annotations
 import ast
 import io
 import logging
+import mmap
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +59,7 @@ _MASKS = {"train": 1, "validation": 0, "test": -1}
 _SYMBOLS_WIDTH = 32  # PyKinML's own
 _LABEL = re.compile(r"\S+/\d+")
 _ROWS_AT_ONCE = 512  # of dxx, which may be larger than the memory
+_HEAP = b"GCOL\x01\0\0\0"
 _CHECKED = 3  # structures whose descriptors are compared with those of their coordinates
 _TOLERANCE = 1e-6
 
@@ -283,6 +286,7 @@ class _Index:
 def _opened(path: Path) -> Iterator[h5py.Group]:
     """The group of a file, for reading; whatever HDF5 stumbles over becomes an InputError."""
     try:
+        _check_heaps(path)
         with h5py.File(path, "r", locking=False) as file:
             if not isinstance(file.get(GROUP), h5py.Group):
                 present = ", ".join(file) or "nothing"
@@ -295,6 +299,25 @@ def _opened(path: Path) -> Iterator[h5py.Group]:
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read as HDF5 ({reason}): take an intact copy") from error
+
+
+def _check_heaps(path: Path) -> None:
+    """That HDF5 gets to the end of each global heap, where rows of different lengths are.
+
+    They have no checksum, and of an entry for free space without length HDF5 (2.0.0) does not return:
+    https://support.hdfgroup.org/documentation/hdf5/latest/_f_m_t3.html, III.E.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        heap = content.find(_HEAP)
+        while 0 <= heap <= len(content) - 16:
+            (size,) = struct.unpack_from("<Q", content, heap + 8)
+            end, entry = min(heap + size, len(content)), heap + 16
+            while entry + 16 <= end:
+                index, length = struct.unpack_from("<HxxxxxxQ", content, entry)
+                if index == 0 and length == 0:
+                    raise DataError(f"{path}: is damaged at byte {entry}, in rows of data: take an intact copy")
+                entry += length if index == 0 else 16 + (length + 7) // 8 * 8
+            heap = content.find(_HEAP, heap + 1)
 
 
 class _Remembering(io.FileIO):
