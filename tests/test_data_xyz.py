@@ -174,12 +174,37 @@ def test_bad_frames(tmp_path, change, message):
         ("1\nenergy=1\nO 0 0 0 1 2 3\n", "a.xyz:3: has 7 columns, but the comment of frame 1 names none"),
         ("1\nfinal energy -76.1\nO 0 0 0\n", "a.xyz: frame 1: energy is a word of its comment line, not a number"),
         ("1\n energy: -5.07 gnorm: 0.0004 xtb: 6.6\nO 0 0 0\n", "has no energy under the key energy or REF_energy"),
+        ("1\nE=-5.07 step=1\nO 0 0 0\n", "under the key energy or REF_energy, only E, step: name the key"),
+        ("1\nenergy=-1 energy=-2\nO 0 0 0\n", "a.xyz:2: gives energy twice, -1 and -2: leave one of them out"),
+        ("1\nenergy=-5.07D+01\nO 0 0 0\n", "frame 1: energy is '-5.07D+01', not one number"),
     ],
 )
 def test_files_that_are_no_xyz_to_their_end(tmp_path, text, sentence):
     (tmp_path / "a.xyz").write_text(text)
     with pytest.raises(InputError, match=re.escape(sentence)):
         xyz.read(tmp_path / "a.xyz")
+
+
+@pytest.mark.parametrize("comment", ["energy=-1 energy=-1", "energy=-1 note='energy=-2'", 'energy=-1 note="a=1 a=2"'])
+def test_one_value_of_a_key(tmp_path, comment):
+    (tmp_path / "a.xyz").write_text(f"1\n{comment}\nO 0 0 0\n")
+    assert xyz.read(tmp_path / "a.xyz").energies.tolist() == [-1]
+
+
+@pytest.mark.parametrize("comment", ["energy=-76.1 Hartree", "energy=-76.1 energy_unit=Eh", "energy=-76.1 kcal/mol"])
+def test_units_that_are_named_are_said(tmp_path, caplog, comment):
+    (tmp_path / "a.xyz").write_text(f"1\nenergy=-1 eV\nO 0 0 0\n1\n{comment}\nO 0 0 0\n")
+    xyz.read(tmp_path / "a.xyz")
+    (record,) = caplog.records
+    word = comment.split()[-1].rpartition("=")[2]
+    assert f"a.xyz: frame 2 names {word} in its comment line, but energies are taken as eV" in record.getMessage()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_byte_order_mark_of_another_encoding(tmp_path, encoding):
+    """As a redirection in Windows PowerShell writes it."""
+    (tmp_path / "a.xyz").write_bytes("\ufeff1\r\nenergy=-1.5\r\nO 0 0 0\r\n".encode(encoding))
+    assert xyz.read(tmp_path / "a.xyz").energies.tolist() == [-1.5]
 
 
 @pytest.mark.parametrize("name", ["a.xyz", "OUTCAR_train.xyz", "CONFIG.extxyz", "a.xyz.gz"])
@@ -204,6 +229,15 @@ def test_a_format_that_is_named_overrules_the_suffix(tmp_path):
     check(xyz.read(path, Selection(format="extxyz")))
     with pytest.raises(InputError, match=r"'extxys' is none of ASE's \(did you mean extxyz\?\)"):
         Selection(format="extxys")
+
+
+def test_capitals_of_keys_do_not_matter(tmp_path):
+    path = write(tmp_path / "a.xyz", calculated())
+    path.write_text(path.read_text().replace(":forces:", ":FORCES:").replace("energy=", "Energy="))
+    check(xyz.read(path))
+    path.write_text(path.read_text().replace("Energy=", "ENERGY=1 Energy="))
+    with pytest.raises(InputError, match=r"no energy under the key energy or REF_energy, only ENERGY, Energy: name"):
+        xyz.read(path)
 
 
 @pytest.mark.parametrize("key", ["force", "gradients", "gradient"])

@@ -55,6 +55,19 @@ def test_gradients_for_forces():
     assert "the forces have the sign of gradients" in sentence
 
 
+def test_energies_of_calculations_that_failed():
+    data = trajectory()
+    energies = data.energies.copy()
+    energies[[5, 7]] = 0
+    (sentence,) = said(data.changed(energies=energies, forces=None))
+    assert sentence.startswith(
+        f"2 energies are far from those of the same molecule ({data.labels[5]}: 0 eV, the median"
+    )
+    assert not said(data.changed(energies=energies, forces=None), differences=True)
+    warm = data.changed(energies=data.energies + 25 * np.arange(len(data)) / len(data), forces=None)
+    assert not said(warm)
+
+
 def test_lengths_in_bohr():
     data = trajectory()
     far = data.changed(coordinates=data.coordinates / 0.529177, forces=None)

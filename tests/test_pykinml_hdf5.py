@@ -213,6 +213,13 @@ def test_an_element_that_does_not_occur_may_be_left_out(tmp_path):
     torch.testing.assert_close(descriptors.jacobian, expected.jacobian, rtol=0, atol=1e-14)
 
 
+def test_labels_when_the_metadata_are_no_table(path):
+    with changed(path) as group:
+        del group["met_s"]
+        group["met_s"] = "text"
+    assert read(path).labels[0] == f"{path.name}/1"
+
+
 def test_some_structures_of_several_files_in_any_order(path, tmp_path, structures):
     other = molecules("CHHHHCH", 5, 9)
     pykinml_hdf5.write(tmp_path / "other.h5", other, descriptors_of(other))

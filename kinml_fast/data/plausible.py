@@ -18,6 +18,8 @@ HARTREE = 27.211386245988
 _ENERGY_UNITS = {"Hartree": 1 / HARTREE, "kcal/mol": KCAL_PER_MOL, "kJ/mol": 4.184 * KCAL_PER_MOL}
 """How many of them are one eV."""
 _AT_MOST = 2000
+_ENOUGH = 10  # structures of a formula, to say what is usual
+_FAR, _FAR_SPREADS = 30.0, 20.0  # eV; interquartile ranges
 _NEAR = 0.3  # Å, of the atom that moves most from one frame to the next
 
 
@@ -49,6 +51,8 @@ def of_structures(structures: Structures, differences: bool = False) -> Iterator
             f"the energies are about those of all electrons in {unit}, but are taken as eV: if they are in {unit}, "
             f"multiply energies and forces by {1 / _ENERGY_UNITS[unit]:.6g}"
         )
+    if not differences:
+        yield from _far_energies(structures)
     yield from _of_forces(structures)
     length = _bond_length(structures)
     if length > 1.6:
@@ -66,6 +70,28 @@ def _energy_unit(s: Structures) -> str | None:
     ratios = s.energies.reshape(s.levels, -1) / expected
     ratio = float(np.median(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else np.nan
     return next((unit for unit, factor in _ENERGY_UNITS.items() if abs(ratio / factor - 1) < 0.03), None)
+
+
+def _far_energies(s: Structures) -> Iterator[str]:
+    """Energies that are far from those of the same molecule, as a calculation that failed leaves them."""
+    if s.energies is None:
+        return
+    _, formulas = np.unique(s.counts(), axis=0, return_inverse=True)
+    for level in s.energies.reshape(s.levels, -1):
+        far: list[tuple[int, float]] = []
+        for formula in range(formulas.max(initial=-1) + 1):
+            some = np.flatnonzero((formulas == formula) & np.isfinite(level))
+            if len(some) < _ENOUGH:
+                continue
+            first, middle, last = np.quantile(level[some], (0.25, 0.5, 0.75))
+            limit = max(_FAR, _FAR_SPREADS * (last - first))
+            far += [(int(i), float(middle)) for i in some[np.abs(level[some] - middle) > limit]]
+        if far:
+            i, middle = far[0]
+            yield (
+                f"{len(far)} energies are far from those of the same molecule ({s.labels[i]}: {level[i]:.6g} eV, the "
+                f"median is {middle:.6g} eV): leave out calculations that failed"
+            )
 
 
 def _of_forces(s: Structures) -> Iterator[str]:
@@ -104,6 +130,7 @@ def _of_forces(s: Structures) -> Iterator[str]:
             )
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of coordinates beyond all measure
 def _bond_length(s: Structures) -> float:
     """The median, over atoms, of the distance to the nearest one in covalent radii; NaN without molecules."""
     radii = np.array([covalent_radii[atomic_numbers[element]] for element in s.elements])
@@ -145,6 +172,7 @@ def _copies(s: Structures, split: Split) -> Iterator[str]:
             )
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _fingerprints(s: Structures) -> list[bytes]:
     """The same for structures that differ by rotation, translation and the order of atoms only."""
     found = [b""] * len(s)

@@ -561,7 +561,7 @@ def _labels(path: Path, group: h5py.Group, count: int) -> tuple[str, ...]:
     labels: list[str] = []
     for name, column in (("met_s", 5), ("meta", 6)):
         if name in group:
-            values = group[name][()]
+            values = np.asarray(group[name][()])
             if values.ndim == 2 and values.shape[0] == count and values.shape[1] > column:
                 labels = [_text(value) for value in values[:, column].tolist()]
             break

@@ -33,6 +33,10 @@ _STATE_KEYS = {
     "the spin": ("spin", "total_spin"),
 }
 """What other programs call them in the comment of a frame."""
+_OTHER_UNITS = frozenset(
+    ["hartree", "hartrees", "ha", "eh", "a.u.", "au", "ry", "rydberg", "kcal/mol", "kj/mol", "kcal", "kj", "bohr"]
+)
+"""Words of a comment that name units in which nothing is taken."""
 
 _Keys = tuple[str | None, str | None, str | None]
 """Those of energy, forces and stress at one level."""
@@ -115,7 +119,7 @@ def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
 
 
 class _Remarks:
-    """What is said of frames that are read: charges and multiplicities that differ, gradients that are not taken."""
+    """What is said of frames that are read: charges and multiplicities that differ, gradients not taken, units."""
 
     def __init__(self, keys: Sequence[_Keys]) -> None:
         self._forces_unnamed = any(forces is None for _, forces, _ in keys)
@@ -123,6 +127,8 @@ class _Remarks:
         """For each kind its values, and where each is first."""
         self._gradients: tuple[str, str] | None = None
         """Where they are first, and their key."""
+        self._unit: tuple[str, str] | None = None
+        """Where one is named first, and how."""
 
     def add(self, path: Path, frames: Sequence[Atoms], first: int) -> None:
         """Look at frames, before which there are `first` others in the file."""
@@ -136,6 +142,10 @@ class _Remarks:
                 has_forces = frame.calc is not None and "forces" in frame.calc.results
                 if key is not None and not has_forces:
                     self._gradients = f"{path}: frame {i}", key
+            if self._unit is None:
+                words = (key if value is True else value for key, value in frame.info.items())
+                word = next((word for word in words if isinstance(word, str) and word.lower() in _OTHER_UNITS), None)
+                self._unit = None if word is None else (f"{path}: frame {i}", word)
 
     def warn(self) -> None:
         """Say what differs."""
@@ -149,6 +159,8 @@ class _Remarks:
         if self._gradients is not None:
             where, key = self._gradients
             log.warning("%s has %s, no forces: the key %s for forces takes them with the other sign", where, key, key)
+        if self._unit is not None:
+            log.warning("%s names %s in its comment line, but energies are taken as eV and lengths as Å", *self._unit)
 
 
 def _all_keys(selection: Selection, paths: Sequence[Path]) -> list[_Keys]:
@@ -301,7 +313,7 @@ def _values_of(
         where = f"{path}: frame {first + i + 1}"
         values = _values(frame)
         # Of several levels a frame may lack some, but not all.
-        present = [k for k, (key, *_) in enumerate(keys) if key in values] if len(keys) > 1 else [0]
+        present = [k for k, (key, *_) in enumerate(keys) if _meant(values, str(key))] if len(keys) > 1 else [0]
         if not present:
             raise DataError(
                 f"{where} has no energy under any of the keys {', '.join(str(key[0]) for key in keys)}{_others(values)}"
@@ -341,7 +353,8 @@ def _values(frame: Atoms) -> dict[str, Any]:
 
 
 def _others(values: Mapping[str, Any]) -> str:
-    others = sorted(key for key, value in values.items() if "energy" in key.lower() and np.size(value) == 1)
+    numbers = sorted(key for key, value in values.items() if np.ndim(value) == 0 and not isinstance(value, bool | str))
+    others = [key for key in numbers if "energy" in key.lower()] or numbers
     return f", only {', '.join(others)}: name the key" if others else ": add it or leave the frame out"
 
 
@@ -351,23 +364,35 @@ def _of_level(
     """Energy, forces [n, 3] and stress [3, 3] of a frame at one level; None of what it does not have."""
     energy_key, forces_key, stress_key = keys
     energy_keys = (energy_key,) if energy_key is not None else _ENERGY_KEYS
-    found = [key for key in energy_keys if key in values]
+    found = {name: key for name in energy_keys if (key := _meant(values, name)) is not None}
     if not found:
         raise DataError(f"{where} has no energy under the key {' or '.join(energy_keys)}{_others(values)}")
-    energies = [_number(values[key], f"{where}: {key}") for key in found]
+    energies = [_number(values[key], f"{where}: {key}") for key in found.values()]
     if len(set(energies)) > 1 and not np.isnan(energies).all():
-        raise DataError(f"{where} has different numbers under {' and '.join(found)}: name the key to use")
+        raise DataError(f"{where} has different numbers under {' and '.join(found.values())}: name the key to use")
     # Prefer the partners of the energy that was taken.
-    partners = [key for key in found if "energy" in key]
-    wanted = [key.replace("energy", name) for name in ("forces", "force") for key in partners]
-    wanted = wanted if forces_key is None else [forces_key]
-    forces = next((_vectors(values[key], len(frame), f"{where}: {key}") for key in wanted if key in values), None)
+    partners = [name for name in found if "energy" in name]
+    wanted = [name.replace("energy", kind) for kind in ("forces", "force") for name in partners]
+    key = _first_meant(values, wanted if forces_key is None else [forces_key])
+    forces = None if key is None else _vectors(values[key], len(frame), f"{where}: {key}")
     if forces is not None and forces_key is not None and _is_gradient(forces_key):
         forces = -forces
-    wanted = [key.replace("energy", name) for key in partners for name in _STRESS_NAMES]
-    wanted = wanted if stress_key is None else [stress_key]
-    stress = next((_stress(values[key], frame, key, f"{where}: {key}") for key in wanted if key in values), None)
+    wanted = [name.replace("energy", kind) for name in partners for kind in _STRESS_NAMES]
+    key = _first_meant(values, wanted if stress_key is None else [stress_key])
+    stress = None if key is None else _stress(values[key], frame, key, f"{where}: {key}")
     return energies[0], forces, stress
+
+
+def _meant(values: Mapping[str, Any], name: str) -> str | None:
+    """The key that has this name, or else the only one that differs from it in capitals alone."""
+    if name in values:
+        return name
+    alike = [key for key in values if key.lower() == name.lower()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _first_meant(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((key for name in names if (key := _meant(values, name)) is not None), None)
 
 
 def _is_gradient(key: str) -> bool:

@@ -6,6 +6,7 @@ names no lines; so the frames are cut, and their symbols understood, here.
 
 from __future__ import annotations
 
+import codecs
 import io
 import itertools
 import logging
@@ -27,6 +28,8 @@ _SUFFIXES = (".xyz", ".extxyz")
 _COMPRESSED = (".gz", ".bz2", ".xz")
 _ELEMENTS = frozenset(chemical_symbols[1:])
 _ISOTOPES = {"D": "H", "T": "H"}
+_KEYS = re.compile(r"(?<!\S)([^\s=\"']+)=")
+_VALUES = re.compile(r"""([^\s=\"']+)=("[^"]*"|'[^']*'|\{[^}]*\}|\[[^\]]*\]|\S*)|"[^"]*"|'[^']*'""")
 _FORCES = "Properties=species:S:1:pos:R:3:forces:R:3"
 
 
@@ -41,19 +44,21 @@ def is_xyz(path: Path) -> bool:
 def frames(path: Path) -> Iterator[Atoms]:
     """The frames of an XYZ file, as ASE's `read_xyz` makes them.
 
-    Blank lines between frames and a byte order mark are passed over. In the column of symbols atomic numbers (8),
-    numbered atoms (O1) and isotopes (D) are understood as well; the log says so once for a file.
+    Blank lines between frames and a byte order mark are passed over; one of UTF-16 says the encoding. In the column of
+    symbols atomic numbers (8), numbered atoms (O1) and isotopes (D) are understood as well; the log says so once for a
+    file.
 
     Raises
     ------
     DataError
         A line that is not what it must be, a file that ends within a frame; a line of atoms with several numbers
-        without a name, or stars where a number was too long.
+        without a name, stars where a number was too long, or a comment line that gives a key two values.
     OSError
         It cannot be read.
     """
     with open_with_compression(str(path), "rb") as binary:
-        lines = _Lines(path, io.TextIOWrapper(binary, encoding="utf-8-sig", errors="backslashreplace"))
+        encoding = "utf-16" if binary.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        lines = _Lines(path, io.TextIOWrapper(binary, encoding=encoding, errors="backslashreplace"))
         while (n_atoms := lines.count()) is not None:
             yield lines.frame(n_atoms)
 
@@ -84,6 +89,7 @@ class _Lines:
     def frame(self, n_atoms: int) -> Atoms:
         """The frame whose number of atoms has been read."""
         comment = self._next("comment").rstrip("\n")
+        self._check_keys(comment)
         first = self._number + 1
         rows = list(itertools.islice(self._lines, n_atoms))
         self._number += len(rows)
@@ -137,6 +143,15 @@ class _Lines:
             self._fail(f"{symbol!r} in frame {self._frame} is no element: write a chemical symbol", number)
         self._read[symbol] = element
         return row.replace(symbol, element, 1)
+
+    def _check_keys(self, comment: str) -> None:
+        """Refuse two values of one key, of which ASE would take the last."""
+        if len(keys := _KEYS.findall(comment)) == len(set(keys)):
+            return
+        values: dict[str, str] = {}
+        for key, value in _VALUES.findall(comment):
+            if key and values.setdefault(key, value) != value:
+                self._fail(f"gives {key} twice, {values[key]} and {value}: leave one of them out")
 
     def _check_columns(self, rows: list[str], first: int) -> None:
         """Refuse what may be forces, but has no name."""
