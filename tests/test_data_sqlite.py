@@ -374,6 +374,21 @@ def test_missing_fidelity_says_which_are_there(database):
         sqlite.read(database, Selection(fidelity=4))
 
 
+def test_two_methods_in_one_fidelity_and_energies_without_geometry_are_said(database, caplog):
+    sqlite.read(database)
+    assert not caplog.records
+    change(database, "UPDATE energy SET calc = 'B3LYP' WHERE fidelity = 0 AND id % 2 = 0")
+    change(database, "DELETE FROM xyz WHERE id = 2")
+    sqlite.read(database, Selection(fidelity=0))
+    methods, lost = (record.getMessage() for record in caplog.records)
+    assert "C2H2.db: energies of fidelity 0 are by B3LYP and by GFN1-xTB: a level is one method" in methods
+    assert "C2H2.db: 1 energies belong to no geometry of the file and are left out" in lost
+    caplog.clear()
+    change(database, "ALTER TABLE energy DROP COLUMN calc")
+    sqlite.read(database, Selection(fidelity=0))
+    assert [record.getMessage() for record in caplog.records] == [lost]
+
+
 def test_element_that_is_not_listed(database):
     with pytest.raises(InputError, match=r"C2H2\.db: contains H, not among the elements C O"):
         sqlite.read(database, Selection(elements=["C", "O"]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
+from scipy.spatial.transform import Rotation
 from training_helpers import crystal_data
 
 from kinml_fast.data import Split, Structures, large, plausible, prepare, read
@@ -14,15 +17,23 @@ from kinml_fast.data.sae import GUESSES
 
 
 def trajectory(count: int = 40, sign: float = 1.0, factor: float = 1.0) -> Structures:
-    """A molecule on a harmonic path, with forces -dE/dx times the sign and energies times the factor."""
+    """A molecule of springs, turned in each frame, with forces -dE/dx times the sign and energies times the factor."""
     rng = np.random.default_rng(0)
     bond = covalent_radii[atomic_numbers["C"]] + covalent_radii[atomic_numbers["H"]]
     rest = bond * np.array([[0, 0, 0], [1, 1, 1], [-1, -1, 1], [-1, 1, -1], [1, -1, -1]]) / np.sqrt(3)
     rest[0] = 0
-    shifts = np.cumsum(rng.normal(0, 0.01, (count, 5, 3)), axis=0)
+    places = rest + np.cumsum(rng.normal(0, 0.01, (count, 5, 3)), axis=0)
     total = sum(GUESSES[e] for e in "CHHHH")
-    energies = factor * (total + 10 * (shifts**2).sum(axis=(1, 2)))
-    return Structures.of_one_formula("CHHHH", rest + shifts, energies, -sign * 20 * shifts)
+    energies, forces = np.full(count, total), np.zeros_like(places)
+    for i, j in itertools.combinations(range(5), 2):
+        between = places[:, i] - places[:, j]
+        length = np.linalg.norm(between, axis=1, keepdims=True)
+        stretch = length - np.linalg.norm(rest[i] - rest[j])
+        energies += 10 * stretch[:, 0] ** 2
+        forces[:, i] -= 20 * stretch * between / length
+        forces[:, j] += 20 * stretch * between / length
+    turns = Rotation.random(count, rng=rng).as_matrix()
+    return Structures.of_one_formula("CHHHH", places @ turns, factor * energies, sign * forces @ turns)
 
 
 def split_of(count: int) -> Split:
@@ -50,9 +61,11 @@ def test_units_of_energies(unit, factor):
     assert not any("electrons" in sentence for sentence in said(trajectory(factor=factor), differences=True))
 
 
-def test_gradients_for_forces():
-    (sentence,) = said(trajectory(sign=-1))
-    assert "the forces have the sign of gradients" in sentence
+@pytest.mark.parametrize("sign", [1, -1])
+def test_gradients_for_forces(sign):
+    shipped = read("shipped:C2H3.db")
+    for data in (trajectory(sign=sign), shipped.changed(forces=sign * shipped.forces)):
+        assert ["the forces have the sign of gradients" in sentence for sentence in said(data)] == [True] * (sign < 0)
 
 
 def test_energies_of_calculations_that_failed():

@@ -23,6 +23,10 @@ _FAR, _FAR_SPREADS = 30.0, 20.0  # eV; interquartile ranges
 _NEAR = 0.3  # Å, of the atom that moves most from one frame to the next
 
 
+_OF_ALL_SIZES = np.errstate(over="ignore", invalid="ignore")
+"""Coordinates may be beyond all measure."""
+
+
 def doubts(structures: Structures, split: Split, differences: bool = False) -> Iterator[str]:
     """One sentence for each thing that looks wrong.
 
@@ -99,18 +103,13 @@ def _of_forces(s: Structures) -> Iterator[str]:
     if s.energies is None or s.forces is None or s.coordinates is None:
         return
     energies, forces = s.energies.reshape(s.levels, -1), s.forces.reshape(s.levels, -1, 3)
+    first, moved, turns = _steps(s)
     for level in range(s.levels):
         changes = []
-        for i in range(min(len(s) - 1, 25 * _AT_MOST)):
+        for i, move, turn in zip(first, moved, turns, strict=True):
             a, b, c = s.offsets[i : i + 3]
-            if b - a != c - b or not np.array_equal(s.species[a:b], s.species[b:c]):
-                continue
-            moved = s.coordinates[b:c] - s.coordinates[a:b]
-            work = -0.5 * ((forces[level, a:b] + forces[level, b:c]) * moved).sum()
-            if 0 < np.abs(moved).max() < _NEAR and np.isfinite(work):
-                changes.append((energies[level, i + 1] - energies[level, i], work))
-            if len(changes) == _AT_MOST:
-                break
+            work = -0.5 * ((forces[level, a:b] + forces[level, b:c] @ turn) * move).sum()
+            changes.append((energies[level, i + 1] - energies[level, i], work))
         found = np.array(changes).reshape(-1, 2)
         found = found[np.isfinite(found).all(axis=1)]
         if len(found) < 10 or not found.any(axis=0).all():
@@ -130,7 +129,41 @@ def _of_forces(s: Structures) -> Iterator[str]:
             )
 
 
-@np.errstate(over="ignore", invalid="ignore")  # of coordinates beyond all measure
+@_OF_ALL_SIZES
+def _steps(s: Structures) -> tuple[list[int], list[np.ndarray], list[np.ndarray]]:
+    """Pairs of structures (the first of each) one after the other in a file, of which one is nearly the other.
+
+    With the displacements [n, 3] from one to the other, turned to it (Kabsch, Acta Cryst. 1976, A32, 922, DOI
+    10.1107/S0567739476001873), and these rotations [3, 3], which rows of the second are multiplied by. Crystals are
+    not turned.
+    """
+    found: tuple[list[int], list[np.ndarray], list[np.ndarray]] = ([], [], [])
+    assert s.coordinates is not None
+    sizes = s.sizes
+    for size in np.unique(sizes):
+        pairs = np.flatnonzero((sizes[:-1] == size) & (sizes[1:] == size))
+        pairs = pairs[:: max(1, len(pairs) // _AT_MOST)]
+        atoms = s.offsets[pairs][:, None] + np.arange(size)
+        same = (s.species[atoms] == s.species[atoms + size]).all(axis=1)
+        pairs, atoms = pairs[same], atoms[same]
+        molecules = ~(s.are_crystals[pairs] | s.are_crystals[pairs + 1])[:, None, None]
+        x, y = s.coordinates[atoms], s.coordinates[atoms + size]
+        x, y = (z - z.mean(axis=1, keepdims=True) * molecules for z in (x, y))
+        sound = np.isfinite(x).all(axis=(1, 2)) & np.isfinite(y).all(axis=(1, 2))
+        pairs, molecules, x, y = pairs[sound], molecules[sound], x[sound], y[sound]
+        u, _, vt = np.linalg.svd(y.transpose(0, 2, 1) @ x)
+        u[:, :, 2] *= np.sign(np.linalg.det(u @ vt))[:, None]
+        turns = np.where(molecules, u @ vt, np.eye(3))
+        moved = y @ turns - x
+        largest = np.abs(moved).max(axis=(1, 2), initial=0)
+        for i in np.flatnonzero((largest > 1e-6) & (largest < _NEAR)):
+            found[0].append(int(pairs[i]))
+            found[1].append(moved[i])
+            found[2].append(turns[i])
+    return found
+
+
+@_OF_ALL_SIZES
 def _bond_length(s: Structures) -> float:
     """The median, over atoms, of the distance to the nearest one in covalent radii; NaN without molecules."""
     radii = np.array([covalent_radii[atomic_numbers[element]] for element in s.elements])
@@ -172,7 +205,7 @@ def _copies(s: Structures, split: Split) -> Iterator[str]:
             )
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@_OF_ALL_SIZES
 def _fingerprints(s: Structures) -> list[bytes]:
     """The same for structures that differ by rotation, translation and the order of atoms only."""
     found = [b""] * len(s)

@@ -413,6 +413,7 @@ def _query(path: Path, symbols: tuple[str, ...], selection: Selection) -> tuple[
         _check_tables(path, database, symbols)
         energies = database.execute(*_energies(fidelities, condition, values)).fetchall()
         geometries = database.execute(*_geometries(fidelities, condition, values)).fetchall()
+        _warn(path, database, fidelities)
         present = {row[1] for row in energies}
         if len(present) < len(fidelities):  # more of them need not be looked for
             present = set(_fidelities(database))
@@ -455,6 +456,22 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         raise DataError(
             f"{path}: cannot be read as an SQLite database ({first_line(error)}): get a sound copy"
         ) from error
+
+
+def _warn(path: Path, database: sqlite3.Connection, fidelities: Sequence[int]) -> None:
+    """Say what looks wrong with the rows of these fidelities."""
+    columns = {row[1] for row in database.execute("PRAGMA table_info(energy)")}
+    of_them = f"FROM energy WHERE fidelity IN ({', '.join('?' * len(fidelities))})"
+    methods = f"SELECT fidelity, min(calc), max(calc) {of_them} GROUP BY fidelity HAVING count(DISTINCT calc) > 1"
+    for fidelity, one, other in database.execute(methods, fidelities) if "calc" in columns else ():
+        log.warning(
+            "%s: energies of fidelity %s are by %s and by %s: a level is one method; give others a fidelity of their own",
+            *(path, fidelity, one, other),
+        )
+    lost = f"SELECT count(*) {of_them} AND xyz_id NOT IN (SELECT id FROM xyz)"
+    for (count,) in database.execute(lost, fidelities):
+        if count:
+            log.warning("%s: %d energies belong to no geometry of the file and are left out", path, count)
 
 
 def _fidelities(database: sqlite3.Connection) -> list[int]:

@@ -57,7 +57,8 @@ def frames(path: Path) -> Iterator[Atoms]:
         It cannot be read.
     """
     with open_with_compression(str(path), "rb") as binary:
-        encoding = "utf-16" if binary.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        begin = binary.peek(2)[:2]  # type: ignore[attr-defined]  # all that it opens can
+        encoding = "utf-16" if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         lines = _Lines(path, io.TextIOWrapper(binary, encoding=encoding, errors="backslashreplace"))
         while (n_atoms := lines.count()) is not None:
             yield lines.frame(n_atoms)
