@@ -465,7 +465,7 @@ def _warn(path: Path, database: sqlite3.Connection, fidelities: Sequence[int]) -
     methods = f"SELECT fidelity, min(calc), max(calc) {of_them} GROUP BY fidelity HAVING count(DISTINCT calc) > 1"
     for fidelity, one, other in database.execute(methods, fidelities) if "calc" in columns else ():
         log.warning(
-            "%s: energies of fidelity %s are by %s and by %s: a level is one method; give others a fidelity of their own",
+            "%s: energies of fidelity %s are by %s and by %s: a level is one method, give others one of their own",
             *(path, fidelity, one, other),
         )
     lost = f"SELECT count(*) {of_them} AND xyz_id NOT IN (SELECT id FROM xyz)"
