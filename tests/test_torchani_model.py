@@ -223,6 +223,13 @@ LAST = "potentials.nnp.neural_networks.members.1.atomics.C.final_layer.weight"
             "has the potential repulsion_xtb",
         ),
         ({"state_dict": without("atomic_numbers"), "repr": TEXT}, "has no atomic_numbers"),
+        *(
+            (
+                {"state_dict": {**state(), "atomic_numbers": torch.tensor(numbers)}, "repr": TEXT},
+                "not those of different",
+            )
+            for numbers in ([1, 119], [-1, 6], [0, 6], [6, 6], [1, 6.5])
+        ),
         ({"state_dict": without(LAST), "repr": TEXT}, "do not fit together"),
         ({"state_dict": {**state(), LAST: torch.ones(1, 7)}, "repr": TEXT}, "do not fit together"),
         ({"state_dict": {**state(), LAST: torch.full((1, 3), float("nan"))}, "repr": TEXT}, "has NaN"),

@@ -168,7 +168,14 @@ def from_parts(state: Mapping[str, Tensor], text: str, name: str, fidelity: int 
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise ModelError(f"{name}: {key} has NaN or infinite numbers: take another file of the model")
-    elements = tuple(chemical_symbols[number] for number in state["atomic_numbers"].tolist())
+    numbers = state["atomic_numbers"].flatten().tolist()
+    wrong = [number for number in numbers if number not in range(1, len(chemical_symbols))]
+    if wrong or len(set(numbers)) < len(numbers):
+        raise ModelError(
+            f"{name}: has the atomic numbers {' '.join(map(str, numbers))}, which are not those of different elements: "
+            "take another file of the model"
+        )
+    elements = tuple(chemical_symbols[int(number)] for number in numbers)
     descriptor = _descriptor(state, text, elements, name)
     try:
         members = [
