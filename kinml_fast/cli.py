@@ -183,7 +183,12 @@ def _parser() -> argparse.ArgumentParser:
     vibrations = commands.add_parser("vibrations", help="frequencies, zero-point energies, thermochemistry")
     vibrations.add_argument("model", metavar="MODEL", help=_MODEL)
     vibrations.add_argument("input", metavar="in.xyz", help="molecules, in a format that ASE reads")
-    vibrations.add_argument("--optimize", action="store_true", help="go to the nearest minimum first")
+    vibrations.add_argument("--optimize", action="store_true", help="go to the nearest minimum first, by bfgs")
+    vibrations.add_argument(
+        "--optimizer",
+        choices=("bfgs", "sella"),
+        help="go there by ASE's BFGS, or by Sella in internal coordinates from an exact Hessian",
+    )
     vibrations.add_argument("--fmax", type=float, default=1e-3, help="largest force at a minimum, eV/Å (%(default)s)")
     vibrations.add_argument("--steps", type=int, default=500, help="at most so many steps to a minimum (%(default)s)")
     vibrations.add_argument("--temperature", type=float, default=298.15, help="K (%(default)s)")
@@ -200,7 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     vibrations.set_defaults(command=_vibrations)
 
     saddle = commands.add_parser(
-        "saddle", help="a saddle point, the reaction path through it, the minima that it joins"
+        "saddle",
+        help="a saddle point, the reaction path through it, the minima that it joins",
+        description="What was interrupted goes on with the same command. See docs/kinetics.md.",
     )
     saddle.add_argument("model", metavar="MODEL", help=_MODEL)
     saddle.add_argument("input", metavar="in.xyz", help="a guess of the saddle point, or two minima")
@@ -409,7 +416,7 @@ def _vibrations(options: argparse.Namespace) -> None:
     vibrations(
         options.model,
         options.input,
-        optimise=options.optimize,
+        optimise=options.optimizer or options.optimize,
         fmax=options.fmax,
         steps=options.steps,
         temperature=options.temperature,
@@ -424,21 +431,26 @@ def _vibrations(options: argparse.Namespace) -> None:
     )
 
 
-def _saddle(options: argparse.Namespace) -> None:
+def _saddle(options: argparse.Namespace) -> int:
     from kinml_fast.kinetics.files import reaction
 
-    _show_log()
-    reaction(
-        options.model,
-        options.input,
-        options.output,
-        fmax=options.fmax,
-        steps=options.steps,
-        images=options.images,
-        base=options.base,
-        device=options.device,
-        form=options.format,
-    )
+    progress = _show_log()
+    try:
+        reaction(
+            options.model,
+            options.input,
+            options.output,
+            fmax=options.fmax,
+            steps=options.steps,
+            images=options.images,
+            base=options.base,
+            device=options.device,
+            form=options.format,
+            console=progress.console,
+        )
+    except (KeyboardInterrupt, signals.Stopped) as end:
+        return _ended(end, f"; what is done is in {options.output}: continue with the same command")
+    return 0
 
 
 def _kinbot(options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from kinml_fast.cli import main
 from kinml_fast.deploy import model_file
 from kinml_fast.kinetics import kinbot, nn_pes, vibrate
 from kinml_fast.kinetics.kinbot import Point
-from kinml_fast.nn import AEVParameters, EnergyModel
+from kinml_fast.nn import AEVParameters, Calibration, EnergyModel, Ensemble
 
 pytest.importorskip("sella", reason="pip install sella")
 package = pytest.importorskip("kinbot", reason="pip install kinbot")
@@ -67,8 +67,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def random_model(elements=("C", "H", "N", "O")) -> EnergyModel:
-    torch.manual_seed(2)
+def random_model(elements=("C", "H", "N", "O"), seed: int = 2) -> EnergyModel:
+    torch.manual_seed(seed)
     descriptor = AEVParameters.aevmod(elements, n_radial=8, n_angular=4, n_sections=4)
     return EnergyModel(descriptor, (8, 1), ("gaussian", "identity"))
 
@@ -240,7 +240,7 @@ def test_uncertainties_give_back_what_kinbot_draws():
             shown[0] = -500.0 * draws("imagfreq")
         found = dataclasses.replace(one, frequencies=frequencies, members=shown.T)
         # KinBot varies energies with their zero-point energies in them.
-        bare = energies / 23.060548012069493 - found.member_zero_point_energies
+        bare = energies / 23.060548012069493 - found.calibrated_zero_point_energies
         return Point(kind, kind, [dataclasses.replace(found, member_energies=bare)])
 
     points = [point(kind) for kind in ("well", "well", "products", "barrier", "well", "barrier", "well")]
@@ -250,6 +250,33 @@ def test_uncertainties_give_back_what_kinbot_draws():
         assert measure(got[key]) == pytest.approx(measure(limit), rel=0.08), key
     alone = kinbot.uncertainties(points[:1])
     assert (alone.well_uq, alone.barrier_uq, alone.imagfreq_uq) == (None, None, None)
+
+    def calibrated(one: Vibrations) -> Vibrations:
+        return dataclasses.replace(one, energy_factor=1.5, factors=np.full(len(one.factors), 1.5))
+
+    wider = [dataclasses.replace(one, parts=[calibrated(part) for part in one.parts]) for one in points]
+    for key, limit in dataclasses.asdict(kinbot.uncertainties(wider)).items():
+        measure = (lambda x: x) if key in ("well_uq", "barrier_uq") else np.log
+        assert measure(limit) == pytest.approx(1.5 * measure(got[key]), rel=1e-6), key
+
+
+def test_the_factors_of_a_file_are_in_what_kinbot_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    members = [random_model(seed=seed) for seed in (2, 3)]
+    stds = []
+    for calibration in (None, Calibration((3.0,), ((3.0,) * 4,))):
+        ensemble = Ensemble(members)
+        ensemble.calibration = calibration
+        model_file.save("m.pt", ensemble)
+        calculator = KinMLCalculator("m.pt")
+        found = [vibrate(molecule(name), calculator, fmax=np.inf) for name in ("NH3", "CH4")]
+        points = [Point(name, "well", [one]) for name, one in zip("ab", found, strict=True)]
+        kinbot._tell(points, kinbot.uncertainties(points))
+        told = json.loads(Path("uncertainties.json").read_text())["points"]
+        stds.append((np.array(told[0]["frequencies_std"][0]), told[1]["energy_std"], told[1]["energy"]))
+    np.testing.assert_allclose(stds[1][0], 3 * stds[0][0], rtol=1e-9)
+    assert stds[1][1] > 2 * stds[0][1] > 0  # modes of members that are imaginary count nothing
+    assert stds[1][2] == pytest.approx(stds[0][2], abs=1e-9)
 
 
 INPUT = {"qc": "nn_pes", "use_sella": 1, "nn_model": ["m.pt"], "queuing": "local", "barrier_threshold": 60.0}
@@ -261,19 +288,40 @@ INPUT = {"qc": "nn_pes", "use_sella": 1, "nn_model": ["m.pt"], "queuing": "local
         ({"qc": "gauss"}, "qc is 'gauss': with models it must be \"nn_pes\""),
         ({"use_sella": 0}, "use_sella is 0: with models it must be 1"),
         ({"nn_model": []}, "there is no nn_model: give a list of model files"),
-        ({"nn_model": ["nowhere.pt"]}, "nowhere.pt"),
+        ({"nn_model": ["nowhere.pt"]}, "nn_model: nowhere.pt: cannot be read (No such file or directory)"),
+        ({"nn_model": ["in.json"]}, "nn_model: in.json: is no model file: name one that was written by training"),
+        ({"nn_model": ["cut.pt"]}, "nn_model: cut.pt: is damaged"),
+        ({"nn_model": ["delta.pt"]}, "nn_model: the model gives differences of fidelity 1 to fidelity 0"),
+        ({"nn_model": ["m.pt", "other.pt"]}, "other.pt knows the elements H O, but m.pt C H N O"),
+        ({"nn_model": 3}, "nn_model: int is no model: give a model, its file or run folder, or a list of these"),
+        ({"nn_model": ["tblite:GFN9"]}, "nn_model: tblite:GFN9: tblite knows GFN1-xTB"),
         ({"structure": ["S", 0, 0, 0, "H", 0, 0, 1]}, "structure contains S, but the model knows only C H N O"),
         ({"nonsense": 1, "structure": ["H", 0, 0, 0]}, "KinBot does not recognize option nonsense"),
     ],
 )
 def test_inputs_that_cannot_be_used(folder, capsys, changes, said):
     model_file.save("m.pt", random_model())
+    model_file.save("other.pt", random_model(("H", "O")))
+    model_file.save("delta.pt", EnergyModel(random_model().descriptor, (8, 1), ("gaussian", "identity"), baseline=0))
+    Path("cut.pt").write_bytes(Path("m.pt").read_bytes()[:900])
     Path("in.json").write_text(json.dumps(INPUT | changes))
     assert main(["kinbot", "in.json"]) == 2
     error = capsys.readouterr().err
     assert said in error
-    assert error.startswith("kinml-fast: in.json: ") or "nowhere.pt" in error
+    assert error.startswith("kinml-fast: in.json: ")
     assert logging.getLogger("KinBot").handlers == []
+
+
+def test_a_model_that_no_forces_were_trained_on_is_said(folder, capsys, caplog):
+    notes = {"epoch": 3, "training": {"loss": {"forces": False}}}
+    model_file.save("m.pt", random_model(), notes)
+    Path("in.json").write_text(json.dumps(INPUT | {"nonsense": 1, "structure": ["H", 0, 0, 0]}))
+    assert main(["kinbot", "in.json"]) == 2  # of another mistake, after the warning
+    assert "m.pt: was trained on energies alone" in caplog.text
+    caplog.clear()
+    model_file.save("m.pt", random_model(), {"training": {"loss": {"forces": True}}})
+    assert main(["kinbot", "in.json"]) == 2
+    assert "energies alone" not in caplog.text
 
 
 def test_an_input_that_is_no_json(folder, capsys):

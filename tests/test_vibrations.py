@@ -21,7 +21,7 @@ from kinml_fast.deploy import model_file
 from kinml_fast.errors import ConfigError, DataError
 from kinml_fast.kinetics import symmetry, vibrate
 from kinml_fast.kinetics.vibrations import fragments
-from kinml_fast.nn import AEVParameters, EnergyModel
+from kinml_fast.nn import AEVParameters, Calibration, EnergyModel, Ensemble
 
 ELEMENTS = ("C", "H", "N", "O")
 
@@ -95,6 +95,33 @@ def test_members_of_an_ensemble():
     assert found.zero_point_energy_std == pytest.approx(real.std(ddof=1), rel=1e-6)
     same = vibrate(atoms, KinMLCalculator([models[0], models[0]]))
     assert abs(same.frequencies_std).max() < 1e-6
+
+
+def test_factors_of_a_calibrated_ensemble(tmp_path):
+    atoms = molecule("CH3OH")
+    ensemble = Ensemble([model(seed) for seed in range(3)])
+    plain = vibrate(atoms, KinMLCalculator(ensemble))
+    assert plain.energy_factor == 1
+    np.testing.assert_allclose(plain.factors, 1)
+    ensemble.calibration = Calibration((2.0,), ((1.5, 4.0, 1.0, 2.5),))  # of C H N O
+    model_file.save(tmp_path / "m.pt", ensemble)
+    calculator = KinMLCalculator(tmp_path / "m.pt")
+    found = vibrate(atoms, calculator)
+    np.testing.assert_array_equal(found.members, plain.members)  # what they say stays
+    of_atoms = np.array([{"C": 1.5, "H": 4.0, "O": 2.5}[symbol] for symbol in atoms.symbols])
+    for k, mode in enumerate(found.modes):
+        squares = np.square(mode).sum(axis=1)
+        factor = np.sqrt((squares * of_atoms**2).sum() / squares.sum())
+        assert 1.5 < factor <= 4
+        assert found.frequencies_std[k] == pytest.approx(factor * plain.frequencies_std[k])
+    assert found.frequencies_std[-1] == pytest.approx(4 * plain.frequencies_std[-1], rel=0.1)  # all but a hydrogen's
+    spread = found.members + (found.factors - 1) * (found.members - found.members.mean(axis=0))
+    zero_points = np.where(spread > 0, spread, 0).sum(axis=1) / 2 / 8065.544
+    assert found.zero_point_energy_std == pytest.approx(zero_points.std(ddof=1), rel=1e-6)
+    assert found.calibrated_energies.std(ddof=1) == pytest.approx(2 * found.member_energies.std(ddof=1))
+    assert found.calibrated_energies.std(ddof=1) == pytest.approx(calculator.get_property("energy_std", atoms))
+    assert found.calibrated_energies.mean() == pytest.approx(found.energy)
+    assert found.to_dict()["frequencies_std"] == found.frequencies_std.tolist()
 
 
 @pytest.mark.parametrize(
@@ -232,6 +259,19 @@ def test_from_the_command_line(tmp_path, capsys):
     ):
         assert main(["vibrations", *arguments, *wrong]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_a_model_that_no_forces_were_trained_on_is_said(tmp_path, caplog):
+    notes = {"training": {"loss": {"forces": False}}}
+    model_file.save(tmp_path / "alone.pt", model(), notes)
+    model_file.save(tmp_path / "of_members.pt", Ensemble([model(0), model(1)]), {"members": [{"epoch": 1}, notes]})
+    model_file.save(tmp_path / "good.pt", model(), {"training": {"loss": {"forces": True}}})
+    model_file.save(tmp_path / "other.pt", model(), {"training": "elsewhere"})
+    ase.io.write(tmp_path / "in.xyz", molecule("H2O"), format="xyz")
+    for name, said in (("alone", True), ("of_members", True), ("good", False), ("other", False)):
+        caplog.clear()
+        assert main(["vibrations", str(tmp_path / f"{name}.pt"), str(tmp_path / "in.xyz")]) == 0
+        assert (f"{name}.pt: was trained on energies alone" in caplog.text) == said
 
 
 def test_what_arc_reads(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,6 +150,18 @@ def forces_deviation(model: EnergyModel | Ensemble, values: np.ndarray, species:
     found = deviation(values)
     calibration = model.calibration if isinstance(model, Ensemble) else None
     return found if calibration is None else found * np.array(calibration.forces)[:, species, None]
+
+
+def factors(model: EnergyModel | Ensemble, symbols: Sequence[str]) -> tuple[float, np.ndarray]:
+    """An ensemble's factors of deviations at the highest level: of energies, and of forces on these n atoms, [n].
+
+    1 of a model, and of an ensemble that is not calibrated.
+    """
+    calibration = model.calibration if isinstance(model, Ensemble) else None
+    if calibration is None:
+        return 1.0, np.ones(len(symbols))
+    of_elements = dict(zip(model.elements, calibration.forces[-1], strict=True))
+    return calibration.energies[-1], np.array([of_elements[symbol] for symbol in symbols])
 
 
 def deviation(values: np.ndarray) -> np.ndarray:

@@ -176,6 +176,22 @@ def load_training(path: str | os.PathLike) -> dict[str, Any]:
     return _read(place(path))["training"]
 
 
+def without_forces(model: Source | Sequence[Source]) -> list[Path]:
+    """Of the files that `resolve` reads, those of models whose notes say that they were trained on energies alone."""
+    return [path for path in files(model) if _energies_alone(_read(path)["training"])]
+
+
+def _energies_alone(notes: Any) -> bool:
+    """Of an ensemble, of any member."""
+    if not isinstance(notes, dict):
+        return False
+    if isinstance(members := notes.get("members"), list):
+        return any(map(_energies_alone, members))
+    training = notes.get("training")
+    loss = training.get("loss") if isinstance(training, dict) else None
+    return isinstance(loss, dict) and loss.get("forces") is False
+
+
 def name(source: Source | Sequence[Source]) -> str:
     """What a message calls that which `resolve` is given."""
     if isinstance(source, str | os.PathLike):

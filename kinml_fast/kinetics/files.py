@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ase.io
 import numpy as np
@@ -20,17 +22,24 @@ from kinml_fast.deploy import model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import ConfigError, DataError, InputError
 from kinml_fast.kinetics import saddle
-from kinml_fast.kinetics.vibrations import FMAX, STEPS, Vibrations, vibrate
+from kinml_fast.kinetics.record import Live, Record
+from kinml_fast.kinetics.vibrations import FMAX, STEPS, Optimiser, Vibrations, vibrate, warn_without_forces
 from kinml_fast.units import KCAL_PER_MOL
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 log = logging.getLogger(__name__)
+
+UNFINISHED = "unfinished"
+"""The folder in that of a reaction in which its stages are kept until its end."""
 
 
 def vibrations(
     model_path: str | os.PathLike | Sequence[str | os.PathLike],
     in_path: str | os.PathLike,
     *,
-    optimise: bool = False,
+    optimise: bool | Optimiser = False,
     fmax: float = FMAX,
     steps: int = STEPS,
     temperature: float = 298.15,
@@ -76,6 +85,7 @@ def vibrations(
     if out_path is not None:
         check_output(out_path, [path, *model_file.files(model_path)], (".json", ".yml"))
     calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
+    warn_without_forces(model_path)
     found, entries = [], []
     Selection(format=form)  # says if there is no such format
     for number, atoms in enumerate(xyz.frames(path, form), start=1):
@@ -116,8 +126,11 @@ def reaction(
     base: BaseCalculator | str | None = None,
     device: str | None = None,
     form: str | None = None,
+    console: Console | None = None,
 ) -> tuple[Vibrations, saddle.ReactionPath, list[Vibrations]]:
     """Find a saddle point, the path through it and the minima that it joins; write all into a folder.
+
+    What was interrupted goes on when it is called again with the same arguments, and ends with the same results.
 
     Parameters
     ----------
@@ -129,11 +142,14 @@ def reaction(
         For saddle.xyz, path.xyz (with energies), minima.xyz, saddle.json and path.png; made if it is not there.
     fmax, steps, images
         See `saddle.search` and `saddle.between`.
+    console
+        Terminal for a line that shows the steps; None: there is none.
 
     Raises
     ------
     InputError
-        A file that cannot be read or written, another number of frames, or what the functions of `saddle` raise.
+        A file that cannot be read or written, another number of frames, a folder with an unfinished search of something
+        else, or what the functions of `saddle` raise, after which nothing unfinished is left.
     """
     path = expand_one(in_path)
     Selection(format=form)
@@ -141,16 +157,31 @@ def reaction(
     if len(frames) not in (1, 2):
         raise DataError(f"{path}: has {len(frames)} frames: give one, a guess of the saddle point, or two minima")
     into = _made(Path(folder))
+    for part in into.glob(".*.part"):  # of a process that was killed while it wrote
+        part.unlink(missing_ok=True)
     calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
-    try:
-        if len(frames) == 2:
-            first, second = (vibrate(one, calculator, optimise=True, fmax=fmax, steps=steps).atoms for one in frames)
-            frames = [saddle.between(first, second, calculator, images=images, steps=steps)]
-        found, _ = saddle.search(frames[0], calculator, fmax=fmax, steps=steps)
-        way = saddle.follow(found, calculator, steps=steps)
-        both = saddle.minima(way, calculator, fmax=fmax, steps=steps)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    warn_without_forces(model_path)
+    with Live(console, steps) as live:
+        record = Record(into / UNFINISHED, live.tell)
+        if record.begin(_inputs(frames, model_path, base, fmax, steps, images)):
+            log.info("%s: goes on where it was", into)
+        try:
+            if len(frames) == 2:
+                names = ("first minimum", "second minimum")
+                first, second = (
+                    saddle.minimum(one, calculator, name, fmax=fmax, steps=steps, record=record).atoms
+                    for one, name in zip(frames, names, strict=True)
+                )
+                frames = [saddle.between(first, second, calculator, images=images, steps=steps, record=record)]
+            found, _ = saddle.search(frames[0], calculator, fmax=fmax, steps=steps, record=record)
+            way = saddle.follow(found, calculator, steps=steps, record=record)
+            both = saddle.minima(way, calculator, fmax=fmax, steps=steps, record=record)
+        except ConfigError:
+            record.remove()
+            raise
+        except DataError as error:
+            record.remove()  # the same again would end in the same
+            raise DataError(f"{path}: {error}") from error
     _write_frames(into / "saddle.xyz", [found.atoms])
     for i, frame in enumerate(way.frames):
         frame.info |= {"energy": float(way.energies[i]), "length": float(way.lengths[i])}
@@ -159,9 +190,29 @@ def reaction(
     entries = {"saddle": found.to_dict(), "minima": [one.to_dict() for one in both]}
     _write_json(into / "saddle.json", entries)
     _draw(into / "path.png", way, str(found.atoms.symbols))
+    record.remove()
     log.info("%s", barriers(found, both))
     log.info("wrote %s", into)
     return found, way, both
+
+
+def _inputs(
+    frames: Sequence[Atoms],
+    model_path: str | os.PathLike | Sequence[str | os.PathLike],
+    base: BaseCalculator | str | None,
+    fmax: float,
+    steps: int,
+    images: int,
+) -> dict[str, Any]:
+    """All that a reaction depends on, as plain values."""
+    return {
+        "geometry": [[one.get_chemical_symbols(), one.positions, one.get_masses()] for one in frames],
+        "model": [hashlib.sha256(file.read_bytes()).hexdigest() for file in model_file.files(model_path)],
+        "base": str(base.name if isinstance(base, BaseCalculator) else base),
+        "fmax": fmax,
+        "steps": steps,
+        "images": images if len(frames) == 2 else None,
+    }
 
 
 def barriers(found: Vibrations, both: Sequence[Vibrations]) -> str:
@@ -174,13 +225,24 @@ def barriers(found: Vibrations, both: Sequence[Vibrations]) -> str:
         f"{'barrier, kcal/mol':<18}  {'electronic':>16}  {'with zero-point':>16}  symmetry number",
     ]
     for name, one in zip(("from one side", "from the other"), both, strict=True):
-        electronic = (found.energy - one.energy) * KCAL_PER_MOL
-        zero_point = electronic + (found.zero_point_energy - one.zero_point_energy) * KCAL_PER_MOL
-        spread = ""
-        if found.member_energies is not None and one.member_energies is not None:
-            spread = f" ± {np.std(found.member_energies - one.member_energies, ddof=1) * KCAL_PER_MOL:.2f}"
-        rows.append(f"{name:<18}  {f'{electronic:.2f}{spread}':>16}  {zero_point:>16.2f}  {one.symmetry_number}")
+        shown = []
+        for zero_point in (False, True):
+            (top, tops), (bottom, bottoms) = (_energies(point, zero_point) for point in (found, one))
+            spread = (
+                "" if tops is None or bottoms is None else f" ± {np.std(tops - bottoms, ddof=1) * KCAL_PER_MOL:.2f}"
+            )
+            shown.append(f"{(top - bottom) * KCAL_PER_MOL:.2f}{spread}")
+        rows.append(f"{name:<18}  {shown[0]:>16}  {shown[1]:>16}  {one.symmetry_number}")
     return "\n".join(rows)
+
+
+def _energies(point: Vibrations, zero_point: bool) -> tuple[float, np.ndarray | None]:
+    """eV, with the zero-point energy or without it; and [M], what each member gives, with its factors."""
+    members = point.calibrated_energies
+    if not zero_point:
+        return point.energy, members
+    more = point.calibrated_zero_point_energies
+    return point.energy + point.zero_point_energy, None if members is None or more is None else members + more
 
 
 def _draw(path: Path, way: saddle.ReactionPath, title: str) -> None:
@@ -191,9 +253,8 @@ def _draw(path: Path, way: saddle.ReactionPath, title: str) -> None:
     axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
     axes.plot(way.lengths, relative, marker=".")
     axes.plot(way.lengths[way.saddle], relative[way.saddle], marker="*", markersize=12)
-    if way.member_energies is not None:
-        members = way.member_energies - way.member_energies[:1]
-        std = members.std(axis=1, ddof=1) * KCAL_PER_MOL
+    if way.energies_std is not None:
+        std = way.energies_std * KCAL_PER_MOL
         axes.fill_between(way.lengths, relative - std, relative + std, alpha=0.3, label="± standard deviation")
         axes.legend()
     axes.set(xlabel="reaction path, √u Å", ylabel="energy, kcal/mol", title=title)

@@ -28,10 +28,10 @@ from ase import Atoms
 from ase.db import connect
 
 from kinml_fast.data.files import replacing
-from kinml_fast.deploy import model_file
+from kinml_fast.deploy import low_level, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import ConfigError, DataError, InputError, first_line
-from kinml_fast.kinetics.vibrations import Vibrations, vibrate
+from kinml_fast.kinetics.vibrations import Vibrations, vibrate, warn_without_forces
 from kinml_fast.nn import Ensemble
 from kinml_fast.units import KCAL_PER_MOL
 
@@ -93,13 +93,18 @@ class Point:
     parts: list[Vibrations]
 
     @property
+    def energy(self) -> float:
+        """eV, of the mean of the members, with zero-point energies."""
+        return sum(one.energy + one.zero_point_energy for one in self.parts)
+
+    @property
     def member_energies(self) -> np.ndarray:
-        """[M], eV, with zero-point energies."""
+        """[M], eV, with zero-point energies, both with the ensemble's factors of deviations."""
         total = np.zeros(1)
         for one in self.parts:
-            assert one.member_energies is not None
-            assert one.member_zero_point_energies is not None
-            total = total + one.member_energies + one.member_zero_point_energies
+            assert one.calibrated_energies is not None
+            assert one.calibrated_zero_point_energies is not None
+            total = total + one.calibrated_energies + one.calibrated_zero_point_energies
         return total
 
 
@@ -122,8 +127,8 @@ def uncertainties(points: Sequence[Point], reference: float = 100.0, most: float
     real, imaginary = [], []
     for point in points:
         for one in point.parts:
-            assert one.members is not None
-            relative = one.members.std(axis=0, ddof=1) / np.abs(one.frequencies)
+            assert one.frequencies_std is not None
+            relative = one.frequencies_std / np.abs(one.frequencies)
             exponents = np.minimum(reference / np.abs(one.frequencies), most)
             first = 1 if point.kind == "barrier" else 0
             real.append((relative / exponents)[first:])
@@ -400,7 +405,7 @@ def _tell(points: Sequence[Point], found: Uncertainties) -> None:
         entry = {
             "name": point.name,
             "kind": point.kind,
-            "energy": float(relative.mean()),
+            "energy": (point.energy - points[0].energy) * KCAL_PER_MOL,
             "energy_std": float(relative.std(ddof=1)),
             "frequencies": [one.frequencies.tolist() for one in point.parts],
             "frequencies_std": [one.frequencies_std.tolist() for one in point.parts if one.frequencies_std is not None],
@@ -446,9 +451,14 @@ def _checked(path: Path, given: dict[str, Any]) -> KinMLCalculator | None:
     if not names:
         raise ConfigError(f"{path}: there is no nn_model: give a list of model files")
     first = names[0] if isinstance(names, list) else names
-    if str(first).startswith("tblite:"):
-        return None
-    calculator = KinMLCalculator(model_file.resolve(names))
+    try:
+        if str(first).startswith("tblite:"):
+            low_level.make(first, KinMLCalculator)  # says if there is none
+            return None
+        calculator = KinMLCalculator(model_file.resolve(names))
+    except InputError as error:
+        raise type(error)(f"{path}: nn_model: {error}") from error
+    warn_without_forces(names)
     unknown = sorted(_words(given.get("structure")) - set(calculator.model.elements))
     if unknown:
         raise DataError(

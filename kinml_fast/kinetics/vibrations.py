@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import ase.units
 import numpy as np
@@ -19,8 +20,9 @@ from ase.thermochemistry import IdealGasThermo
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 
+from kinml_fast.deploy import members, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
-from kinml_fast.errors import ConfigError, DataError
+from kinml_fast.errors import ConfigError, DataError, InputError, first_line
 from kinml_fast.kinetics import symmetry
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 FMAX = 1e-3
 """eV/Å, the largest force on an atom of what counts as a minimum or saddle point."""
 STEPS = 500
+Optimiser = Literal["bfgs", "sella"]
+"""What goes to a minimum."""
 _WAVENUMBER = ase.units._hbar * 1e10 / np.sqrt(ase.units._e * ase.units._amu) / ase.units.invcm
 """cm⁻¹ of the angular frequency √(eV/(Å² u))."""
 _MILLIDYNE = ase.units._e * 1e18
@@ -60,6 +64,10 @@ class Vibrations:
         [M, k], cm⁻¹, what each of M members gives for these modes; None of a single model.
     member_energies
         [M], eV; None of a single model.
+    energy_factor, factors
+        Factors of the members' deviations, of the energy and [k] of the modes; 1 of what is not calibrated. The factor
+        of a mode is the root of the mean square of the factors of forces (`members.factors`), atoms counting by
+        the squares of their displacements: a second derivative along a mode is that of the forces along it.
     geometry, symmetry_number
         monatomic, linear or nonlinear, and the rotational symmetry number.
     """
@@ -73,6 +81,8 @@ class Vibrations:
     reduced_masses: np.ndarray
     members: np.ndarray | None
     member_energies: np.ndarray | None
+    energy_factor: float
+    factors: np.ndarray
     geometry: symmetry.Shape
     symmetry_number: int
 
@@ -92,20 +102,32 @@ class Vibrations:
         return float(_zero_point_energies(self.frequencies))
 
     @property
-    def member_zero_point_energies(self) -> np.ndarray | None:
-        """[M], eV, what each member gives."""
-        return None if self.members is None else _zero_point_energies(self.members)
+    def calibrated_members(self) -> np.ndarray | None:
+        """[M, k], cm⁻¹, the members with their differences from the mean multiplied by the factors."""
+        return None if self.members is None else _widened(self.members, self.factors)
+
+    @property
+    def calibrated_energies(self) -> np.ndarray | None:
+        """[M], eV, the energies of the members likewise; differences of two points deviate as these differences do."""
+        return None if self.member_energies is None else _widened(self.member_energies, self.energy_factor)
+
+    @property
+    def calibrated_zero_point_energies(self) -> np.ndarray | None:
+        """[M], eV, of the modes of `calibrated_members` that are real."""
+        members = self.calibrated_members
+        return None if members is None else _zero_point_energies(members)
 
     @property
     def zero_point_energy_std(self) -> float | None:
-        """eV, the standard deviation of the members (ddof = 1)."""
-        energies = self.member_zero_point_energies
+        """eV, the calibrated standard deviation of the members (ddof = 1)."""
+        energies = self.calibrated_zero_point_energies
         return None if energies is None else float(energies.std(ddof=1))
 
     @property
     def frequencies_std(self) -> np.ndarray | None:
-        """[k], cm⁻¹, standard deviations of the members (ddof = 1)."""
-        return None if self.members is None else self.members.std(axis=0, ddof=1)
+        """[k], cm⁻¹, calibrated standard deviations of the members (ddof = 1)."""
+        members = self.calibrated_members
+        return None if members is None else members.std(axis=0, ddof=1)
 
     def thermochemistry(
         self, temperature: float = 298.15, pressure: float = 101325.0, spin: float = 0.0
@@ -187,10 +209,11 @@ def vibrate(
     atoms: Atoms,
     calculator: KinMLCalculator,
     *,
-    optimise: bool = False,
+    optimise: bool | Optimiser = False,
     fmax: float = FMAX,
     steps: int = STEPS,
     symmetry_number: int | None = None,
+    tell: Callable[[int, float], None] | None = None,
 ) -> Vibrations:
     """The vibrations of a molecule.
 
@@ -201,16 +224,21 @@ def vibrate(
     calculator
         Of a model or an ensemble.
     optimise
-        Whether to go to the nearest minimum first (ASE's BFGS).
+        Whether to go to the nearest minimum first, and how: bfgs (ASE's), which True means too, or sella, in internal
+        coordinates and from an exact Hessian.
     fmax
         eV/Å, largest force on an atom at the end of that.
     steps
         At most so many.
     symmetry_number
         None: found from the geometry, see `symmetry.rotations`.
+    tell
+        Is called at each step of the optimisation with its number and the largest force in eV/Å.
 
     Raises
     ------
+    ConfigError
+        Sella is not installed.
     DataError
         A crystal; a molecule that falls apart, or is not at a minimum after all steps; what the calculator refuses.
     """
@@ -223,9 +251,8 @@ def vibrate(
     atoms = Atoms(atoms.symbols, atoms.positions, masses=atoms.get_masses())
     atoms.calc = calculator
     if optimise:
-        _optimise(atoms, fmax, steps)
-    energy, forces = atoms.get_potential_energy(), atoms.get_forces()
-    largest = float(np.linalg.norm(forces, axis=1).max())
+        _optimise(atoms, "bfgs" if optimise is True else optimise, fmax, steps, tell)
+    energy, largest = atoms.get_potential_energy(), largest_force(atoms)
     if largest > fmax:
         log.warning(
             "%s: the largest force is %.3g eV/Å, so this is no minimum or saddle point and its frequencies mean little",
@@ -236,11 +263,13 @@ def vibrate(
     hessians = calculator.get_hessians(atoms)
     hessian = hessians.mean(axis=0)
     squares, modes = _normal_modes(atoms, hessian)
-    members = None
+    of_members = None
     if len(hessians) > 1:  # to first order, for the modes of the mean: none is mistaken for another
-        members = _frequencies(np.einsum("ki,mij,kj->mk", modes, hessians, modes))
+        of_members = _frequencies(np.einsum("ki,mij,kj->mk", modes, hessians, modes))
     lengths = np.square(modes).sum(axis=1)
     shown = modes.reshape(len(modes), len(atoms), 3)
+    energy_factor, force_factors = members.factors(calculator.model, atoms.get_chemical_symbols())
+    shares = np.square(shown).sum(axis=2) / lengths[:, None]
     return Vibrations(
         atoms=Atoms(atoms.symbols, atoms.positions, masses=atoms.get_masses()),
         energy=float(energy),
@@ -249,11 +278,23 @@ def vibrate(
         frequencies=_frequencies(squares),
         modes=shown / np.linalg.norm(shown, axis=2).max(axis=1)[:, None, None],
         reduced_masses=1 / lengths,
-        members=members,
+        members=of_members,
         member_energies=None if member_energies is None else np.array(member_energies),
+        energy_factor=energy_factor,
+        factors=np.sqrt(shares @ np.square(force_factors)),
         geometry=symmetry.shape(atoms),
         symmetry_number=symmetry.rotations(atoms) if symmetry_number is None else symmetry_number,
     )
+
+
+def warn_without_forces(model: model_file.Source | Sequence[model_file.Source]) -> None:
+    """Log a warning on files of models that no forces were trained on."""
+    for path in model_file.without_forces(model):
+        log.warning(
+            "%s: was trained on energies alone, so that minima, saddle points and frequencies may be far off: train "
+            "with training.loss.forces=true",
+            path,
+        )
 
 
 def fragments(atoms: Atoms) -> int:
@@ -263,23 +304,55 @@ def fragments(atoms: Atoms) -> int:
     return int(connected_components(bonded, directed=False)[0])
 
 
-def _optimise(atoms: Atoms, fmax: float, steps: int) -> None:
-    before = fragments(atoms)
-    with BFGS(atoms, logfile=None) as optimiser:
-        for _ in optimiser.irun(fmax=fmax, steps=steps):
-            if fragments(atoms) > before:
-                raise DataError(
-                    f"{atoms.symbols} falls apart while it is optimised (step {optimiser.nsteps}, "
-                    f"{fragments(atoms)} fragments instead of {before}): start from another geometry, or the model "
-                    "does not know this molecule"
-                )
-        converged = np.linalg.norm(atoms.get_forces(), axis=1).max() <= fmax
+def largest_force(atoms: Atoms) -> float:
+    """eV/Å, on an atom."""
+    return float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+
+
+def sella() -> Any:
+    """The module Sella, if it is installed."""
+    try:
+        import sella
+    except ImportError as error:
+        raise ConfigError(f"this needs Sella, which cannot be imported ({error}): pip install sella") from error
+    return sella
+
+
+def _optimise(atoms: Atoms, how: Optimiser, fmax: float, steps: int, tell: Callable[[int, float], None] | None) -> None:
+    before, converged = fragments(atoms), False
+    with _optimiser(atoms, how) as optimiser:
+        try:
+            for reached in optimiser.irun(fmax=fmax, steps=steps):
+                converged = bool(reached)
+                if tell is not None:
+                    tell(optimiser.nsteps, largest_force(atoms))
+                if fragments(atoms) > before:
+                    raise DataError(
+                        f"{atoms.symbols} falls apart while it is optimised (step {optimiser.nsteps}, "
+                        f"{fragments(atoms)} fragments instead of {before}): start from another geometry, or the model "
+                        "does not know this molecule"
+                    )
+        except InputError:
+            raise
+        except Exception as error:  # far from all data Sella runs into whatever its matrices do
+            raise DataError(
+                f"{atoms.symbols} cannot be optimised ({first_line(error)}): start from another geometry, or take bfgs"
+            ) from error
     if not converged:
         raise DataError(
-            f"{atoms.symbols} is at no minimum after {steps} steps (largest force "
-            f"{np.linalg.norm(atoms.get_forces(), axis=1).max():.3g} eV/Å): allow more steps or a larger fmax"
+            f"{atoms.symbols} is at no minimum after {steps} steps (largest force {largest_force(atoms):.3g} eV/Å): "
+            "allow more steps or a larger fmax"
         )
     log.info("%s: at a minimum after %d steps", atoms.symbols, optimiser.nsteps)
+
+
+def _optimiser(atoms: Atoms, how: Optimiser) -> Any:
+    if how == "bfgs":
+        return BFGS(atoms, logfile=None)
+    if how != "sella":
+        raise ConfigError(f"there is no optimiser {how}: give bfgs or sella")
+    exact = {"eig": True, "hessian_function": atoms.calc.get_hessian}
+    return sella().Sella(atoms, order=0, internal=len(atoms) > 3, logfile=None, **exact)
 
 
 def _normal_modes(atoms: Atoms, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -303,6 +376,12 @@ def _inside(atoms: Atoms) -> np.ndarray:
 def _frequencies(squares: np.ndarray) -> np.ndarray:
     """cm⁻¹ of squares of angular frequencies in eV/(Å² u), negative of negative ones."""
     return np.sign(squares) * np.sqrt(np.abs(squares)) * _WAVENUMBER
+
+
+def _widened(values: np.ndarray, factors: np.ndarray | float) -> np.ndarray:
+    """Values [M, ...] of members with their differences from the mean multiplied."""
+    mean = values.mean(axis=0)
+    return mean + (values - mean) * factors
 
 
 def _zero_point_energies(frequencies: np.ndarray) -> np.ndarray:

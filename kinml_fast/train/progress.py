@@ -26,9 +26,12 @@ class Progress:
     ----------
     processes : int
         How many train together; rates are those of all.
+    console : Console or None
+        The terminal, if there is one.
     """
 
     processes = 1
+    console: Console | None = None
 
     def begin(self, epochs: int, first: int) -> None:
         """A run from epoch `first` to `epochs` starts."""
@@ -74,6 +77,7 @@ class LiveProgress(Progress):
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
+        self.console = console
         columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("{task.description}"))
         # The trainer's own rhythm draws it: no thread that takes the interpreter away from short batches.
         self.bar = Bar(*columns, console=console, auto_refresh=False, transient=True)
