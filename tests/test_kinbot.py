@@ -290,7 +290,7 @@ INPUT = {"qc": "nn_pes", "use_sella": 1, "nn_model": ["m.pt"], "queuing": "local
         ({"nn_model": []}, "there is no nn_model: give a list of model files"),
         ({"nn_model": ["nowhere.pt"]}, "nn_model: nowhere.pt: cannot be read (No such file or directory)"),
         ({"nn_model": ["in.json"]}, "nn_model: in.json: is no model file: name one that was written by training"),
-        ({"nn_model": ["cut.pt"]}, "nn_model: cut.pt: is damaged"),
+        ({"nn_model": ["cut.pt"]}, "nn_model: cut.pt: is no model file, or damaged ("),
         ({"nn_model": ["delta.pt"]}, "nn_model: the model gives differences of fidelity 1 to fidelity 0"),
         ({"nn_model": ["m.pt", "other.pt"]}, "other.pt knows the elements H O, but m.pt C H N O"),
         ({"nn_model": 3}, "nn_model: int is no model: give a model, its file or run folder, or a list of these"),
