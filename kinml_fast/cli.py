@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     vibrations.add_argument("--temperature", type=float, default=298.15, help="K (%(default)s)")
     vibrations.add_argument("--pressure", type=float, default=101325.0, help="Pa (%(default)s)")
     vibrations.add_argument("--symmetry-number", type=int, metavar="N", help="default: that of the geometry")
-    vibrations.add_argument("--spin", type=float, default=0.0, help="0.5 of a radical (%(default)s)")
+    vibrations.add_argument("--spin", type=float, help="default: 0, or 0.5 with an odd number of electrons")
     vibrations.add_argument(
         "-o", "--output", metavar="out.json", help="write everything, Hessian and modes too; .yml: as ARC has it"
     )

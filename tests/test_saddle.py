@@ -275,6 +275,31 @@ def test_an_unfinished_search_of_something_else_is_refused(tmp_path, capsys):
     assert results(out)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["saddle.xyz", "-o", "."], "saddle.xyz: is what is read and would be overwritten"),
+        (["in.xyz", "-o", "mine"], "mine/path.xyz: was not written by a search before"),
+        (["in.xyz", "-o", "in.xyz"], "in.xyz: cannot be made (File exists)"),
+        (["in.xyz", "-o", "new", "--fmax", "nan"], "give a force above 0 and at least 1 step"),
+        (["in.xyz", "-o", "new", "--steps", "0"], "give a force above 0 and at least 1 step"),
+        (["in.xyz", "-o", "new", "--images", "0"], "0 images: give a number of at least 1"),
+    ],
+)
+def test_what_is_there_stays(tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    model_file.save(tmp_path / "m.pt", model())
+    for name in ("in.xyz", "saddle.xyz"):
+        ase.io.write(tmp_path / name, flat(), format="xyz")
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/path.xyz", "mine/.other.part"):
+        (tmp_path / name).write_text("of somebody")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["saddle", "m.pt", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_steps_are_shown_on_a_terminal(tmp_path):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=120)

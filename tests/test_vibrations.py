@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import ase.io
+import ase.units
 import numpy as np
 import pytest
 import torch
@@ -240,7 +241,8 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["vibrations", *arguments, "-o", out, "--modes", modes]) == 0
     said = capsys.readouterr().out
     assert "in.xyz/1: C2H2, linear, symmetry number 2" in said
-    assert "at 500 K and 101325 Pa: energy" in said
+    assert "at 500 K and 101325 Pa, spin 0.5: energy" in said
+    assert "in.xyz: frame 1: a spin of 0.5 does not fit the number of electrons of C2H2 without a charge" in said
     first, second = json.loads((tmp_path / "out.json").read_text())
     assert (len(first["frequencies"]), len(second["frequencies"])) == (7, 12)
     assert np.shape(second["hessian"]) == (18, 18)
@@ -253,12 +255,30 @@ def test_from_the_command_line(tmp_path, capsys):
     assert moved.max() == pytest.approx(0.3, abs=1e-6)
     for wrong, sentence in (
         (["--temperature", "0"], "give a temperature and a pressure above 0"),
+        (["--temperature", "nan"], "give a temperature and a pressure above 0"),
+        (["--pressure", "inf"], "give a temperature and a pressure above 0"),
+        (["--fmax", "nan"], "give a force above 0 and at least 1 step"),
+        (["--steps", "0"], "give a force above 0 and at least 1 step"),
+        (["-o", str(tmp_path / "none" / "out.json")], "out.json: cannot be written (No such file or directory)"),
+        (["--modes", str(tmp_path / "in.xyz")], "in.xyz: cannot be made (File exists)"),
         (["--spin", "0.3"], "a spin of 0.3"),
         (["-o", str(tmp_path / "in.xyz")], "is what is read and would be overwritten"),
         (["--steps", "1", "--optimize"], "in.xyz: frame 1: "),
     ):
         assert main(["vibrations", *arguments, *wrong]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_the_spin_of_a_radical_is_that_of_its_electrons(tmp_path, capsys):
+    model_file.save(tmp_path / "m.pt", model())
+    ase.io.write(tmp_path / "in.xyz", [molecule("CH3"), molecule("H2O")], format="xyz")
+    assert main(["vibrations", str(tmp_path / "m.pt"), str(tmp_path / "in.xyz"), "-o", str(tmp_path / "o.json")]) == 0
+    radical, water = json.loads((tmp_path / "o.json").read_text())
+    assert (radical["spin"], water["spin"]) == (0.5, 0.0)
+    assert "does not fit" not in capsys.readouterr().out
+    found = vibrate(molecule("CH3"), KinMLCalculator(tmp_path / "m.pt"))
+    doublet, singlet = (found.thermochemistry(spin=spin)["entropy"] for spin in (None, 0.0))
+    assert doublet - singlet == pytest.approx(ase.units.kB * np.log(2))
 
 
 def test_a_model_that_no_forces_were_trained_on_is_said(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import sqlite3
@@ -109,8 +110,12 @@ def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike], s
     ------
     ConfigError
         It is one of the inputs, or has another suffix.
+    InputError
+        There is no such folder to write it into.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written ({os.strerror(errno.ENOENT)}): choose a folder that can")
     for other in map(Path, inputs):
         if path.resolve() == other.resolve():
             raise ConfigError(f"{path}: is what is read and would be overwritten: give the output another name")

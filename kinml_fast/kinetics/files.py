@@ -23,7 +23,15 @@ from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import ConfigError, DataError, InputError
 from kinml_fast.kinetics import saddle
 from kinml_fast.kinetics.record import Live, Record
-from kinml_fast.kinetics.vibrations import FMAX, STEPS, Optimiser, Vibrations, vibrate, warn_without_forces
+from kinml_fast.kinetics.vibrations import (
+    FMAX,
+    STEPS,
+    Optimiser,
+    Vibrations,
+    lowest_spin,
+    vibrate,
+    warn_without_forces,
+)
 from kinml_fast.units import KCAL_PER_MOL
 
 if TYPE_CHECKING:
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OUTPUTS = ("saddle.xyz", "path.xyz", "minima.xyz", "saddle.json", "path.png")
+"""Files of a reaction, in the order in which they are written but for saddle.json, the last."""
 UNFINISHED = "unfinished"
 """The folder in that of a reaction in which its stages are kept until its end."""
 
@@ -45,7 +55,7 @@ def vibrations(
     temperature: float = 298.15,
     pressure: float = 101325.0,
     symmetry_number: int | None = None,
-    spin: float = 0.0,
+    spin: float | None = None,
     out_path: str | os.PathLike | None = None,
     modes: str | os.PathLike | None = None,
     base: BaseCalculator | str | None = None,
@@ -77,13 +87,16 @@ def vibrations(
     InputError
         A file that cannot be read or written, or what `vibrate` raises, with the frame.
     """
-    if temperature <= 0 or pressure <= 0:
+    if not (0 < temperature < np.inf and 0 < pressure < np.inf):
         raise ConfigError(f"{temperature:g} K and {pressure:g} Pa: give a temperature and a pressure above 0")
-    if spin < 0 or 2 * spin != int(2 * spin):
+    if spin is not None and not (0 <= spin < np.inf and (2 * spin).is_integer()):
         raise ConfigError(f"a spin of {spin:g}: give 0, 0.5, 1 …, half the number of unpaired electrons")
+    _check_limits(fmax, steps)
     path = expand_one(in_path)
     if out_path is not None:
         check_output(out_path, [path, *model_file.files(model_path)], (".json", ".yml"))
+    if modes is not None:
+        _made(Path(modes))
     calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
     warn_without_forces(model_path)
     found, entries = [], []
@@ -93,9 +106,16 @@ def vibrations(
             one = vibrate(atoms, calculator, optimise=optimise, fmax=fmax, steps=steps, symmetry_number=symmetry_number)
         except DataError as error:
             raise DataError(f"{path}: frame {number}: {error}") from error
-        gas = one.thermochemistry(temperature, pressure, spin)
-        log.info("%s", table(f"{path.name}/{number}", one, gas, temperature, pressure))
-        entries.append({**one.to_dict(), "temperature": temperature, "pressure": pressure, "spin": spin, **gas})
+        of_electrons = lowest_spin(one.atoms)
+        taken = of_electrons if spin is None else spin
+        if (taken - of_electrons) % 1:
+            log.warning(
+                "%s: a spin of %g does not fit the number of electrons of %s without a charge; take %g, %g …",
+                *(f"{path}: frame {number}", taken, one.atoms.symbols, of_electrons, of_electrons + 1),
+            )
+        gas = one.thermochemistry(temperature, pressure, taken)
+        log.info("%s", table(f"{path.name}/{number}", one, gas, temperature, pressure, taken))
+        entries.append({**one.to_dict(), "temperature": temperature, "pressure": pressure, "spin": taken, **gas})
         if modes is not None:
             _animate(Path(modes), f"{path.stem}-{number}", one)
         found.append(one)
@@ -151,14 +171,23 @@ def reaction(
         A file that cannot be read or written, another number of frames, a folder with an unfinished search of something
         else, or what the functions of `saddle` raise, after which nothing unfinished is left.
     """
+    _check_limits(fmax, steps)
+    if images < 1:
+        raise ConfigError(f"{images} images: give a number of at least 1")
     path = expand_one(in_path)
     Selection(format=form)
     frames = list(xyz.frames(path, form))
     if len(frames) not in (1, 2):
         raise DataError(f"{path}: has {len(frames)} frames: give one, a guess of the saddle point, or two minima")
     into = _made(Path(folder))
-    for part in into.glob(".*.part"):  # of a process that was killed while it wrote
-        part.unlink(missing_ok=True)
+    for name in _OUTPUTS:
+        check_output(into / name, [path, *model_file.files(model_path)])
+        for part in into.glob(f".{name}.*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+    if not ((into / UNFINISHED).is_dir() or (into / "saddle.json").is_file()):
+        foreign = [name for name in _OUTPUTS if (into / name).exists()]
+        if foreign:
+            raise ConfigError(f"{into / foreign[0]}: was not written by a search before: choose another folder")
     calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
     warn_without_forces(model_path)
     with Live(console, steps) as live:
@@ -194,6 +223,11 @@ def reaction(
     log.info("%s", barriers(found, both))
     log.info("wrote %s", into)
     return found, way, both
+
+
+def _check_limits(fmax: float, steps: int) -> None:
+    if not 0 < fmax < np.inf or steps < 1:
+        raise ConfigError(f"a largest force of {fmax:g} eV/Å, {steps} steps: give a force above 0 and at least 1 step")
 
 
 def _inputs(
@@ -280,7 +314,7 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def table(name: str, found: Vibrations, gas: dict[str, float], temperature: float, pressure: float) -> str:
+def table(name: str, found: Vibrations, gas: dict[str, float], temperature: float, pressure: float, spin: float) -> str:
     """Modes and energies as lines of text; of an ensemble with the standard deviations of its members."""
     stds = found.frequencies_std
     what = {0: "a minimum", 1: "a saddle point"}.get(found.imaginary, f"{found.imaginary} imaginary modes")
@@ -301,8 +335,9 @@ def table(name: str, found: Vibrations, gas: dict[str, float], temperature: floa
         + " kcal/mol"
     )
     rows.append(
-        f"at {temperature:g} K and {pressure:g} Pa: energy {found.energy:.5f} eV, enthalpy {gas['enthalpy']:.5f} eV, "
-        f"entropy {gas['entropy'] * 1000:.4f} meV/K, free energy {gas['free_energy']:.5f} eV"
+        f"at {temperature:g} K and {pressure:g} Pa, spin {spin:g}: energy {found.energy:.5f} eV, "
+        f"enthalpy {gas['enthalpy']:.5f} eV, entropy {gas['entropy'] * 1000:.4f} meV/K, "
+        f"free energy {gas['free_energy']:.5f} eV"
     )
     return "\n".join(rows)
 

@@ -40,6 +40,11 @@ _BONDED = 1.4
 """Times the sum of covalent radii: farther apart, two atoms are not bonded."""
 
 
+def lowest_spin(atoms: Atoms) -> float:
+    """0 of a molecule whose number of electrons is even without a charge, 0.5 of another."""
+    return 0.5 * (int(atoms.numbers.sum()) % 2)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vibrations:
     """Harmonic vibrations of a molecule of n atoms, k of them.
@@ -130,7 +135,7 @@ class Vibrations:
         return None if members is None else members.std(axis=0, ddof=1)
 
     def thermochemistry(
-        self, temperature: float = 298.15, pressure: float = 101325.0, spin: float = 0.0
+        self, temperature: float = 298.15, pressure: float = 101325.0, spin: float | None = None
     ) -> dict[str, float]:
         """Enthalpy, entropy and free energy as an ideal gas of rigid rotors and harmonic oscillators (ASE's).
 
@@ -141,7 +146,7 @@ class Vibrations:
         pressure
             Pa.
         spin
-            Total electron spin: 0 with all electrons paired, 0.5 of a radical.
+            Total electron spin: 0 with all electrons paired, 0.5 of a radical; None: `lowest_spin`.
 
         Returns
         -------
@@ -149,6 +154,7 @@ class Vibrations:
             ``enthalpy`` and ``free_energy`` in eV with the potential energy in them, ``entropy`` in eV/K. Imaginary
             modes are left out.
         """
+        spin = lowest_spin(self.atoms) if spin is None else spin
         real = (self.frequencies[self.frequencies > 0] * ase.units.invcm).tolist()
         gas = IdealGasThermo(
             real, self.geometry, self.energy, self.atoms, self.symmetry_number, spin, vib_selection="all"
