@@ -625,7 +625,8 @@ def adam_step(
     """One step of Adam (Kingma, Ba, arXiv 1412.6980) or, if ``decoupled``, AdamW (arXiv 1711.05101), in place.
 
     ``parameter``, ``mean``, ``square`` and, with AMSGrad, ``largest`` have one shape and are contiguous. ``step``,
-    one float32 number, says how many steps were done before; it is one more afterwards. Under ``torch.no_grad``.
+    one float64 number (float32 stays at 2^24), says how many steps were done before; it is one more afterwards.
+    Under ``torch.no_grad``.
     """
     _OPS.adam_step(
         parameter, gradient, mean, square, largest, learning_rate, beta1, beta2, eps, weight_decay, decoupled, step

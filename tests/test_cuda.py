@@ -246,7 +246,8 @@ def test_the_ops_of_a_step_do_not_wait(device):
     step = moved(case.step_arguments(False, [3, 0, 1, 300]), device)
     stored = moved(Case().step_arguments(True, [3, 0, 1]), device)
     flat = arguments["parameters"]
-    state, steps = (torch.zeros_like(flat), torch.zeros_like(flat)), torch.zeros((), device=device)
+    state = torch.zeros_like(flat), torch.zeros_like(flat)
+    steps = torch.zeros((), dtype=torch.float64, device=device)
     torch.cuda.set_sync_debug_mode("error")
     try:
         ops.energy_forces(**arguments)

@@ -127,7 +127,7 @@ def _adam(flat: torch.Tensor) -> None:
     zeros = [torch.zeros_like(flat) for _ in range(2)]
     gradient = torch.zeros_like(flat)
     gradient[1] = 1.0  # one number, which no sample need see
-    step = torch.zeros((), dtype=torch.float32)
+    step = torch.zeros((), dtype=torch.float64)
     OPS.adam_step(flat, gradient, *zeros, None, 0.1, 0.9, 0.999, 1e-8, 0.0, False, step)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import math
@@ -88,7 +89,33 @@ def test_adam_is_that_of_torch(name, amsgrad, weight_decay):
     ours, theirs = (optimizer.state_dict()["state"][0] for optimizer in (ours, theirs))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-15, check_dtype=name != "step")
+
+
+def test_steps_are_counted_in_float64_from_any_state():
+    def optimizer_of(weights):
+        return make_optimizer([weights], OptimizerConfig(name="adam", learning_rate=0.01, betas=[0.9, 1 - 1e-8]))
+
+    a, b = (torch.nn.Parameter(torch.arange(5.0, dtype=torch.float64)) for _ in range(2))
+    ours, other = optimizer_of(a), optimizer_of(b)
+    a.grad = b.grad = torch.ones_like(a)
+    ours.step()
+    # A checkpoint of before: what it says of the steps is a float32. The run goes on with the same bits.
+    saved = copy.deepcopy(ours.state_dict())
+    saved["state"][0]["step"] = saved["state"][0]["step"].float()
+    b.data.copy_(a.data)
+    other.load_state_dict(saved)
+    for optimizer in (ours, other):
+        optimizer.step()
+    assert torch.equal(a, b)
+    assert other.state[b]["step"].dtype == torch.float64
+    assert saved["state"][0]["step"] == 1  # the saved state is left alone
+    # The count goes on where a float32 stops, also when it was saved there.
+    ours.state[a]["step"].fill_(2.0**24)
+    for _ in range(2):
+        ours.step()
+        other.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert other.state[b]["step"] == ours.state[a]["step"] == 2**24 + 2
 
 
 def test_sgd_has_its_options():

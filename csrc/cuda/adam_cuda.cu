@@ -13,7 +13,7 @@ struct AdamStep {
   static constexpr int kThreads = 256;
 
   AdamSettings settings;
-  const float* steps;  // [1]
+  const double* steps;  // [1]
   std::int64_t n, blocks;
   T* parameter;       // [n]
   const T* gradient;  // [n]
@@ -44,11 +44,10 @@ struct AdamStep {
   }
 };
 
-// Behind the step, whose blocks have all read the number. As torch's it is a float32 and stays at
-// 2^24: a correction 1 - beta^step is 1 by then, for beta up to 1 - 2e-6.
+// Behind the step, whose blocks have all read the number.
 struct CountStep {
   static constexpr int kThreads = 32;
-  float* steps;  // [1]
+  double* steps;  // [1]
 
   KINML_DEVICE void operator()(const Block& block) const {
     block.each(1, [&](int) { *steps += 1; });
@@ -58,7 +57,7 @@ struct CountStep {
 }  // namespace
 
 template <class T>
-void adam_step(const AdamSettings& settings, float* steps, std::int64_t n, T* parameter,
+void adam_step(const AdamSettings& settings, double* steps, std::int64_t n, T* parameter,
                const T* gradient, const AdamMoments<T>& moments, Stream stream) {
   const std::int64_t blocks = std::min(kMostBlocks, blocks_for(n, AdamStep<T>::kThreads));
   launch(AdamStep<T>{settings, steps, n, blocks, parameter, gradient, moments}, blocks, stream,
@@ -66,9 +65,9 @@ void adam_step(const AdamSettings& settings, float* steps, std::int64_t n, T* pa
   launch(CountStep{steps}, 1, stream);
 }
 
-template void adam_step<double>(const AdamSettings&, float*, std::int64_t, double*, const double*,
+template void adam_step<double>(const AdamSettings&, double*, std::int64_t, double*, const double*,
                                 const AdamMoments<double>&, Stream);
-template void adam_step<float>(const AdamSettings&, float*, std::int64_t, float*, const float*,
+template void adam_step<float>(const AdamSettings&, double*, std::int64_t, float*, const float*,
                                const AdamMoments<float>&, Stream);
 
 }  // namespace kinml::cuda

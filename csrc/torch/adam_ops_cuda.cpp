@@ -23,7 +23,7 @@ void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor squ
   with_type(parameter, [&](auto zero) {
     using T = decltype(zero);
     cuda::adam_step<T>({learning_rate, beta1, beta2, eps, weight_decay, decoupled, 0},
-                       step.mutable_data_ptr<float>(), parameter.numel(),
+                       step.mutable_data_ptr<double>(), parameter.numel(),
                        parameter.mutable_data_ptr<T>(), g.const_data_ptr<T>(),
                        {mean.mutable_data_ptr<T>(), square.mutable_data_ptr<T>(),
                         largest.has_value() ? largest->mutable_data_ptr<T>() : nullptr},

@@ -185,8 +185,8 @@ inline void check_adam(const at::Tensor& parameter, const at::Tensor& gradient,
                        const at::Tensor& mean, const at::Tensor& square,
                        const std::optional<at::Tensor>& largest, const at::Tensor& step) {
   check_floating(parameter, "parameter");
-  TORCH_CHECK(step.scalar_type() == at::kFloat && step.dim() == 0,
-              "kinml_fast: step must be one float32 number, got ", step.scalar_type(), " of shape ",
+  TORCH_CHECK(step.scalar_type() == at::kDouble && step.dim() == 0,
+              "kinml_fast: step must be one float64 number, got ", step.scalar_type(), " of shape ",
               step.sizes());
   check_device(step, "step", parameter, "parameter");
   const auto check = [&](const at::Tensor& t, const char* name) {

@@ -303,7 +303,7 @@ void adam_step(Tensor parameter, const Tensor& gradient, Tensor mean, Tensor squ
                double beta2, double eps, double weight_decay, bool decoupled, Tensor step) {
   const Tensor g = gradient.contiguous();
   check_adam(parameter, g, mean, square, largest, step);
-  float& steps = *step.mutable_data_ptr<float>();
+  double& steps = *step.mutable_data_ptr<double>();
   steps += 1;
   with_type(parameter, [&](auto zero) {
     using T = decltype(zero);

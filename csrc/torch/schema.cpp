@@ -151,7 +151,7 @@ TORCH_LIBRARY(kinml_fast, m) {
   // ---- optimizer
 
   // One step of Adam or AdamW (csrc/core/adam.h) on a flat parameter, in place; largest for
-  // amsgrad. step: float32, the steps that were done before; one more afterwards. No autograd.
+  // amsgrad. step: float64, the steps that were done before; one more afterwards. No autograd.
   m.def(
       "adam_step(Tensor(a!) parameter, Tensor gradient, Tensor(b!) mean, Tensor(c!) square, "
       "Tensor(d!)? largest, float learning_rate, float beta1, float beta2, float eps, "

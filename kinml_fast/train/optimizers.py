@@ -16,8 +16,9 @@ from kinml_fast.train.config import OptimizerConfig
 class FusedAdam(torch.optim.Adam):
     """torch.optim.Adam and AdamW with the step in one op.
 
-    Same update and same state_dict as torch's; the general step of torch (grouping by device and type, lists, profiler
-    hook) costs more than the arithmetic when all parameters are one small flat tensor.
+    Same update and same state_dict as torch's, but for the count of steps, which is float64: a float32 stays at 2^24.
+    The general step of torch (grouping by device and type, lists, profiler hook) costs more than the arithmetic when
+    all parameters are one small flat tensor.
     """
 
     @torch.no_grad()
@@ -32,7 +33,7 @@ class FusedAdam(torch.optim.Adam):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
                     for name in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
                         state[name] = torch.zeros_like(parameter)
                 ops.adam_step(
@@ -49,6 +50,16 @@ class FusedAdam(torch.optim.Adam):
                     group["decoupled_weight_decay"],
                     state["step"],
                 )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, also torch's or of before, whose counts of steps are float32."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in state_dict["state"]:  # torch has made a float32 of it
+                steps = torch.as_tensor(state_dict["state"][number]["step"], dtype=torch.float64)
+                self.state[parameter]["step"] = steps.to(parameter.device, copy=True)
 
     # torch wraps `step` in a profiler hook (10 µs a call) unless it finds this mark.
     step.hooked = True  # type: ignore[attr-defined]

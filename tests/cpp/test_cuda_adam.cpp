@@ -42,11 +42,11 @@ State<T> on_gpu(const kinml::AdamSettings& settings, State<T> s, bool amsgrad) {
   std::vector<T>* const all[5] = {&s.parameter, &s.gradient, &s.mean, &s.square, &s.largest};
   for (int a = 0; a < 5; ++a)
     for (Index i = 0; i < n; ++i) arrays[a][i] = (*all[a])[static_cast<std::size_t>(i)];
-  float steps = static_cast<float>(settings.step - 1);
+  double steps = static_cast<double>(settings.step - 1);
   kinml::cuda::adam_step<T>(
       settings, &steps, n, arrays[0].data(), arrays[1].data(),
       {arrays[2].data(), arrays[3].data(), amsgrad ? arrays[4].data() : nullptr}, nullptr);
-  CHECK(steps == static_cast<float>(settings.step));
+  CHECK(steps == static_cast<double>(settings.step));
   for (int a = 0; a < 5; ++a)
     for (Index i = 0; i < n; ++i) (*all[a])[static_cast<std::size_t>(i)] = arrays[a][i];
   return s;
@@ -95,6 +95,9 @@ void test_type() {
     test_step<T>(penalty, n, false);
     test_step<T>(decoupled, n, true);
   }
+  // A correction that is still not 1 when a float32 would have stopped counting.
+  const kinml::AdamSettings many{2e-3, 0.9, 1 - 1e-8, 1e-6, 0.0, false, (1 << 24) + 3};
+  test_step<T>(many, 300, false);
   if (!check::short_run()) test_step<T>(decoupled, 256 * 2048 + 3, true);
 }
 
