@@ -18,6 +18,9 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kFewNeighbours = 48;               // for which there is memory on the chip
 constexpr Index kMostBlocks = 1024;              // of a kernel
 constexpr Index kListMemory = Index(256) << 20;  // bytes for lists of many neighbours, about
+constexpr Index kCrowdMemory = kListMemory / 2;  // of crowds
+constexpr Index kKeptMemory = Index(512) << 20;  // for kept products of more than kLeastKept
+constexpr int kCrowd = -2;                       // their number, of a centre that has more
 constexpr Index kChipMemory = Index(96) << 10;   // bytes that a block has on any GPU
 constexpr Index kStep = Index(1) << 20;          // items of one step, at most
 
@@ -25,6 +28,7 @@ constexpr Index kStep = Index(1) << 20;          // items of one step, at most
 // workspace for those that have more of them, where there is only what depends on their number.
 template <class N>
 struct WarpMemory {
+  int* found;  // [1] for `next`; the first in the memory on the chip
   Neighbours<N> neighbours;
   N* p;  // [capacity, 3]
   TripleScratch<N> triples;
@@ -33,6 +37,7 @@ struct WarpMemory {
   template <class T>
   KINML_HD void take(Pieces& pieces, const AevArguments<T>& aev, int capacity, bool distinct,
                      bool transposed, bool on_chip) {
+    if (on_chip) found = pieces.take<int>(1);
     neighbours = take_neighbours<N>(pieces, aev.n_species, capacity, distinct, transposed);
     p = pieces.take<N>(transposed ? 3 * Index(capacity) : 0);
     if (!on_chip) return;
@@ -57,7 +62,16 @@ struct EnvironmentArguments {
   Index tables_bytes = 0, warp_bytes = 0, list_bytes = 0;
   char* lists = nullptr;  // [blocks, kWarps, list_bytes]
   int few = 0, most = 0;  // neighbours for which a warp has memory on the chip and in its list
+  // Marks of those with a centre that has more: of centres [n_atoms], where a block goes over
+  // structures of these; null if none can have more.
+  int* crowded = nullptr;
+  bool crowds = false;  // whether the marked ones are meant alone, instead of being marked
 };
+
+// Of those that warp w of a block takes.
+KINML_DEVICE Index first_centre(const Block& block, int w) {
+  return Index(block.index()) * kWarps + w;
+}
 
 // How kernels find environments, with candidates of type C: those for atoms alone need fewer
 // registers.
@@ -67,7 +81,9 @@ struct Environments : EnvironmentArguments<T> {
       EnvironmentArguments<T>::cells, EnvironmentArguments<T>::images,
       EnvironmentArguments<T>::tangent, EnvironmentArguments<T>::tables_bytes,
       EnvironmentArguments<T>::warp_bytes, EnvironmentArguments<T>::list_bytes,
-      EnvironmentArguments<T>::lists, EnvironmentArguments<T>::few, EnvironmentArguments<T>::most;
+      EnvironmentArguments<T>::lists, EnvironmentArguments<T>::few, EnvironmentArguments<T>::most,
+      EnvironmentArguments<T>::blocks, EnvironmentArguments<T>::crowded,
+      EnvironmentArguments<T>::crowds;
   static constexpr bool kDistinct = std::is_same_v<C, AtomCandidates>;
 
   KINML_DEVICE Centre centre(Index atom) const {
@@ -77,6 +93,40 @@ struct Environments : EnvironmentArguments<T> {
     return system.centres != nullptr && centre.structure >= 0 &&
            centre.structure < system.n_structures &&
            centre.atom >= system.offsets[centre.structure] + system.centres[centre.structure];
+  }
+  // The first k, from this one on, of the items first + k stride < n that is meant; any beyond them
+  // if there is none.
+  // found  // [1]
+  KINML_DEVICE int next(const Warp& warp, Index n, Index first, Index stride, int k,
+                        int* found) const {
+    if (!crowds) return k;
+    for (; first + k * stride < n; k += 32) {
+      const Index left = (n - first - k * stride + stride - 1) / stride;
+      const int there = warp.select(
+          left < 32 ? static_cast<int>(left) : 32,
+          [&](int more) { return crowded[first + (k + more) * stride] != 0; },
+          [&](int more, int place) {
+            if (place == 0) *found = more;
+          });
+      if (there > 0) return k + *found;
+    }
+    return k;
+  }
+  // f(centre), which says whether it is a crowd, for those that a warp takes.
+  template <class F>
+  KINML_DEVICE void each_centre(const Block& block, const Warp& warp, int w, const F& f) const {
+    int* const found = reinterpret_cast<int*>(block.memory() + tables_bytes + w * warp_bytes);
+    for (int k = 0;; ++k) {
+      k = next(warp, system.n_atoms, first_centre(block, w), blocks * kWarps, k, found);
+      const Index i = first_centre(block, w) + k * blocks * kWarps;
+      if (i >= system.n_atoms) return;
+      mark(warp, i, f(centre(i)));
+    }
+  }
+  // A centre or structure.
+  template <class Group>
+  KINML_DEVICE void mark(const Group& group, Index item, bool crowd) const {
+    if (crowded != nullptr && !crowds) group.each(1, [&](int) { crowded[item] = crowd; });
   }
   KINML_DEVICE Atoms<T> atoms() const { return {system.coordinates, tangent, system.species}; }
   KINML_DEVICE AevTables<T> tables(const Block& block) const {
@@ -170,11 +220,6 @@ struct RepulsionTerms : RepulsionArguments<S> {
   }
 };
 
-// Of those that warp w of a block takes.
-KINML_DEVICE Index first_centre(const Block& block, int w) {
-  return Index(block.index()) * kWarps + w;
-}
-
 // a_i, or J_i v for N = Dual<T>.
 template <class T, class N, class C, class Terms>
 struct RowKernel {
@@ -188,17 +233,18 @@ struct RowKernel {
     const AevTables<T> tables = e.tables(block);
     const Index length = terms.length(tables);
     block.each_warp([&](const Warp& warp, int w) {
-      for (Index i = first_centre(block, w); i < e.system.n_atoms; i += e.blocks * kWarps) {
-        const Centre centre = e.centre(i);
+      e.each_centre(block, warp, w, [&](const Centre& centre) {
+        T* const row = out + centre.atom * length;
         if (e.is_ghost(centre)) {
-          warp.each(static_cast<int>(length), [&](int d) { out[i * length + d] = T(0); });
-          continue;
+          warp.each(static_cast<int>(length), [&](int d) { row[d] = T(0); });
+          return false;
         }
         WarpMemory<N> memory = e.template memory<N>(block, w, false);
         e.find(block, warp, tables, w, false, centre, memory);
-        terms.row(warp, tables, memory.neighbours, memory.triples, e.system.species, i,
-                  out + i * length);
-      }
+        terms.row(warp, tables, memory.neighbours, memory.triples, e.system.species, centre.atom,
+                  row);
+        return memory.neighbours.overflown;
+      });
     });
   }
 };
@@ -217,11 +263,13 @@ struct JacobianKernel {
   KINML_DEVICE void operator()(const Block& block) const {
     const AevTables<T> tables = e.tables(block);
     block.each_warp([&](const Warp& warp, int w) {
-      for (Index i = first_centre(block, w); i < e.system.n_atoms; i += e.blocks * kWarps)
-        run_centre(block, warp, tables, w, e.centre(i));
+      e.each_centre(block, warp, w, [&](const Centre& centre) {
+        return run_centre(block, warp, tables, w, centre);
+      });
     });
   }
-  KINML_DEVICE void run_centre(const Block& block, const Warp& warp, const AevTables<T>& tables,
+  // Whether the centre is a crowd, whose rows are NaN.
+  KINML_DEVICE bool run_centre(const Block& block, const Warp& warp, const AevTables<T>& tables,
                                int w, const Centre& centre) const {
     const int length = terms.length(tables);
     const AtomRange range = atoms_of(e.system, centre.structure);
@@ -246,7 +294,7 @@ struct JacobianKernel {
         rows[begin + item] = spoiled ? aev_detail::kNan<T> : T(0);
       });
     }
-    if (nb.spoiled || !fits || ghost) return;
+    if (nb.spoiled || !fits || ghost) return !ghost && nb.overflown;
     T* const of_centre = rows + 3 * (centre.atom - range.begin);
     for (int moved = 0; moved < nb.count; ++moved) {
       // All images of an atom move with it, and the centre's own with the centre: at the first one.
@@ -260,6 +308,7 @@ struct JacobianKernel {
         warp.each(length, [&](int row) { of_centre[row * columns + d] -= column[row * columns]; });
       }
     }
+    return false;
   }
   // The neighbours, and how they change when one moves along axis d.
   KINML_DEVICE void measure_moved(const Warp& warp, const AevTables<T>& tables,
@@ -291,29 +340,48 @@ struct StructureKernel {
   struct Round {
     int* counts;   // [kWarps] neighbours
     int* in_list;  // [kWarps] whether they are in the warp's list
-    int* spoiled;  // [kWarps]
+    int* spoiled;  // [kWarps] kSpoiled, kSpoiled + kCrowded or 0
+    int* found;    // [1] which structure is next
 
     KINML_HD void take(Pieces& pieces) {
       counts = pieces.take<int>(kWarps);
       in_list = pieces.take<int>(kWarps);
       spoiled = pieces.take<int>(kWarps);
+      found = pieces.take<int>(1);
     }
   };
+  static constexpr int kSpoiled = 1, kCrowded = 2;
 
   KINML_DEVICE void operator()(const Block& block) const {
     const AevTables<T> tables = e.tables(block);
     Pieces pieces(block.memory() + e.tables_bytes + kWarps * e.warp_bytes);
     Round round;
     round.take(pieces);
-    for (Index s = block.index(); s < e.system.n_structures; s += e.blocks)
-      run_structure(block, tables, round, s);
+    for (int k = 0;; ++k) {
+      k = next(block, round, k);
+      const Index s = block.index() + k * e.blocks;
+      if (s >= e.system.n_structures) return;
+      e.mark(block, s, run_structure(block, tables, round, s));
+    }
   }
-  KINML_DEVICE void run_structure(const Block& block, const AevTables<T>& tables,
+  // As of a warp, whose own number is where the counts will be.
+  KINML_DEVICE int next(const Block& block, const Round& round, int k) const {
+    if (!e.crowds) return k;
+    block.each_warp([&](const Warp& warp, int w) {
+      if (w > 0) return;
+      const int found =
+          e.next(warp, e.system.n_structures, block.index(), e.blocks, k, round.counts);
+      warp.each(1, [&](int) { *round.found = found; });
+    });
+    return *round.found;
+  }
+  // Whether there is a crowd among its centres, which makes the result NaN.
+  KINML_DEVICE bool run_structure(const Block& block, const AevTables<T>& tables,
                                   const Round& round, Index s) const {
     const auto [first, end] = atoms_of(e.system, s);
     const Index length = terms.length(tables);
     const Index last = e.system.centres == nullptr || first < 0 ? end : first + e.system.centres[s];
-    bool spoiled = last > end;
+    int spoiled = last > end ? kSpoiled : 0;
     block.each(static_cast<int>(3 * (end - first)), [&](int i) { out[3 * first + i] = 0; });
     for (Index base = first; base < last; base += kWarps) {
       block.each_warp([&](const Warp& warp, int w) {
@@ -328,28 +396,31 @@ struct StructureKernel {
         warp.each(1, [&](int) {
           round.counts[w] = memory.neighbours.count;
           round.in_list[w] = in_list;
-          round.spoiled[w] = memory.neighbours.spoiled;
+          round.spoiled[w] = memory.neighbours.overflown ? kSpoiled + kCrowded
+                             : memory.neighbours.spoiled ? kSpoiled
+                                                         : 0;
         });
       });
       for (int w = 0; w < kWarps && base + w < last; ++w) {
         WarpMemory<N> memory = e.template memory<N>(block, w, true);
         if (round.in_list[w] != 0) e.use_list(block, w, true, memory);
-        spoiled = spoiled || round.spoiled[w] != 0;
+        spoiled |= round.spoiled[w];
         add_products(block, base + w, round.counts[w], memory.neighbours.index, memory.p, T(1),
                      e.kDistinct, out);
       }
     }
     // Whom a list without room for all would have named is not known.
-    if (spoiled)
+    if (spoiled != 0)
       block.each(static_cast<int>(3 * (end - first)),
                  [&](int i) { out[3 * first + i] = aev_detail::kNan<T>; });
+    return (spoiled & kCrowded) != 0;
   }
 };
 
 // The products of all centres of large structures.
 template <class T>
 struct Kept {
-  int* counts;  // [n_atoms] neighbours; -1: the results are NaN
+  int* counts;  // [n_atoms] neighbours; negative: the results are NaN; kCrowd
   int* index;   // [n_atoms, room]
   T* p;         // [n_atoms, room, 3]
   int room;
@@ -379,7 +450,9 @@ struct KeepKernel {
         WarpMemory<N> memory = e.template memory<N>(block, w, true);
         e.find(block, warp, tables, w, true, e.centre(i), memory);
         const Neighbours<N>& nb = memory.neighbours;
-        warp.each(1, [&](int) { kept.counts[i] = nb.spoiled ? -1 : nb.count; });
+        warp.each(1, [&](int) {
+          kept.counts[i] = nb.overflown ? kCrowd : nb.spoiled ? -1 : nb.count;
+        });
         if (nb.spoiled) {
           if (virials != nullptr)
             warp.each(9, [&](int x) { virials[9 * i + x] = aev_detail::kNan<T>; });
@@ -442,6 +515,30 @@ struct GatherKernel {
     Pieces pieces(nullptr);
     pieces.take<T>(3 * Index(kept.room));
     return pieces.taken();
+  }
+};
+
+// Marks the structures with a centre whose products are not kept.
+template <class T>
+struct MarkKernel {
+  static constexpr int kThreads = 256;
+  System<T> system;
+  const int* counts;  // [n_atoms] as kept
+  int* crowded;       // [n_structures]
+
+  KINML_DEVICE void operator()(const Block& block) const {
+    const AtomRange range = atoms_of(system, block.index());
+    int* const any = reinterpret_cast<int*>(block.memory());  // [kThreads]
+    block.each(kThreads, [&](int lane) {
+      any[lane] = 0;
+      for (Index i = range.begin + lane; i < range.end; i += kThreads)
+        if (counts[i] == kCrowd) any[lane] = 1;
+    });
+    block.each(1, [&](int) {
+      int found = 0;
+      for (int lane = 0; lane < kThreads; ++lane) found |= any[lane];
+      crowded[block.index()] = found;
+    });
   }
 };
 
@@ -513,6 +610,7 @@ struct CellMemory {
 template <class T>
 struct Plan {
   EnvironmentArguments<T> e;
+  EnvironmentArguments<T> crowd;  // the same for those with more neighbours than fit into lists
   BlockMemory memory;
   bool keeps = false;
   Kept<T> kept{};
@@ -522,7 +620,7 @@ struct Plan {
       : Plan(parameters, product, system, nullptr, nullptr, nullptr) {}
   Plan(const AevParameters& parameters, AevProduct product, const System<T>& system,
        char* workspace, Stream stream, const Cells* cells)
-      : e{aev_arguments<T>(parameters), system, {}} {
+      : e{aev_arguments<T>(parameters), system, {}}, crowd(e) {
     const Index n_atoms = system.n_atoms;
     const bool transposed = product == AevProduct::vjp || product == AevProduct::hvp;
     const bool plain = product == AevProduct::forward || product == AevProduct::vjp;
@@ -531,27 +629,41 @@ struct Plan {
     // With ghosts or given pairs an atom may be a neighbour of centres that are none of its own.
     keeps = keeps && system.centres == nullptr && system.pair_starts == nullptr;
     // A centre among others has one neighbour less; of images there may be any number.
-    const Index others = !system.distinct() && n_atoms > 0 ? kMostNeighbours
-                         : n_atoms > 0                     ? n_atoms - 1
-                                                           : 0;
+    const Index others = n_atoms == 0        ? 0
+                         : system.distinct() ? at_most(n_atoms - 1, kMostOfCrowd)
+                                             : kMostOfCrowd;
+    const Index of_kept = Index(sizeof(int)) + 3 * Index(sizeof(T));
+    const Index room = !keeps ? kMostNeighbours : kKeptMemory / (n_atoms * of_kept);
     e.few = static_cast<int>(at_most(others, kFewNeighbours));
-    e.most = static_cast<int>(at_most(others, keeps ? kMostKept : kMostNeighbours));
+    e.most = static_cast<int>(
+        at_most(others, at_most(room > kLeastKept ? room : kLeastKept, kMostNeighbours)));
     e.tables_bytes = aev_tables_bytes(e.aev);
     e.warp_bytes = warp_bytes(e.few, transposed, plain, true);
     if (others > kFewNeighbours) e.list_bytes = warp_bytes(e.most, transposed, plain, false);
 
-    const Index rounds = blocks_for(n_atoms, kWarps);
-    e.blocks = transposed && !keeps ? system.n_structures : rounds;
-    e.blocks = at_most(e.blocks, kMostBlocks);
+    const Index rounds = blocks_for(n_atoms, kWarps),
+                items = transposed ? system.n_structures : rounds;
+    e.blocks = at_most(keeps ? rounds : items, kMostBlocks);
     if (e.list_bytes > 0) e.blocks = at_most(e.blocks, kListMemory / (kWarps * e.list_bytes) + 1);
     Pieces round(nullptr);
     typename StructureKernel<T, T, AtomCandidates, VectorTerms>::Round{}.take(round);
     memory.bytes = e.tables_bytes + kWarps * e.warp_bytes + round.taken();
+    crowd = e;
+    if (others > e.most) {
+      crowd.crowds = true;
+      crowd.most = static_cast<int>(others);
+      crowd.list_bytes = warp_bytes(crowd.most, transposed, plain, false);
+      crowd.blocks = at_most(items, kMostBlocks);
+      crowd.blocks = at_most(crowd.blocks, kCrowdMemory / (kWarps * crowd.list_bytes) + 1);
+    }
 
     Pieces pieces(workspace);
-    e.lists = pieces.take<char>(e.blocks * kWarps * e.list_bytes);
-    if (memory.bytes > kChipMemory) memory.global = pieces.take<char>(e.blocks * memory.bytes);
+    const auto of_lists = [](const auto& some) { return some.blocks * kWarps * some.list_bytes; };
+    const Index most_blocks = e.blocks > crowd.blocks ? e.blocks : crowd.blocks;
+    e.lists = pieces.take<char>(of_lists(e) > of_lists(crowd) ? of_lists(e) : of_lists(crowd));
+    if (memory.bytes > kChipMemory) memory.global = pieces.take<char>(most_blocks * memory.bytes);
     if (keeps) kept.take(pieces, n_atoms, e.most);
+    if (crowd.crowds) e.crowded = pieces.take<int>(transposed ? system.n_structures : n_atoms);
     const bool by_cells = large && system.distinct();
     char* const of_cells = pieces.take<char>(by_cells ? aev_cells_bytes(n_atoms) : 0);
     ImageCell* const images = pieces.take<ImageCell>(has_images(system) ? system.n_structures : 0);
@@ -563,7 +675,12 @@ struct Plan {
       e.cells = *cells;
     else if (by_cells)
       e.cells = aev_cells(parameters, system, of_cells, stream);
+    crowd.images = e.images;
+    crowd.cells = e.cells;
+    crowd.lists = e.lists;
+    crowd.crowded = e.crowded;
   }
+  void set_tangent(const T* tangent) { e.tangent = crowd.tangent = tangent; }
 
  private:
   Index warp_bytes(int capacity, bool transposed, bool plain, bool on_chip) const {
@@ -596,31 +713,46 @@ void with_terms(const AevParameters& parameters, const Plan<T>& plan, const F& l
   });
 }
 
+// Launches kernel_with(e) and, if there may be crowds, kernel_with(theirs).
+template <class T, class C, class F>
+void launch_all(const Plan<T>& plan, const Environments<T, C>& e, const F& kernel_with,
+                Stream stream) {
+  launch(kernel_with(e), e.blocks, stream, plan.memory);
+  if (!plan.crowd.crowds) return;
+  launch(kernel_with(Environments<T, C>{plan.crowd}), plan.crowd.blocks, stream, plan.memory);
+}
+
 template <class N, class T>
 void rows(const AevParameters& parameters, const Plan<T>& plan, T* out, Stream stream) {
   with_terms(parameters, plan,
              [&]<class C, class Terms>(const Environments<T, C>& e, const Terms& terms) {
-               launch(RowKernel<T, N, C, Terms>{e, terms, out}, e.blocks, stream, plan.memory);
+               const auto kernel_with = [&](const Environments<T, C>& some) {
+                 return RowKernel<T, N, C, Terms>{some, terms, out};
+               };
+               launch_all(plan, e, kernel_with, stream);
              });
 }
 
 template <class N, class T>
 void transposed(const AevParameters& parameters, const Plan<T>& plan, const T* gradient, T* out,
                 T* virials, Stream stream) {
-  with_terms(parameters, plan,
-             [&]<class C, class Terms>(const Environments<T, C>& e, const Terms& terms) {
-               if (!plan.keeps) {
-                 launch(StructureKernel<T, N, C, Terms>{e, terms, gradient, out, virials}, e.blocks,
-                        stream, plan.memory);
-                 return;
-               }
-               launch(KeepKernel<T, N, C, Terms>{e, terms, gradient, plan.kept, virials}, e.blocks,
-                      stream, plan.memory);
-               const Index n_atoms = e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
-               const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), e.kDistinct,
-                                            plan.kept, out};
-               launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
-             });
+  with_terms(
+      parameters, plan, [&]<class C, class Terms>(const Environments<T, C>& e, const Terms& terms) {
+        const auto kernel_with = [&](const Environments<T, C>& some) {
+          return StructureKernel<T, N, C, Terms>{some, terms, gradient, out, virials};
+        };
+        if (!plan.keeps) return launch_all(plan, e, kernel_with, stream);
+        launch(KeepKernel<T, N, C, Terms>{e, terms, gradient, plan.kept, virials}, e.blocks, stream,
+               plan.memory);
+        const Index n_atoms = e.system.n_atoms, rounds = blocks_for(n_atoms, kWarps);
+        const GatherKernel<T> gather{n_atoms, at_most(rounds, 4 * kMostBlocks), e.kDistinct,
+                                     plan.kept, out};
+        launch(gather, gather.blocks, stream, {kWarps * gather.warp_bytes()});
+        if (!plan.crowd.crowds) return;
+        const MarkKernel<T> mark{e.system, plan.kept.counts, e.crowded};
+        launch(mark, e.system.n_structures, stream, {mark.kThreads * Index(sizeof(int))});
+        launch(kernel_with(Environments<T, C>{plan.crowd}), plan.crowd.blocks, stream, plan.memory);
+      });
 }
 
 }  // namespace
@@ -678,7 +810,7 @@ template <class T>
 void aev_jvp(const AevParameters& parameters, const System<T>& system, const T* tangent, T* out,
              char* workspace, Stream stream, const Cells* cells) {
   Plan<T> plan(parameters, AevProduct::jvp, system, workspace, stream, cells);
-  plan.e.tangent = tangent;
+  plan.set_tangent(tangent);
   rows<Dual<T>>(parameters, plan, out, stream);
 }
 template <class T>
@@ -691,17 +823,20 @@ template <class T>
 void aev_hvp(const AevParameters& parameters, const System<T>& system, const T* gradient,
              const T* tangent, T* out, char* workspace, Stream stream, const Cells* cells) {
   Plan<T> plan(parameters, AevProduct::hvp, system, workspace, stream, cells);
-  plan.e.tangent = tangent;
+  plan.set_tangent(tangent);
   transposed<Dual<T>>(parameters, plan, gradient, out, static_cast<T*>(nullptr), stream);
 }
 template <class T>
 void aev_jacobian(const AevParameters& parameters, const System<T>& system, std::int64_t columns,
                   T* out, char* workspace, Stream stream, const Cells* cells) {
   const Plan<T> plan(parameters, AevProduct::jacobian, system, workspace, stream, cells);
-  with_terms(
-      parameters, plan, [&]<class C, class Terms>(const Environments<T, C>& e, const Terms& terms) {
-        launch(JacobianKernel<T, C, Terms>{e, terms, columns, out}, e.blocks, stream, plan.memory);
-      });
+  with_terms(parameters, plan,
+             [&]<class C, class Terms>(const Environments<T, C>& e, const Terms& terms) {
+               const auto kernel_with = [&](const Environments<T, C>& some) {
+                 return JacobianKernel<T, C, Terms>{some, terms, columns, out};
+               };
+               launch_all(plan, e, kernel_with, stream);
+             });
 }
 
 #define KINML_INSTANTIATE(T)                                                                      \

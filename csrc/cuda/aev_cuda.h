@@ -7,8 +7,13 @@
 //     are large, the products of all centres are kept and each atom sums those that it belongs to
 //
 // Nothing is allocated and nothing waits; sums have a fixed order. Indices are not checked
-// beforehand: an atom whose species does not exist, or with more neighbours within the longer
-// cutoff than kMostNeighbours (kept products: kMostKept), gives NaN in all that depends on it.
+// beforehand: an atom whose species does not exist gives NaN in all that depends on it.
+//
+// Every warp has a list of up to kMostNeighbours. An atom with more of them within the longer cutoff
+// is a crowd: its kernel leaves a mark and is launched again, in so many blocks as there is memory
+// for lists of all atoms, for what is marked. Products are kept of kLeastKept neighbours or, as far
+// as memory goes, more; a structure with a centre that has more than that is a crowd as well. Only
+// more than kMostOfCrowd neighbours, up to which the triples can be counted, give NaN.
 //
 // The system has coordinates; all of its structures are meant. Atoms of large structures are sorted
 // by cells; in others, and with periodicity, every atom of a structure is tried as a neighbour of
@@ -26,7 +31,8 @@
 namespace kinml::cuda {
 
 inline constexpr int kMostNeighbours = 1024;
-inline constexpr int kMostKept = 256;
+inline constexpr int kLeastKept = 256;
+inline constexpr int kMostOfCrowd = 32768;
 
 enum class AevProduct { forward, jvp, vjp, hvp, jacobian };
 

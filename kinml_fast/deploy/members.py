@@ -12,10 +12,7 @@ from torch import Tensor
 from kinml_fast import ops
 from kinml_fast.nn import EnergyModel, Ensemble
 
-NOT_FINITE = (
-    "has an energy that is NaN or infinite: its atoms are too crowded for this model, or (on a GPU) an atom has more "
-    "neighbours than docs/gpu.md allows; leave it out, or take the device cpu"
-)
+NOT_FINITE = "has an energy that is NaN or infinite: its atoms are too crowded for this model; leave it out"
 """What is said of such a structure, after its name."""
 
 

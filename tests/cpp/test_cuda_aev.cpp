@@ -238,10 +238,10 @@ void test_triples() {
               }
         CHECK(good);
       }
-  // A list of kMostNeighbours: no overflow.
-  const int n = cuda::kMostNeighbours, total = cuda::count_triples(n, n, true);
+  // A list of kMostOfCrowd: no overflow.
+  const int n = cuda::kMostOfCrowd, total = cuda::count_triples(n, n, true);
   const cuda::TripleMembers last = cuda::triple_members(n, n, true, total - 1);
-  CHECK(total == 523776 && last.a == n / 2 - 1 && last.b == n - 1);
+  CHECK(total == 536854528 && last.a == n / 2 - 1 && last.b == n - 1);
 }
 
 void test_species_pairs() {
@@ -434,8 +434,7 @@ void test_degenerate() {
   check_problem(Problem<T>(wide, far));
 }
 
-// NaN, species that are not there, and more neighbours than there is room for: NaN in all that
-// depends on them, and in nothing else.
+// NaN and species that are not there: NaN in all that depends on them, and in nothing else.
 template <class T>
 void test_spoiled() {
   const AevParameters p = aevmod(2, 4, 2, 3, 5.2, 3.8, 0.95);
@@ -489,49 +488,102 @@ void test_spoiled() {
   }
 }
 
+// A cluster of n atoms within reach of one another, an atom that sees its edge, and others beside it;
+// then small molecules, so that there are not many atoms a structure.
+Batch crowd_of(Index n, const AevParameters& p, Index molecules) {
+  Batch batch;
+  for (Index i = 0; i < n; ++i)
+    batch.add_atom(uniform(-0.8, 0.8), uniform(-0.8, 0.8), uniform(-0.8, 0.8), i % 2);
+  batch.add_atom(batch.coordinates[0] + 2.9, batch.coordinates[1], batch.coordinates[2], 0);
+  for (const double x : {10.0, 11.0, 12.0}) batch.add_atom(x, 0, 0, 1);
+  batch.finish_structure();
+  for (Index s = 0; s < molecules; ++s) batch.add_molecule(3, p);
+  return batch;
+}
+
+// More neighbours than a warp's list has room for.
 template <class T>
 void test_crowds() {
-  check::section("too many neighbours");
-  const AevParameters tiny = aevmod(1, 2, 1, 1, 3.0, 0.3, 0.95);
-  {
-    Batch crowd;
-    const Index n = cuda::kMostNeighbours + 2;
-    for (Index i = 0; i < n; ++i)
-      crowd.add_atom(uniform(-0.8, 0.8), uniform(-0.8, 0.8), uniform(-0.8, 0.8), 0);
-    crowd.finish_structure();
-    for (int s = 0; s < 8; ++s) crowd.add_molecule(2, tiny);  // not many atoms a structure
-    const Problem<T> many(tiny, crowd);
-    CHECK(!cuda::aev_structures_are_large(many.n_structures, many.n_atoms));
-    const Results<T> result = many.twin();
-    for (Index i = 0; i < many.n_atoms; ++i) CHECK(result.all_nan(i, tiny.length()) == (i < n));
-    // One less is not too many.
-    Batch fits;
-    for (Index i = 1; i < n; ++i)
-      fits.add_atom(crowd.coordinates[3 * i], crowd.coordinates[3 * i + 1],
-                    crowd.coordinates[3 * i + 2], 0);
-    fits.finish_structure();
-    for (int s = 0; s < 8; ++s) fits.add_molecule(2, tiny);
-    if (!small_run) check_problem(Problem<T>(tiny, fits), Search::automatic, false);
+  check::section("more neighbours than fit into a list");
+  const AevParameters tiny = aevmod(2, 2, 1, 1, 3.0, 0.3, 0.95);
+  const Index most = cuda::kMostNeighbours;
+  // One more than fits is as one less; and what lists of large structures had room for.
+  for (const Index n : small_run ? std::vector<Index>{1030} : std::vector<Index>{300, most, 1101}) {
+    const Problem<T> one(tiny, crowd_of(n, tiny, 0)), some(tiny, crowd_of(n, tiny, 9));
+    CHECK(cuda::aev_structures_are_large(one.n_structures, one.n_atoms));
+    CHECK(!cuda::aev_structures_are_large(some.n_structures, some.n_atoms));
+    check_problem(some, Search::automatic, n > most && sizeof(T) == 4 && !small_run);
+    for (const Search search : {Search::automatic, Search::whole_structures, Search::cells})
+      check_problem(one, search, n > most && search == Search::cells && !small_run);
   }
   {
-    // Kept products have room for fewer. The crowd's edge is seen by an atom that has few itself.
-    Batch crowd;
-    const Index n = cuda::kMostKept + 2;
-    for (Index i = 0; i < n; ++i)
-      crowd.add_atom(uniform(-0.8, 0.8), uniform(-0.8, 0.8), uniform(-0.8, 0.8), 0);
-    crowd.add_atom(crowd.coordinates[0] + 2.9, crowd.coordinates[1], crowd.coordinates[2], 0);
-    for (const double x : {10.0, 11.0, 12.0}) crowd.add_atom(x, 0, 0, 0);
-    crowd.finish_structure();
-    for (const Search search : {Search::automatic, Search::whole_structures, Search::cells}) {
-      const Results<T> result = Problem<T>(tiny, crowd).twin(search);
-      // Rows have room for more.
-      CHECK(all_finite(result.forward) && all_finite(result.jvp));
-      for (Index i = 0; i < 3 * crowd.n_atoms(); ++i) {
-        CHECK(std::isnan(result.vjp[i]) == (i < 3 * n + 3));
-        CHECK(std::isnan(result.hvp[i]) == (i < 3 * n + 3));
-      }
+    // A crowd may have what makes its results NaN as well; it spoils nothing else.
+    Problem<T> problem(tiny, crowd_of(most + 2, tiny, 20));
+    const Results<T> clean = problem.twin();
+    problem.species[1] = 7;
+    const Results<T> got = problem.twin();
+    const Index length = tiny.length();
+    CHECK(all_finite(clean.forward) && all_finite(clean.vjp));
+    for (Index i = 0; i < problem.n_atoms; ++i) {
+      if (i < most + 2) CHECK(got.all_nan(i, length));
+      if (i < problem.offsets[1]) continue;
+      CHECK(!std::memcmp(&got.forward[i * length], &clean.forward[i * length], length * sizeof(T)));
+      CHECK(!std::memcmp(&got.vjp[3 * i], &clean.vjp[3 * i], 3 * sizeof(T)));
     }
   }
+  check::section("images of a small cell");
+  AevParameters images = tiny;
+  images.radial_cutoff = 5.2, images.angular_cutoff = 1.1;
+  Batch crystal;
+  crystal.add_atom(0.1, 0.2, 0.3, 0);
+  crystal.add_atom(0.5, 0.8, 0.6, 1);
+  crystal.finish_structure();
+  const Problem<T> periodic(images, crystal);
+  const std::vector<double> cell = {1.0, 0, 0, 0.1, 1.0, 0, 0, 0.2, 0.95};  // 551 images an atom
+  const std::vector<Index> along = {1, 1, 1};
+  const auto within = [&](System<T> system) {
+    system.cells = cell.data();
+    system.periodic = along.data();
+    return system;
+  };
+  const Index of_rows = 2 * images.length();
+  std::vector<T> row = Problem<T>::room(of_rows), sum = Problem<T>::room(6);
+  kinml::cpu::aev_forward<T>(images, within(periodic.view()), row.data(), 1);
+  kinml::cpu::aev_vjp<T>(images, within(periodic.view()), periodic.g.data(), sum.data(), 1);
+  periodic.on_device(
+      Search::automatic, [&](const System<T>& bare, const cuda::Cells*, const T* g, const T*) {
+        const System<T> system = within(bare);
+        const auto run = [&](AevProduct product, const std::vector<T>& expected, const auto& f) {
+          Guarded<char> workspace(cuda::aev_workspace<T>(images, product, system), char(0xff));
+          Guarded<T> out(static_cast<Index>(expected.size()), T(0));
+          f(out.data(), workspace.data());
+          check_same(std::vector<T>(out.data(), out.data() + expected.size()), expected, 10);
+        };
+        run(AevProduct::forward, row, [&](T* out, char* space) {
+          cuda::aev_forward<T>(images, system, out, space, nullptr);
+        });
+        run(AevProduct::vjp, sum,
+            [&](T* out, char* space) { cuda::aev_vjp<T>(images, system, g, out, space, nullptr); });
+      });
+  check::section("Jacobian of a crowd");
+  // Of two centres, since it is large; the others are ghosts.
+  const Problem<T> problem(tiny, crowd_of(most + 2, tiny, 0));
+  const Index columns = 3 * problem.n_atoms, numbers = problem.n_atoms * tiny.length() * columns;
+  Guarded<Index> centres(1, 2);
+  std::vector<T> expected = Problem<T>::room(numbers), got;
+  problem.on_device(
+      Search::automatic, [&](System<T> system, const cuda::Cells*, const T*, const T*) {
+        system.centres = centres.data();
+        const Index bytes = cuda::aev_workspace<T>(tiny, AevProduct::jacobian, system);
+        Guarded<char> workspace(bytes, char(0xff));
+        Guarded<T> out(numbers, std::numeric_limits<T>::quiet_NaN());
+        cuda::aev_jacobian<T>(tiny, system, columns, out.data(), workspace.data(), nullptr);
+        got.assign(out.data(), out.data() + numbers);
+      });
+  System<T> view = problem.view();
+  view.centres = centres.data();
+  kinml::cpu::aev_jacobian<T>(tiny, view, columns, expected.data(), 1);
+  check_same(got, expected, 10);
 }
 
 template <class T>

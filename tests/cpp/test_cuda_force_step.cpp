@@ -246,6 +246,17 @@ void check_crowd() {
   CHECK(!cuda::structures_are_large(problem.view(false)));
   problem.chosen = {0, 4, 0};
   check_problem(problem);
+  // The same alone, and fewer: large structures.
+  for (const Index n : {300, 1101}) {
+    Batch cluster;
+    for (Index i = 0; i < n; ++i)
+      cluster.add_atom(uniform(-0.8, 0.8), uniform(-0.8, 0.8), uniform(-0.8, 0.8), 0);
+    cluster.finish_structure();
+    Problem<T> large(model, cluster, false, 1, 0);
+    CHECK(cuda::structures_are_large(large.view(false)));
+    large.energies_only = true;
+    check_problem(large);
+  }
 }
 
 template <class T>
