@@ -12,9 +12,12 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <fstream>
 #include <functional>
+#include <numeric>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "../../csrc/cpu/aev_environments.h"
@@ -49,6 +52,13 @@ struct Row {
   double seconds, flops, bytes;
 };
 
+// Seconds of processor time of this thread: what others do on the machine counts less.
+double processor_seconds() {
+  timespec time;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
 // Median seconds of one batch's share in calls of `function`, each for kTile molecules.
 double measure(double seconds, const std::function<void()>& before,
                const std::function<void()>& function) {
@@ -63,6 +73,94 @@ double measure(double seconds, const std::function<void()>& before,
   }
   std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
   return times[times.size() / 2] * kBatch / kTile;
+}
+
+// Whether it pays to keep what does not depend on the weights, for all structures of a data set,
+// instead of computing it in every step: an epoch of all that a step does with descriptors (a, J^T g,
+// J r), structures in random order, from kept memory and anew in turn. Medians, for a batch.
+//
+// Kept are the factors of pairs and triples (Environment) and the vectors a; `bytes` are theirs.
+template <class T>
+std::vector<Row> bench_kept(const std::vector<T>& coordinates, Index n_structures, double seconds) {
+  const AevParameters parameters = descriptor();
+  const AevTableStorage<T> tables(parameters);
+  std::vector<Index> species, order(n_structures);
+  for (Index a = 0; a < kAtoms; ++a) species.push_back(a < 5 ? 0 : 1);
+  std::iota(order.begin(), order.end(), Index(0));
+  std::mt19937_64 random(2);
+  std::normal_distribution<double> normal;
+  const Index of_rows = kAtoms * kLength, offsets[] = {0, kAtoms};
+  std::vector<T> a(of_rows), g(of_rows), v(of_rows), r(3 * kAtoms), forces(3 * kAtoms);
+  for (std::vector<T>* const numbers : {&g, &r})
+    for (T& x : *numbers) x = static_cast<T>(0.1 * normal(random));
+  Environments<T> environments(tables);
+  const auto make = [&](Index s) {
+    environments.set_structure(
+        {kAtoms, 1, species.data(), offsets, coordinates.data() + 3 * kAtoms * s}, 0);
+    return environments.make(0, kAtoms);
+  };
+
+  // One behind the other in one piece of memory.
+  std::vector<T> memory, rows(n_structures * of_rows);
+  std::vector<Environment<T>> kept;
+  std::vector<Index> pairs, triples;
+  double read = 0;  // numbers of all structures
+  for (Index s = 0; s < n_structures; ++s) {
+    environments.clear();
+    const Environment<T> e = make(s);
+    const auto keep = [&](const T* numbers, Index count, std::vector<Index>& places) {
+      memory.resize(padded(static_cast<Index>(memory.size())));
+      places.push_back(static_cast<Index>(memory.size()));
+      memory.insert(memory.end(), numbers, numbers + count);
+    };
+    keep(e.pairs, pair_memory(tables, e), pairs);
+    keep(e.triples, e.triple_numbers, triples);
+    KINML_CALL_KERNEL(aev_rows, tables, e, rows.data() + s * of_rows, kLength);
+    read += static_cast<double>((9 + tables.n_radial) * e.n_pairs + e.triple_numbers + of_rows);
+    kept.push_back(e);
+  }
+  Scratch aligned;
+  T* const begin = aligned.get<T>(memory.size());
+  std::copy(memory.begin(), memory.end(), begin);
+  for (Index s = 0; s < n_structures; ++s) {
+    kept[s].pairs = begin + pairs[s];
+    kept[s].triples = begin + triples[s];
+  }
+
+  const auto products = [&](const Environment<T>& e) {
+    std::fill(forces.begin(), forces.end(), T(0));
+    T* const scratch = environments.scratch(e);
+    KINML_CALL_KERNEL(aev_transposed, tables, e, g.data(), kLength, forces.data(), nullptr,
+                      scratch);
+    KINML_CALL_KERNEL(aev_tangent_rows, tables, e, r.data(), nullptr, v.data(), kLength, scratch);
+  };
+  const auto anew = [&](Index s) {
+    environments.clear();
+    const Environment<T> e = make(s);
+    KINML_CALL_KERNEL(aev_rows, tables, e, a.data(), kLength);
+    products(e);
+  };
+  const auto from_kept = [&](Index s) {
+    std::copy_n(rows.data() + s * of_rows, of_rows, a.data());
+    products(kept[s]);
+  };
+  const auto epoch = [&](const auto& function) {
+    std::shuffle(order.begin(), order.end(), random);
+    const double start = processor_seconds();
+    for (const Index s : order) function(s);
+    return (processor_seconds() - start) * kBatch / static_cast<double>(n_structures);
+  };
+  std::vector<double> times[2];
+  for (double total = 0; times[0].size() < 5 || total < 2 * seconds; total += times[1].back()) {
+    times[0].push_back(epoch(anew));
+    times[1].push_back(epoch(from_kept));
+    total += times[0].back();
+  }
+  for (std::vector<double>& all : times)
+    std::nth_element(all.begin(), all.begin() + all.size() / 2, all.end());
+  const double bytes = read * sizeof(T) / static_cast<double>(n_structures) * kBatch;
+  return {{"not in a step: descriptors, Jᵀg and J r", times[0][times[0].size() / 2], 0, 0},
+          {"not in a step: the same from kept factors", times[1][times[1].size() / 2], 0, bytes}};
 }
 
 template <class T>
@@ -103,12 +201,12 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
   std::vector<Environment<T>> kept(kTile);
   double triples = 0, calls = 0;
   const auto choose = [&] { first = kTile * (call++ % (n_structures / kTile)); };
-  const Index offsets[] = {0, kAtoms};
+  const Index one[] = {0, kAtoms};
   const auto environment = [&](bool whole) {
     environments.clear();
     for (Index i = 0; i < kTile; ++i) {
       environments.set_structure(
-          {kAtoms, 1, species.data(), offsets, coordinates.data() + 3 * kAtoms * (first + i)}, 0);
+          {kAtoms, 1, species.data(), one, coordinates.data() + 3 * kAtoms * (first + i)}, 0);
       kept[i] = environments.find(0, kAtoms);
       if (whole) environments.finish(kept[i]);
     }
@@ -210,10 +308,16 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
       [&] { networks.weight_gradients(tile, gradient.data(), false); }, 2 * (layer + others));
   const Index n_parts = 8;
   std::vector<T> parts(n_parts * weights.size());
+  std::vector<const T*> leaves;
+  std::vector<Index> firsts{0};
+  for (Index part = 0; part < n_parts; ++part) {
+    leaves.push_back(parts.data() + part * weights.size());
+    firsts.push_back(part + 1);
+  }
   add(
       "sum of weight gradients", [] {},
       [&] {
-        KINML_CALL_KERNEL(sum_parts, parts.data(), n_parts, static_cast<Index>(weights.size()),
+        KINML_CALL_KERNEL(sum_tree, leaves.data(), firsts.data(), n_parts,
                           static_cast<Index>(weights.size()), gradient.data());
       },
       0);
@@ -230,9 +334,17 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
   system.n_chosen = kBatch;
   const Model<T> model{parameters, {{shape}}, weights.data()};
   const double scales[] = {0.3, 0.7}, counts[] = {kBatch, kBatch};
-  const Loss loss{1,           n_structures,   kAtoms * n_structures, energies.data(),
-                  ones.data(), targets.data(), ones.data(),           scales,
-                  counts};
+  const Loss loss{1,
+                  n_structures,
+                  kAtoms * n_structures,
+                  energies.data(),
+                  ones.data(),
+                  targets.data(),
+                  ones.data(),
+                  scales,
+                  counts,
+                  nullptr,
+                  nullptr};
   add(
       "step",
       [&] {
@@ -269,6 +381,7 @@ std::vector<Row> bench(const std::vector<double>& all, double seconds) {
         }
       },
       kMembers * (14 * 8 + 4 * 64) * n_triples);
+  for (const Row& row : bench_kept<T>(coordinates, n_structures, seconds)) result.push_back(row);
   return result;
 }
 
