@@ -67,6 +67,7 @@ class Counts:
     file: str
     name: str
     kinds: dict[str, int] = field(default_factory=dict)
+    aside: int = 0  # besides: in calls for what is rare (`aside` of csrc/cuda/group.h)
 
     @property
     def total(self) -> int:
@@ -81,16 +82,24 @@ def kind_of(opcode: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, name)), "integer")
 
 
-def parse(file: str, sass: str) -> list[Counts]:
-    """The kernels of what `cuobjdump -sass` prints; their names are mangled."""
+def parse(file: str, sass: str, elf: str = "") -> list[Counts]:
+    """The kernels of what `cuobjdump -sass` and `cuobjdump -elf` print; their names are mangled."""
+    rare: dict[str, list[range]] = {}  # addresses of the functions that a kernel calls for what is rare
+    for start, size, kernel in re.findall(r"(0x\w+)\s+(0x\w+)\s+FUNC\s.*\s\$(\w+)\$\w*5asideI\w*$", elf, re.M):
+        rare.setdefault(kernel, []).append(range(int(start, 16), int(start, 16) + int(size, 16)))
     found: list[Counts] = []
     for line in sass.splitlines():
         if start := re.match(r"\s*Function : (\S+)", line):
             found.append(Counts(file, start[1]))
-        code = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line)
-        if found and code and code[1] != "NOP":  # these stand behind the end, for alignment
-            kind = kind_of(code[1])
-            found[-1].kinds[kind] = found[-1].kinds.get(kind, 0) + 1
+        code = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line)
+        if not found or not code or code[2] == "NOP":  # these stand behind the end, for alignment
+            continue
+        kernel = found[-1]
+        if any(int(code[1], 16) in addresses for addresses in rare.get(kernel.name, [])):
+            kernel.aside += 1
+        else:
+            kind = kind_of(code[2])
+            kernel.kinds[kind] = kernel.kinds.get(kind, 0) + 1
     return found
 
 
@@ -99,9 +108,13 @@ def count(source: str, obj: Path) -> list[Counts] | None:
     tool = shutil.which("cuobjdump")
     if tool is None:
         return None
-    command = [tool, "-sass", "-arch", f"sm_{ARCHITECTURE}", obj]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return parse(source, done.stdout)
+    sass, elf = (
+        subprocess.run(
+            [tool, what, "-arch", f"sm_{ARCHITECTURE}", obj], capture_output=True, text=True, check=True
+        ).stdout
+        for what in ("-sass", "-elf")
+    )
+    return parse(source, sass, elf)
 
 
 def step_time(force: Counts, clock: float) -> float:
@@ -114,12 +127,12 @@ def step_time(force: Counts, clock: float) -> float:
 def text(counts: list[Counts]) -> str:
     """Tables of counts and of the model, as Markdown."""
     kinds = [*KINDS]
-    lines = [f"Instructions for sm_{ARCHITECTURE}, by kind:", "", f"| kernel | all | {' | '.join(kinds)} |"]
-    lines.append("|---" + "|---:" * (len(kinds) + 1) + "|")
+    lines = [f"Instructions for sm_{ARCHITECTURE}, by kind; aside: besides, in calls for what is rare:", ""]
+    lines += [f"| kernel | all | {' | '.join(kinds)} | aside |", "|---" + "|---:" * (len(kinds) + 2) + "|"]
     for kernel in counts:
-        numbers = [kernel.total, *(kernel.kinds.get(kind, 0) for kind in kinds)]
+        numbers = [kernel.total, *(kernel.kinds.get(kind, 0) for kind in kinds), kernel.aside]
         lines.append(f"| `{kernel.name}` | {' | '.join(map(str, numbers))} |")
-    force = [kernel for kernel in counts if re.fullmatch(r"ForceKernel<\w+, (true|\(bool\)1)>", kernel.name)]
+    force = [kernel for kernel in counts if re.fullmatch(r"ForceKernel<\w+(, (true|\(bool\)1)){2}>", kernel.name)]
     if force:
         lines += ["", f"| training step, µs | {' | '.join(CLOCKS)} |", "|---" + "|---:" * len(CLOCKS) + "|"]
         for kernel in force:

@@ -35,13 +35,21 @@ SASS = """\
         /*0030*/                   DFMA R2, -R2, R12, 1 ;                  /* 0x3ff000000202742b */
         /*0040*/                   MUFU.RSQ64H R3, R5 ;                    /* 0x3ff000000202742b */
         /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;           /* 0x3ff000000202742b */
-        /*0060*/                   NOP ;                                   /* 0x3ff000000202742b */
+        /*0060*/                   LD.E R6, [R2.64] ;                      /* 0x0000000000047919 */
+        /*0070*/                   RET.REL.NODEC R4 ;                      /* 0x3ff000000202742b */
+        /*0080*/                   NOP ;                                   /* 0x3ff000000202742b */
+"""
+ELF = """\
+   0x3                0                0  SECTION  LOCAL  DEFAULT  -  0x13  .text._Z3runIdE
+   0x7             0x60             0x20  FUNC     LOCAL  DEFAULT  -  0x13  $_Z3runIdE$_ZN1a5asideIZ1fEEDaT_T0_
+   0x8             0x40             0x20  FUNC     LOCAL  DEFAULT  -  0x13  $_Z3runIdE$__internal_trig
 """
 
 
 def test_instructions_are_counted_by_kind():
-    (kernel,) = cuda_counts.parse("a.cu", SASS)
+    (kernel,) = cuda_counts.parse("a.cu", SASS, ELF)
     assert kernel.name == "_Z3runIdE"
+    assert kernel.aside == 2
     assert kernel.kinds == {"constant": 1, "shared": 1, "generic": 1, "float64": 2, "barrier": 1}
     opcodes = {"FFMA.FTZ": "float32", "IMAD.WIDE": "integer", "LDG.E": "global", "STL": "local", "ULDC.64": "constant"}
     opcodes |= {"MUFU.EX2": "special", "WARPSYNC": "barrier", "CALL.REL": "control", "VOTE.ANY": "integer"}
@@ -50,7 +58,7 @@ def test_instructions_are_counted_by_kind():
 
 def test_the_model_knows_that_the_chip_is_nearer_than_any_address():
     kinds = {"float32": 500, "integer": 300, "generic": 200}
-    generic = cuda_counts.Counts("a.cu", "ForceKernel<float, (bool)1>", kinds)
+    generic = cuda_counts.Counts("a.cu", "ForceKernel<float, (bool)1, (bool)1>", kinds)
     shared = cuda_counts.Counts("a.cu", generic.name, {**kinds, "generic": 0, "shared": 200})
     for clock in cuda_counts.CLOCKS.values():
         assert cuda_counts.step_time(shared, clock) < cuda_counts.step_time(generic, clock)

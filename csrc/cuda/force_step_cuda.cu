@@ -22,11 +22,14 @@ using Index = std::int64_t;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kForceRows = 32;     // atoms of a tile,
-constexpr int kFewRows = 16;       // or so many, so that a tile of small molecules fits on the chip
+constexpr int kForceRows = 32;  // atoms of a tile,
+constexpr int kFewRows = 8;  // or down to so many, so that one of small molecules fits on the chip
 constexpr int kForceBlocks = 256;  // parts of a batch (core/shares.h), at most
-constexpr int kFewNeighbours = 48;     // for which there is memory on the chip
-constexpr int kMostNeighbours = 1024;  // in the list of a warp
+// Neighbours of an atom for which warps may have memory on the chip: of liquids and crystals the
+// first of them, of molecules at least as many as they have atoms.
+constexpr int kNeighbours[] = {96, 48, 32, 16};
+constexpr int kLeastNeighbours = 48;   // in a list of a warp in the workspace,
+constexpr int kMostNeighbours = 1024;  // or up to
 // Those of a crowd, for which one block at a time has lists; more give NaN.
 constexpr int kMostOfCrowd = 32768;
 constexpr int kLanes = 8;  // in which the errors of a structure's forces are summed
@@ -60,7 +63,7 @@ struct TileMemory {
   T* features;    // [capacity, plan.features] a, and eps of the level below
   T* gradients;   // [K, capacity, plan.features] g_k, later (U_k, T_k)
   HiddenArrays<T> hidden;
-  T* parts;                 // [kMostParts, capacity, plan.widest]
+  T* parts;                 // [kMostParts, capacity, plan.widest], or [kThreads] at least
   T* below;                 // [K, capacity] eps_{k-1}
   T* slopes;                // [K, capacity] c_k
   T* seeds;                 // [capacity]
@@ -68,11 +71,11 @@ struct TileMemory {
   int* any;                 // [capacity, K] whether the loss depends on the forces
   ComponentErrors* errors;  // [capacity, K, kLanes]
   int* counts;              // [kWarps] neighbours
-  int* overflown;           // [capacity] whether a row has more than its list has room for
-  T* forces;                // [K, capacity, 3] of its own room, for a gradient
-  T* virials;               // [K, capacity, 3, 3] likewise; null without cells
-  Room<T> room;             // where its forces are
-  bool crowd = false;       // whether the lists are those of a crowd
+  int* lists;          // [capacity] where there is room for the neighbours of a row: kOnChip ..
+  T* forces;           // [K, capacity, 3] of its own room, for a gradient
+  T* virials;          // [K, capacity, 3, 3] likewise; null without cells
+  Room<T> room;        // where its forces are
+  bool crowd = false;  // whether the lists are those of a crowd
 
   KINML_HD void take(Pieces& pieces, const ChainPlan& plan, int capacity, bool gradient,
                      bool cells) {
@@ -97,13 +100,14 @@ struct TileMemory {
     any = pieces.take<int>(capacity * K);
     errors = pieces.take<ComponentErrors>(gradient ? capacity * K * kLanes : 0);
     counts = pieces.take<int>(kWarps);
-    overflown = pieces.take<int>(capacity);
+    lists = pieces.take<int>(capacity);
     forces = pieces.take<T>(gradient ? 3 * K * capacity : 0);
     virials = gradient && cells ? pieces.take<T>(9 * K * capacity) : nullptr;
   }
   // Behind the tables: where warps on the chip have their memory at other times.
   KINML_HD void take_parts(Pieces& pieces, const ChainPlan& plan, int capacity) {
-    parts = pieces.take<T>(Index(kMostParts) * capacity * plan.widest);
+    const int numbers = kMostParts * capacity * plan.widest;
+    parts = pieces.take<T>(numbers > kThreads ? numbers : kThreads);
   }
 };
 
@@ -136,18 +140,19 @@ KINML_HD Index warp_bytes(const AevArguments<T>& aev, int capacity, bool distinc
 // Where the memory of blocks and warps is: on the chip from block.memory() on, or in the workspace.
 struct Memory {
   int capacity = kForceRows;  // atoms of a tile
-  int few = kFewNeighbours;   // for which warps have memory
+  int few = 0;                // neighbours for which warps have memory on the chip
   Index tile_bytes = 0, warp_bytes = 0, list_bytes = 0;
-  char* tiles = nullptr;  // of the blocks; null: on the chip
-  char* warps = nullptr;  // of the warps; null: on the chip, from chip_warps on
-  Index chip_warps = 0;   // where the tile's parts begin if that is on the chip too
-  char* lists = nullptr;  // of the warps, with room for kMostNeighbours
+  char* tiles = nullptr;  // of the blocks, if they are not on the chip
+  Index chip_warps = 0;   // where warps have theirs: where the parts begin of a tile on the chip
+  char* lists = nullptr;  // of the warps, with room for most_neighbours
   int most_neighbours = 0;
   char* crowd = nullptr;  // [kWarps, crowd_bytes] lists of who holds the lock; or null
   Index crowd_bytes = 0;
   int most_of_crowd = 0;
   int* lock = nullptr;  // of those, and of Differentiation::rooms[1]
 };
+// Where a warp has room for all neighbours of a row.
+enum List : int { kOnChip, kInWorkspace, kNowhere };
 
 // How a batch is cut into parts: by its number of structures alone. Part p is that of block
 // p - first; structures are counted from the first one of these blocks on.
@@ -207,11 +212,8 @@ struct Differentiation {
   KINML_HD bool given() const { return e != nullptr; }
 };
 
-template <class T, bool kGradient>
-struct ForceKernel {
-  static constexpr int kThreads = cuda::kThreads;
-  static constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
-  static constexpr double kNoEnergy = std::numeric_limits<double>::quiet_NaN();
+template <class T>
+struct ForceArguments {
   ChainPlan plan;
   AevArguments<T> aev;
   System<T> system;
@@ -222,6 +224,21 @@ struct ForceKernel {
   int first_level = 0;  // of the outputs, and of e and r
   Evaluation<T> evaluation{};
   Differentiation<T> differentiation{};
+};
+
+// What is on the chip the compiler must know to be there, or it is read by slower instructions for
+// any address, and its address is computed in 64 bits. So a tile that is on the chip has a kernel of
+// its own, warps have their memory there or in a call aside, and everything else is one function.
+template <class T, bool kGradient, bool kTileOnChip>
+struct ForceKernel : ForceArguments<T> {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+  static constexpr double kNoEnergy = std::numeric_limits<double>::quiet_NaN();
+
+  using Arguments = ForceArguments<T>;
+  using Arguments::evaluation, Arguments::differentiation;
+  using Arguments::memory, Arguments::parts, Arguments::first_level;
+  using Arguments::plan, Arguments::aev, Arguments::system, Arguments::packed, Arguments::images;
 
   using Tile = TileMemory<T>;
 
@@ -267,8 +284,7 @@ struct ForceKernel {
   KINML_DEVICE Index n_members() const { return kGradient ? 1 : evaluation.n_members; }
 
   KINML_DEVICE void operator()(const Block& block) const {
-    Pieces pieces(memory.tiles == nullptr ? block.memory()
-                                          : memory.tiles + block.index() * memory.tile_bytes);
+    Pieces pieces(tile_memory(block));
     Tile tile;
     tile.take(pieces, plan, capacity(), kGradient, system.cells != nullptr);
     const AevTables<T> tables = aev_tables(block, aev, pieces);
@@ -293,16 +309,22 @@ struct ForceKernel {
       bool locked = set_room(block, tile, structures);
       if (locked) block.enter(memory.lock);
       tile.crowd = false;
-      if (!run_tile(block, tile, tables, structures, gradient)) {
+      while (!run_tile(block, tile, tables, structures, gradient)) {
         if (!locked) block.enter(memory.lock);
         locked = tile.crowd = true;
-        run_tile(block, tile, tables, structures, gradient);
       }
       if (locked) block.leave(memory.lock);
       i += structures.count;
     }
     // An optimizer must not step on what is left of a batch.
     if (kGradient && missing) block.each(plan.parameters, [&](int k) { gradient[k] = kNan; });
+  }
+
+  KINML_DEVICE char* tile_memory(const Block& block) const {
+    if constexpr (kTileOnChip)
+      return block.memory();
+    else
+      return memory.tiles + block.index() * memory.tile_bytes;
   }
 
   // Says where the forces of a tile are; whether that is the room for which there is a lock.
@@ -371,7 +393,7 @@ struct ForceKernel {
   KINML_DEVICE bool is_crowd(const Tile& tile) const {
     if (memory.crowd == nullptr || tile.crowd) return false;
     for (int p = 0; p < tile.rows.n; ++p)
-      if (tile.overflown[p] != 0) return true;
+      if (tile.lists[p] == kNowhere) return true;
     return false;
   }
 
@@ -441,8 +463,8 @@ struct ForceKernel {
   }
 
   // Rows [begin, begin + capacity) of the tile's n atoms: sorted by species, with descriptors.
-  KINML_PHASE void stage(const Block& block, Tile& tile, const AevTables<T>& tables,
-                         const TileStructures& structures, int begin) const {
+  KINML_DEVICE void stage(const Block& block, Tile& tile, const AevTables<T>& tables,
+                          const TileStructures& structures, int begin) const {
     const int n = structures.n, count = n - begin < capacity() ? n - begin : capacity(),
               S = plan.n_species;
     block.each(count, [&](int row) {
@@ -465,11 +487,19 @@ struct ForceKernel {
     if (!system.stored())
       block.each_warp([&](const Warp& warp, int w) {
         for (int p = w; p < count; p += kWarps) {
-          WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, p);
-          find(warp, tables, tile, structures, p, static_cast<const T*>(nullptr), nullptr,
-               scratch.neighbours);
-          warp.each(1, [&](int) { tile.overflown[p] = scratch.neighbours.overflown; });
-          aev_row(warp, tables, scratch.neighbours, scratch.triples, tile.features + p * stride());
+          const Centre centre = centre_of(tile, structures, p);
+          T* const row = tile.features + p * stride();
+          // Whether there was no room for the neighbours; then the row is NaN.
+          const auto describe = [=, this](WarpMemory<T, T> own) {
+            find(warp, tables, centre, static_cast<const T*>(nullptr), nullptr, own.neighbours);
+            aev_row(warp, tables, own.neighbours, own.triples, row);
+            return own.neighbours.overflown;
+          };
+          const bool on_chip = memory.few > 0 && !tile.crowd;
+          List list = kOnChip;
+          if (!on_chip || describe(memory_on_chip<T>(block, w)))
+            list = aside(describe, memory_of_list<T>(block, w, tile)) ? kNowhere : kInWorkspace;
+          warp.each(1, [&](int) { tile.lists[p] = list; });
         }
       });
     block.each(count * stride(), [&](int item) {
@@ -484,40 +514,63 @@ struct ForceKernel {
     });
   }
 
-  // The memory of warp w for the environment of row p.
+  // The memory of warp w for the environment of a row.
   template <class N>
-  KINML_DEVICE WarpMemory<T, N> warp_memory(const Block& block, int w, const Tile& tile,
-                                            int p) const {
-    const int j = tile.owners[p];
-    const bool few = system.distinct() && tile.sizes[j] <= memory.few + 1;
-    const Index place = Index(block.index()) * kWarps + w;
-    char* begin;
-    if (tile.crowd)
-      begin = memory.crowd + w * memory.crowd_bytes;
-    else if (!few)
-      begin = memory.lists + place * memory.list_bytes;
-    else if (memory.warps != nullptr)
-      begin = memory.warps + place * memory.warp_bytes;
-    else
-      begin = block.memory() + memory.chip_warps + w * memory.warp_bytes;
+  KINML_DEVICE WarpMemory<T, N> warp_memory(char* begin, int room) const {
     Pieces pieces(begin);
     WarpMemory<T, N> result;
-    const int room = tile.crowd ? memory.most_of_crowd : few ? memory.few : memory.most_neighbours;
     result.take(pieces, aev, room, system.distinct());
     return result;
   }
   template <class N>
-  KINML_DEVICE void find(const Warp& warp, const AevTables<T>& tables, const Tile& tile,
-                         const TileStructures& structures, int p, const T* direction,
-                         const double* strain, Neighbours<N>& neighbours) const {
+  KINML_DEVICE WarpMemory<T, N> memory_on_chip(const Block& block, int w) const {
+    return warp_memory<N>(block.memory() + memory.chip_warps + w * memory.warp_bytes, memory.few);
+  }
+  template <class N>
+  KINML_DEVICE WarpMemory<T, N> memory_of_list(const Block& block, int w, const Tile& tile) const {
+    const Index place = Index(block.index()) * kWarps + w;
+    return tile.crowd
+               ? warp_memory<N>(memory.crowd + w * memory.crowd_bytes, memory.most_of_crowd)
+               : warp_memory<N>(memory.lists + place * memory.list_bytes, memory.most_neighbours);
+  }
+  // f(memory of warp w), where there is room for the neighbours of row p.
+  template <class N, class F>
+  KINML_DEVICE auto with_memory(const Block& block, int w, const Tile& tile, int p,
+                                const F& f) const {
+    return tile.lists[p] == kOnChip ? f(memory_on_chip<N>(block, w))
+                                    : aside(f, memory_of_list<N>(block, w, tile));
+  }
+
+  // An atom of a tile, and where its neighbours are looked for.
+  struct Centre {
+    Index atom, structure;
+    AtomRange range;
+  };
+  KINML_DEVICE Centre centre_of(const Tile& tile, const TileStructures& structures, int p) const {
     const int j = tile.owners[p];
-    const AtomRange range{tile.begins[j], tile.begins[j] + tile.sizes[j]};
-    const Candidates candidates =
-        system.distinct() ? Candidates{{range.begin, range.end}}
-                          : candidates_of(system, images, system.structure(structures.first + j),
-                                          range, tile.atoms[p]);
-    find_neighbours(warp, tables, Atoms<T>{system.coordinates, direction, system.species, strain},
-                    candidates, tile.atoms[p], neighbours);
+    return {tile.atoms[p], structures.first + j, {tile.begins[j], tile.begins[j] + tile.sizes[j]}};
+  }
+  // Those of a crystal are found aside: molecules need little of that code.
+  template <class N>
+  KINML_DEVICE void find(const Warp& warp, const AevTables<T>& tables, const Centre& centre,
+                         const T* direction, const double* strain,
+                         Neighbours<N>& neighbours) const {
+    const Atoms<T> atoms{system.coordinates, direction, system.species, strain};
+    if (system.distinct()) {
+      find_neighbours(warp, tables, atoms, AtomCandidates{centre.range.begin, centre.range.end},
+                      centre.atom, neighbours);
+      return;
+    }
+    const auto find_any = [=, this](Neighbours<N> own) {
+      const Candidates candidates = candidates_of(
+          system, images, system.structure(centre.structure), centre.range, centre.atom);
+      find_neighbours(warp, tables, atoms, candidates, centre.atom, own);
+      return own;
+    };
+    const Neighbours<N> found = aside(find_any, neighbours);
+    neighbours.count = found.count;
+    neighbours.spoiled = found.spoiled;
+    neighbours.overflown = found.overflown;
   }
 
   KINML_DEVICE TileNetwork<T> network(const Tile& tile, Index member, int k) const {
@@ -530,8 +583,8 @@ struct ForceKernel {
     bool energies;   // added to those of the tile or the outputs
   };
   // The rows of a piece through the chain of networks, from the lowest level on.
-  KINML_PHASE void ascend(const Block& block, Tile& tile, const TileStructures& structures,
-                          Index member, const Ascent& wanted) const {
+  KINML_DEVICE void ascend(const Block& block, Tile& tile, const TileStructures& structures,
+                           Index member, const Ascent& wanted) const {
     const int K = n_levels();
     const ChainRows<T> rows = chain(tile);
     for (int k = 0; k < K; ++k) {
@@ -582,9 +635,9 @@ struct ForceKernel {
   // Forces of an output -= J^T g of the atoms of a piece of the tile, which begins at row `begin`;
   // virials of the centres are written, from coordinates.
   // g  // [capacity, stride]
-  KINML_PHASE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables,
-                              const TileStructures& structures, int begin, const T* g,
-                              Index output) const {
+  KINML_DEVICE void add_forces(const Block& block, Tile& tile, const AevTables<T>& tables,
+                               const TileStructures& structures, int begin, const T* g,
+                               Index output) const {
     T* const out = tile.room.forces_of(output);
     T* const virials = tile.room.virials_of(output);
     if (system.stored()) {
@@ -596,30 +649,38 @@ struct ForceKernel {
       block.each_warp([&](const Warp& warp, int w) {
         const int p = base + w;
         if (p >= count) return;
-        WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, p);
-        find(warp, tables, tile, structures, p, static_cast<const T*>(nullptr), nullptr,
-             scratch.neighbours);
-        aev_row_transposed(warp, tables, scratch.neighbours, scratch.triples, g + p * stride(),
-                           scratch.forces);
-        if (virials != nullptr)
-          centre_virial(warp, scratch.neighbours, scratch.forces,
-                        virials + 9 * (tile.atoms[p] + tile.shifts[tile.owners[p]]));
-        warp.each(1, [&](int) { tile.counts[w] = scratch.neighbours.count; });
+        const Centre centre = centre_of(tile, structures, p);
+        const T* const row = g + p * stride();
+        T* const virial = virials == nullptr
+                              ? nullptr
+                              : virials + 9 * (tile.atoms[p] + tile.shifts[tile.owners[p]]);
+        const int found = with_memory<T>(block, w, tile, p, [=, this](WarpMemory<T, T> own) {
+          find(warp, tables, centre, static_cast<const T*>(nullptr), nullptr, own.neighbours);
+          aev_row_transposed(warp, tables, own.neighbours, own.triples, row, own.forces);
+          if (virial != nullptr) centre_virial(warp, own.neighbours, own.forces, virial);
+          return own.neighbours.count;
+        });
+        warp.each(1, [&](int) { tile.counts[w] = found; });
       });
       for (int w = 0; w < kWarps && base + w < count; ++w) {
-        const WarpMemory<T, T> scratch = warp_memory<T>(block, w, tile, base + w);
-        add_products(block, tile.atoms[base + w], tile.counts[w], scratch.neighbours.index,
-                     scratch.forces, T(-1), system.distinct(),
-                     out + 3 * tile.shifts[tile.owners[base + w]]);
+        const int p = base + w;
+        const auto add = [&](const WarpMemory<T, T>& own) {
+          add_products(block, tile.atoms[p], tile.counts[w], own.neighbours.index, own.forces,
+                       T(-1), system.distinct(), out + 3 * tile.shifts[tile.owners[p]]);
+        };
+        if (tile.lists[p] == kOnChip)
+          add(memory_on_chip<T>(block, w));
+        else
+          add(memory_of_list<T>(block, w, tile));
       }
     }
   }
 
   // The same from stored Jacobians. The descriptor is divided among the threads.
   // out  // [room.atoms, 3]
-  KINML_PHASE void add_stored_forces(const Block& block, Tile& tile,
-                                     const TileStructures& structures, int begin, const T* g,
-                                     T* out) const {
+  KINML_DEVICE void add_stored_forces(const Block& block, Tile& tile,
+                                      const TileStructures& structures, int begin, const T* g,
+                                      T* out) const {
     const int room = kMostParts * capacity() * plan.widest, D = length();
     for (int j = 0; j < structures.count; ++j) {
       const int columns = 3 * (tile.firsts[j + 1] - tile.firsts[j]);
@@ -667,8 +728,8 @@ struct ForceKernel {
   }
 
   // dL/dE in the place of the energies, and -dL/dF in that of the forces: as they are given.
-  KINML_PHASE void take_given(const Block& block, Tile& tile, const TileStructures& structures,
-                              bool on_forces) const {
+  KINML_DEVICE void take_given(const Block& block, Tile& tile, const TileStructures& structures,
+                               bool on_forces) const {
     const int K = n_levels();
     block.each(structures.count * K, [&](int item) {
       const int j = item / K, k = item % K;
@@ -687,7 +748,7 @@ struct ForceKernel {
   }
 
   // The same from the loss; residuals and errors.
-  KINML_PHASE void judge(const Block& block, Tile& tile, const TileStructures& structures) const {
+  KINML_DEVICE void judge(const Block& block, Tile& tile, const TileStructures& structures) const {
     const int K = n_levels();
     const Loss& loss = differentiation.loss;
     block.each(structures.count * K * kLanes, [&](int item) {
@@ -754,9 +815,9 @@ struct ForceKernel {
   }
 
   // Adds the gradient of the atoms of a piece.
-  KINML_PHASE void differentiate(const Block& block, Tile& tile, const AevTables<T>& tables,
-                                 const TileStructures& structures, bool on_forces,
-                                 T* gradient) const {
+  KINML_DEVICE void differentiate(const Block& block, Tile& tile, const AevTables<T>& tables,
+                                  const TileStructures& structures, bool on_forces,
+                                  T* gradient) const {
     const int K = n_levels(), count = tile.rows.n;
     const ChainRows<T> rows = chain(tile);
     for (int k = K - 1; on_forces && k >= 0; --k) {
@@ -791,8 +852,8 @@ struct ForceKernel {
 
   // v_k = -J r_k of the atoms of a piece.
   // v  // [capacity, stride]
-  KINML_PHASE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables,
-                            const TileStructures& structures, int k, T* v) const {
+  KINML_DEVICE void multiply(const Block& block, Tile& tile, const AevTables<T>& tables,
+                             const TileStructures& structures, int k, T* v) const {
     const int K = n_levels(), count = tile.rows.n, D = length();
     const T* const direction = tile.room.forces_of(k);
     if (system.stored()) {
@@ -815,14 +876,17 @@ struct ForceKernel {
           warp.each(D, [&](int d) { v[p * stride() + d] = 0; });
           continue;
         }
-        WarpMemory<T, Dual<T>> scratch = warp_memory<Dual<T>>(block, w, tile, p);
         const Index i = structures.first + tile.owners[p];
-        const double* const w = differentiation.w;
+        const double* const strains = differentiation.w;
         const double* const strain =
-            w == nullptr ? nullptr : w + 9 * ((k - first_level) * system.count() + i);
-        find(warp, tables, tile, structures, p, direction + 3 * tile.shifts[tile.owners[p]], strain,
-             scratch.neighbours);
-        aev_row(warp, tables, scratch.neighbours, scratch.triples, v + p * stride());
+            strains == nullptr ? nullptr : strains + 9 * ((k - first_level) * system.count() + i);
+        const T* const along = direction + 3 * tile.shifts[tile.owners[p]];
+        const Centre centre = centre_of(tile, structures, p);
+        T* const row = v + p * stride();
+        with_memory<Dual<T>>(block, w, tile, p, [=, this](WarpMemory<T, Dual<T>> own) {
+          find(warp, tables, centre, along, strain, own.neighbours);
+          aev_row(warp, tables, own.neighbours, own.triples, row);
+        });
       }
     });
   }
@@ -989,6 +1053,7 @@ struct Workspace {
   double* virial_slopes = nullptr;
   Memory memory;
   std::int64_t on_chip = 0;  // bytes of a block
+  bool tile_on_chip = false;
   BatchParts batch;
   ImageCell* images = nullptr;  // [n_structures] if there are any
   std::int64_t bytes;
@@ -1017,21 +1082,13 @@ struct Workspace {
     }
     if (!system.stored()) {
       memory.most_neighbours =
-          static_cast<int>(!system.distinct()                 ? kMostNeighbours
-                           : system.n_atoms < kFewNeighbours  ? kFewNeighbours
-                           : system.n_atoms < kMostNeighbours ? system.n_atoms
-                                                              : kMostNeighbours);
+          static_cast<int>(!system.distinct() ? kMostNeighbours
+                                              : std::clamp<Index>(system.n_atoms, kLeastNeighbours,
+                                                                  kMostNeighbours));
       memory.list_bytes = warp_bytes(aev, memory.most_neighbours, system.distinct(), gradient);
     }
-    // Less for small molecules, if that alone fits; the same in all processes, by the data set.
-    const auto place_for = [&](int capacity, int few) {
-      return place(plan, aev, system, gradient, capacity, few);
-    };
-    if (!place_for(kForceRows, kFewNeighbours) &&
-        (system.n_atoms > kFewRows * system.n_structures || !place_for(kFewRows, kFewRows)))
-      place_for(kForceRows, kFewNeighbours);
-    if (!tile_fits) memory.tiles = pieces.take<char>(n_blocks * memory.tile_bytes);
-    if (!warps_fit) memory.warps = pieces.take<char>(n_blocks * kWarps * memory.warp_bytes);
+    choose_sizes(plan, aev, system, gradient);
+    if (!tile_on_chip) memory.tiles = pieces.take<char>(n_blocks * memory.tile_bytes);
     // Lists of many neighbours are for structures of many atoms, or images.
     if (system.n_atoms > memory.few || (!system.stored() && !system.distinct()))
       memory.lists = pieces.take<char>(n_blocks * kWarps * memory.list_bytes);
@@ -1048,57 +1105,79 @@ struct Workspace {
   }
 
  private:
-  bool tile_fits, warps_fit;
-
-  // Where a tile of so many atoms and its warps, for so few neighbours, have their memory; whether
-  // all of it is on the chip.
-  bool place(const ChainPlan& plan, const AevArguments<T>& aev, const System<T>& system,
-             bool gradient, int capacity, int few) {
+  // Atoms of a tile and neighbours of a warp: the first that fits on the chip, or those of which at
+  // least the warps' memory does. By the data set, so that all processes have the same.
+  void choose_sizes(const ChainPlan& plan, const AevArguments<T>& aev, const System<T>& system,
+                    bool gradient) {
+    const auto larger_than = [&](Index atoms) {
+      return system.n_atoms > atoms * system.n_structures;
+    };
+    const bool many = !system.distinct() || larger_than(kNeighbours[1] + 1);
+    for (const bool with_tile : {true, false})
+      for (int rows = kForceRows; rows >= (with_tile ? kFewRows : kForceRows); rows -= kVector) {
+        // Structures that are cut into pieces are computed twice.
+        if (rows < kForceRows && larger_than(rows)) break;
+        for (const int few : kNeighbours) {
+          const bool most = few == kNeighbours[0];
+          if (most ? !many : with_tile && (many || larger_than(few + 1))) continue;
+          if (fits(plan, aev, system, gradient, with_tile, rows, few)) return;
+        }
+      }
+    fits(plan, aev, system, gradient, false, kForceRows, 0);
+  }
+  // Notes what is where with these sizes.
+  bool fits(const ChainPlan& plan, const AevArguments<T>& aev, const System<T>& system,
+            bool gradient, bool with_tile, int rows, int few) {
     Pieces pieces(nullptr);
     TileMemory<T> tile;
-    tile.take(pieces, plan, capacity, gradient, system.cells != nullptr);
+    tile.take(pieces, plan, rows, gradient, system.cells != nullptr);
     take_aev_tables(pieces, aev);
     const Index before_parts = pieces.taken();
-    tile.take_parts(pieces, plan, capacity);
-    memory.capacity = capacity;
+    tile.take_parts(pieces, plan, rows);
+    memory.capacity = rows;
     memory.few = few;
     memory.tile_bytes = pieces.taken();
-    memory.warp_bytes = system.stored() ? 0 : warp_bytes(aev, few, system.distinct(), gradient);
-    const Index limit = current_device().block_memory, warps = kWarps * memory.warp_bytes;
-    const Index both = std::max(memory.tile_bytes, before_parts + warps);
-    tile_fits = memory.tile_bytes <= limit;
-    warps_fit = (tile_fits ? both : warps) <= limit;
-    memory.chip_warps = tile_fits ? before_parts : 0;
-    on_chip = tile_fits ? (warps_fit ? both : memory.tile_bytes) : warps_fit ? warps : 0;
-    return both <= limit;
+    memory.warp_bytes =
+        system.stored() || few == 0 ? 0 : warp_bytes(aev, few, system.distinct(), gradient);
+    memory.chip_warps = with_tile ? before_parts : 0;
+    const Index warps = memory.chip_warps + kWarps * memory.warp_bytes;
+    tile_on_chip = with_tile;
+    on_chip = with_tile ? std::max(memory.tile_bytes, warps) : warps;
+    return on_chip <= current_device().block_memory;
   }
 };
 
-template <class T, bool kGradient>
-ForceKernel<T, kGradient> force_kernel(const ChainPlan& plan, const Model<T>& model,
-                                       const System<T>& system, const Workspace<T>& space) {
-  ForceKernel<T, kGradient> kernel{
+template <class T>
+ForceArguments<T> force_arguments(const ChainPlan& plan, const Model<T>& model,
+                                  const System<T>& system, const Workspace<T>& space) {
+  ForceArguments<T> arguments{
       plan,       arguments_of(model, system), system, space.packed, space.images, space.memory,
       space.batch};
-  for (int i = 0; i < 2; ++i) kernel.differentiation.rooms[i] = space.rooms[i];
-  kernel.differentiation.parts = space.parts;
-  return kernel;
+  for (int i = 0; i < 2; ++i) arguments.differentiation.rooms[i] = space.rooms[i];
+  arguments.differentiation.parts = space.parts;
+  return arguments;
 }
 
 template <class T>
-void set_loss(ForceKernel<T, true>& kernel, const Workspace<T>& space, const Loss& loss) {
-  kernel.differentiation.loss = loss;
+void set_loss(ForceArguments<T>& arguments, const Workspace<T>& space, const Loss& loss) {
+  arguments.differentiation.loss = loss;
   if (!loss.with_stresses()) return;
-  kernel.differentiation.w = kernel.differentiation.virial_slopes = space.virial_slopes;
+  arguments.differentiation.w = arguments.differentiation.virial_slopes = space.virial_slopes;
 }
 
-// The parts of the gradient.
-template <class T>
-void differentiate(const Model<T>& model, const Workspace<T>& space,
-                   const ForceKernel<T, true>& kernel, Stream stream) {
-  pack_networks(kernel.plan, model.weights, 1, space.packed, stream, space.memory.lock);
-  if (space.images != nullptr) prepare_images(model.aev, kernel.system, space.images, stream);
-  launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
+// The kernel, behind what it needs of others.
+template <bool kGradient, class T>
+void launch_force_kernel(const ForceArguments<T>& arguments, const Model<T>& model,
+                         const Workspace<T>& space, Stream stream) {
+  pack_networks(arguments.plan, model.weights, kGradient ? 1 : model.n_members, space.packed,
+                stream, space.memory.lock);
+  if (space.images != nullptr) prepare_images(model.aev, arguments.system, space.images, stream);
+  if (space.tile_on_chip)
+    launch(ForceKernel<T, kGradient, true>{arguments}, space.batch.n_blocks(), stream,
+           space.on_chip);
+  else
+    launch(ForceKernel<T, kGradient, false>{arguments}, space.batch.n_blocks(), stream,
+           space.on_chip);
 }
 
 template <class T>
@@ -1171,12 +1250,10 @@ void energy_forces(const Model<T>& model, const System<T>& system, std::int64_t 
     return sum();
   }
   const Workspace<T> space(plan, model, system, false, workspace);
-  pack_networks(plan, model.weights, model.n_members, space.packed, stream, space.memory.lock);
-  ForceKernel<T, false> kernel = force_kernel<T, false>(plan, model, system, space);
-  kernel.first_level = static_cast<int>(first_level);
-  kernel.evaluation = {model.n_members, model.sae, outputs};
-  if (space.images != nullptr) prepare_images(model.aev, system, space.images, stream);
-  launch(kernel, space.batch.n_blocks(), stream, {space.on_chip});
+  ForceArguments<T> arguments = force_arguments(plan, model, system, space);
+  arguments.first_level = static_cast<int>(first_level);
+  arguments.evaluation = {model.n_members, model.sae, outputs};
+  launch_force_kernel<false>(arguments, model, space, stream);
   sum();
 }
 
@@ -1186,12 +1263,12 @@ void energy_forces_backward(const Model<T>& model, const System<T>& system,
                             T* gradient, char* workspace, Stream stream) {
   const ChainPlan plan = plan_chain(model.networks);
   const Workspace<T> space(plan, model, system, true, workspace);
-  ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, system, space);
-  kernel.first_level = static_cast<int>(first_level);
-  kernel.differentiation.e = e;
-  kernel.differentiation.r = r;
-  kernel.differentiation.w = w;
-  differentiate(model, space, kernel, stream);
+  ForceArguments<T> arguments = force_arguments(plan, model, system, space);
+  arguments.first_level = static_cast<int>(first_level);
+  arguments.differentiation.e = e;
+  arguments.differentiation.r = r;
+  arguments.differentiation.w = w;
+  launch_force_kernel<true>(arguments, model, space, stream);
   sum_parts(static_cast<const T*>(space.parts), space.batch.n_blocks(), Index(plan.parameters),
             gradient, stream);
 }
@@ -1201,11 +1278,11 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
                 T* gradient, double* residuals, double* errors, char* workspace, Stream stream) {
   const ChainPlan plan = plan_chain(model.networks);
   const Workspace<T> space(plan, model, system, true, workspace);
-  ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, system, space);
-  set_loss(kernel, space, loss);
-  kernel.differentiation.residuals = residuals;
-  kernel.differentiation.errors = errors;
-  differentiate(model, space, kernel, stream);
+  ForceArguments<T> arguments = force_arguments(plan, model, system, space);
+  set_loss(arguments, space, loss);
+  arguments.differentiation.residuals = residuals;
+  arguments.differentiation.errors = errors;
+  launch_force_kernel<true>(arguments, model, space, stream);
   const FinishKernel<T> finish{.parts = space.parts,
                                .messages = nullptr,
                                .layout = {},
@@ -1218,7 +1295,7 @@ void force_step(const Model<T>& model, const System<T>& system, const Loss& loss
                                .residuals = residuals,
                                .errors = errors,
                                .losses = losses};
-  launch(finish, finish.pieces() + 1, stream, {finish.memory()});
+  launch(finish, finish.pieces() + 1, stream, finish.memory());
 }
 
 template <class T>
@@ -1239,11 +1316,11 @@ void force_step_share(const Model<T>& model, const System<T>& system, const Loss
       message_of<T>(system.count(), plan.n_levels, plan.parameters, n_ranks, loss.error_numbers());
   const System<T> some = of_share(system, parts);
   const Workspace<T> space(plan, model, some, parts, true, workspace);
-  ForceKernel<T, true> kernel = force_kernel<T, true>(plan, model, some, space);
-  set_loss(kernel, space, loss);
-  kernel.differentiation.residuals = layout.energy_residuals(message);
-  kernel.differentiation.errors = layout.component_errors(message);
-  differentiate(model, space, kernel, stream);
+  ForceArguments<T> arguments = force_arguments(plan, model, some, space);
+  set_loss(arguments, space, loss);
+  arguments.differentiation.residuals = layout.energy_residuals(message);
+  arguments.differentiation.errors = layout.component_errors(message);
+  launch_force_kernel<true>(arguments, model, space, stream);
   launch(NodesKernel<T>{space.parts, parts.of_blocks, parts.n_parts, plan.parameters,
                         layout.gradient<T>(message, 0)},
          blocks_for(plan.parameters, kThreads), stream);
@@ -1272,7 +1349,7 @@ void force_step_join(const System<T>& system, const Loss& loss, const std::byte*
                                .residuals = residuals,
                                .errors = errors,
                                .losses = losses};
-  launch(finish, finish.pieces() + 1, stream, {finish.memory()});
+  launch(finish, finish.pieces() + 1, stream, finish.memory());
 }
 
 #define KINML_INSTANTIATE(T)                                                                       \

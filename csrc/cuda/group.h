@@ -18,11 +18,10 @@
 
 #if defined(__CUDACC__)
 #define KINML_DEVICE __device__ __forceinline__
-// A phase of a long kernel: a call of its own, so that its registers are not added to all others'.
-#define KINML_PHASE __device__ __noinline__
+#define KINML_ASIDE __device__ __noinline__
 #else
 #define KINML_DEVICE inline
-#define KINML_PHASE inline
+#define KINML_ASIDE inline
 #include <cstdlib>
 #include <utility>
 #include <vector>
@@ -185,6 +184,14 @@ class Block {
 
 #endif
 #endif
+
+// f(memory) by a call of its own, for what is rare: its code does not stand among what is not, and
+// memory elsewhere does not hide from the compiler where that of the usual case is. It is given
+// copies, so that nothing else must have an address.
+template <class F, class Memory>
+KINML_ASIDE auto aside(F f, Memory memory) {
+  return f(memory);
+}
 
 // f(i) for n items, of which each block of a grid of blocks_for(n, threads) takes as many as it has
 // threads.

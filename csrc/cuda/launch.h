@@ -24,8 +24,8 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Memory of the blocks of a kernel: on the chip, or pieces of `bytes` from `global` on, of which
-// the i-th is that of the i-th block. `bytes` is a multiple of 16.
+// Memory of the blocks of a kernel that may be elsewhere than on the chip: there, or pieces of `bytes`
+// from `global` on, of which the i-th is that of the i-th block. `bytes` is a multiple of 16.
 struct BlockMemory {
   std::int64_t bytes = 0;
   char* global = nullptr;
@@ -54,6 +54,13 @@ constexpr int blocks_at_once() {
     return 1;
 }
 
+// With the memory of blocks on the chip, which the compiler then knows.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, blocks_at_once<Kernel>())
+    run(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(16) char on_chip[];
+  kernel(Block(on_chip));
+}
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, blocks_at_once<Kernel>())
     run(const __grid_constant__ Kernel kernel, char* global, std::int64_t bytes) {
@@ -86,27 +93,36 @@ class AllMemory {
   std::vector<bool> done_;
 };
 
-template <class Kernel>
-void launch(const Kernel& kernel, std::int64_t blocks, Stream stream,
-            const BlockMemory& memory = {}) {
+template <class Kernel, class... Arguments>
+void start(void (*function)(Kernel, Arguments...), std::int64_t blocks, std::int64_t on_chip,
+           Stream stream, const Kernel& kernel, const Arguments&... arguments) {
   static_assert(Kernel::kThreads % 32 == 0);
   if (blocks == 0) return;
-  const std::size_t on_chip = memory.global == nullptr ? memory.bytes : 0;
   cudaError_t error = cudaSuccess;
   static AllMemory memory_of_function;
-  if (on_chip > 48 * 1024) error = memory_of_function.allow(run<Kernel>);
+  if (on_chip > 48 * 1024) error = memory_of_function.allow(function);
   if (error == cudaSuccess) {
-    run<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, on_chip,
-                  static_cast<cudaStream_t>(stream)>>>(kernel, memory.global, memory.bytes);
+    function<<<static_cast<unsigned>(blocks), Kernel::kThreads, static_cast<std::size_t>(on_chip),
+               static_cast<cudaStream_t>(stream)>>>(kernel, arguments...);
     error = cudaGetLastError();
   }
   if (error != cudaSuccess) throw_launch_error(static_cast<int>(error));
+}
+template <class Kernel>
+void launch(const Kernel& kernel, std::int64_t blocks, Stream stream, std::int64_t on_chip = 0) {
+  start<Kernel>(run<Kernel>, blocks, on_chip, stream, kernel);
+}
+template <class Kernel>
+void launch(const Kernel& kernel, std::int64_t blocks, Stream stream, const BlockMemory& memory) {
+  start<Kernel, char*, std::int64_t>(run<Kernel>, blocks,
+                                     memory.global == nullptr ? memory.bytes : 0, stream, kernel,
+                                     memory.global, memory.bytes);
 }
 
 #elif defined(KINML_LANE_THREADS)
 
 template <class Kernel>
-void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory& memory = {}) {
+void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory& memory) {
   static_assert(Kernel::kThreads % 32 == 0);
   threads::Pool::all().run(
       static_cast<int>(blocks), memory.bytes,
@@ -117,7 +133,7 @@ void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory
 
 // Host: `global` is not used, so that a block's memory is always new and a sanitizer sees its ends.
 template <class Kernel>
-void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory& memory = {}) {
+void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory& memory) {
   static_assert(Kernel::kThreads % 32 == 0);
   run_step(static_cast<int>(blocks), [&](int i) {
     char* const on_chip = static_cast<char*>(std::malloc(static_cast<std::size_t>(memory.bytes)));
@@ -125,6 +141,14 @@ void launch(const Kernel& kernel, std::int64_t blocks, Stream, const BlockMemory
     kernel(Block(i, Kernel::kThreads, on_chip));
     std::free(on_chip);
   });
+}
+
+#endif
+#if !defined(__CUDACC__)
+
+template <class Kernel>
+void launch(const Kernel& kernel, std::int64_t blocks, Stream stream, std::int64_t on_chip = 0) {
+  launch(kernel, blocks, stream, BlockMemory{on_chip});
 }
 
 #endif

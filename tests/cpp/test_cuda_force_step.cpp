@@ -231,6 +231,31 @@ void check_repeated() {
   }
 }
 
+// Atoms of one structure with more neighbours than a warp has room for on the chip, and with fewer:
+// alone, where it has more room, and with small molecules.
+template <class T>
+void check_lists() {
+  check::section("more neighbours than there is room for on the chip");
+  const AevParameters p = aevmod(2, 2, 2, 1, 5.2, 1.6, 0.95);
+  const Model model(p, {4}, {1, 0}, true);
+  for (const Index side : {4, 5}) {
+    if (few_run && side > 4) break;
+    Batch batch;
+    const auto add = [&](double x, double y, double z) {
+      const auto near = [](double c) { return c + uniform(-0.1, 0.1); };
+      batch.add_atom(near(x), near(y), near(z), random_index(0, 1));
+    };
+    for (Index i = 0; i < side * side * side; ++i)
+      add(0.95 * static_cast<double>(i % side), 0.95 * static_cast<double>(i / side % side),
+          0.95 * static_cast<double>(i / side / side));
+    for (int i = 0; i < 9; ++i) add(5.0 + 1.2 * i, 5.0, 4.0);
+    batch.finish_structure();
+    if (!few_run) check_problem(Problem<T>(model, batch, false, 1, 0));
+    for (const Index n : {3, 1, 5, 4}) batch.add_molecule(n, p);
+    check_problem(Problem<T>(model, batch, false, 1, 0));
+  }
+}
+
 // An atom with more neighbours than the lists of all warps have room for.
 template <class T>
 void check_crowd() {
@@ -324,27 +349,31 @@ void check_few() {
   cuda::pretend_device(nullptr);
   check_large<T>();
   check_repeated<T>();
+  check_lists<T>();
 }
 
-// Nothing of a step on small molecules is in the workspace that has room on the chip.
+// Nothing of a step is in the workspace that has room on the chip: of small molecules, and in float
+// of liquids.
 template <class T>
 void check_on_chip() {
   check::section("memory on the chip");
   const AevParameters p = aevmod(2, 16, 8, 8, 5.2, 3.8, 0.95);
   const Model model(p, {48, 24, 12}, {1, 1, 1, 0}, true);
-  Batch batch;
-  for (int i = 0; i < 5; ++i) batch.add_molecule(10, p);
-  const Data<T> data(model, batch, false);
-  const kinml::Model<T> view = model.view(data.weights);
-  const auto bytes = [&] {
-    return std::pair(cuda::energy_forces_workspace<T>(view, data.view()),
-                     cuda::force_step_workspace<T>(view, data.view()));
-  };
-  const auto found = bytes();
-  const cuda::Device endless{Index(1) << 40, cuda::current_device().multiprocessors};
-  cuda::pretend_device(&endless);
-  CHECK(found == bytes());
-  cuda::pretend_device(nullptr);
+  for (const Index n : {10, 60}) {
+    Batch batch;
+    for (int i = 0; i < 5; ++i) batch.add_random(n, 2, 12, 12, 12, p);
+    const Data<T> data(model, batch, false);
+    const kinml::Model<T> view = model.view(data.weights);
+    const auto bytes = [&] {
+      return std::pair(cuda::energy_forces_workspace<T>(view, data.view()),
+                       cuda::force_step_workspace<T>(view, data.view()));
+    };
+    const auto found = bytes();
+    const cuda::Device endless{Index(1) << 40, cuda::current_device().multiprocessors};
+    cuda::pretend_device(&endless);
+    CHECK((found == bytes()) == (n == 10 || sizeof(T) == 4));
+    cuda::pretend_device(nullptr);
+  }
 }
 
 template <class T>
@@ -400,6 +429,7 @@ void check_all() {
 
   check_large<T>();
   check_repeated<T>();
+  if (!small_run) check_lists<T>();
   if (!small_run) check_crowd<T>();
   check_missing<T>();
 }
