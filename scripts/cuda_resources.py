@@ -44,8 +44,10 @@ class Bound:
 BOUNDS = [
     Bound(r"^probe$", 32),
     Bound(r"^AdamStep<", 64, stack=8),
-    # Its phases are functions, which are given structures in local memory.
-    Bound(r"^ForceKernel<", 255, stack=512),
+    # One function but for what is called aside, which is given structures in local memory. Registers are few in
+    # float64, and with the tile in the workspace, where addresses take two.
+    Bound(r"^ForceKernel<float, .*(true|1)>$", 255, spills=64, stack=1024),
+    Bound(r"^ForceKernel<", 255, spills=384, stack=1024),
     # Nodes of a tree that are not yet added, by height (csrc/core/shares.h).
     Bound(r"^(Finish|Nodes)Kernel<", 128, stack=272),
     # Vectors of a cell, one of which is chosen by number; once for each structure.

@@ -126,7 +126,7 @@ def test_a_table_is_kept_with_what_it_depends_on(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_resources, "TABLE", tmp_path / "table.json")
     cuda_resources.keep(cuda_resources.origin("13.0"), kernels, cuda_counts.parse("a.cu", SASS))
     assert cuda_resources.kept() == (cuda_resources.origin("13.0"), kernels)
-    assert json.loads(cuda_resources.TABLE.read_text())["instructions"][0]["kinds"]["generic"] == 1
+    assert json.loads(cuda_resources.TABLE.read_text())["instructions"][0]["kinds"]["generic"] == 2
 
     # Another nvcc or another byte of a source is another origin.
     before = cuda_resources.origin("13.0")
