@@ -537,7 +537,7 @@ def _show_log(quiet: bool = False, only: str = "") -> Progress:
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
     # The live line says what the lines of the log say.
     handler.addFilter(of_part)
-    handler.addFilter(lambda record: record.name != progress.__name__)
+    handler.addFilter(lambda record: not getattr(record, "live", False))
     logger.addHandler(handler)
     return progress.LiveProgress(console)
 

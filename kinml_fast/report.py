@@ -329,7 +329,6 @@ def write_reliability(
     folder: str | os.PathLike,
     quantities: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
     within: float,
-    bins: int = 12,
 ) -> None:
     """Write reliability.png: how large errors are where an ensemble calls them so large.
 
@@ -341,7 +340,7 @@ def write_reliability(
         For "energies" and "forces" the names of curves and their errors and deviations, [n] each, in eV and eV/Å.
     within
         The share of errors that shall be within a deviation: each point is the bound of that share of the errors, of
-        as many numbers as there are in all, divided by `bins`; right ones lie on the diagonal.
+        a twelfth of the numbers, in order of their deviations; right ones lie on the diagonal.
     """
     units = {"energies": "kcal/mol", "forces": "kcal/mol/Å"}
     with _style():
@@ -354,7 +353,7 @@ def write_reliability(
             ):
                 known = np.isfinite(errors) & (deviations > 0)
                 errors, deviations = np.abs(errors[known]) * KCAL_PER_MOL, deviations[known] * KCAL_PER_MOL
-                groups = [g for g in np.array_split(np.argsort(deviations, kind="stable"), bins) if len(g)]
+                groups = [g for g in np.array_split(np.argsort(deviations, kind="stable"), 12) if len(g)]
                 if not groups:
                     continue
                 x = [deviations[g].mean() for g in groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,49 @@ def test_factors_of_energies_and_of_each_element():
         expected = calibrate.factor(part.force_residuals[own].ravel(), part.predictions.forces_std[own].ravel(), 3)
         assert calibration.forces[0][s] == expected
     assert calibration.forces[0][1] > 2 * calibration.forces[0][0]  # forces on O were made nine times as wrong
-    few = structures(10, 1)
+    few = structures(2, 1)
     assert calibrate.fit(together, evaluate.parts(few, evaluate.evaluate(together, few))) is None
+
+
+def test_energies_that_are_too_few_have_the_factor_of_all_forces():
+    together = ensemble(calibration=None)
+    data = structures(10, 1)
+    (part,) = evaluate.parts(data, evaluate.evaluate(together, data))
+    calibration = calibrate.fit(together, [part])
+    assert calibration is not None
+    of_all = calibrate.factor(part.force_residuals.ravel(), part.predictions.forces_std.ravel(), 3)
+    assert calibration.energies == (of_all,)
+    assert calibration.forces[0][1] > 2 * calibration.forces[0][0]
+
+
+def test_factors_of_what_a_level_adds():
+    together = ensemble(calibration=None, fidelities=(0, 1))
+    below, step = structures(60, 1), np.random.default_rng(3)
+    energies = np.stack([below.energies, below.energies + step.normal(0, 0.01, 60)])
+    forces = np.stack([below.forces, below.forces + step.normal(0, 0.01, below.forces.shape)])
+    lacking = np.arange(60) % 3 == 0
+    energies[1, lacking] = np.nan
+    forces[1, np.repeat(lacking, 3)] = np.nan
+    both = replace(below, energies=energies, forces=forces)
+    steps = calibrate.fit_steps(together, both)
+    assert steps is not None
+    found = members.energies_and_forces(
+        together, both.coordinates_in(together.dtype), torch.from_numpy(both.species), torch.from_numpy(both.offsets)
+    )
+    added, of_atoms = (values[:, 1] - values[:, 0] for values in found)
+    errors = (added.mean(axis=0) - np.diff(energies, axis=0)[0])[~lacking]
+    expected = calibrate.factor(errors, added.std(axis=0, ddof=1)[~lacking], 3)
+    assert steps.energies[1] == pytest.approx(expected, rel=1e-6)
+    own = np.repeat(~lacking, 3) & (both.species == 1)
+    errors = (of_atoms.mean(axis=0) - np.diff(forces, axis=0)[0])[own]
+    expected = calibrate.factor(errors.ravel(), of_atoms.std(axis=0, ddof=1)[own].ravel(), 3)
+    assert steps.forces[1][1] == pytest.approx(expected, rel=1e-6)
+    # At the lowest level it is what `fit` finds, at the upper one it is not that of whole energies.
+    whole = calibrate.fit(together, evaluate.parts(both, evaluate.evaluate(together, both), "", (0, 1), (0, 1)))
+    assert whole is not None
+    assert steps.energies[0] == pytest.approx(whole.energies[0], rel=1e-6)
+    assert steps.forces[0] == pytest.approx(whole.forces[0], rel=1e-6)
+    assert steps.forces[1][1] < 0.5 * whole.forces[1][1]
 
 
 def test_evaluation_and_calculator_apply_the_factors():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import os
 import random
 import signal
@@ -21,20 +22,22 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from label_calculators import Deeper, Springs
+from rich.console import Console
 
 from kinml_fast import KinMLCalculator, report
 from kinml_fast.cli import main
 from kinml_fast.data import Selection, read
-from kinml_fast.deploy import model_file
+from kinml_fast.deploy import calibrate, members, model_file
 from kinml_fast.errors import ConfigError, DataError, InputError
 from kinml_fast.explore import config as configuration
-from kinml_fast.explore import labels, sampling, selection
+from kinml_fast.explore import data, labels, sampling, selection
 from kinml_fast.explore import report as explore_report
 from kinml_fast.explore.config import GeometriesConfig, LabelsConfig, SamplingConfig, SelectionConfig
 from kinml_fast.explore.folder import ExploreFolder, read_json
 from kinml_fast.explore.geometry import Geometry, broken
 from kinml_fast.explore.rounds import explore
 from kinml_fast.nn import AEVParameters, EnergyModel, Ensemble
+from kinml_fast.train.progress import LiveProgress
 
 KILLS = int(os.environ.get("KINML_KILLS", "3"))
 """How often an exploration is killed."""
@@ -99,7 +102,16 @@ def gathered(run: Path) -> dict[str, object]:
 
 def test_an_exploration_gathers_labels_and_trains_on_them(tmp_path):
     ase.io.write(tmp_path / "test.xyz", _labelled(water(5, seed=3)), format="extxyz")
-    results = explore(small(tmp_path, f"test={tmp_path / 'test.xyz'}", "rounds.most=1"))
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    config = small(tmp_path, f"test={tmp_path / 'test.xyz'}", "rounds.most=1")
+    results = explore(config, LiveProgress(console))
+    drawn = console.file.getvalue()
+    assert "round 0/1: labelling" in drawn
+    assert "16 of 16" in drawn
+    assert "round 0/1: member 2/2, epoch 0/39" in drawn
+    assert "round 1/1, 16 labels: driving, modes at 1000 K" in drawn
+    energy, forces = (results[0]["test"][kind] for kind in ("energy", "forces"))
+    assert f"4 of 4, test RMSE {energy:.2f} kcal/mol, {forces:.2f} kcal/mol/Å" in drawn
     folder = ExploreFolder(tmp_path / "run")
     more = len(read_json(folder.round(1).chosen)["geometries"])
     assert 2 <= more <= 6
@@ -198,6 +210,32 @@ def test_two_levels(tmp_path):
             atoms.calc = calculator
             assert structures.energies[level, i] == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
     assert model_file.load(tmp_path / "run" / "model.pt").fidelities == (0, 1)
+
+
+@pytest.mark.slow
+def test_of_two_levels_deviations_are_those_of_the_difference_with_its_factor(tmp_path):
+    changes = ["labels.upper.calculator=label_calculators:Deeper", "labels.upper.first=1", "selection.lower=1e-3"]
+    config = small(tmp_path, *changes, "rounds.most=0")
+    explore(config)
+    folder = ExploreFolder(tmp_path / "run")
+    ensemble = model_file.load(folder.model)
+    validation = data.validation(folder, config.labels)
+    assert len(validation) == 4
+    steps = calibrate.fit_steps(ensemble, validation)
+    explore(config.model_copy(update={"rounds": config.rounds.model_copy(update={"most": 1})}))
+    atoms = [Geometry(**values) for values in read_json(folder.round(1).chosen)["geometries"]]
+    species = np.array([ensemble.elements.index(symbol) for symbol in atoms[0].symbols])
+    for one in atoms:
+        _, forces = members.energies_and_forces(
+            ensemble,
+            torch.from_numpy(one.positions).to(ensemble.dtype),
+            torch.from_numpy(species),
+            torch.tensor([0, len(species)]),
+        )
+        difference = np.std(forces[:, 1] - forces[:, 0], axis=0, ddof=1)
+        expected = np.linalg.norm(difference, axis=1) * np.array(steps.forces[1])[species]
+        assert one.deviations[1] == pytest.approx(expected.max(), rel=1e-4)
+    assert steps.forces[1] != pytest.approx(ensemble.calibration.forces[1], rel=0.1)
 
 
 def test_the_report(tmp_path, monkeypatch):
@@ -482,6 +520,33 @@ def test_mistakes_are_said_in_a_sentence(tmp_path, capsys, change, sentence):
     said = capsys.readouterr().err
     assert sentence in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_wrong_configuration_leaves_no_folder(tmp_path):
+    for change in (
+        "labels.calculator=nonsense",
+        "test=none.xyz",
+        "geometries.files=none.xyz",
+        f"test={tmp_path / 'small.yaml'}",
+    ):
+        with pytest.raises(InputError):
+            explore(small(tmp_path, change))
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    with pytest.raises(ConfigError):
+        explore(small(tmp_path, "labels.calculator=nonsense"))
+    assert (tmp_path / "run" / "mine").exists()
+
+
+def test_what_was_wrong_is_corrected_in_the_same_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError):
+        explore(small(tmp_path, "labels.calculator=nonsense"))
+    results = explore(small(tmp_path, "geometries.count=9", "rounds.most=0", "training.epochs=2"))
+    assert results[0]["labels"] == [9]
+    with pytest.raises(InputError, match=r"another geometries\.count: give the same"):
+        explore(small(tmp_path, "geometries.count=8", "rounds.most=0", "training.epochs=2"))
 
 
 def test_geometries_that_cannot_be_explored(tmp_path):

@@ -14,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from scipy import stats
 from scipy.optimize import minimize_scalar
 
 from kinml_fast import report
+from kinml_fast.data.structures import Structures
+from kinml_fast.deploy import members
 from kinml_fast.deploy.evaluate import Part
 from kinml_fast.nn import Calibration, Ensemble
 from kinml_fast.units import KCAL_PER_MOL
@@ -79,30 +82,85 @@ def factor(errors: np.ndarray, deviations: np.ndarray, n_members: int) -> float 
 def fit(ensemble: Ensemble, found: Sequence[Part]) -> Calibration | None:
     """The factors of an ensemble from its predictions without factors at its levels; None where there is too little.
 
-    Levels without enough energies have the factors of the next one, elements without enough forces that of all
-    elements, levels without forces that of the energies.
+    Elements without enough forces have the factor of the forces on all elements, forces of a level without enough of
+    them that of its energies, energies of a level without enough of them that of its forces; a level without enough of
+    either has the factors of the nearest one.
     """
-    energies: list[float | None] = []
-    forces: list[list[float | None]] = []
-    for fidelity in ensemble.fidelities:
-        parts = [part for part in found if part.fidelity in (None, fidelity)]
-        errors, deviations = _energies(parts)
-        of_energies = factor(errors, deviations, ensemble.n_members)
-        energies.append(of_energies)
-        errors, deviations, elements = _forces(parts, ensemble.elements)
-        of_all = factor(errors, deviations, ensemble.n_members) or of_energies
-        of_elements = [
-            factor(errors[elements == s], deviations[elements == s], ensemble.n_members) or of_all
-            for s in range(len(ensemble.elements))
-        ]
-        forces.append(of_elements)
-    known = np.array([k for k, value in enumerate(energies) if value is not None])
+    of_fidelities = [[part for part in found if part.fidelity in (None, f)] for f in ensemble.fidelities]
+    return _calibration(
+        [_factors(_energies(parts), _forces(parts, ensemble.elements), ensemble) for parts in of_fidelities]
+    )
+
+
+def fit_steps(ensemble: Ensemble, structures: Structures) -> Calibration | None:
+    """As `fit`, but of what each level adds to the one below: its differences, their errors and deviations.
+
+    Parameters
+    ----------
+    ensemble
+        Of K levels of theory.
+    structures
+        Molecules with energies, and perhaps forces, of these levels; those count that have both of two levels.
+    """
+    structures = structures.with_elements(ensemble.elements)
+    assert structures.coordinates is not None
+    assert structures.energies is not None
+    device = ensemble.sae.device
+    energies, forces = members.energies_and_forces(
+        ensemble,
+        structures.coordinates_in(ensemble.dtype).to(device),
+        torch.from_numpy(structures.species).to(device),
+        torch.from_numpy(structures.offsets).to(device),
+    )
+    reference = structures.forces
+    if reference is None:
+        reference = np.full(forces.shape[2:], np.nan)
+    energies, forces, energies_true, forces_true = (
+        np.diff(values, axis=-axes, prepend=0.0)
+        for values, axes in (
+            (energies, 2),
+            (forces, 3),
+            (structures.energies.reshape(ensemble.levels, -1), 2),
+            (np.broadcast_to(reference, forces.shape[1:]), 3),
+        )
+    )
+    elements = np.repeat(structures.species, 3)
+    found = []
+    for level in range(ensemble.levels):
+        of_energies, of_forces = energies[:, level], forces[:, level].reshape(ensemble.n_members, -1)
+        errors = members.mean(of_energies) - energies_true[level], members.mean(of_forces) - forces_true[level].ravel()
+        found.append(
+            _factors(
+                (errors[0], members.deviation(of_energies)),
+                (errors[1], members.deviation(of_forces), elements),
+                ensemble,
+            )
+        )
+    return _calibration(found)
+
+
+def _factors(
+    energies: tuple[np.ndarray, np.ndarray], forces: tuple[np.ndarray, np.ndarray, np.ndarray], ensemble: Ensemble
+) -> tuple[float | None, list[float | None]]:
+    """Of a level: of energies and of forces on each element; errors, deviations and, of forces, places of elements."""
+    of_energies = factor(*energies, ensemble.n_members)
+    errors, deviations, elements = forces
+    of_all = factor(errors, deviations, ensemble.n_members) or of_energies
+    of_elements = [
+        factor(errors[elements == s], deviations[elements == s], ensemble.n_members) or of_all
+        for s in range(len(ensemble.elements))
+    ]
+    return of_energies or of_all, of_elements
+
+
+def _calibration(of_levels: Sequence[tuple[float | None, list[float | None]]]) -> Calibration | None:
+    known = np.array([k for k, (of_energies, _) in enumerate(of_levels) if of_energies is not None])
     if not len(known):
         return None
-    nearest = [int(known[np.abs(known - level).argmin()]) for level in range(len(energies))]
+    nearest = [of_levels[known[np.abs(known - level).argmin()]] for level in range(len(of_levels))]
     return Calibration(
-        tuple(energies[k] or 1.0 for k in nearest),
-        tuple(tuple(value or 1.0 for value in forces[k]) for k in nearest),
+        tuple(of_energies or 1.0 for of_energies, _ in nearest),
+        tuple(tuple(value or 1.0 for value in of_elements) for _, of_elements in nearest),
     )
 
 

@@ -106,10 +106,21 @@ def _write_xyz(folder: ExploreFolder, found: Sequence[Labelled]) -> None:
         ase.io.write(temporary, frames, format="extxyz")
 
 
-def _write_split(folder: ExploreFolder, of_round: RoundFolder, settings: LabelsConfig) -> None:
+def validation(folder: ExploreFolder, settings: LabelsConfig) -> Structures:
+    """The structures in the databases that the models are validated on."""
+    structures, chosen = _divided(folder, settings)
+    return structures.select(np.flatnonzero(chosen))
+
+
+def _divided(folder: ExploreFolder, settings: LabelsConfig) -> tuple[Structures, np.ndarray]:
+    """All structures in the databases, and which of them are for validation."""
     structures = sqlite.read(folder.databases(), Selection(fidelity=settings.fidelities))
     every = round(1 / settings.validation)
-    chosen = np.array([int(label.rsplit("/", 1)[1]) % every == 0 for label in structures.labels])
+    return structures, np.array([int(label.rsplit("/", 1)[1]) % every == 0 for label in structures.labels])
+
+
+def _write_split(folder: ExploreFolder, of_round: RoundFolder, settings: LabelsConfig) -> None:
+    structures, chosen = _divided(folder, settings)
     of_all = np.arange(len(structures))
     split = Split(of_all[~chosen], of_all[chosen], of_all[:0])
     splits.write_tvtmsk(of_round.split, structures, split)

@@ -30,6 +30,10 @@ class ExploreFolder:
         """That of a round; 0 is that of the first models."""
         return RoundFolder(self.path / f"round-{number:03}")
 
+    def has_labels(self) -> bool:
+        """Whether any structure was labelled, or could not be."""
+        return any(self.path.glob("round-*/*labels/*.json"))
+
     def databases(self) -> list[Path]:
         """The databases that were written, one for each formula in atom order."""
         return sorted(self.data.glob("*.db"))

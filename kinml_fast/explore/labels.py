@@ -25,6 +25,7 @@ from kinml_fast.errors import ConfigError, DataError, InputError
 from kinml_fast.explore.config import LabelsConfig
 from kinml_fast.explore.folder import read_json, write_json
 from kinml_fast.explore.geometry import Geometry
+from kinml_fast.train.progress import SHOWN_LIVE, Progress
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,12 @@ class Label:
 
 
 def label(
-    geometries: Sequence[Geometry], calculator: str, options: dict[str, Any], settings: LabelsConfig, folder: Path
+    geometries: Sequence[Geometry],
+    calculator: str,
+    options: dict[str, Any],
+    settings: LabelsConfig,
+    folder: Path,
+    progress: Progress | None = None,
 ) -> list[Label]:
     """Label structures, but for those that have their label in the folder from an earlier time.
 
@@ -75,6 +81,8 @@ def label(
     folder
         Gets a file for each as soon as it is labelled, 00017.json, and, while that is done, a folder 00017 in which the
         calculator writes; of structures that failed it stays.
+    progress
+        What shows how many are labelled.
 
     Raises
     ------
@@ -90,7 +98,8 @@ def label(
         if not file.exists():
             todo.put(number)
     if not todo.empty():
-        _in_processes(geometries, {"calculator": calculator, "options": options}, settings, files, todo)
+        asked = {"calculator": calculator, "options": options}
+        _in_processes(geometries, asked, settings, files, todo, progress or Progress())
     found = [Label.load(file) for file in files]
     failed = [one for one in found if one.energy is None]
     if failed:
@@ -109,6 +118,7 @@ def _in_processes(
     settings: LabelsConfig,
     files: Sequence[Path],
     todo: queue.Queue[int],
+    progress: Progress,
 ) -> None:
     total, stop, errors = todo.qsize(), threading.Event(), []
     workers = [_Worker(asked, settings.seconds) for _ in range(min(settings.workers, total))]
@@ -130,13 +140,14 @@ def _in_processes(
         for thread in threads:
             thread.start()
         said = time.monotonic()
-        while any(
-            thread.is_alive() for thread in threads
-        ):  # a signal is seen by this thread, which must not sleep long
-            next(thread for thread in threads if thread.is_alive()).join(0.2)
+        # A signal is seen by this thread, which must not sleep long.
+        while alive := [thread for thread in threads if thread.is_alive()]:
+            alive[0].join(0.2)
+            done = sum(file.exists() for file in files)
+            progress.count("labelling", done, len(files))
             if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                log.info("labelled %d of %d structures", sum(file.exists() for file in files), len(files))
+                log.info("labelled %d of %d structures", done, len(files), extra=SHOWN_LIVE)
     finally:
         stop.set()
         for worker in workers:

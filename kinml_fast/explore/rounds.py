@@ -7,12 +7,14 @@ data.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 from kinml_fast.data import Selection, sources, xyz
 from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.structures import concatenate
-from kinml_fast.deploy import evaluate, model_file
+from kinml_fast.deploy import calibrate, evaluate, model_file
 from kinml_fast.deploy.calculator import KinMLCalculator
 from kinml_fast.errors import ConfigError, DataError, InputError
 from kinml_fast.explore import config as configuration
@@ -32,6 +34,7 @@ from kinml_fast.explore.folder import ExploreFolder, RoundFolder, read_json, wri
 from kinml_fast.explore.geometry import Geometry
 from kinml_fast.explore.labels import Label
 from kinml_fast.explore.sampling import GUESS, Counts, Sampler, displaced, items
+from kinml_fast.nn import Ensemble
 from kinml_fast.train import config as training
 from kinml_fast.train import lock, runs
 from kinml_fast.train.ensembles import EnsembleSummary
@@ -39,6 +42,8 @@ from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress
 
 log = logging.getLogger(__name__)
+
+_UNITS = {"energy": "kcal/mol", "forces": "kcal/mol/Å"}
 
 
 def explore(config: ExploreConfig, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -49,7 +54,7 @@ def explore(config: ExploreConfig, progress: Progress | None = None) -> list[dic
     config
         The exploration.
     progress
-        What shows the training; by default log lines.
+        What shows what is going on; by default log lines.
 
     Returns
     -------
@@ -61,14 +66,21 @@ def explore(config: ExploreConfig, progress: Progress | None = None) -> list[dic
     InputError
         What is wrong with the configuration, the geometries, the calculator or the folder.
     """
-    folder = ExploreFolder(config.run)
+    folder, progress = ExploreFolder(config.run), progress or Progress()
     logged = RunFolder(folder.path)
     logged.log = folder.log
-    with lock.hold(folder.path), logged.logged():
-        starts = _begin(config, folder)
+    starts = [] if folder.start.exists() else _read(config)
+    _check(config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_leftovers(folder))
+        stack.enter_context(lock.hold(folder.path))
+        stack.enter_context(logged.logged())
+        stack.callback(progress.end)
+        starts = _begin(config, folder, starts)
         known: list[Labelled] = []
         results: list[dict[str, Any]] = []
         for number in range(config.rounds.most + 1):
+            _announce(config, number, results, progress)
             result = _round(config, folder, number, starts, known, progress)
             enough = number > 0 and result["found"] < config.rounds.fewest
             results.append(result | {"end": enough})
@@ -81,22 +93,57 @@ def explore(config: ExploreConfig, progress: Progress | None = None) -> list[dic
     return results
 
 
+def _announce(config: ExploreConfig, number: int, results: Sequence[dict[str, Any]], progress: Progress) -> None:
+    """Have a live line say which round it is, how many labels there are, and the errors of the models so far."""
+    progress.heading = f"round {number}/{config.rounds.most}"
+    if results:
+        progress.heading += f", {sum(results[-1]['labels'])} labels"
+    for part in ("validation", "test"):
+        errors: dict[str, float] = next((one[part] for one in reversed(results) if one[part]), {})
+        if errors:
+            numbers = (f"{errors[kind]:.2f} {unit}" for kind, unit in _UNITS.items() if kind in errors)
+            progress.errors = f"{part} RMSE {', '.join(numbers)}"
+
+
 def _last_model(folder: ExploreFolder, number: int) -> Path:
     """The run of the ensemble of the last round before this one that has labelled anything."""
     return next(run for i in reversed(range(number)) if (run := folder.round(i).model).exists())
 
 
-def _begin(config: ExploreConfig, folder: ExploreFolder) -> list[Geometry]:
-    """The geometries of the user, once it is clear that the folder is of this exploration."""
+def _check(config: ExploreConfig) -> None:
+    """See now what would be missed only after hours."""
     if config.sampling.saddles and importlib.util.find_spec("sella") is None:
         raise ConfigError("sampling.saddles needs Sella, which is not installed: pip install sella")
+    for path in expand(config.test) if config.test else ():
+        sources.read(path, Selection())
+
+
+@contextlib.contextmanager
+def _without_leftovers(folder: ExploreFolder) -> Iterator[None]:
+    """Leave no folder where a wrong configuration ended an exploration before anything was labelled."""
+    new = not folder.path.exists()
+    try:
+        yield
+    except ConfigError:
+        if new and not folder.has_labels():
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def _begin(config: ExploreConfig, folder: ExploreFolder, starts: Sequence[Geometry]) -> list[Geometry]:
+    """The geometries of the user, once it is clear that the folder is of this exploration."""
     for path in folder.path.rglob(".*.part"):
         if "model" not in path.relative_to(folder.path).parts:  # training clears up for itself
             path.unlink(missing_ok=True)
     if folder.config.exists():
         before = configuration.with_values(training.read_yaml(folder.config, ()), str(folder.config))
         changed = _changed(before, config)
-        if changed:
+        if changed and not folder.has_labels():  # it begins anew
+            for path in folder.path.glob("round-*"):
+                shutil.rmtree(path)
+            folder.start.unlink(missing_ok=True)
+            starts = starts or _read(config)
+        elif changed:
             raise InputError(
                 f"{folder}: holds an exploration with another {', '.join(changed)}: give the same, or choose another "
                 "folder with run=NAME"
@@ -104,7 +151,7 @@ def _begin(config: ExploreConfig, folder: ExploreFolder) -> list[Geometry]:
     elif folder.model.exists() or any(folder.path.glob("round-*")):
         raise InputError(f"{folder}: holds files that are of no exploration: choose another folder with run=NAME")
     if not folder.start.exists():
-        write_json(folder.start, [one.to_dict() for one in _read(config)])
+        write_json(folder.start, [one.to_dict() for one in starts])
     training.save_yaml(folder.config, config.model_dump())
     return [Geometry(**values) for values in read_json(folder.start)]
 
@@ -142,16 +189,16 @@ def _round(
     number: int,
     starts: Sequence[Geometry],
     known: list[Labelled],
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Do a round, or what is left of it; what it has labelled is added to what is known."""
     here = folder.round(number)
     here.path.mkdir(parents=True, exist_ok=True)
     if not here.chosen.exists():
-        write_json(here.chosen, _choose(config, folder, number, starts, known))
+        write_json(here.chosen, _choose(config, folder, number, starts, known, progress))
     chosen = read_json(here.chosen)
     geometries = [Geometry(**values) for values in chosen["geometries"]]
-    new = _label(config, here, number, geometries)
+    new = _label(config, here, number, geometries, progress)
     if number == 0:
         _check_starts(starts, new)
     known += new
@@ -185,7 +232,9 @@ def _round(
     return read_json(here.result)
 
 
-def _label(config: ExploreConfig, here: RoundFolder, number: int, geometries: Sequence[Geometry]) -> list[Labelled]:
+def _label(
+    config: ExploreConfig, here: RoundFolder, number: int, geometries: Sequence[Geometry], progress: Progress
+) -> list[Labelled]:
     """The labels of a round: of all geometries at the lowest level, of some of them at the upper one."""
     levels = config.labels.levels
     if geometries:
@@ -200,7 +249,8 @@ def _label(config: ExploreConfig, here: RoundFolder, number: int, geometries: Se
             log.info("round %d: %d of them at the upper level", number, len(wanted))
         of_level: list[Label | None] = [None] * len(geometries)
         some = [geometries[i] for i in wanted]
-        for i, label in zip(wanted, labels.label(some, name, options, config.labels, here.labels(level)), strict=True):
+        of_some = labels.label(some, name, options, config.labels, here.labels(level), progress)
+        for i, label in zip(wanted, of_some, strict=True):
             of_level[i] = label
         found.append(of_level)
     return [Labelled(one, tuple(of_one), number) for one, *of_one in zip(geometries, *found, strict=True)]
@@ -215,14 +265,22 @@ def _asks(config: ExploreConfig, number: int, place: int, geometry: Geometry, le
 
 
 def _choose(
-    config: ExploreConfig, folder: ExploreFolder, number: int, starts: Sequence[Geometry], known: Sequence[Labelled]
+    config: ExploreConfig,
+    folder: ExploreFolder,
+    number: int,
+    starts: Sequence[Geometry],
+    known: Sequence[Labelled],
+    progress: Progress,
 ) -> dict[str, Any]:
     """What to label in a round: geometries and counts as plain values."""
     if number == 0:
         geometries = displaced(starts, config.geometries, config.seed)
         return {"geometries": [one.to_dict() for one in geometries], "counts": {}, "duplicates": 0, "left": 0}
     ensemble = model_file.load(_last_model(folder, number) / "model.pt")
-    found, counts = _sample(config, folder.round(number), number, starts, KinMLCalculator(ensemble))
+    assert isinstance(ensemble, Ensemble)
+    if ensemble.levels > 1:  # deviations are of what each level adds, and so must be their factors
+        ensemble.calibration = calibrate.fit_steps(ensemble, data.validation(folder, config.labels))
+    found, counts = _sample(config, folder.round(number), number, starts, KinMLCalculator(ensemble), progress)
     candidates = [one for one in found if max(one.deviations) <= config.selection.upper]
     if len(candidates) < config.rounds.fewest:  # to be lost is not to be certain
         lost = sorted((one for one in found if one not in candidates), key=lambda one: max(one.deviations))
@@ -242,7 +300,12 @@ def _choose(
 
 
 def _sample(
-    config: ExploreConfig, here: RoundFolder, number: int, starts: Sequence[Geometry], calculator: KinMLCalculator
+    config: ExploreConfig,
+    here: RoundFolder,
+    number: int,
+    starts: Sequence[Geometry],
+    calculator: KinMLCalculator,
+    progress: Progress,
 ) -> tuple[list[Geometry], dict[str, Counts]]:
     """The geometries of all items of a round in the window or above it, and counts by source."""
     sampler = Sampler(calculator, config.sampling, config.selection)
@@ -250,9 +313,12 @@ def _sample(
     found: list[Geometry] = []
     counts: dict[str, Counts] = {}
     for item in todo:
+        what = f"driving, {item.source}" + (f" at {item.temperature:g} K" if item.temperature else "")
+        progress.count(what, item.number, len(todo))
         file = here.samples(item.number)
         if not file.exists():
-            geometries, of_item = sampler.run(item, [config.seed, number])
+            seen = partial(progress.count, what, total=len(todo))
+            geometries, of_item = sampler.run(item, [config.seed, number], seen)
             write_json(file, {"geometries": [one.to_dict() for one in geometries], "counts": asdict(of_item)})
             log.info(
                 "round %d: %s at %g K (%d of %d): %d of %d geometries are uncertain",

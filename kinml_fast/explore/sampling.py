@@ -128,14 +128,20 @@ class Sampler:
         self._calculator, self._sampling, self._selection = calculator, sampling, selection
         self._minima: dict[int, Vibrations | None] = {}
 
-    def run(self, item: Item, seed: Sequence[int]) -> tuple[list[Geometry], Counts]:
-        """The geometries that an item finds in the window or above it, and the counts of all."""
+    def run(
+        self, item: Item, seed: Sequence[int], seen: Callable[[float], object] = lambda done: None
+    ) -> tuple[list[Geometry], Counts]:
+        """The geometries that an item finds in the window or above it, and the counts of all.
+
+        What `seen` is called with is the number of the item and the share of it that is done.
+        """
         rng = np.random.default_rng([*seed, item.number])
         ways: dict[str, Callable[[Item, np.random.Generator], Iterator[Geometry]]] = {
             "dynamics": self._dynamics,
             "modes": self._modes,
             "saddle": self._saddle,
         }
+        of_all = {"dynamics": self._sampling.steps // self._sampling.every, "modes": self._sampling.modes}
         pieces = fragments(item.start.atoms)
         found: list[Geometry] = []
         counts = Counts()
@@ -149,6 +155,7 @@ class Sampler:
             if kind == "uncertain" or (kind == "lost" and np.isfinite(geometry.deviations).all()):
                 found.append(geometry)
             counts += Counts(seen=1, **{kind: 1})
+            seen(item.number + min(counts.seen / of_all.get(item.source, np.inf), 1.0))
             if item.source == "dynamics" and kind in ("broken", "lost"):
                 break
         return found, counts

@@ -93,6 +93,8 @@ def train_member(
     ranks
         The processes that train it together.
     """
+    if progress is not None:
+        progress.member = f"member {number}/{config.ensemble.members}"
     config, data = of_member(config, data, number)
     folder = RunFolder(config.run)
     with contextlib.ExitStack() as stack:

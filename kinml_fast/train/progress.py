@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHOWN_LIVE = {"live": True}
+"""`extra` of a log line that says what a live line shows: a terminal that has one does without."""
+
+_SECONDS_BETWEEN_COUNTS = 0.2
 SECONDS_BETWEEN_LINES = 1.0
 """Plain lines come at least this far apart; short epochs in between have none (metrics.csv has them all)."""
 
@@ -28,10 +32,20 @@ class Progress:
         How many train together; rates are those of all.
     console : Console or None
         The terminal, if there is one.
+    heading : str
+        What the training is a part of; the live line begins with it.
+    member : str
+        Which model of an ensemble is trained.
+    errors : str
+        What the live line says of a model when none is trained.
     """
 
     processes = 1
     console: Console | None = None
+    heading = member = errors = ""
+
+    def count(self, what: str, done: float, total: int) -> None:
+        """Something else than training is going on, and this much of it is done."""
 
     def begin(self, epochs: int, first: int) -> None:
         """A run from epoch `first` to `epochs` starts."""
@@ -47,7 +61,7 @@ class Progress:
         now = time.monotonic()
         if now >= self.next_line or train.epoch + 1 == self.epochs:
             self.next_line = now + SECONDS_BETWEEN_LINES
-            log.info("%s", self.line(train, validation))
+            log.info("%s", self.line(train, validation), extra=SHOWN_LIVE)
 
     def end(self) -> None:
         """The run has ended, for whatever reason."""
@@ -78,39 +92,47 @@ class LiveProgress(Progress):
         from rich.progress import Progress as Bar
 
         self.console = console
-        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("{task.description}"))
+        columns = (TextColumn("{task.fields[place]}"), BarColumn(20), TextColumn("{task.description}"))
         # The trainer's own rhythm draws it: no thread that takes the interpreter away from short batches.
         self.bar = Bar(*columns, console=console, auto_refresh=False, transient=True)
+        self.line_shown = self.bar.add_task("", place="")
         self.text = "waiting for the first epoch"
+        self.next_count = 0.0
 
     def begin(self, epochs: int, first: int) -> None:
         """A run from epoch `first` to `epochs` starts."""
         super().begin(epochs, first)
-        for earlier in self.bar.task_ids:  # of the members of an ensemble that are at their end
-            self.bar.remove_task(earlier)
-        self.task = self.bar.add_task(self.text, total=epochs, completed=first, epoch=f"{first}/{epochs - 1}")
-        self.bar.start()
+        self._show(self._place(first), first, epochs, self.text)
 
     def batch(self, epoch: int, fraction: float) -> None:
         """The given fraction of an epoch's batches is done."""
         done = epoch + fraction
         left = f"{_clock(self.seconds_left(done))} left"
-        self.bar.update(
-            self.task,
-            completed=done,
-            description=f"{self.text}  {left}",
-            epoch=f"{epoch}/{self.epochs - 1}",
-            refresh=True,
-        )
+        self._show(self._place(epoch), done, self.epochs, f"{self.text}  {left}")
 
     def epoch(self, train: Row, validation: Row, test: Row | None = None) -> None:
         """An epoch is done."""
         super().epoch(train, validation, test)
         self.text = f"{_errors(train, validation)}  {self.rate(train)}"
 
+    def count(self, what: str, done: float, total: int) -> None:
+        """Something else than training is going on; it is drawn a few times a second, and when it begins and ends."""
+        now = time.monotonic()
+        if now >= self.next_count or done in (0, total):
+            self.next_count = now + _SECONDS_BETWEEN_COUNTS
+            self._show(what, done, total, ", ".join(filter(None, (f"{int(done)} of {total}", self.errors))))
+
     def end(self) -> None:
         """The run has ended, for whatever reason."""
         self.bar.stop()
+
+    def _place(self, epoch: int) -> str:
+        return ", ".join(filter(None, (self.member, f"epoch {epoch}/{self.epochs - 1}")))
+
+    def _show(self, what: str, done: float, total: int, text: str) -> None:
+        place = ": ".join(filter(None, (self.heading, what)))
+        self.bar.start()
+        self.bar.update(self.line_shown, completed=done, total=total, description=text, place=place, refresh=True)
 
 
 def _errors(train: Row, validation: Row) -> str:
