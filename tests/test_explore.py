@@ -21,8 +21,10 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.data import covalent_radii
 from label_calculators import Deeper, Springs
 from rich.console import Console
+from scipy.spatial.distance import pdist
 
 from kinml_fast import KinMLCalculator, report
 from kinml_fast.cli import main
@@ -362,20 +364,42 @@ def test_broken_geometries():
     assert broken(close, 3)
 
 
-def test_displaced_geometries_have_the_width_of_their_temperature():
+def test_displaced_geometries_have_the_energy_of_their_temperature_in_the_springs():
     start = Geometry(("O",) + ("H",) * 2, molecule("H2O").positions, "start")
     settings = GeometriesConfig(files=["x"], count=601, temperatures=[300.0, 1000.0])
     found = sampling.displaced([start], settings, seed=4)
     assert found[0] is start
+    constants = sampling.springs(start)
     for temperature in (300.0, 1000.0):
-        moves = [one.positions - start.positions for one in found[1:] if one.temperature == temperature]
+        moves = np.array(
+            [(one.positions - start.positions).ravel() for one in found[1:] if one.temperature == temperature]
+        )
         assert len(moves) == 300
-        # kT over a force constant of 20 eV/Å²; the few that are broken were drawn again.
-        assert np.var(moves) == pytest.approx(8.617333e-5 * temperature / 20, rel=0.08)
+        # kT/2 for each degree of freedom; the few that are broken were drawn again.
+        energies = np.einsum("ni,ij,nj->n", moves, constants, moves) / 2
+        assert energies.mean() == pytest.approx(9 * 8.617333e-5 * temperature / 2, rel=0.08)
     again = sampling.displaced([start], settings.model_copy(update={"count": 5}), seed=4)
     assert [one.to_dict() for one in again] == [one.to_dict() for one in found[:5]]
     with pytest.raises(DataError, match="falls apart whenever its atoms are displaced as at 1e\\+07 K"):
         sampling.displaced([start], settings.model_copy(update={"temperatures": [1e7]}), seed=4)
+
+
+def test_springs_are_second_derivatives():
+    start = Geometry(("O", "H", "H", "H"), np.random.default_rng(0).normal(0, 1, (4, 3)), "start")
+    radii = covalent_radii[start.atoms.numbers]
+    a, b = np.triu_indices(4, 1)
+    lengths = pdist(start.positions)
+    constants = 43.7 * np.exp((radii[a] + radii[b]) ** 2 - lengths**2)
+
+    def energy(moves):
+        stretches = pdist(start.positions + moves.reshape(4, 3)) - lengths
+        return (constants * stretches**2).sum() / 2 + 3.0 * (moves**2).sum() / 2
+
+    step, found = 1e-3 * np.eye(12), sampling.springs(start)
+    for i, j in np.ndindex(12, 12):
+        signs = [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+        second = sum(x * y * energy(x * step[i] + y * step[j]) for x, y in signs) / 4e-6
+        assert found[i, j] == pytest.approx(second, abs=2e-3 * abs(found).max())
 
 
 def test_the_farthest_are_taken_first_and_near_duplicates_are_not():

@@ -38,8 +38,8 @@ class GeometriesConfig(Section):
     format: str | None = None
     """Format of these files, by ASE's name; null: what the suffix or the contents say."""
     count: Count = 50
-    """Structures that are labelled for the first models: the geometries themselves, and displaced ones, whose atoms are
-    moved as independent oscillators with a force constant of 20 eV/Å² move at a temperature."""
+    """Structures that are labelled for the first models: the geometries themselves, and displaced ones, drawn as if
+    springs were between their atoms, stiff where a bond is and soft elsewhere, at a temperature."""
     temperatures: Temperatures = Field(default=[300.0, 1000.0, 2000.0])
     """Temperatures of the displacements, K; structures have them in turn."""
 

@@ -15,6 +15,7 @@ import ase.units
 import numpy as np
 import torch
 from ase import Atoms
+from ase.data import covalent_radii
 from ase.md.langevin import Langevin
 
 from kinml_fast.deploy import members
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 
 GUESS = "guess"
 """The source of geometries of the user that are near saddle points."""
-_FORCE_CONSTANT = 20.0
-"""eV/Å², of the oscillators that displaced atoms are."""
+_STIFFEST, _SOFTEST_SPRING = 43.7, 3.0
+"""eV/Å², of the springs that hold displaced atoms together."""
 _TRIES = 100
 _SOFTEST = 100.0
 """cm⁻¹: softer and imaginary modes are displaced as if they were of this frequency."""
@@ -67,9 +68,11 @@ def displaced(starts: Sequence[Geometry], settings: GeometriesConfig, seed: int)
         start = starts[item % len(starts)]
         temperature = settings.temperatures[item // len(starts) % len(settings.temperatures)]
         rng = np.random.default_rng([seed, 0, item])
-        width = np.sqrt(ase.units.kB * temperature / _FORCE_CONSTANT)
+        constants, modes = np.linalg.eigh(springs(start))
+        widths = np.sqrt(ase.units.kB * temperature / constants)
         for _ in range(_TRIES):
-            positions = start.positions + rng.normal(0.0, width, start.positions.shape)
+            moves = modes @ (rng.normal(size=len(widths)) * widths)
+            positions = start.positions + moves.reshape(-1, 3)
             if not broken(Atoms(start.symbols, positions), pieces[item % len(starts)]):
                 break
         else:
@@ -82,6 +85,24 @@ def displaced(starts: Sequence[Geometry], settings: GeometriesConfig, seed: int)
         )
         item += 1
     return found
+
+
+def springs(geometry: Geometry) -> np.ndarray:
+    """Second derivatives [3n, 3n] in eV/Å² of springs between all atoms, at rest: what is known before any label.
+
+    The constant of a pair at distance r falls as exp(r₀² - r²), in Å, from 43.7 eV/Å² at the sum r₀ of covalent radii,
+    after the stretches of Lindh's model Hessian (doi:10.1016/0009-2614(95)00646-L). 3 eV/Å² hold each atom in its
+    place, for what the pairs leave free.
+    """
+    atoms = geometry.atoms
+    radii, n = covalent_radii[atoms.numbers], len(atoms)
+    vectors = atoms.positions[:, None] - atoms.positions
+    distances = np.linalg.norm(vectors, axis=2) + np.eye(n)
+    constants = _STIFFEST * np.exp(np.square(radii[:, None] + radii) - distances**2) * (1 - np.eye(n))
+    units = vectors / distances[:, :, None]
+    blocks = -constants[:, :, None, None] * units[:, :, :, None] * units[:, :, None, :]
+    blocks[np.arange(n), np.arange(n)] = -blocks.sum(axis=1)
+    return blocks.transpose(0, 2, 1, 3).reshape(3 * n, 3 * n) + _SOFTEST_SPRING * np.eye(3 * n)
 
 
 @dataclass(frozen=True)
