@@ -240,6 +240,15 @@ def test_of_two_levels_deviations_are_those_of_the_difference_with_its_factor(tm
     assert steps.forces[1] != pytest.approx(ensemble.calibration.forces[1], rel=0.1)
 
 
+@pytest.mark.parametrize(("structures", "epochs"), [(18, 1250), (248, 100), (10000, 100)])
+def test_few_structures_are_trained_for_as_many_steps_as_more(structures, epochs):
+    config = configuration.with_values({"run": "x", "geometries": {"files": ["x.xyz"]}}, "here")
+    made = config.of_training(Path("run"), [Path("a.db")], Path("split"), structures, None)
+    assert made.training.epochs == epochs
+    fixed = config.model_copy(update={"training": config.training.model_copy(update={"epochs": 7})})
+    assert fixed.of_training(Path("run"), [Path("a.db")], Path("split"), structures, None).training.epochs == 7
+
+
 def test_the_report(tmp_path, monkeypatch):
     monkeypatch.undo()
     counts = {"seen": 30, "certain": 11, "uncertain": 12, "lost": 2, "broken": 5}

@@ -155,11 +155,16 @@ class ExploreLossConfig(LossConfig):
     """static: the share of L_F."""
 
 
+EPOCHS, STEPS = 100, 5000
+"""In a round each model is trained for so many epochs, and for so many steps of the optimizer, whatever is more."""
+
+
 class ExploreTrainingConfig(TrainingConfig):
     """Training in each round: keys, and defaults that are not named here, are those of docs/configuration.md."""
 
-    epochs: Annotated[int, Field(gt=0)] = 200
-    """Passes over the training structures in each round."""
+    epochs: Count | None = None  # type: ignore[assignment]
+    """Passes over the training structures in each round; null: 100, or, of few structures, as many as make 5,000 steps
+    of the optimizer."""
     batch_size: Count = 5
     """Structures in a training batch."""
     dtype: Literal["float64", "float32"] = "float32"
@@ -230,9 +235,17 @@ class ExploreConfig(Section):
             raise ValueError("geometries.saddles has no use without sampling.saddles: set that to true")
         return self
 
-    def of_training(self, run: Path, files: Sequence[Path], split: Path, start: Path | None) -> train_config.Config:
-        """The configuration of the training run in a folder, on these files, from another run's models or from none."""
+    def of_training(
+        self, run: Path, files: Sequence[Path], split: Path, structures: int, start: Path | None
+    ) -> train_config.Config:
+        """The configuration of the training run in a folder, from another run's models or from none.
+
+        It is on the files, so many structures of which are for training according to the split.
+        """
         shared = self.model_dump(include={"descriptor", "network", "training", "ensemble"})
+        if self.training.epochs is None:
+            batches = -(-structures // self.training.batch_size)
+            shared["training"]["epochs"] = max(EPOCHS, -(-STEPS // batches))
         values = {
             **shared,
             "run": str(run),

@@ -33,8 +33,10 @@ class Labelled:
         return any(label is not None and label.energy is not None for label in self.labels)
 
 
-def write(folder: ExploreFolder, of_round: RoundFolder, found: Sequence[Labelled], settings: LabelsConfig) -> None:
+def write(folder: ExploreFolder, of_round: RoundFolder, found: Sequence[Labelled], settings: LabelsConfig) -> int:
     """Write all that was labelled: a database for each formula in atom order, an extended XYZ file, the division.
+
+    Returns how many structures are for training.
 
     Parameters
     ----------
@@ -64,7 +66,7 @@ def write(folder: ExploreFolder, of_round: RoundFolder, found: Sequence[Labelled
             geometry_calc="explore",
         )
     _write_xyz(folder, found)
-    _write_split(folder, of_round, settings)
+    return _write_split(folder, of_round, settings)
 
 
 def _structures(symbols: Sequence[str], found: Sequence[Labelled], level: int) -> Structures | None:
@@ -119,8 +121,9 @@ def _divided(folder: ExploreFolder, settings: LabelsConfig) -> tuple[Structures,
     return structures, np.array([int(label.rsplit("/", 1)[1]) % every == 0 for label in structures.labels])
 
 
-def _write_split(folder: ExploreFolder, of_round: RoundFolder, settings: LabelsConfig) -> None:
+def _write_split(folder: ExploreFolder, of_round: RoundFolder, settings: LabelsConfig) -> int:
     structures, chosen = _divided(folder, settings)
     of_all = np.arange(len(structures))
     split = Split(of_all[~chosen], of_all[chosen], of_all[:0])
     splits.write_tvtmsk(of_round.split, structures, split)
+    return len(split.train)

@@ -207,8 +207,8 @@ def _round(
     before = _last_model(folder, number) if number else None
     errors: dict[str, float] = {}
     if any(one.known for one in new):
-        data.write(folder, here, known, config.labels)
-        settings = config.of_training(here.model, folder.databases(), here.split, before)
+        number_to_train_on = data.write(folder, here, known, config.labels)
+        settings = config.of_training(here.model, folder.databases(), here.split, number_to_train_on, before)
         summary = runs.start(settings, restarted=True, progress=progress)
         assert isinstance(summary, EnsembleSummary)
         errors = _of_summary(summary)
