@@ -37,7 +37,7 @@ class GeometriesConfig(Section):
     """Files of guesses of saddle points; they are labelled with the geometries (sampling.saddles)."""
     format: str | None = None
     """Format of these files, by ASE's name; null: what the suffix or the contents say."""
-    count: Count = 50
+    count: Count = 20
     """Structures that are labelled for the first models: the geometries themselves, and displaced ones, drawn as if
     springs were between their atoms, stiff where a bond is and soft elsewhere, at a temperature."""
     temperatures: Temperatures = Field(default=[300.0, 1000.0, 2000.0])
@@ -123,7 +123,7 @@ class SelectionConfig(Section):
     upper: Positive = 5.0
     """Above, the ensemble has lost its way: such geometries are counted, and end a trajectory. Where the window has
     fewer than rounds.fewest, those with the smallest deviations above it are taken too."""
-    most: Count = 50
+    most: Count = 40
     """At most so many structures a round, the farthest from all others first. With two levels, those of them are
     labelled at the upper one too of which its own network's deviation lies above `lower`."""
     distinct: NotNegative = 0.01
