@@ -90,9 +90,12 @@ class LiveProgress(Progress):
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
         self.console = console
-        columns = (TextColumn("{task.fields[place]}"), BarColumn(20), TextColumn("{task.description}"))
+        # Where the terminal is narrow, the text takes several lines.
+        text = TextColumn("{task.description}", table_column=Column(no_wrap=False))
+        columns = (TextColumn("{task.fields[place]}"), BarColumn(20), text)
         # The trainer's own rhythm draws it: no thread that takes the interpreter away from short batches.
         self.bar = Bar(*columns, console=console, auto_refresh=False, transient=True)
         self.line_shown = self.bar.add_task("", place="")
