@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "script", ["docs/make_configuration.py", "benchmarks/report.py", "benchmarks/few_high_level.py"]
+    "script",
+    ["docs/make_configuration.py", "benchmarks/report.py", "benchmarks/few_high_level.py", "benchmarks/explored.py"],
 )
 def test_page_is_up_to_date(script):
     done = subprocess.run([sys.executable, ROOT / script, "--check"], capture_output=True, text=True)

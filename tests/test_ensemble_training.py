@@ -73,7 +73,7 @@ def test_the_report_has_members_and_ensemble(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run, summary = run_of(path, "ensemble.members=2")
     assert {p.name for p in (run / "report").iterdir()} == {
-        *("errors.csv", "learning_curves.png", "members.csv", "parity_test.png")
+        *("errors.csv", "learning_curves.png", "members.csv", "parity_test.png", "reliability.png")
     }
     with (run / "report" / "members.csv").open(encoding="utf-8", newline="") as file:
         table = {(row["member"], row["split"], row["quantity"]): row for row in csv.DictReader(file)}
