@@ -315,7 +315,10 @@ def _calibrate(
         return
     ensemble.calibration = calibrate.fit(ensemble, of_levels["validation"])
     if ensemble.calibration is None:
-        log.info("deviations of the members are not calibrated: fewer than %d validation energies", calibrate.FEWEST)
+        log.info(
+            "deviations of the members are not calibrated: fewer than %d validation energies and forces",
+            calibrate.FEWEST,
+        )
         return
     after = {name: [calibrate.applied(part, ensemble) for part in parts] for name, parts in of_levels.items()}
     calibrate.draw(folder.report, of_levels["validation"], after["validation"])
