@@ -21,6 +21,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.calculator import CalculationFailed
 from ase.data import covalent_radii
 from label_calculators import Deeper, Springs
 from rich.console import Console
@@ -31,8 +32,8 @@ from kinml_fast.cli import main
 from kinml_fast.data import Selection, read
 from kinml_fast.deploy import calibrate, members, model_file
 from kinml_fast.errors import ConfigError, DataError, InputError
+from kinml_fast.explore import calculators, data, labels, sampling, selection
 from kinml_fast.explore import config as configuration
-from kinml_fast.explore import data, labels, sampling, selection
 from kinml_fast.explore import report as explore_report
 from kinml_fast.explore.config import GeometriesConfig, LabelsConfig, SamplingConfig, SelectionConfig
 from kinml_fast.explore.folder import ExploreFolder, read_json
@@ -347,6 +348,41 @@ def test_tblite_labels_with_options(tmp_path):
     assert found.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
     atoms.calc = ase_tblite.TBLite(method="GFN2-xTB", verbosity=0)
     assert abs(found.energy - atoms.get_potential_energy()) > 1
+
+
+@pytest.mark.parametrize("level", ["HF/sto-3g", "MP2/sto-3g", "CCSD/sto-3g", "PBE/sto-3g"])
+@pytest.mark.parametrize("name", ["H2O", "CH3"])
+def test_pyscf_labels(level, name):
+    pytest.importorskip("pyscf", reason="pip install pyscf")
+    atoms = molecule(name)
+    atoms.rattle(0.05, seed=1)
+    energies = []
+    for shift in (2e-3, -2e-3, 0):
+        moved = atoms.copy()
+        moved.positions[1, 1] += shift
+        moved.calc = calculators.make(f"pyscf:{level}", {})
+        energies.append(moved.get_potential_energy())
+    assert moved.get_forces()[1, 1] == pytest.approx((energies[1] - energies[0]) / 4e-3, abs=1e-3)
+
+
+def test_what_pyscf_cannot_label(monkeypatch):
+    pytest.importorskip("pyscf", reason="pip install pyscf")
+    with pytest.raises(ConfigError, match="pyscf:B3LYP: is not of the form pyscf:METHOD/BASIS"):
+        calculators.make("pyscf:B3LYP", {})
+    with pytest.raises(ConfigError, match=r"unexpected keyword argument 'multiplicity'"):
+        calculators.make("pyscf:HF/sto-3g", {"multiplicity": 2})
+    water = molecule("H2O")
+    water.calc = calculators.make("pyscf:HF/sto-3g", {"mult": 2})
+    with pytest.raises(CalculationFailed, match="has 10 electrons, which the multiplicity 2 does not fit"):
+        water.get_potential_energy()
+    water.calc = calculators.make("pyscf:HF/sto-3g", {"charge": 1})
+    ion = water.get_potential_energy()
+    water.calc = calculators.make("pyscf:HF/sto-3g", {})
+    assert 5 < ion - water.get_potential_energy() < 20
+    water.positions *= 4
+    monkeypatch.setattr("pyscf.scf.hf.SCF.max_cycle", 1)
+    with pytest.raises(CalculationFailed, match="did not converge"):
+        water.get_potential_energy()
 
 
 def test_nothing_that_can_be_labelled(tmp_path):

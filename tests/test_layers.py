@@ -20,7 +20,7 @@ PACKAGE = ROOT / "kinml_fast"
 CSRC = ROOT / "csrc"
 
 LAYERS = [
-    {"errors", "units", "metrics", "signals", "_version"},
+    {"errors", "lock", "units", "metrics", "signals", "_version"},
     {"_library", "external"},
     {"devices"},
     {"ops"},
@@ -41,6 +41,7 @@ LATE = {
     "dftd3": "optional",
     "kinbot": "optional",
     "openmm": "optional",
+    "pyscf": "optional",
     "sella": "optional",
     "tblite": "optional",
     "matplotlib": "takes half a second, and only drawing needs it",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import itertools
 import json
@@ -22,7 +23,7 @@ from ase import Atoms
 from ase.build import molecule
 from rich.console import Console
 
-from kinml_fast import KinMLCalculator
+from kinml_fast import KinMLCalculator, lock
 from kinml_fast.cli import main
 from kinml_fast.deploy import model_file
 from kinml_fast.errors import DataError, InputError
@@ -280,7 +281,7 @@ def test_an_unfinished_search_of_something_else_is_refused(tmp_path, capsys):
     [
         (["saddle.xyz", "-o", "."], "saddle.xyz: is what is read and would be overwritten"),
         (["in.xyz", "-o", "mine"], "mine/path.xyz: was not written by a search before"),
-        (["in.xyz", "-o", "in.xyz"], "in.xyz: cannot be made (File exists)"),
+        (["in.xyz", "-o", "in.xyz"], "in.xyz: cannot be made, or written (File exists)"),
         (["in.xyz", "-o", "new", "--fmax", "nan"], "give a force above 0 and at least 1 step"),
         (["in.xyz", "-o", "new", "--steps", "0"], "give a force above 0 and at least 1 step"),
         (["in.xyz", "-o", "new", "--images", "0"], "0 images: give a number of at least 1"),
@@ -347,6 +348,16 @@ def newest(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             found = max(found, path.stat().st_mtime_ns)
     return found
+
+
+def test_a_second_search_in_the_folder_is_refused(tmp_path, capsys):
+    (out := tmp_path / "out").mkdir()
+    descriptor = os.open(out / lock.NAME, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.write(descriptor, b"process 1 on somewhere,")
+    assert main(["saddle", *map(str, two_minima(tmp_path)), "-o", str(out)]) == 2
+    os.close(descriptor)
+    assert "out: process 1 on somewhere, works there: wait for its end" in capsys.readouterr().err
 
 
 def test_a_signal_says_how_to_go_on(tmp_path):

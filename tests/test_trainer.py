@@ -458,7 +458,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be made a run folder"):
+    with pytest.raises(InputError, match="cannot be made, or written"):
         fitted(settings(), tmp_path / "file" / "run")
 
 

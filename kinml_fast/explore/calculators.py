@@ -11,7 +11,10 @@ from ase.calculators.calculator import BaseCalculator, get_calculator_class
 
 from kinml_fast.errors import ConfigError, first_line
 
-_WAYS = "tblite:METHOD, ASE's name of a calculator (orca, gaussian, psi4 …), module:Class or a model file"
+_WAYS = (
+    "tblite:METHOD, pyscf:METHOD/BASIS, ASE's name of a calculator (orca, gaussian, psi4 …), module:Class or a model "
+    "file"
+)
 
 
 def make(name: str, options: Mapping[str, Any]) -> BaseCalculator:
@@ -20,7 +23,8 @@ def make(name: str, options: Mapping[str, Any]) -> BaseCalculator:
     Parameters
     ----------
     name
-        tblite:METHOD; the name of one of ASE's calculators; module:Class; a model file (.pt) or run folder.
+        tblite:METHOD; pyscf:METHOD/BASIS, see `pyscf.PySCF`; the name of one of ASE's calculators; module:Class; a
+        model file (.pt) or run folder.
     options
         Keyword arguments of it.
 
@@ -36,6 +40,10 @@ def make(name: str, options: Mapping[str, Any]) -> BaseCalculator:
             from kinml_fast.deploy.calculator import KinMLCalculator
 
             return low_level.make(name, KinMLCalculator, **options)
+        if name.startswith("pyscf:"):
+            from kinml_fast.explore.pyscf import PySCF
+
+            return PySCF(name.removeprefix("pyscf:"), **options)
         module, colon, kind = name.partition(":")
         if colon:
             return getattr(importlib.import_module(module), kind)(**options)

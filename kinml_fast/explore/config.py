@@ -65,7 +65,8 @@ class LabelsConfig(Section):
     """What computes energies and forces."""
 
     calculator: str = "tblite:GFN2-xTB"
-    """tblite:METHOD; ASE's name of a calculator (orca, gaussian, psi4 …); module:Class of another; or a model file."""
+    """tblite:METHOD; pyscf:METHOD/BASIS; ASE's name of a calculator (orca, gaussian, psi4 …); module:Class of another;
+    or a model file."""
     options: dict[str, Any] = Field(default={})
     """Keyword arguments of the calculator, such as charge and multiplicity, as it calls them."""
     workers: Count = 1

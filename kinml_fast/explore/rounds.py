@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from kinml_fast import lock
 from kinml_fast.data import Selection, sources, xyz
 from kinml_fast.data.files import expand, replacing
 from kinml_fast.data.structures import concatenate
@@ -36,7 +37,7 @@ from kinml_fast.explore.labels import Label
 from kinml_fast.explore.sampling import GUESS, Counts, Sampler, displaced, items
 from kinml_fast.nn import Ensemble
 from kinml_fast.train import config as training
-from kinml_fast.train import lock, runs
+from kinml_fast.train import runs
 from kinml_fast.train.ensembles import EnsembleSummary
 from kinml_fast.train.folder import RunFolder
 from kinml_fast.train.progress import Progress

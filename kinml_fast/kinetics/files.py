@@ -16,6 +16,7 @@ import yaml
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
+from kinml_fast import lock
 from kinml_fast.data import Selection, xyz
 from kinml_fast.data.files import check_output, expand_one, replacing
 from kinml_fast.deploy import model_file
@@ -179,18 +180,10 @@ def reaction(
     frames = list(xyz.frames(path, form))
     if len(frames) not in (1, 2):
         raise DataError(f"{path}: has {len(frames)} frames: give one, a guess of the saddle point, or two minima")
-    into = _made(Path(folder))
-    for name in _OUTPUTS:
-        check_output(into / name, [path, *model_file.files(model_path)])
-        for part in into.glob(f".{name}.*.part"):  # of a process that was killed while it wrote
-            part.unlink(missing_ok=True)
-    if not ((into / UNFINISHED).is_dir() or (into / "saddle.json").is_file()):
-        foreign = [name for name in _OUTPUTS if (into / name).exists()]
-        if foreign:
-            raise ConfigError(f"{into / foreign[0]}: was not written by a search before: choose another folder")
-    calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
-    warn_without_forces(model_path)
-    with Live(console, steps) as live:
+    with lock.hold(into := Path(folder)), Live(console, steps) as live:
+        _check_outputs(into, [path, *model_file.files(model_path)])
+        calculator = KinMLCalculator(model_file.resolve(model_path, device), base=base)
+        warn_without_forces(model_path)
         record = Record(into / UNFINISHED, live.tell)
         if record.begin(_inputs(frames, model_path, base, fmax, steps, images)):
             log.info("%s: goes on where it was", into)
@@ -211,15 +204,8 @@ def reaction(
         except DataError as error:
             record.remove()  # the same again would end in the same
             raise DataError(f"{path}: {error}") from error
-    _write_frames(into / "saddle.xyz", [found.atoms])
-    for i, frame in enumerate(way.frames):
-        frame.info |= {"energy": float(way.energies[i]), "length": float(way.lengths[i])}
-    _write_frames(into / "path.xyz", way.frames)
-    _write_frames(into / "minima.xyz", [one.atoms for one in both])
-    entries = {"saddle": found.to_dict(), "minima": [one.to_dict() for one in both]}
-    _write_json(into / "saddle.json", entries)
-    _draw(into / "path.png", way, str(found.atoms.symbols))
-    record.remove()
+        _write_reaction(into, found, way, both)
+        record.remove()
     log.info("%s", barriers(found, both))
     log.info("wrote %s", into)
     return found, way, both
@@ -228,6 +214,29 @@ def reaction(
 def _check_limits(fmax: float, steps: int) -> None:
     if not 0 < fmax < np.inf or steps < 1:
         raise ConfigError(f"a largest force of {fmax:g} eV/Å, {steps} steps: give a force above 0 and at least 1 step")
+
+
+def _check_outputs(into: Path, inputs: Sequence[Path]) -> None:
+    """Refuse to write over what is read, or over what no search has written."""
+    for name in _OUTPUTS:
+        check_output(into / name, inputs)
+        for part in into.glob(f".{name}.*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+    if not ((into / UNFINISHED).is_dir() or (into / "saddle.json").is_file()):
+        foreign = [name for name in _OUTPUTS if (into / name).exists()]
+        if foreign:
+            raise ConfigError(f"{into / foreign[0]}: was not written by a search before: choose another folder")
+
+
+def _write_reaction(into: Path, found: Vibrations, way: saddle.ReactionPath, both: Sequence[Vibrations]) -> None:
+    _write_frames(into / "saddle.xyz", [found.atoms])
+    for i, frame in enumerate(way.frames):
+        frame.info |= {"energy": float(way.energies[i]), "length": float(way.lengths[i])}
+    _write_frames(into / "path.xyz", way.frames)
+    _write_frames(into / "minima.xyz", [one.atoms for one in both])
+    entries = {"saddle": found.to_dict(), "minima": [one.to_dict() for one in both]}
+    _write_json(into / "saddle.json", entries)
+    _draw(into / "path.png", way, str(found.atoms.symbols))
 
 
 def _inputs(

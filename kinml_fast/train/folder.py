@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from kinml_fast import lock
 from kinml_fast.errors import InputError
-from kinml_fast.train import lock
 from kinml_fast.train.config import written_by_run
 
 LOGGER = logging.getLogger("kinml_fast")

@@ -1,4 +1,4 @@
-"""One run at a time in a run folder."""
+"""One process at a time in the folder of a run, of an exploration or of a search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kinml_fast.errors import InputError
 log = logging.getLogger(__name__)
 
 NAME = ".lock"
-"""The file that a run locks in its folder. It says who holds it, and goes when the run ends."""
+"""The file that is locked in the folder. It says who holds it, and goes when that ends."""
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -40,7 +40,7 @@ _guard = threading.RLock()
 
 
 class Hold:
-    """A hold on a run folder; as a context manager it ends with the block."""
+    """A hold on a folder; as a context manager it ends with the block."""
 
     def __init__(self, release: Callable[[], None], first: bool) -> None:
         self._release: Callable[[], None] | None = release
@@ -61,7 +61,7 @@ class Hold:
 
 
 def hold(folder: Path, *, training: bool = False, patience: float = 0.0) -> Hold:
-    """Keep other processes out of a run folder, which is made if it is not there.
+    """Keep other processes out of a folder, which is made if it is not there.
 
     The lock is one of the operating system (flock): it ends with the process, however that ends. Within a process any
     number of objects can hold a folder, until one of them is training.
@@ -69,7 +69,7 @@ def hold(folder: Path, *, training: bool = False, patience: float = 0.0) -> Hold
     Parameters
     ----------
     folder
-        The run folder.
+        The folder.
     training
         Whether the holder trains: then nothing else in this process gets hold of the folder.
     patience
@@ -78,7 +78,7 @@ def hold(folder: Path, *, training: bool = False, patience: float = 0.0) -> Hold
     Raises
     ------
     InputError
-        Another process trains there, or this one does; the folder cannot be made or written.
+        Another process works there, or this one trains there; the folder cannot be made or written.
     """
     place, give_up = folder.resolve(), time.monotonic() + patience
     while True:
@@ -93,8 +93,8 @@ def hold(folder: Path, *, training: bool = False, patience: float = 0.0) -> Hold
                 holder = opened
         if time.monotonic() >= give_up:
             raise InputError(
-                f"{folder}: {holder} there: wait for its end, or choose another folder with run=NAME; nothing was "
-                "changed"
+                f"{folder}: {holder} there: wait for its end, or choose another folder (run=NAME of a run); nothing "
+                "was changed"
             )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -131,7 +131,7 @@ def _opened(folder: Path) -> _Held | str:
             except BlockingIOError:
                 holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
                 os.close(descriptor)
-                return f"{holder or 'another process'} trains"
+                return f"{holder or 'another process'} works"
             except OSError as error:
                 os.close(descriptor)
                 if error.errno not in _NO_LOCKS:
@@ -144,7 +144,7 @@ def _opened(folder: Path) -> _Held | str:
         with contextlib.suppress(OSError):  # on a full disk the lock says no name
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {now},\n".encode(), 0)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made a run folder ({error.strerror}): choose another") from error
+        raise InputError(f"{folder}: cannot be made, or written ({error.strerror}): choose another") from error
     return _Held(descriptor)
 
 
