@@ -172,9 +172,9 @@ def run(input_path: str | os.PathLike, *, workers: int = 1) -> Uncertainties | N
     """
     if workers < 1:
         raise ConfigError(f"workers is {workers}: give a number of at least 1")
-    program = _program()
     path = Path(input_path)
     given = _read(path)
+    program = _program()
     ensemble = _checked(path, given)
     measured: list[Uncertainties] = []
 
@@ -433,7 +433,9 @@ def _program() -> Any:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give an input file of KinBot") from None
+    except ValueError as error:
         raise ConfigError(
             f"{path}: cannot be read as JSON ({first_line(error)}): give an input file of KinBot"
         ) from None
