@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 
+_SPINS = "5000"
+"""Looks for work of a thread that waits for others, before it gives its core away (docs/running.md)."""
+
 _MODEL = "model.pt of a run, the run's folder, or a pattern of several, which make an ensemble"
 _FORMAT = "format of the files that ASE reads, by its name (extxyz); by default what their suffix or contents say"
 _DEVICE = "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N; by default auto"
@@ -34,6 +37,8 @@ _DEVICE = "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N; 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a user's mistake, 128 + N after signal N (Ctrl-C: 130)."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when torch is loaded
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "arguments")]

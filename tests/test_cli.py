@@ -44,6 +44,20 @@ def test_info(capsys):
         assert value in text
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_that_wait_give_their_core_away_soon(given, expected):
+    """Decided before torch is loaded, which loads OpenMP, and not against the user."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = (
+        "import os, sys, kinml_fast.cli as cli; assert 'torch' not in sys.modules; cli.main(['info']); "
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=clean | given, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == expected, done.stderr
+
+
 def test_from_data_to_predictions(tmp_path, capsys):
     config = write_config(tmp_path)
     run = tmp_path / "run"
