@@ -14,8 +14,9 @@ from test_cli import wait_for
 from test_faults import ended
 from training_helpers import assert_same_run, start_ranks, write_config
 
+from kinml_fast import lock
 from kinml_fast.cli import main
-from kinml_fast.train import checkpoint, lock
+from kinml_fast.train import checkpoint
 from kinml_fast.train.folder import RunFolder
 
 TRAIN = ("-m", "kinml_fast.cli", "train")

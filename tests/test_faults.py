@@ -29,11 +29,11 @@ from training_helpers import (
     write_config,
 )
 
-from kinml_fast import signals
+from kinml_fast import lock, signals
 from kinml_fast.cli import main
 from kinml_fast.errors import InputError
 from kinml_fast.signals import Stopped
-from kinml_fast.train import Trainer, TrainingConfig, checkpoint, lock, runs
+from kinml_fast.train import Trainer, TrainingConfig, checkpoint, runs
 from kinml_fast.train import config as configuration
 from kinml_fast.train.board import fresh
 from kinml_fast.train.ranks import restarted
@@ -202,7 +202,7 @@ def test_a_folder_in_which_another_process_trains_is_refused_in_every_way(tmp_pa
             assert main([str(argument) for argument in arguments]) == 2
             said = capsys.readouterr().err
             assert f"{run}: process {other} on {os.uname().nodename}, since 20" in said
-            assert "trains there: wait for its end, or choose another folder with run=NAME" in said
+            assert "works there: wait for its end, or choose another folder (run=NAME of a run)" in said
         for options in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(InputError, match=f"process {other} on"):
                 Trainer(model(), training_data(), folder=run, **options)

