@@ -80,11 +80,10 @@ def _far_energies(s: Structures) -> Iterator[str]:
     """Energies that are far from those of the same molecule, as a calculation that failed leaves them."""
     if s.energies is None:
         return
-    _, formulas = np.unique(s.counts(), axis=0, return_inverse=True)
     for level in s.energies.reshape(s.levels, -1):
         far: list[tuple[int, float]] = []
-        for formula in range(formulas.max(initial=-1) + 1):
-            some = np.flatnonzero((formulas == formula) & np.isfinite(level))
+        for group in _formulas(s):
+            some = group[np.isfinite(level[group])]
             if len(some) < _ENOUGH:
                 continue
             first, middle, last = np.quantile(level[some], (0.25, 0.5, 0.75))
@@ -96,6 +95,13 @@ def _far_energies(s: Structures) -> Iterator[str]:
                 f"{len(far)} energies are far from those of the same molecule ({s.labels[i]}: {level[i]:.6g} eV, the "
                 f"median is {middle:.6g} eV): leave out calculations that failed"
             )
+
+
+def _formulas(s: Structures) -> list[np.ndarray]:
+    """The structures of each formula, in the order of the data."""
+    _, groups = np.unique(s.counts(), axis=0, return_inverse=True)
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
 
 def _of_forces(s: Structures) -> Iterator[str]:
@@ -209,10 +215,8 @@ def _copies(s: Structures, split: Split) -> Iterator[str]:
 def _fingerprints(s: Structures) -> list[bytes]:
     """The same for structures that differ by rotation, translation and the order of atoms only."""
     found = [b""] * len(s)
-    _, groups = np.unique(s.counts(), axis=0, return_inverse=True)
-    order = np.argsort(groups, kind="stable")
     assert s.coordinates is not None
-    for group in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+    for group in _formulas(s):
         for some in np.array_split(group, -(-len(group) // _AT_MOST)):
             atoms = s.offsets[some][:, None] + np.arange(s.sizes[some[0]])
             atoms = np.take_along_axis(atoms, np.argsort(s.species[atoms], axis=1, kind="stable"), axis=1)
