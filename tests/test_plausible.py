@@ -68,6 +68,17 @@ def test_gradients_for_forces(sign):
         assert ["the forces have the sign of gradients" in sentence for sentence in said(data)] == [True] * (sign < 0)
 
 
+def test_gradients_in_an_external_field():
+    """Frames that are near as they are need not be turned, which would lose what holds a molecule in its place."""
+    rng = np.random.default_rng(0)
+    data = trajectory()
+    rest = data.coordinates[:5]
+    shifts = np.cumsum(rng.normal(0, 0.01, (len(data), 5, 3)), axis=0)
+    energies = data.energies.mean() + 10 * (shifts**2).sum(axis=(1, 2))
+    held = Structures.of_one_formula("CHHHH", rest + shifts, energies, 20 * shifts)
+    assert ["the forces have the sign of gradients" in sentence for sentence in said(held)] == [True]
+
+
 def test_energies_of_calculations_that_failed():
     data = trajectory()
     energies = data.energies.copy()

@@ -140,8 +140,8 @@ def _steps(s: Structures) -> tuple[list[int], list[np.ndarray], list[np.ndarray]
     """Pairs of structures (the first of each) one after the other in a file, of which one is nearly the other.
 
     With the displacements [n, 3] from one to the other, turned to it (Kabsch, Acta Cryst. 1976, A32, 922, DOI
-    10.1107/S0567739476001873), and these rotations [3, 3], which rows of the second are multiplied by. Crystals are
-    not turned.
+    10.1107/S0567739476001873), and these rotations [3, 3], which rows of the second are multiplied by. Crystals, and
+    what is near as it is, are not turned.
     """
     found: tuple[list[int], list[np.ndarray], list[np.ndarray]] = ([], [], [])
     assert s.coordinates is not None
@@ -152,14 +152,15 @@ def _steps(s: Structures) -> tuple[list[int], list[np.ndarray], list[np.ndarray]
         atoms = s.offsets[pairs][:, None] + np.arange(size)
         same = (s.species[atoms] == s.species[atoms + size]).all(axis=1)
         pairs, atoms = pairs[same], atoms[same]
-        molecules = ~(s.are_crystals[pairs] | s.are_crystals[pairs + 1])[:, None, None]
         x, y = s.coordinates[atoms], s.coordinates[atoms + size]
-        x, y = (z - z.mean(axis=1, keepdims=True) * molecules for z in (x, y))
         sound = np.isfinite(x).all(axis=(1, 2)) & np.isfinite(y).all(axis=(1, 2))
-        pairs, molecules, x, y = pairs[sound], molecules[sound], x[sound], y[sound]
+        pairs, x, y = pairs[sound], x[sound], y[sound]
+        as_they_are = s.are_crystals[pairs] | s.are_crystals[pairs + 1] | (np.abs(y - x) < _NEAR).all(axis=(1, 2))
+        turned = ~as_they_are[:, None, None]
+        x, y = (z - z.mean(axis=1, keepdims=True) * turned for z in (x, y))
         u, _, vt = np.linalg.svd(y.transpose(0, 2, 1) @ x)
         u[:, :, 2] *= np.sign(np.linalg.det(u @ vt))[:, None]
-        turns = np.where(molecules, u @ vt, np.eye(3))
+        turns = np.where(turned, u @ vt, np.eye(3))
         moved = y @ turns - x
         largest = np.abs(moved).max(axis=(1, 2), initial=0)
         for i in np.flatnonzero((largest > 1e-6) & (largest < _NEAR)):
