@@ -445,6 +445,18 @@ def test_forces_are_taken_up_and_given_up_when_resuming(tmp_path, weighting, cap
         assert_same_bits(a[key], b[key])
 
 
+def test_a_random_state_that_is_none(tmp_path):
+    """One changed number of Python's, which raises what nothing else in a checkpoint does."""
+    data, path = training_data(forces="some"), tmp_path / "run" / "checkpoints" / "last.pt"
+    fitted(settings(), data, tmp_path / "run")
+    state = checkpoint.load(path)
+    version, words, gauss = state["random"]["python"]
+    state["random"]["python"] = (version, (-5, *words[1:]), gauss)
+    torch.save(state, path)
+    with pytest.raises(InputError, match=r"last\.pt: does not hold a whole run \(can't convert negative value"):
+        fitted(settings(epochs=9), data, tmp_path / "run", resume=True)
+
+
 def test_what_cannot_change_when_resuming(tmp_path):
     data = training_data(forces="some")
     fitted(settings(), data, tmp_path / "run")

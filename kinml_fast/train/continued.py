@@ -378,7 +378,7 @@ def keep_state(
             average.load_state_dict(
                 {"averages": [moved(averaged, weights.detach())], "steps": state["average"]["steps"]}
             )
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, ValueError, TypeError) as error:
         raise ModelError(
             f"{path}: does not hold a whole training ({first_line(error)}): name an intact checkpoint"
         ) from error

@@ -117,7 +117,7 @@ class RunState:
             self.metrics_length = state["metrics_length"]
             if _shapes(self.judge.best.weights) != _shapes(self.model.state_dict()):
                 raise ValueError("the best weights are of another model")
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (ArithmeticError, LookupError, RuntimeError, ValueError, TypeError) as error:
             raise ModelError(
                 f"{path}: does not hold a whole run ({first_line(error)}): put an intact checkpoint there"
             ) from error
