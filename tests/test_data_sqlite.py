@@ -387,6 +387,9 @@ def test_two_methods_in_one_fidelity_and_energies_without_geometry_are_said(data
     change(database, "ALTER TABLE energy DROP COLUMN calc")
     sqlite.read(database, Selection(fidelity=0))
     assert [record.getMessage() for record in caplog.records] == [lost]
+    caplog.clear()
+    list(sqlite.pieces(database, Selection(fidelity=0), 2))
+    assert [record.getMessage() for record in caplog.records] == [lost]
 
 
 def test_element_that_is_not_listed(database):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import os
@@ -26,6 +25,7 @@ from ase.data import covalent_radii
 from label_calculators import Deeper, Springs
 from rich.console import Console
 from scipy.spatial.distance import pdist
+from training_helpers import kill
 
 from kinml_fast import KinMLCalculator, report
 from kinml_fast.cli import main
@@ -657,14 +657,8 @@ def test_killed_at_random_moments(tmp_path):
     while killed < KILLS:
         process = start(tmp_path / "small.yaml", run, *changes)
         # Every fifth moment lies anywhere from the start of the process on, the others after it has written something.
-        before = _newest(run)
-        while killed % 5 != 4 and process.poll() is None and _newest(run) == before:
-            time.sleep(0.005)
-        time.sleep(generator.uniform(0, 2))
-        if process.poll() is not None:
+        if not kill(process, None if killed % 5 == 4 else run, generator.uniform(0, 2)):
             break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
         killed += 1
     process = start(tmp_path / "small.yaml", run, *changes)
     _, said = process.communicate(timeout=1800)
@@ -672,15 +666,6 @@ def test_killed_at_random_moments(tmp_path):
     assert killed == KILLS
     assert gathered(tmp_path / "whole") == gathered(run)
     assert list(run.rglob("*.part")) == []
-
-
-def _newest(folder: Path) -> int:
-    """When something in it was last written; 0 if it is not there."""
-    newest = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            newest = max(newest, path.stat().st_mtime_ns)
-    return newest
 
 
 def test_interrupted_by_a_signal(tmp_path):

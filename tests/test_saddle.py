@@ -22,6 +22,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from rich.console import Console
+from training_helpers import kill
 
 from kinml_fast import KinMLCalculator, lock
 from kinml_fast.cli import main
@@ -325,29 +326,14 @@ def test_killed_at_random_moments(tmp_path):
     run, generator, killed = tmp_path / "cut", random.Random(0), 0
     while killed < KILLS:
         process = start(run, arguments)
-        before = newest(run)
-        while killed % 5 != 4 and process.poll() is None and newest(run) == before:
-            time.sleep(0.005)
-        time.sleep(generator.uniform(0, 1.0 if killed % 2 else 0.2))
-        if process.poll() is not None:
+        if not kill(process, None if killed % 5 == 4 else run, generator.uniform(0, 1.0 if killed % 2 else 0.2)):
             break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
         killed += 1
     assert killed > 0
     process = start(run, arguments)
     _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert results(run) == results(tmp_path / "whole")
-
-
-def newest(folder: Path) -> int:
-    """When something in it was last written; 0 if it is not there."""
-    found = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            found = max(found, path.stat().st_mtime_ns)
-    return found
 
 
 def test_a_second_search_in_the_folder_is_refused(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import random
@@ -309,22 +310,37 @@ def kill_and_resume(run: Path, awaited: Sequence[Path | None], *arguments: objec
     killed = 0
     for path in awaited:
         process = train("--resume", run) if (run / "config.yaml").exists() else train(*arguments)
-        before = _written(path)
-        while path is not None and process.poll() is None and _written(path) == before:
-            time.sleep(0.005)
-        time.sleep(generator.uniform(0, 0.2))
-        if process.poll() is not None:
+        if not kill(process, path, generator.uniform(0, 0.2)):
             break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
         killed += 1
     assert killed > 0
     finish(train("--resume", run))
 
 
-def _written(path: Path | None) -> int:
-    """When the file was last replaced; 0 if it is not there."""
-    return path.stat().st_mtime_ns if path is not None and path.exists() else 0
+def kill(process: subprocess.Popen, awaited: Path | None, seconds: float) -> bool:
+    """Kill (kill -9) a process so long after a file, or something in a folder, was written anew; with None, from now.
+
+    Returns whether it had not ended before.
+    """
+    if awaited is not None:
+        before = newest(awaited)
+        while process.poll() is None and newest(awaited) == before:
+            time.sleep(0.005)
+    time.sleep(seconds)
+    if process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return True
+
+
+def newest(path: Path) -> int:
+    """When a file, or something in a folder, was last written; 0 if it is not there."""
+    found = 0
+    for one in path.rglob("*") if path.is_dir() else [path]:
+        with contextlib.suppress(FileNotFoundError):
+            found = max(found, one.stat().st_mtime_ns)
+    return found
 
 
 def rows(run: Path) -> list[dict[str, str]]:

@@ -161,6 +161,7 @@ def pieces(path: Path, selection: Selection, size: int) -> Iterator[Structures]:
     with _opened(path) as database:
         _check_tables(path, database, symbols)
         _check_fidelities([path], selection, [_fidelities(database)])
+        _warn(path, database, fidelities)
         # Sorting large rows is SQLite's business: it does so in a temporary file.
         geometries = database.execute(*_geometries(fidelities, condition, values))
         energies = database.execute(*_energies(fidelities, condition, values))

@@ -120,9 +120,8 @@ class _Lines:
             raise DataError(
                 f"{self._path}: frame {self._frame} (line {first - 2}) cannot be read ({reason}): correct it"
             ) from error
-        for symbol in sorted(
-            self._read.keys() - self._said
-        ):  # of a frame that was read, not beside what is wrong with it
+        # Said of a frame that was read, not beside what is wrong with it.
+        for symbol in sorted(self._read.keys() - self._said):
             log.warning("%s: %s is read as %s", self._path, symbol, self._read[symbol])
         self._said = set(self._read)
         return frame

@@ -352,6 +352,5 @@ def table(name: str, found: Vibrations, gas: dict[str, float], temperature: floa
 
 
 def _animate(folder: Path, stem: str, found: Vibrations) -> None:
-    _made(folder)
     for mode in range(len(found.frequencies)):
         _write_frames(folder / f"{stem}-mode-{mode + 1}.xyz", found.animation(mode))
